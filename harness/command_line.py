@@ -1,0 +1,131 @@
+"""What every script's command line shares: argument types, and how a script ends.
+
+Bad input ends with one line on stderr (what is wrong, where, what to do) and exit code 2. SIGINT and SIGTERM
+end with 130 and 143, after the script's `finally` blocks have run.
+"""
+
+import argparse
+import errno
+import os
+import signal
+import sys
+
+
+class UserError(Exception):
+    """Something the user can put right; its text is the one line that they see."""
+
+
+class Terminated(BaseException):
+    """SIGTERM arrived. Like KeyboardInterrupt, it is not an Exception, so that nothing swallows it by accident."""
+
+
+def positive_int(text):
+    """An argparse type: an int of at least 1."""
+    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
+
+
+def non_negative_int(text):
+    """An argparse type: an int of at least 0."""
+    return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
+
+
+def positive_float(text):
+    """An argparse type: a finite float above 0."""
+    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
+
+
+def non_negative_float(text):
+    """An argparse type: a finite float of at least 0."""
+    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
+
+
+def fraction(text):
+    """An argparse type: a float above 0 and at most 1."""
+    return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+
+
+def _number(text, kind, accept, wanted):
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not accept(value):
+        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+    return value
+
+
+def boolean(text):
+    """An argparse type for flags that older notebooks pass a value to, as in `--use_checkpoint False`.
+
+    Use it with `nargs="?", const=True, default=False`.
+    """
+    value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(text.lower())
+    if value is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
+    return value
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage before it."""
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+
+
+def run(main):
+    """Call `main()` and end the process as a user of the shell expects.
+
+    UserError, a full disk, a folder that cannot be written and an exhausted GPU end with one line and exit code
+    2; SIGINT with 130; SIGTERM with 143. Any other exception is a defect of ours, and keeps its traceback.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    try:
+        main()
+    except KeyboardInterrupt:
+        _end(130, "interrupted")
+    except Terminated:
+        _end(143, "terminated")
+    except BrokenPipeError:
+        # The reader of our output went away (`| head`); point stdout elsewhere so that the flush at exit is quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except Exception as error:
+        line = explain(error)
+        if line is None:
+            raise
+        _end(2, line)
+
+
+def explain(error):
+    """The one line for an error that the user can put right, or None for a defect of ours."""
+    if isinstance(error, UserError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
+        return f"cannot write {error.filename or 'the output'}: {error.strerror}; {_DISK_ERRORS[error.errno]}"
+    if type(error).__name__ == "OutOfMemoryError":
+        return (
+            "the GPU is out of memory; use a smaller --batch_size, add --half_precision, or recompute activations "
+            "(resnext_checkpoint.py, or --use_checkpoint for SimCLS)"
+        )
+    return None
+
+
+_DISK_ERRORS = {
+    errno.ENOSPC: "free some space and run the same command again",
+    errno.EDQUOT: "free some of your quota and run the same command again",
+    errno.EROFS: "choose an output folder on a file system that can be written",
+    errno.EACCES: "choose a folder that you may write to",
+    errno.EPERM: "choose a folder that you may write to",
+}
+
+
+def _terminate(signum, frame):
+    raise Terminated
+
+
+def _end(code, line):
+    # Only one process of a torchrun job speaks.
+    if int(os.environ.get("RANK", 0)) == 0 or code == 2:
+        print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
+    sys.stdout.flush()
+    sys.exit(code)
