@@ -1,0 +1,162 @@
+"""Documents and their summaries: the one place that reads a CSV, cleans its text and splits it.
+
+Fine-tuning, generation and evaluation all take their documents from here, so that no document is ever in the
+training split of one stage and the test split of another.
+"""
+
+import csv
+import gzip
+import hashlib
+import io
+import re
+import sys
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from harness.command_line import UserError
+
+FOLDER = Path(__file__).resolve().parent
+SPLIT_SEED = 42
+FEWEST_DOCUMENTS = 10
+LONGEST_NAME = 200  # bytes; file systems allow 255, and callers add to the name
+
+# White space and control characters: a superset of what str.splitlines() splits on, because the candidate files
+# hold one sample a line.
+_BLANKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+
+
+class Document(NamedTuple):
+    """A document and its reference summary, each on one line."""
+
+    text: str
+    summary: str
+
+
+def read_documents(path, document_column="abstract", summary_column="title"):
+    """Read the documents of a .csv or .csv.gz file with a header row, in the order of the rows.
+
+    Runs of white space and control characters become one space. Rows without text or summary are dropped, and
+    so is every row whose text repeats that of an earlier one.
+
+    Returns a list of Document. Raises UserError for a file that cannot be read, is empty or is no UTF-8, for a
+    missing column, and for fewer than 10 usable documents.
+    """
+    path = Path(path)
+    documents = {}
+    for text, summary in _read_columns(path, document_column, summary_column):
+        text, summary = clean(text), clean(summary)
+        if text and summary:
+            documents.setdefault(text, Document(text, summary))
+    if len(documents) < FEWEST_DOCUMENTS:
+        raise UserError(
+            f"{path} has {len(documents)} usable documents (different texts in column {document_column!r}, each with "
+            f"a summary in column {summary_column!r}); at least {FEWEST_DOCUMENTS} are needed for three splits"
+        )
+    return list(documents.values())
+
+
+def clean(text):
+    """`text` on one line: runs of white space and control characters become one space, none at the ends."""
+    return _BLANKS.sub(" ", text).strip()
+
+
+def split_documents(documents):
+    """Split 80/10/10 into {"train": [...], "val": [...], "test": [...]}, each a list of Document.
+
+    The order is that of a hash of the text, so a document's split depends neither on the order of the rows nor,
+    but for those at the two cuts, on which other documents there are; and a prefix of a split is a random sample.
+    """
+    documents = sorted(documents, key=lambda document: _hash(document.text))
+    first_cut, second_cut = len(documents) * 80 // 100, len(documents) * 90 // 100
+    return {
+        "train": documents[:first_cut],
+        "val": documents[first_cut:second_cut],
+        "test": documents[second_cut:],
+    }
+
+
+def take_percent(documents, percent):
+    """The first `percent` (above 0, at most 100) of a split, at least one document."""
+    if not 0 < percent <= 100:
+        raise UserError(f"a dataset percentage of {percent} is not above 0 and at most 100")
+    return documents[: max(1, int(len(documents) * percent / 100))]
+
+
+def find_dataset(name):
+    """The Path of the CSV file that a user means by `name`.
+
+    `name` is a path, or a bare name: `clean_covid` is clean_covid.csv or clean_covid.csv.gz, in the current folder
+    or in SimCLS/. `sample` is SimCLS/sample.csv, which is built when it is not there. Raises UserError when there
+    is no such file.
+    """
+    if name == "sample":
+        import sample_data
+
+        return sample_data.ensure_sample()
+    tried = [Path(name)]
+    tried += [folder / f"{name}{suffix}" for folder in (Path(), FOLDER) for suffix in (".csv", ".csv.gz")]
+    for path in tried:
+        if path.is_file():
+            return path
+    raise UserError(f"there is no dataset {name!r}: none of {', '.join(map(str, tried))} is a file")
+
+
+def safe_name(name):
+    """`name`, perhaps a path or a hub name, as one path component: google/pegasus-xsum -> google_pegasus-xsum.
+
+    The result is never empty, hidden, `.` or `..`, and holds no separator, so that folder / safe_name(name) lies
+    directly in the folder. A plain name stays as it is.
+    """
+    parts = [part for part in re.split(r"[/\\]", _BLANKS.sub(" ", name)) if part.strip() not in ("", ".", "..")]
+    plain = (
+        "_".join(parts).strip().lstrip(".") or Path(name.replace("\0", "")).resolve().name.lstrip(".") or "generator"
+    )
+    if len(plain.encode()) <= LONGEST_NAME:
+        return plain
+    digest = hashlib.blake2b(plain.encode(), digest_size=8).hexdigest()
+    return plain.encode()[: LONGEST_NAME - 17].decode(errors="ignore") + "_" + digest
+
+
+def _hash(text):
+    return hashlib.blake2b(f"{SPLIT_SEED} {text}".encode(), digest_size=16).digest()
+
+
+def _read_columns(path, *columns):
+    """The text of the named columns, one tuple a row."""
+    # A field of a document may well be longer than csv's default limit of 131,072 characters.
+    csv.field_size_limit(2**31 - 1)
+    rows = csv.reader(io.StringIO(_read_text(path), newline=""))
+    try:
+        header = next(rows, None)
+        if header is None:
+            raise UserError(f"{path} is empty; it needs a header row and at least {FEWEST_DOCUMENTS} documents")
+        header = [clean(column) for column in header]
+        missing = [column for column in columns if column not in header]
+        if missing:
+            raise UserError(f"{path} has no column {missing[0]!r}; its columns are: {', '.join(map(repr, header))}")
+        places = [header.index(column) for column in columns]
+        # A row that is too short lacks a text or a summary: as good as empty.
+        return [tuple(row[place] for place in places) for row in rows if len(row) > max(places)]
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num}: not a CSV file ({error})") from None
+
+
+def _read_text(path):
+    try:
+        data = path.read_bytes()
+        if path.suffix == ".gz":
+            data = gzip.decompress(data)
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is no complete gzip file ({error}); fetch it again") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    if not data.strip():
+        raise UserError(f"{path} is empty; it needs a header row and at least {FEWEST_DOCUMENTS} documents")
+    try:
+        return data.decode("utf-8").removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        line = len((data[: error.start] + b"?").splitlines())
+        raise UserError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
