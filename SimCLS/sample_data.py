@@ -1,0 +1,241 @@
+"""Build sample.csv (columns abstract, title) from the docstrings of Python and of the installed packages.
+
+    python3 sample_data.py
+
+A docstring whose first line is a summary of one sentence, followed by a longer description, gives one pair: the
+document is the heading and the description, as on a page of reference documentation ("Series sort values: ..."); the
+line is its reference summary. It is real text that needs no download. The modules are parsed, never imported. The rows
+are in the order of package, file and line, so that one set of installed versions gives one file.
+"""
+
+import argparse
+import ast
+import csv
+import importlib.util
+import io
+import multiprocessing
+import os
+import re
+import sys
+import sysconfig
+import warnings
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from harness import command_line
+from harness.command_line import UserError
+from harness.recording import atomic_write
+
+SAMPLE = Path(__file__).resolve().parent / "sample.csv"
+
+# Packages of the requirements, chosen by the pairs that a second of parsing gives.
+PACKAGES = """
+    numpy scipy pandas matplotlib sklearn torch transformers nltk networkx torchvision accelerate huggingface_hub
+    tensorboard PIL joblib
+"""
+# Tests, copies of other packages, and parts that are long to parse for few pairs or for much the same text.
+SKIPPED_FOLDERS = (
+    "tests test testing site-packages idlelib encodings _vendor models _inductor _dynamo _functorch fx onnx"
+)
+
+SUMMARY_WORDS = range(3, 26)
+DESCRIPTION_WORDS = range(15, 401)
+SHARED_WORDS = 0.4
+
+# The sections of the reST, Google and NumPy styles that hold prose; the others list functions, code or literature.
+_PROSE_SECTIONS = frozenset(
+    "args/arguments/parameters/params/attributes/return/returns/yield/yields/raises/note/notes/warning/warnings/"
+    "keyword arguments/other parameters/input/inputs/output/outputs".split("/")
+)
+_OTHER_SECTIONS = frozenset(
+    "see also/example/examples/example usage/usage/reference/references/methods/shape".split("/")
+)
+_RULE = re.compile(r"[-=~^*+_#| ]{3,}$")
+_NO_PROSE = (">>>", "...", "```", "|", "@", "$", "\\", "In [", "Out[")
+_MARKUP = [
+    (re.compile(pattern), replacement)
+    for pattern, replacement in (
+        (r":(?:param|type|returns?|rtype|raises)\s*(?:[\w.]+ )?([*\w]*)\s*:", r"\1:"),  # :param int size:
+        (r":[\w:+-]+:`~?\.?(?:[^`<]*<)?([^`<>]*)>?`", r"\1"),  # :class:`~torch.Tensor`
+        (r"`([^`<]*?)\s*<[^`>]*>`_{0,2}", r"\1"),  # `text <address>`_
+        (r"\[([^\]]*)\]\([^)]*\)", r"\1"),  # [text](address)
+        (r"`+([^`]*)`+_{0,2}", r"\1"),
+        (r"(?<!\w)\*{1,2}([^*\s][^*]*)\*{1,2}(?!\w)", r"\1"),
+        (r"\[\d+\]_?|https?://\S+", ""),
+        (r"^(\*{0,2}\w+)\s*\([^)]*\)\s*:", r"\1:"),  # size (int, optional):
+        (r"^\W+(?=\w)|\s*:$", ""),
+        (r"\s+", " "),
+    )
+]
+
+
+def get_args_parser():
+    parser = command_line.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=SAMPLE, help="the CSV to write (default: %(default)s)")
+    return parser
+
+
+def main():
+    args = get_args_parser().parse_args()
+    print(f"{build_sample(args.output)} pairs in {args.output}")
+
+
+def ensure_sample():
+    """The Path of SimCLS/sample.csv, which is built if it is not there."""
+    if not SAMPLE.is_file():
+        print(f"building {SAMPLE.name} from the docstrings of the installed packages", file=sys.stderr)
+        build_sample(SAMPLE)
+    return SAMPLE
+
+
+def build_sample(path):
+    """Write the CSV and return its number of pairs. Raises UserError when no docstring is to be found."""
+    # Spawned, since a fork of a process that has started torch's threads may deadlock.
+    with multiprocessing.get_context("spawn").Pool(min(4, len(os.sched_getaffinity(0)))) as pool:
+        found = pool.map(file_pairs, list(python_files()), chunksize=20)
+    pairs = list(without_repeats(pair for pairs in found for pair in pairs))
+    if not pairs:
+        raise UserError("no docstrings found: the sources of Python's library and the packages are not installed")
+    text = io.StringIO(newline="")
+    csv.writer(text, lineterminator="\n").writerows([("abstract", "title"), *pairs])
+    with atomic_write(path, "w") as file:
+        file.write(text.getvalue())
+    return len(pairs)
+
+
+def python_files():
+    """The Path of every module that is read, in a fixed order."""
+    roots = [Path(sysconfig.get_paths()["stdlib"])]
+    specs = [importlib.util.find_spec(package) for package in PACKAGES.split()]
+    roots += [Path(spec.origin).parent for spec in specs if spec and spec.origin]
+    skipped = set(SKIPPED_FOLDERS.split())
+    for root in roots:
+        for path in sorted(root.rglob("*.py")):
+            if not skipped.intersection(path.relative_to(root).parts[:-1]):
+                yield path
+
+
+def file_pairs(path):
+    """The (document, summary) pairs of one module, in the order of its lines."""
+    try:
+        source = path.read_text(encoding="utf-8")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # old escapes in others' strings
+            tree = ast.parse(source) if '"""' in source or "'''" in source else ast.Module([], [])
+    except (SyntaxError, ValueError, OSError):
+        return []
+    module = path.parent.name if path.stem == "__init__" else path.stem
+    found = (docstring_pair(docstring, heading) for heading, docstring in _docstrings(tree, module))
+    return [pair for pair in found if pair]
+
+
+def _docstrings(node, heading):
+    """Yield (heading, docstring) for a module, its classes and its functions; `Axes set position` for a method."""
+    docstring = ast.get_docstring(node)
+    if docstring and "\n\n" in docstring:
+        yield heading, docstring
+    for child in node.body:
+        if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+            name = " ".join(re.sub(r"([a-z])([A-Z])", r"\1 \2", child.name).replace("_", " ").split())
+            hidden = child.name.startswith("__")
+            outer = heading if isinstance(node, ast.ClassDef) else ""
+            yield from _docstrings(child, outer if hidden else f"{outer} {name}".strip())
+
+
+def docstring_pair(docstring, heading):
+    """The (document, summary) of a docstring, or None when it is of no use as a pair.
+
+    The description has 15 to 400 words (it is cut there) and the summary 3 to 25. Two fifths of the summary's longer
+    words must occur in the document, or it could only be guessed.
+    """
+    first, _, rest = docstring.partition("\n\n")
+    summary, spill = _first_sentence(_plain(first))
+    description = " ".join([spill, *_prose(rest.splitlines())]).split()[: DESCRIPTION_WORDS[-1]]
+    document = f"{heading}: {' '.join(description)}"
+    if len(summary.split()) not in SUMMARY_WORDS or len(description) not in DESCRIPTION_WORDS:
+        return None
+    if not (_is_text(summary) and _is_text(document)):
+        return None
+    wanted = _stems(summary)
+    if len(wanted & _stems(document)) < SHARED_WORDS * len(wanted):
+        return None
+    return document, summary
+
+
+def without_repeats(pairs):
+    """Drop pairs whose summary, or whose description's beginning, was there before, numbers and case aside.
+
+    Overloads and generated classes repeat each other's text; left in, the test split would hold training documents.
+    """
+    seen = set()
+    for document, summary in pairs:
+        description = document.partition(": ")[2]
+        keys = {("summary", _letters(summary)), ("description", _letters(" ".join(description.split()[:15])))}
+        if not keys & seen:
+            yield document, summary
+        seen |= keys
+
+
+def _first_sentence(text):
+    match = re.match(r"(.+?[.!?])\s+(?=[A-Z])(.*)", text)
+    if match and not re.search(r"\b(e\.g|i\.e|etc|vs|cf|al)\.$", match[1]):
+        return match[1], match[2]
+    return text, ""
+
+
+def _prose(lines):
+    """The paragraphs of a docstring's body as clean text, without code, tables, rules and listings."""
+    paragraphs, skip_deeper_than, in_prose, in_fields = [""], None, True, False
+    for line, following in zip(lines, [*lines[1:], ""], strict=True):
+        text, indent = line.strip(), len(line) - len(line.lstrip())
+        if not text:
+            paragraphs.append("")
+            continue
+        if skip_deeper_than is not None and indent > skip_deeper_than:
+            continue
+        skip_deeper_than = None
+        section = text.rstrip(":").lower()
+        ruled = bool(_RULE.match(following.strip()))
+        if section in _PROSE_SECTIONS | _OTHER_SECTIONS and (ruled or text.endswith(":")):
+            paragraphs.append("")
+            in_prose = section in _PROSE_SECTIONS
+            # NumPy style: `name : type` at the margin, what it is below, indented.
+            in_fields = ruled and not section.startswith(("note", "warning"))
+        elif not in_prose or _RULE.match(text) or text.startswith(_NO_PROSE) or (in_fields and indent == 0):
+            continue
+        elif text.startswith(".. ") or text.endswith("::"):
+            skip_deeper_than = indent
+            if not text.startswith(".. "):
+                paragraphs[-1] += " " + text.rstrip(":")
+        elif re.match(r"[*\w]+ ?\([^)]*\) ?:|:\w+ ", text):
+            paragraphs.append(text)  # a field of the Google or reST style
+        else:
+            paragraphs[-1] += " " + text
+    return [text for text in map(_plain, paragraphs) if len(text.split()) > 2]
+
+
+def _plain(text):
+    text = text.strip()
+    for pattern, replacement in _MARKUP:
+        text = pattern.sub(replacement, text)
+    return text.strip()
+
+
+def _is_text(text):
+    """Whether nearly all characters are letters or spaces, and none is outside ASCII."""
+    letters = sum(character.isalpha() or character == " " for character in text)
+    return text.isascii() and text.isprintable() and letters > 0.88 * len(text)
+
+
+def _stems(text):
+    """The first five letters of the words of four letters and more: enough to see that two texts share a word."""
+    return {word[:5] for word in re.findall(r"[a-z]{4,}", text.lower())}
+
+
+def _letters(text):
+    return re.sub(r"[\W\d_]+", " ", text.lower())
+
+
+if __name__ == "__main__":
+    command_line.run(main)
