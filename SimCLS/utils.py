@@ -1,0 +1,89 @@
+"""What the SimCLS stages share about text: lines of a file, PTB tokens, sentences."""
+
+import re
+
+from nltk.tokenize import NLTKWordTokenizer
+from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTokenizer, PunktTrainer
+
+from harness.command_line import UserError
+
+# Punkt learns from the start of the text: one second of work, and the same parameters however long the text is.
+PUNKT_SAMPLE_CHARACTERS = 500_000
+
+_WORD_TOKENIZER = NLTKWordTokenizer()
+
+# A full stop inside the text that ends a sentence: after a word of two letters or more that is no title, before a
+# capital. NLTK's tokenizer parts only the full stop at the end of its text from the word.
+_TITLES = "Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Gen|Col|Lt|Rev|Hon|Fig|No|vs|al|etc|Inc|Ltd|Co|Corp"
+_NOT_A_TITLE = "".join(rf"(?<!\b{title})" for title in _TITLES.split("|"))
+_INNER_FULL_STOP = re.compile(rf"(?<=[^\s.][^\s.]){_NOT_A_TITLE}\.(?=[\"'”’)\]]*\s+[\"'“‘(\[]*[A-Z])")
+
+
+def one_line(text):
+    """`text` with every run of white space, line breaks of all kinds among it, made one space."""
+    return " ".join(text.split())
+
+
+def ptb_tokenize(text):
+    """Penn Treebank tokens of `text` (any number of sentences), joined by single spaces, on one line.
+
+    Quotation marks become `` and '' as in the Treebank; brackets stay as they are (no -LRB-), since ROUGE would
+    count such names as words.
+    """
+    return one_line(" ".join(_WORD_TOKENIZER.tokenize(_INNER_FULL_STOP.sub(" .", text))))
+
+
+class SentenceSplitter:
+    """Punkt (Kiss and Strunk 2006): NLTK's English parameters when installed, else learnt from `texts`.
+
+    Nothing is ever downloaded. The same texts in the same order give the same sentences on every run.
+
+    texts: an iterable of str, read up to PUNKT_SAMPLE_CHARACTERS, and not at all when NLTK's data is installed.
+    """
+
+    def __init__(self, texts):
+        try:
+            self._punkt = PunktTokenizer("english")
+        except LookupError:
+            self._punkt = PunktSentenceTokenizer(_learn_punkt(texts))
+
+    def split(self, text):
+        """The sentences of `text` as a list of str; only the white space between them is left out."""
+        return [sentence for sentence in self._punkt.tokenize(text.strip()) if sentence]
+
+
+def _learn_punkt(texts):
+    trainer = PunktTrainer()
+    trainer.train("\n".join(_take_characters(texts, PUNKT_SAMPLE_CHARACTERS)))
+    return trainer.get_params()
+
+
+def _take_characters(texts, limit):
+    for text in texts:
+        yield text[:limit]
+        limit -= len(text)
+        if limit <= 0:
+            return
+
+
+def read_lines(path):
+    """Yield the lines of a UTF-8 text file without their newline; only \\n ends a line (never \\x85 or U+2028).
+
+    Raises UserError that names the file, and the line where its bytes are not UTF-8.
+    """
+    try:
+        with open(path, "rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    yield line.removesuffix(b"\n").decode("utf-8")
+                except UnicodeDecodeError as error:
+                    raise UserError(
+                        f"{path}, line {number}: byte 0x{line[error.start]:02x} is not UTF-8; save the file as UTF-8"
+                    ) from None
+    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def count_lines(path):
+    """The number of lines that `read_lines` yields."""
+    return sum(1 for _ in read_lines(path))
