@@ -1,0 +1,59 @@
+"""Which arithmetic a run uses, and its honest name."""
+
+import argparse
+import dataclasses
+
+import torch
+
+
+def half_precision_type(text):
+    """An argparse type for `--half_precision [float16|bfloat16|True|False]`; None means single precision.
+
+    Use it with `nargs="?", const="float16", default=None`.
+    """
+    names = {"true": "float16", "float16": "float16", "fp16": "float16", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+    if text.lower() in ("false", "none"):
+        return None
+    if text.lower() not in names:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither float16 nor bfloat16")
+    return names[text.lower()]
+
+
+@dataclasses.dataclass
+class Precision:
+    """label: "fp32", "tf32", "fp16" or "bf16"; dtype: the autocast dtype, or None; scaler: a GradScaler, disabled
+    unless float16 needs it."""
+
+    label: str
+    dtype: torch.dtype | None
+    scaler: torch.amp.GradScaler
+    device_type: str
+
+    def autocast(self):
+        """The context in which forward runs (Micikevicius et al. 2018, "Mixed Precision Training")."""
+        return torch.autocast(self.device_type, dtype=self.dtype, enabled=self.dtype is not None)
+
+
+def choose_precision(half_precision, device, true_fp32=False, say=print):
+    """The Precision of a run on `device`.
+
+    half_precision: None, "float16" or "bfloat16". CPUs have fast bfloat16 at best, so float16 becomes bfloat16 there,
+    and `say` tells. true_fp32: switches TensorFloat-32 off, for convolutions and for matrix products.
+    """
+    if half_precision == "float16" and device.type == "cpu":
+        say("half precision on a CPU is bfloat16")
+        half_precision = "bfloat16"
+    if device.type == "cuda" and true_fp32:
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+    dtype = {None: None, "float16": torch.float16, "bfloat16": torch.bfloat16}[half_precision]
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+    return Precision(_label(dtype, device), dtype, scaler, device.type)
+
+
+def _label(dtype, device):
+    if dtype is not None:
+        return {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and torch.backends.cudnn.allow_tf32:
+        return "tf32"
+    return "fp32"

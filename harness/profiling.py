@@ -1,0 +1,228 @@
+"""The one way this repository takes time and counts memory.
+
+`with phase("forward"):` pushes an NVTX range, takes host time and, on CUDA, records a pair of events on the current
+stream. A host time on CUDA is the time to enqueue; the device time between the events is what the GPU spent. Events
+are resolved once an epoch, so that no step waits for the device.
+"""
+
+import contextlib
+import time
+from collections import defaultdict
+
+import numpy as np
+import nvtx
+import torch
+
+WARMUP_STEPS = 5  # Of each process: allocator growth, cuDNN's choice of algorithm and worker start-up fall here.
+
+
+@contextlib.contextmanager
+def nvtx_range(name):
+    """An NVTX range alone, for what is looked at in a profiler but not timed: a run, an epoch, validation."""
+    nvtx.push_range(name)
+    try:
+        yield
+    finally:
+        nvtx.pop_range()
+
+
+class PhaseTimer:
+    """Times the phases of training steps, epoch by epoch.
+
+    device: a torch.device; on "cuda" device times are taken besides host times.
+    enabled: False makes every phase free, to measure what the timing itself costs.
+    """
+
+    def __init__(self, device, enabled=True):
+        self.enabled = enabled
+        self._on_cuda = device.type == "cuda"
+        self._phases = {}
+        self._host = defaultdict(list)  # name -> nanoseconds, one an occurrence
+        self._events = defaultdict(list)  # name -> (start, end)
+        self._spare_events = []
+        self.steps_done = 0  # In this process.
+        self._epoch_warmup = 0
+        self._epoch_start = None
+
+    def __call__(self, name):
+        """The context manager that times one occurrence of the phase `name`."""
+        phase = self._phases.get(name)
+        if phase is None:
+            phase = self._phases[name] = _Phase(self, name) if self.enabled else contextlib.nullcontext()
+        return phase
+
+    def start_epoch(self):
+        self._host.clear()
+        self._epoch_warmup = 0
+        if self._on_cuda:
+            torch.cuda.synchronize()
+        self._epoch_start = time.perf_counter()
+
+    def steps(self, batches, label, first=0, limit=None):
+        """Yield (number, batch) for the batches of an epoch, numbered from `first`; needs len(batches).
+
+        No step begins once `steps_done` is `limit`.
+
+        Each step is an NVTX range "<label> - step <number>" that closes when the next batch is asked for; the wait
+        for its batch is the phase "data load".
+        """
+        iterator = iter(batches)
+        for number in range(first, first + len(batches)):
+            if self.steps_done == limit:
+                return
+            with nvtx_range(f"{label} - step {number + 1}"), self("step"):
+                with self("data load"):
+                    batch = next(iterator)
+                yield number, batch
+            self.steps_done += 1
+            self._epoch_warmup += self.steps_done <= WARMUP_STEPS
+
+    def end_epoch(self):
+        """Summarise the epoch and forget its samples.
+
+        Returns a dict of plain numbers: "seconds", "steps", "warmup_steps", "unphased_seconds" (host time of the
+        epoch in no phase) and "phases": name -> {"count", "share" (of the epoch's host time), "host_ms", "device_ms"
+        (None without CUDA)}, the last two {"median", "p95", "total"}. Warm-up steps count in totals and shares, and in
+        nothing else.
+        """
+        if self._on_cuda:
+            torch.cuda.synchronize()
+        seconds = time.perf_counter() - self._epoch_start
+        device = self._resolve_events()
+        phases = {}
+        for name, nanoseconds in self._host.items():
+            host = summarise(np.array(nanoseconds) / 1e6, self._epoch_warmup)
+            phases[name] = {
+                "count": max(0, len(nanoseconds) - self._epoch_warmup),
+                "share": host["total"] / (1e3 * seconds),
+                "host_ms": host,
+                "device_ms": summarise(device[name], self._epoch_warmup) if name in device else None,
+            }
+        in_phases = sum(phase["host_ms"]["total"] for name, phase in phases.items() if name != "step") / 1e3
+        steps = len(self._host.get("step", ()))
+        self._host.clear()
+        return {
+            "seconds": seconds,
+            "steps": steps,
+            "warmup_steps": self._epoch_warmup,
+            "unphased_seconds": seconds - in_phases,
+            "phases": phases,
+        }
+
+    def _resolve_events(self):
+        """Milliseconds of every phase by name; the events go back to be recorded again. Call after a synchronize."""
+        milliseconds = {}
+        for name, pairs in self._events.items():
+            milliseconds[name] = np.array([start.elapsed_time(end) for start, end in pairs])
+            self._spare_events.extend(event for pair in pairs for event in pair)
+        self._events.clear()
+        return milliseconds
+
+    def _record_event(self):
+        event = self._spare_events.pop() if self._spare_events else torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+class _Phase:
+    """One phase of a PhaseTimer, entered again and again but never inside itself."""
+
+    def __init__(self, timer, name):
+        self._timer, self._name = timer, name
+        self._start = self._event = None
+
+    def __enter__(self):
+        nvtx.push_range(self._name)
+        if self._timer._on_cuda:
+            self._event = self._timer._record_event()
+        self._start = time.perf_counter_ns()
+
+    def __exit__(self, error, *_):
+        elapsed = time.perf_counter_ns() - self._start
+        if error is None:
+            self._timer._host[self._name].append(elapsed)
+            if self._timer._on_cuda:
+                self._timer._events[self._name].append((self._event, self._timer._record_event()))
+        nvtx.pop_range()
+
+
+def summarise(samples, warmup=0):
+    """Median and 95th percentile of `samples` [n] after the first `warmup`, and the total of all, in their unit.
+
+    Without a sample after the warm-up, median and percentile are None.
+    """
+    counted = np.asarray(samples)[warmup:]
+    return {
+        "median": float(np.median(counted)) if len(counted) else None,
+        "p95": float(np.percentile(counted, 95)) if len(counted) else None,
+        "total": float(np.sum(samples)),
+    }
+
+
+class SavedBytes:
+    """Counts the bytes that autograd holds for backward, by saved-tensor hooks, each storage once.
+
+    with SavedBytes(model) as saved:
+        loss = criterion(model(images), labels)
+    saved.bytes
+
+    Parameters and buffers of `model` are held anyway and do not count. Works on any device. Code that sets hooks of
+    its own inside the block (harness.recompute) hides its tensors from these hooks, and reports what it keeps by
+    `count_saved`.
+    """
+
+    _active = []
+
+    def __init__(self, model):
+        held = [*model.parameters(), *model.buffers()]
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in held}
+        self._storages = []  # Kept alive while counting: a freed storage's address could be handed out again.
+        self.bytes = None
+
+    def first_time(self):
+        """This counter when it has not counted yet, else a context that does nothing."""
+        return self if self.bytes is None else contextlib.nullcontext()
+
+    def __enter__(self):
+        self.bytes = 0
+        SavedBytes._active.append(self)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self._hooks.__enter__()
+        return self
+
+    def __exit__(self, *error):
+        self._hooks.__exit__(*error)
+        SavedBytes._active.remove(self)
+        self._storages.clear()
+
+    def add(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._seen:
+            self._seen.add(storage.data_ptr())
+            self._storages.append(storage)
+            self.bytes += storage.nbytes()
+
+    def _pack(self, tensor):
+        self.add(tensor)
+        return tensor
+
+
+def count_saved(tensor):
+    """Tell the active SavedBytes, if any, that `tensor` is held for backward."""
+    for counter in SavedBytes._active:
+        counter.add(tensor)
+
+
+def reset_peak_memory(device):
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def peak_memory(device):
+    """{"allocated_bytes", "reserved_bytes"} at their highest since the last reset on CUDA; None elsewhere."""
+    if device.type != "cuda":
+        return None
+    return {
+        "allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "reserved_bytes": torch.cuda.max_memory_reserved(device),
+    }

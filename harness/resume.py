@@ -1,0 +1,99 @@
+"""Saved training state: what a run needs to go on exactly where it was, and stopping so that it can."""
+
+import contextlib
+import os
+import pickle
+import signal
+
+import torch
+
+from harness.command_line import Terminated, UserError
+from harness.recording import atomic_write
+
+FORMAT = 1
+
+
+def save_state(path, arguments, **parts):
+    """Write a training state to `path`, atomically.
+
+    arguments: a dict of plain values that a resumed run must share. parts: state dicts, tensors and plain values, as
+    `torch.load(weights_only=True)` can read them. The states of the random number generators are added.
+    """
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    random = {"cpu": torch.get_rng_state(), "cuda": cuda}
+    with atomic_write(path) as file:
+        torch.save({"format": FORMAT, "arguments": arguments, "random": random, "parts": parts}, file)
+
+
+def load_state(path, arguments):
+    """The `parts` that save_state wrote, with the random number generators put back; None when there is no file.
+
+    UserError when the file is no training state or is cut short, and when it was saved with other arguments (the
+    line names them). Nothing in the file can run code.
+    """
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        ours = isinstance(state, dict) and state.get("format") == FORMAT
+    except FileNotFoundError:
+        return None
+    except (RuntimeError, ValueError, EOFError, KeyError, OSError, pickle.UnpicklingError) as error:
+        if isinstance(error, OSError) and not isinstance(error, EOFError) and error.errno is not None:
+            raise UserError(f"cannot read the saved state {path}: {error.strerror}") from None
+        ours = False
+    if not ours:
+        raise UserError(f"{path} is not a whole training state of this program; delete it to start the run afresh")
+    saved = state["arguments"]
+    changed = [name for name in sorted({*saved, *arguments}) if saved.get(name) != arguments.get(name)]
+    if changed:
+        was = ", ".join(f"--{name} {saved.get(name)} (now {arguments.get(name)})" for name in changed)
+        raise UserError(f"{path} was saved with {was}; resume with the same arguments, or start without --resume")
+    torch.set_rng_state(state["random"]["cpu"])
+    if torch.cuda.is_available() and len(state["random"]["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["random"]["cuda"])
+    return state["parts"]
+
+
+class StopRequest:
+    """Whether SIGINT or SIGTERM has arrived: `if stop: ...`."""
+
+    def __init__(self):
+        self.signal = None
+
+    def __bool__(self):
+        return self.signal is not None
+
+    def leave(self):
+        """End the script as the signal would have: exit code 130 or 143."""
+        raise KeyboardInterrupt if self.signal == signal.SIGINT else Terminated
+
+
+@contextlib.contextmanager
+def stop_requests(enabled=True):
+    """Within the block the first SIGINT or SIGTERM only sets the StopRequest that is yielded, so that the loop can end
+    its step and save; a second one interrupts at once.
+
+    With enabled=False signals interrupt at once: the processes of one job would stop at different steps and wait for
+    each other, and what they saved after the last epoch is there to resume from.
+    """
+    stop = StopRequest()
+    if not enabled:
+        yield stop
+        return
+
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    process = os.getpid()
+
+    def request(number, frame):
+        if os.getpid() != process:  # A forked data worker inherits this handler; it ends with its parent.
+            return
+        stop.signal = number
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in before:
+        signal.signal(number, request)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

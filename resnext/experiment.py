@@ -1,0 +1,261 @@
+"""What the ResNeXt scripts share around their loops: arguments, names, metrics, evaluation, records."""
+
+import argparse
+import contextlib
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from harness.command_line import (
+    OneLineParser,
+    UserError,
+    boolean,
+    non_negative_int,
+    positive_float,
+    positive_int,
+)
+from harness.precision import half_precision_type
+from harness.profiling import nvtx_range, peak_memory
+from harness.recording import atomic_write, describe_machine, output_lock, write_json
+from harness.resume import load_state, save_state
+from images import evaluation_batches
+from models.resnext import parse_name
+
+# They choose where and how long a process runs, not what it computes: a resumed run may change them.
+NOT_RESULTS = ("resume", "output_dir", "data_dir", "max_steps")
+
+
+def get_args_parser(description):
+    parser = OneLineParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--num_worker", type=non_negative_int, default=2, help="processes that load pictures; 0 loads in this one")
+    add("--half_precision", type=half_precision_type, nargs="?", const="float16", metavar="float16|bfloat16",
+        help="autocast, in float16 with loss scaling when no type is named; on a CPU always in bfloat16")  # fmt: skip
+    add("--num_epoch", type=positive_int, default=200)
+    add("--batch_size", type=positive_int, default=128, help="pictures a step, over all processes")
+    add("--lr", type=positive_float, default=0.01, help="learning rate of Adam, constant")
+    add("--model", type=model_name, default="resnext29_4x64d", help="resnext29_{cardinality}x{width}d")
+    add("--dataset", choices=("cifar10", "digits", "folder"), default="cifar10",
+        help="cifar10 is downloaded when absent; digits comes with scikit-learn; folder is train/<class>/* and "
+             "test/<class>/* in --data_dir")  # fmt: skip
+    add("--data_dir", default=str(Path(__file__).resolve().parent / "data"), help="where the pictures are")
+    add("--loader", choices=("workers", "device"), default="workers",
+        help="load by worker processes, or augment whole batches where the model is")  # fmt: skip
+    add("--true_fp32", type=boolean, nargs="?", const=True, default=False,
+        help="no TensorFloat-32, which GPUs since Ampere use for single precision")  # fmt: skip
+    add("--seed", type=non_negative_int, default=0)
+    add("--output_dir", default="model_history")
+    add("--resume", type=boolean, nargs="?", const=True, default=False,
+        help="go on where an interrupted run with the same arguments stopped")  # fmt: skip
+    add("--max_steps", type=positive_int, help="stop after so many steps, for profiling; writes the timings alone")
+    return parser
+
+
+def model_name(text):
+    try:
+        parse_name(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
+
+
+def run_name(args, suffix=""):
+    """The name of a run's files: workers and batch size, then whatever differs from the defaults.
+
+    resnext_2_worker_128, resnext_0_worker_128_fp16, resnext_device_512_digits_checkpoint, ...
+    """
+    loading = "device" if args.loader == "device" else f"{args.num_worker}_worker"
+    parts = [f"resnext_{loading}_{args.batch_size}"]
+    if args.model != "resnext29_4x64d":
+        parts.append(args.model)
+    if args.dataset != "cifar10":
+        parts.append(args.dataset)
+    if args.half_precision:
+        parts.append({"float16": "fp16", "bfloat16": "bf16"}[args.half_precision])
+    if args.true_fp32:
+        parts.append("fp32")
+    if args.seed:
+        parts.append(f"seed{args.seed}")
+    if args.max_steps:
+        parts.append(f"{args.max_steps}_steps")
+    return "_".join(parts) + suffix
+
+
+class Metrics:
+    """Loss and accuracy of an epoch, summed on the device: nothing waits for it until the epoch ends."""
+
+    def __init__(self, device):
+        self.device = device
+        self.reset()
+
+    def reset(self):
+        self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss * count, correct, count
+
+    def add(self, loss, output, labels, weight=1.0):
+        """loss: the batch's mean, a scalar; output: logits [n, classes]; labels: int64 [n]. weight 0 leaves it out."""
+        if weight:
+            correct = (output.detach().argmax(1) == labels).sum()
+            count = torch.full_like(correct, len(labels))
+            self.totals += torch.stack([loss.detach().double() * count, correct.double(), count.double()])
+
+    def result(self, world):
+        """(mean loss, accuracy in percent) over all processes."""
+        loss, correct, count = world.sum(self.totals.clone()).tolist()
+        return loss / count, 100 * correct / count
+
+    def state_dict(self):
+        return {"totals": self.totals}
+
+    def load_state_dict(self, state):
+        self.totals.copy_(state["totals"])
+
+
+def evaluate(model, data, precision, world, batch_size, stop):
+    """Accuracy in percent on the test pictures, each counted once, in the training precision.
+
+    A stop request ends it early, with None.
+    """
+    world.broadcast_buffers(model)
+    model.eval()
+    metrics = Metrics(world.device)
+    with nvtx_range("validation"), torch.inference_mode():
+        for images, labels in evaluation_batches(data, batch_size, world.device, world.rank, world.size):
+            if stop:
+                break
+            with precision.autocast():
+                output = model(images)
+            metrics.add(F.cross_entropy(output.float(), labels), output, labels)
+    model.train()
+    return None if stop else metrics.result(world)[1]
+
+
+class Run:
+    """The files of one run: its state while it trains, and its records when it has.
+
+    Only the main process writes. `epochs` is the history: one dict an epoch, as the record has it.
+    """
+
+    def __init__(self, experiment, name, args, world, **facts):
+        self.name, self.args, self.world = name, args, world
+        self.experiment, self.facts = experiment, facts
+        self.folder = Path(args.output_dir)
+        self.epochs = []
+        self.arguments = {key: value for key, value in vars(args).items() if key not in NOT_RESULTS}
+        self.arguments["processes"] = world.size
+
+    def path(self, suffix):
+        return self.folder / f"{self.name}{suffix}"
+
+    @contextlib.contextmanager
+    def lock(self):
+        """Hold the run's name, so that no second run writes the same files; UserError when one does."""
+        if not self.world.is_main:
+            yield
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise UserError(f"--output_dir {self.folder} is a file; name a folder") from None
+        with output_lock(self.path(".lock")):
+            yield
+
+    @property
+    def finished(self):
+        return self.path(".json").exists() and not self.path(".state").exists()
+
+    def resume(self, **parts):
+        """Load the saved state into `parts` (name -> object with load_state_dict, or Metrics).
+
+        Returns (epoch, step) to go on from; (0, 0) without a saved state.
+        """
+        state = load_state(self.path(".state"), self.arguments)
+        if state is None:
+            self.world.say(f"no saved state {self.path('.state')}; starting from the beginning")
+            return 0, 0
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        self.epochs = state["epochs"]
+        return state["epoch"], state["step"]
+
+    def save(self, epoch, step, **parts):
+        """Save the state before step `step` of `epoch` (both from 0)."""
+        if self.world.is_main:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save_state(self.path(".state"), self.arguments, epoch=epoch, step=step, epochs=self.epochs, **states)
+
+    def add_epoch(self, epoch, loss, acc, test_acc, timing, samples):
+        """Append an epoch (from 0) to the history; UserError when its loss is not finite.
+
+        samples: how many the epoch trained on in this process's time; fewer than an epoch has after a resume.
+        """
+        if not np.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss} in epoch {epoch + 1}; the state before it is kept. "
+                "Use a smaller --lr, or bfloat16 or single precision instead of float16"
+            )
+        self.epochs.append(
+            {
+                "epoch": epoch + 1,
+                "loss": loss,
+                "acc": acc,
+                "test_acc": test_acc,
+                "samples_per_second": samples / timing["seconds"],
+                "peak_memory": peak_memory(self.world.device),
+                "timing": timing,
+            }
+        )
+
+    def finish(self, model):
+        """Write the weights, the curves and the record, then drop the state; each file is whole or not there."""
+        if not self.world.is_main:
+            return
+        curves = {key: np.array([epoch[key] for epoch in self.epochs]) for key in ("loss", "acc", "test_acc")}
+        with atomic_write(self.path(".pt")) as file:
+            torch.save(model.state_dict(), file)
+        with atomic_write(self.path(".npz")) as file:
+            np.savez(file, **curves)
+        self.write_record()
+        self.path(".state").unlink(missing_ok=True)
+
+    def finish_profiling(self, timing):
+        """Write the record of a run that --max_steps ended: the timings of its last epoch, no weights, no curves."""
+        peak = peak_memory(self.world.device)
+        self.epochs.append({"epoch": len(self.epochs) + 1, "peak_memory": peak, "timing": timing})
+        self.write_record()
+        self.world.say(f"stopped after {self.args.max_steps} steps: {self.path('.json')}")
+
+    def progress_bar(self, epoch, samples):
+        """A bar over the epoch's pictures, on a terminal alone. It shows the newest loss and accuracies that are known
+        on the host: the last epoch's, since asking the device for this one's would make it wait."""
+        known = {}
+        if self.epochs:
+            known = {key: f"{self.epochs[-1][key]:.3f}" for key in ("loss", "acc", "test_acc")}
+        quiet = not (self.world.is_main and sys.stderr.isatty())
+        title = f"epoch {epoch + 1}/{self.args.num_epoch}"
+        return tqdm(total=samples, desc=title, unit=" pictures", postfix=known, leave=False, disable=quiet)
+
+    def line(self):
+        """The newest epoch in one plain line."""
+        epoch = self.epochs[-1]
+        return (
+            f"epoch {epoch['epoch']}/{self.args.num_epoch}: loss {epoch['loss']:.4f}, acc {epoch['acc']:.2f} %, "
+            f"test acc {epoch['test_acc']:.2f} %, {epoch['timing']['seconds']:.1f} s, "
+            f"{epoch['samples_per_second']:.0f} pictures/s"
+        )
+
+    def write_record(self):
+        if self.world.is_main:
+            record = {
+                "format": 1,
+                "experiment": self.experiment,
+                "name": self.name,
+                "arguments": vars(self.args) | {"processes": self.world.size},
+                "machine": describe_machine(self.world.device),
+                **self.facts,
+                "epochs": self.epochs,
+            }
+            write_json(self.path(".json"), record)

@@ -1,0 +1,247 @@
+"""The pictures: three data sets as arrays, and two ways to load augmented batches of them.
+
+All pictures are uint8 [N, 32, 32, 3], all labels int64 [N]. The worker loader augments picture by picture in worker
+processes with torchvision; the device loader augments a whole batch at once where the model is. Both draw the same
+offsets and flips from (seed, epoch, index), and give the same pixels.
+"""
+
+import dataclasses
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from urllib.error import URLError
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from harness import torchvision_compat  # noqa: F401  (before torchvision)
+from harness.command_line import UserError
+from harness.loading import worker_loader
+
+SIZE = 32
+PADDING = 4
+PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
+
+
+@dataclasses.dataclass
+class ImageData:
+    """A data set. flip: whether a mirrored picture keeps its class (a digit does not)."""
+
+    train_images: np.ndarray
+    train_labels: np.ndarray
+    test_images: np.ndarray
+    test_labels: np.ndarray
+    classes: list
+    flip: bool
+
+    def statistics(self):
+        """Mean and standard deviation of each channel of the training pictures in [0, 1]; two float32 [3]."""
+        # Histograms, since a float copy of CIFAR-10 would take 1.2 GB.
+        values = np.arange(256) / 255
+        counts = np.stack([np.bincount(self.train_images[..., channel].ravel(), minlength=256) for channel in range(3)])
+        share = counts / counts.sum(1, keepdims=True)
+        mean = share @ values
+        std = np.sqrt(np.maximum(share @ values**2 - mean**2, 1e-12))
+        return mean.astype(np.float32), std.astype(np.float32)
+
+
+def load_images(dataset, data_dir):
+    """Load "cifar10", "digits" or "folder" as ImageData; UserError says what is missing or wrong."""
+    return {"cifar10": _load_cifar10, "digits": _load_digits, "folder": _load_folder}[dataset](Path(data_dir))
+
+
+def _load_cifar10(data_dir):
+    from torchvision.datasets import CIFAR10
+
+    try:
+        train = CIFAR10(data_dir, train=True, download=True)
+        test = CIFAR10(data_dir, train=False)
+    except (URLError, RuntimeError, ConnectionError, TimeoutError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"CIFAR-10 is not in {data_dir} and could not be downloaded ({reason}); use --dataset digits, which needs "
+            f"no download, or name the folder that holds cifar-10-batches-py with --data_dir"
+        ) from None
+    return ImageData(train.data, np.array(train.targets), test.data, np.array(test.targets), train.classes, flip=True)
+
+
+def _load_digits(data_dir):
+    from PIL import Image
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    digits = load_digits()
+    small = (digits.images * (255 / 16)).astype(np.uint8)
+    large = np.stack([np.array(Image.fromarray(image).resize((SIZE, SIZE), Image.BILINEAR)) for image in small])
+    images = np.repeat(large[..., None], 3, axis=3)
+    labels = digits.target.astype(np.int64)
+    train, test = train_test_split(np.arange(len(labels)), test_size=360, stratify=labels, random_state=0)
+    classes = [str(name) for name in digits.target_names]
+    return ImageData(images[train], labels[train], images[test], labels[test], classes, flip=False)
+
+
+def _load_folder(data_dir):
+    paths = {split: _list_pictures(data_dir / split) for split in ("train", "test")}
+    classes = sorted(paths["train"])
+    extra = sorted(set(paths["test"]) - set(classes))
+    if extra:
+        raise UserError(f"{data_dir / 'test'} has the class {extra[0]!r}, which {data_dir / 'train'} lacks")
+    arrays = []
+    for split in ("train", "test"):
+        files = [(path, label) for label, name in enumerate(classes) for path in paths[split].get(name, ())]
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            images = np.stack(list(pool.map(_read_picture, [path for path, _ in files])))
+        arrays += [images, np.array([label for _, label in files], dtype=np.int64)]
+    return ImageData(*arrays, classes, flip=True)
+
+
+def _list_pictures(folder):
+    """{class: sorted paths} of `folder`/<class>/*; hidden and foreign files are passed over."""
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; --data_dir needs train/<class>/* and test/<class>/*")
+    found = {
+        child.name: sorted(path for path in child.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+        for child in sorted(folder.iterdir())
+        if child.is_dir() and not child.name.startswith(".")
+    }
+    found = {name: paths for name, paths in found.items() if paths}
+    if not found:
+        raise UserError(f"{folder} has no class folders with pictures in them; it needs <class>/*.png or the like")
+    return found
+
+
+def _read_picture(path):
+    from PIL import Image, UnidentifiedImageError
+
+    try:
+        with Image.open(path) as image:
+            image = image.convert("RGB")
+            if image.size != (SIZE, SIZE):
+                image = image.resize((SIZE, SIZE), Image.BILINEAR)
+            return np.array(image)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"cannot decode the picture {path} ({type(error).__name__}); replace or remove it") from None
+
+
+def augmentation(seed, epoch, indices, flip):
+    """The random part of augmenting pictures `indices` (int [n]) in `epoch`.
+
+    Returns top and left, int64 [n], uniform in 0..2*PADDING, and flip, bool [n], uniform (all False without `flip`):
+    the crop's offsets in the padded picture, and whether the crop is mirrored. A function of its arguments alone, by
+    the SplitMix64 hash (Steele, Lea, Flood 2014).
+    """
+    counter = np.asarray(indices, dtype=np.uint64) + (np.uint64(epoch) << np.uint64(32))
+    with np.errstate(over="ignore"):
+        key = _splitmix64(np.array([seed], dtype=np.uint64))
+        bits = _splitmix64(counter ^ key)
+    span = np.uint64(2 * PADDING + 1)
+    top = (bits & np.uint64(0xFFFF)) * span >> np.uint64(16)
+    left = (bits >> np.uint64(16) & np.uint64(0xFFFF)) * span >> np.uint64(16)
+    mirrored = (bits >> np.uint64(32) & np.uint64(1)).astype(bool) & flip
+    return top.astype(np.int64), left.astype(np.int64), mirrored
+
+
+def _splitmix64(state):
+    state = state + np.uint64(0x9E3779B97F4A7C15)
+    state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return state ^ state >> np.uint64(31)
+
+
+def normalise(images, mean, std):
+    """uint8 [..., 3, H, W] to float32 of the same shape, with `mean` and `std` float32 [3] taken out."""
+    from torchvision.transforms.v2 import functional
+
+    return functional.normalize(functional.to_dtype(images, torch.float32, scale=True), mean.tolist(), std.tolist())
+
+
+class AugmentedImages(Dataset):
+    """Training pictures one by one, for the worker loader: (epoch, index) -> (float32 [3, 32, 32], int)."""
+
+    def __init__(self, data, seed):
+        self.images = torch.from_numpy(data.train_images)
+        self.labels = data.train_labels
+        self.mean, self.std = data.statistics()
+        self.flip, self.seed = data.flip, seed
+
+    def __len__(self):
+        return len(self.labels)
+
+    def __getitem__(self, position):
+        from torchvision.transforms.v2 import functional
+
+        epoch, index = position
+        top, left, mirrored = (value[0] for value in augmentation(self.seed, epoch, [index], self.flip))
+        image = self.images[index].permute(2, 0, 1)
+        image = functional.pad(image, [PADDING] * 4)
+        image = functional.crop(image, int(top), int(left), SIZE, SIZE)
+        if mirrored:
+            image = functional.horizontal_flip(image)
+        return normalise(image, self.mean, self.std), int(self.labels[index])
+
+
+class DeviceImages:
+    """Loads and augments whole batches on `device`, where all training pictures lie as uint8.
+
+    Iterating yields (float32 [n, 3, 32, 32], int64 [n]) on the device, in the order of the EpochBatches `batches`,
+    with the pixels that AugmentedImages gives. memory_format: the layout of the batches.
+    """
+
+    def __init__(self, data, seed, batches, device, memory_format=torch.contiguous_format):
+        self.images = torch.from_numpy(data.train_images).to(device)
+        self.labels = torch.from_numpy(data.train_labels).to(device)
+        # One look-up replaces scaling and normalising; its entries are what the worker loader computes.
+        levels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
+        self.normalised = normalise(levels, *data.statistics())[:, 0].to(device)  # [3, 256]
+        self.flip, self.seed, self.batches = data.flip, seed, batches
+        self.device, self.memory_format = device, memory_format
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        # One copy of an epoch's order and offsets; after it, the host only enqueues.
+        order = self.batches.order()
+        drawn = augmentation(self.seed, self.batches.epoch, np.arange(len(order)), self.flip)
+        top, left, mirrored = (torch.from_numpy(values).to(self.device) for values in drawn)
+        shares = list(self.batches.batches())
+        positions = torch.from_numpy(np.concatenate(shares)).to(self.device)
+        for index in positions.split([len(share) for share in shares]):
+            yield self.augment(index, top[index], left[index], mirrored[index]), self.labels[index]
+
+    def augment(self, index, top, left, mirrored):
+        """Pictures `index` int64 [n], cropped at `top` and `left` int64 [n], `mirrored` bool [n], normalised:
+        float32 [n, 3, 32, 32]."""
+        steps = torch.arange(SIZE, device=self.device)
+        rows = top[:, None] + steps - PADDING
+        columns = torch.where(mirrored[:, None], SIZE - 1 - steps, steps) + left[:, None] - PADDING
+        inside = ((rows >= 0) & (rows < SIZE))[:, :, None] & ((columns >= 0) & (columns < SIZE))[:, None, :]
+        pixels = self.images[
+            index[:, None, None], rows.clamp(0, SIZE - 1)[:, :, None], columns.clamp(0, SIZE - 1)[:, None, :]
+        ]
+        pixels = pixels * inside[..., None]  # The padding is black.
+        batch = torch.stack([table[pixels[..., c].long()] for c, table in enumerate(self.normalised)], dim=1)
+        return batch.contiguous(memory_format=self.memory_format)
+
+
+def training_loader(kind, data, seed, batches, num_workers, device, say=print):
+    """The loader of training batches: kind "workers" or "device"; falls back to workers where the device is full."""
+    if kind == "device":
+        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+        if data.train_images.nbytes <= free / 2:
+            return DeviceImages(data, seed, batches, device)
+        say(f"the {data.train_images.nbytes / 1e9:.1f} GB of pictures do not fit on the device; loading by workers")
+    return worker_loader(AugmentedImages(data, seed), batches, num_workers, device)
+
+
+def evaluation_batches(data, batch_size, device, rank=0, world_size=1):
+    """Yield this process's share of the test pictures on `device`, normalised: (float32 [n, 3, 32, 32], int64 [n]).
+
+    The shares of all processes hold every test picture exactly once.
+    """
+    mean, std = data.statistics()
+    images, labels = data.test_images[rank::world_size], data.test_labels[rank::world_size]
+    for start in range(0, len(labels), batch_size):
+        batch = torch.from_numpy(images[start : start + batch_size]).to(device).permute(0, 3, 1, 2)
+        yield normalise(batch, mean, std), torch.from_numpy(labels[start : start + batch_size]).to(device)

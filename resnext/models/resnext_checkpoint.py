@@ -1,0 +1,108 @@
+"""ResNeXt with activation checkpointing: the model of resnext.py, with forward told step by step.
+
+A policy says which steps backward redoes instead of forward keeping them (steps of a block: conv1, relu1, conv2,
+relu2, conv3, shortcut, out):
+
+segments  relu1, relu2: each segment BatchNorm -> ReLU -> next convolution keeps what it starts from; no convolution
+          is redone.
+chain     relu1, relu2 and out: the sum that ends a block, too, is redone from its two summands. Still no convolution.
+block     all but out: a block keeps its input alone (the usual practice; Chen et al. 2016).
+nested    the original study's way, by torch.utils.checkpoint: stages, and in them blocks again. It is here to be
+          compared with.
+
+A collection of step names ("layer1.0.conv1", ...) works as a policy too: a memory plan (harness.planning) is one.
+"""
+
+import contextlib
+
+import torch
+import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
+
+from harness.recompute import Tape
+from models.resnext import Block, ResNeXt
+
+POLICIES = {
+    "segments": ("relu1", "relu2"),
+    "chain": ("relu1", "relu2", "out"),
+    "block": ("conv1", "relu1", "conv2", "relu2", "conv3", "shortcut"),
+}
+DEFAULT_POLICY = "chain"
+
+
+class CheckpointBlock(Block):
+    """Block, whose training forward runs as named steps on `tape`."""
+
+    def forward(self, x, tape=None, name=""):
+        if tape is None:
+            return super().forward(x)
+        norm = tape.batch_norm
+        out = tape.run(f"{name}.conv1", self.conv1, x)
+        out = tape.run(f"{name}.relu1", lambda out: F.relu(norm(self.bn1, out)), out)
+        out = tape.run(f"{name}.conv2", self.conv2, out)
+        out = tape.run(f"{name}.relu2", lambda out: F.relu(norm(self.bn2, out)), out)
+        out = tape.run(f"{name}.conv3", self.conv3, out)
+        if not len(self.shortcut):
+            return tape.run(f"{name}.out", lambda out, x: F.relu(norm(self.bn3, out) + x), out, x)
+        convolution, bn = self.shortcut
+        x = tape.run(f"{name}.shortcut", convolution, x)
+        return tape.run(f"{name}.out", lambda out, x: F.relu(norm(self.bn3, out) + norm(bn, x)), out, x)
+
+
+class CheckpointResNeXt(ResNeXt):
+    """ResNeXt with the same parameters and results; in training, backward redoes what `policy` names."""
+
+    block = CheckpointBlock
+
+    def __init__(self, cardinality, bottleneck_width, num_classes=10, policy=DEFAULT_POLICY):
+        super().__init__(cardinality, bottleneck_width, num_classes)
+        self.policy = policy
+
+    def redo(self, name):
+        """Whether the policy redoes the step `name`."""
+        if self.policy in POLICIES:
+            return name.rpartition(".")[2] in POLICIES[self.policy]
+        return name in self.policy
+
+    def forward(self, x):
+        if not (self.training and torch.is_grad_enabled()):
+            return super().forward(x)
+        if self.policy == "nested":
+            return self._nested_forward(x)
+        with Tape(self.redo) as tape:
+            out = tape.run("conv1", self.conv1, x)
+            out = tape.run("relu1", lambda out: F.relu(tape.batch_norm(self.bn1, out)), out)
+            for stage in ("layer1", "layer2", "layer3"):
+                for index, block in enumerate(getattr(self, stage)):
+                    out = block(out, tape, f"{stage}.{index}")
+        out = F.avg_pool2d(out, 8)
+        return self.linear(out.flatten(1))
+
+    def _nested_forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        for stage in (self.layer1, self.layer2, self.layer3):
+            out = self._checkpoint(self._nested_stage, stage, out)
+        out = F.avg_pool2d(out, 8)
+        return self.linear(out.flatten(1))
+
+    def _nested_stage(self, stage, x):
+        for block in stage:
+            x = self._checkpoint(block, x)
+        return x
+
+    def _checkpoint(self, function, *inputs):
+        contexts = lambda: (contextlib.nullcontext(), self._frozen_statistics())  # noqa: E731
+        return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+    @contextlib.contextmanager
+    def _frozen_statistics(self):
+        # Redoing a BatchNorm would move its running statistics a second time.
+        norms = [module for module in self.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
+        try:
+            for norm in norms:
+                norm.momentum, norm.num_batches_tracked = 0.0, norm.num_batches_tracked.clone()
+            yield
+        finally:
+            for norm, (momentum, batches) in zip(norms, before, strict=True):
+                norm.momentum, norm.num_batches_tracked = momentum, batches
