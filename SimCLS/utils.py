@@ -1,9 +1,20 @@
-"""What the SimCLS stages share about text: lines of a file, PTB tokens, sentences."""
+"""What the SimCLS stages share: lines of a file, PTB tokens, sentences, work shared out to processes, progress."""
 
+import collections
+import functools
+import itertools
+import multiprocessing
+import os
 import re
+import signal
+import sys
+import threading
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 
 from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTokenizer, PunktTrainer
+from tqdm import tqdm
 
 from harness.command_line import UserError
 
@@ -87,3 +98,68 @@ def read_lines(path):
 def count_lines(path):
     """The number of lines that `read_lines` yields."""
     return sum(1 for _ in read_lines(path))
+
+
+def map_in_order(function, items, workers, chunk, initializer=None, initargs=()):
+    """Yield `function(item)` for each item, in order, computed by `workers` processes (1: by this one).
+
+    At most a few chunks of items are read ahead, so memory stays bounded however many there are. An exception of
+    `function` is raised here. A worker that is killed is a UserError, and workers die with this process.
+
+    chunk: items that travel to a worker together. initializer, initargs: as for ProcessPoolExecutor.
+    """
+    items = iter(items)
+    chunks = iter(lambda: list(itertools.islice(items, chunk)), [])
+    if workers == 1:
+        if initializer:
+            initializer(*initargs)
+        for part in chunks:
+            yield from map(function, part)
+        return
+    # Workers are forked: they need nothing of the main script's imports, which take seconds.
+    context = multiprocessing.get_context("fork")
+    setup = functools.partial(_start_worker, initializer, initargs)
+    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=setup)
+    waiting = collections.deque()
+    try:
+        for part in chunks:
+            waiting.append(pool.submit(_map_chunk, function, part))
+            if len(waiting) > 4 * workers:
+                yield from waiting.popleft().result()
+        while waiting:
+            yield from waiting.popleft().result()
+    except BrokenProcessPool:
+        raise UserError("a worker process was killed; is memory short? Try fewer --workers") from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _map_chunk(function, part):
+    return [function(item) for item in part]
+
+
+def _start_worker(initializer, initargs):
+    # Ctrl-C reaches the whole group of processes: the parent alone speaks, and ends the workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    if initializer:
+        initializer(*initargs)
+
+
+def _end_with_parent():
+    multiprocessing.parent_process().join()
+    os._exit(1)
+
+
+def progress(items, total, label):
+    """Yield `items`; a bar on a terminal, else a line on stderr for each tenth of the work."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, total=total, desc=label)
+        return
+    tenth = 0
+    for done, item in enumerate(items, 1):
+        yield item
+        if done * 10 // total > tenth:
+            tenth = done * 10 // total
+            print(f"{label}: {done} of {total}", file=sys.stderr, flush=True)
