@@ -52,6 +52,14 @@ class World(NamedTuple):
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
+    def check_equal(self, value, what):
+        """UserError in every process when the int or bool `value` is not the same in all of them."""
+        if self.size > 1:
+            least = torch.tensor([int(value), -int(value)], device=self.device)
+            dist.all_reduce(least, dist.ReduceOp.MIN)
+            if least.sum() != 0:
+                raise UserError(f"the processes of this job do not agree on {what}")
+
     def barrier(self):
         if self.size > 1:
             dist.barrier()

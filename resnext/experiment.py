@@ -1,7 +1,6 @@
 """What the ResNeXt scripts share around their loops: arguments, names, metrics, evaluation, records."""
 
 import argparse
-import contextlib
 import sys
 from pathlib import Path
 
@@ -20,8 +19,8 @@ from harness.command_line import (
 )
 from harness.precision import half_precision_type
 from harness.profiling import nvtx_range, peak_memory
-from harness.recording import atomic_write, describe_machine, output_lock, write_json
-from harness.resume import load_state, save_state
+from harness.recording import atomic_write
+from harness.runs import Run
 from images import evaluation_batches
 from models.resnext import parse_name
 
@@ -133,59 +132,11 @@ def evaluate(model, data, precision, world, batch_size, stop):
     return None if stop else metrics.result(world)[1]
 
 
-class Run:
-    """The files of one run: its state while it trains, and its records when it has.
+class ImageRun(Run):
+    """A Run under --output_dir that ends with the weights (.pt), the curves (.npz) and the record (.json)."""
 
-    Only the main process writes. `epochs` is the history: one dict an epoch, as the record has it.
-    """
-
-    def __init__(self, experiment, name, args, world, **facts):
-        self.name, self.args, self.world = name, args, world
-        self.experiment, self.facts = experiment, facts
-        self.folder = Path(args.output_dir)
-        self.epochs = []
-        self.arguments = {key: value for key, value in vars(args).items() if key not in NOT_RESULTS}
-        self.arguments["processes"] = world.size
-
-    def path(self, suffix):
-        return self.folder / f"{self.name}{suffix}"
-
-    @contextlib.contextmanager
-    def lock(self):
-        """Hold the run's name, so that no second run writes the same files; UserError when one does."""
-        if not self.world.is_main:
-            yield
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except FileExistsError:
-            raise UserError(f"--output_dir {self.folder} is a file; name a folder") from None
-        with output_lock(self.path(".lock")):
-            yield
-
-    @property
-    def finished(self):
-        return self.path(".json").exists() and not self.path(".state").exists()
-
-    def resume(self, **parts):
-        """Load the saved state into `parts` (name -> object with load_state_dict, or Metrics).
-
-        Returns (epoch, step) to go on from; (0, 0) without a saved state.
-        """
-        state = load_state(self.path(".state"), self.arguments)
-        if state is None:
-            self.world.say(f"no saved state {self.path('.state')}; starting from the beginning")
-            return 0, 0
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        self.epochs = state["epochs"]
-        return state["epoch"], state["step"]
-
-    def save(self, epoch, step, **parts):
-        """Save the state before step `step` of `epoch` (both from 0)."""
-        if self.world.is_main:
-            states = {name: part.state_dict() for name, part in parts.items()}
-            save_state(self.path(".state"), self.arguments, epoch=epoch, step=step, epochs=self.epochs, **states)
+    def __init__(self, experiment, suffix, args, world, **facts):
+        super().__init__(experiment, args.output_dir, run_name(args, suffix), args, world, NOT_RESULTS, **facts)
 
     def add_epoch(self, epoch, loss, acc, test_acc, timing, samples):
         """Append an epoch (from 0) to the history; UserError when its loss is not finite.
@@ -219,7 +170,7 @@ class Run:
         with atomic_write(self.path(".npz")) as file:
             np.savez(file, **curves)
         self.write_record()
-        self.path(".state").unlink(missing_ok=True)
+        self.drop_state()
 
     def finish_profiling(self, timing):
         """Write the record of a run that --max_steps ended: the timings of its last epoch, no weights, no curves."""
@@ -246,16 +197,3 @@ class Run:
             f"test acc {epoch['test_acc']:.2f} %, {epoch['timing']['seconds']:.1f} s, "
             f"{epoch['samples_per_second']:.0f} pictures/s"
         )
-
-    def write_record(self):
-        if self.world.is_main:
-            record = {
-                "format": 1,
-                "experiment": self.experiment,
-                "name": self.name,
-                "arguments": vars(self.args) | {"processes": self.world.size},
-                "machine": describe_machine(self.world.device),
-                **self.facts,
-                "epochs": self.epochs,
-            }
-            write_json(self.path(".json"), record)

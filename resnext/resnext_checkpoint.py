@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import nn
 
-from experiment import Metrics, Run, evaluate, get_args_parser, run_name
+from experiment import ImageRun, Metrics, evaluate, get_args_parser
 from harness import command_line, distributed
 from harness.loading import EpochBatches
 from harness.precision import choose_precision
@@ -33,7 +33,7 @@ def main():
         world.share(args.batch_size)
         precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
         suffix = "_checkpoint" if args.policy == DEFAULT_POLICY else f"_checkpoint_{args.policy}"
-        run = Run("resnext_checkpoint", run_name(args, suffix), args, world, precision=precision.label)
+        run = ImageRun("resnext_checkpoint", suffix, args, world, precision=precision.label)
         with run.lock():
             train(args, world, precision, run)
 

@@ -1,0 +1,86 @@
+"""One training run's files: its lock, its state while it trains, its record when it has."""
+
+import contextlib
+from pathlib import Path
+
+from harness.command_line import UserError
+from harness.recording import describe_machine, output_lock, write_json
+from harness.resume import load_state, save_state
+
+FORMAT = 1
+
+
+class Run:
+    """The files `folder`/`name`.* of a run of the script `experiment`; only the main process writes them.
+
+    args: the parsed arguments. not_results: the names of those that a resumed run may change, since they choose where
+    and how long a process runs, and not what it computes. facts: what else the record says of the run; more may be
+    put in while it goes. `epochs` is the history, one dict an epoch, as the record has it.
+    """
+
+    def __init__(self, experiment, folder, name, args, world, not_results=(), **facts):
+        self.experiment, self.folder, self.name = experiment, Path(folder), name
+        self.args, self.world, self.facts = args, world, facts
+        self.epochs = []
+        self.arguments = {key: value for key, value in vars(args).items() if key not in not_results}
+        self.arguments["processes"] = world.size
+
+    def path(self, suffix):
+        return self.folder / f"{self.name}{suffix}"
+
+    @contextlib.contextmanager
+    def lock(self):
+        """Hold the run's name, so that no second run writes the same files; UserError when one does."""
+        if not self.world.is_main:
+            yield
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"the output folder {self.folder} is a file, or lies in one; name another") from None
+        with output_lock(self.path(".lock")):
+            yield
+
+    @property
+    def finished(self):
+        return self.path(".json").exists() and not self.path(".state").exists()
+
+    def resume(self, **parts):
+        """Load the saved state into `parts`, name -> object with load_state_dict.
+
+        Returns (epoch, step) to go on from, both from 0; (0, 0) without a saved state. UserError as for load_state.
+        """
+        state = load_state(self.path(".state"), self.arguments)
+        self.world.check_equal(state is not None, f"whether {self.path('.state')} exists; the processes must share it")
+        if state is None:
+            self.world.say(f"no saved state {self.path('.state')}; starting from the beginning")
+            return 0, 0
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        self.epochs = state["epochs"]
+        return state["epoch"], state["step"]
+
+    def save(self, epoch, step, **parts):
+        """Save the state of `parts` before step `step` of `epoch`."""
+        if self.world.is_main:
+            states = {name: part.state_dict() for name, part in parts.items()}
+            save_state(self.path(".state"), self.arguments, epoch=epoch, step=step, epochs=self.epochs, **states)
+
+    def write_record(self):
+        """Write the record, `name`.json, which describes itself: arguments, machine, versions, commit, epochs."""
+        if self.world.is_main:
+            record = {
+                "format": FORMAT,
+                "experiment": self.experiment,
+                "name": self.name,
+                "arguments": vars(self.args) | {"processes": self.world.size},
+                "machine": describe_machine(self.world.device),
+                **self.facts,
+                "epochs": self.epochs,
+            }
+            write_json(self.path(".json"), record)
+
+    def drop_state(self):
+        """Forget the saved state, once everything that it is good for has been written."""
+        if self.world.is_main:
+            self.path(".state").unlink(missing_ok=True)
