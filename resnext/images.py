@@ -243,5 +243,5 @@ def evaluation_batches(data, batch_size, device, rank=0, world_size=1):
     mean, std = data.statistics()
     images, labels = data.test_images[rank::world_size], data.test_labels[rank::world_size]
     for start in range(0, len(labels), batch_size):
-        batch = torch.from_numpy(images[start : start + batch_size]).to(device).permute(0, 3, 1, 2)
+        batch = torch.from_numpy(images[start : start + batch_size]).to(device).permute(0, 3, 1, 2).contiguous()
         yield normalise(batch, mean, std), torch.from_numpy(labels[start : start + batch_size]).to(device)

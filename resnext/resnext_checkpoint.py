@@ -18,24 +18,46 @@ from experiment import ImageRun, Metrics, evaluate, get_args_parser
 from harness import command_line, distributed
 from harness.loading import EpochBatches
 from harness.precision import choose_precision
-from harness.profiling import PhaseTimer, SavedBytes, nvtx_range, reset_peak_memory
+from harness.profiling import PhaseTimer, SavedBytes, nvtx_range, peak_memory, reset_peak_memory
 from harness.resume import stop_requests
-from images import load_images, training_loader
+from images import evaluation_batches, load_images, training_loader
 from models.resnext import parse_name
 from models.resnext_checkpoint import DEFAULT_POLICY, POLICIES, CheckpointResNeXt
 
 
 def main():
     parser = get_args_parser(__doc__)
-    parser.add_argument("--policy", choices=[*POLICIES, "nested"], default=DEFAULT_POLICY)
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--policy", choices=[*POLICIES, "nested"], default=DEFAULT_POLICY, help="what backward redoes")
+    how.add_argument(
+        "--memory_budget",
+        type=command_line.fraction,
+        help="plan what to redo, so that this share of the plain run's saved activations is kept",
+    )
     args = parser.parse_args()
     with distributed.world() as world:
         world.share(args.batch_size)
         precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
-        suffix = "_checkpoint" if args.policy == DEFAULT_POLICY else f"_checkpoint_{args.policy}"
-        run = ImageRun("resnext_checkpoint", suffix, args, world, precision=precision.label)
+        policy = f"budget{args.memory_budget:g}" if args.memory_budget else args.policy
+        suffix = "_checkpoint" if policy == DEFAULT_POLICY else f"_checkpoint_{policy}"
+        run = ImageRun("resnext_checkpoint", suffix, args, world, precision=precision.label, policy=policy)
         with run.lock():
             train(args, world, precision, run)
+
+
+def peak_line(device):
+    peak = peak_memory(device)
+    return f", {peak['allocated_bytes'] / 2**20:.1f} MiB allocated at the peak, with weights" if peak else ""
+
+
+def plan_memory(model, args, world, precision, data, run):
+    """Give `model` the plan for --memory_budget, and print it."""
+    images = next(evaluation_batches(data, 4, world.device))[0]
+    with precision.autocast():
+        plan = model.plan(images, args.memory_budget, args.batch_size // world.size)
+    model.policy = plan.redo
+    run.facts["plan"] = plan._asdict() | {"redo": sorted(plan.redo)}
+    world.say(f"plan: {plan}")
 
 
 def train(args, world, precision, run):
@@ -47,6 +69,8 @@ def train(args, world, precision, run):
         data = load_images(args.dataset, args.data_dir)
     torch.manual_seed(args.seed)
     model = CheckpointResNeXt(*parse_name(args.model), num_classes=len(data.classes), policy=args.policy).to(device)
+    if args.memory_budget:
+        plan_memory(model, args, world, precision, data, run)
     parallel_model = world.wrap(model)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=5e-4)
@@ -90,6 +114,8 @@ def train(args, world, precision, run):
                 timing = phase.end_epoch()
             bar.close()
             run.facts["saved_activation_bytes"] = saved.bytes
+            if args.memory_budget and epoch == first_epoch:
+                world.say(f"measured: {saved.bytes / 2**20:.1f} MiB kept for backward{peak_line(device)}")
             if phase.steps_done == args.max_steps:
                 run.finish_profiling(timing)
                 return

@@ -14,11 +14,13 @@ A collection of step names ("layer1.0.conv1", ...) works as a policy too: a memo
 """
 
 import contextlib
+import copy
 
 import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from harness.planning import plan_recomputation
 from harness.recompute import Tape
 from models.resnext import Block, ResNeXt
 
@@ -70,13 +72,23 @@ class CheckpointResNeXt(ResNeXt):
         if self.policy == "nested":
             return self._nested_forward(x)
         with Tape(self.redo) as tape:
-            out = tape.run("conv1", self.conv1, x)
-            out = tape.run("relu1", lambda out: F.relu(tape.batch_norm(self.bn1, out)), out)
-            for stage in ("layer1", "layer2", "layer3"):
-                for index, block in enumerate(getattr(self, stage)):
-                    out = block(out, tape, f"{stage}.{index}")
-        out = F.avg_pool2d(out, 8)
+            return self.run_steps(tape, x)
+
+    def run_steps(self, tape, x):
+        """The training forward as named steps on `tape`."""
+        out = self.conv1(x)  # Not a step: redoing it would hold the pictures, for little.
+        out = tape.run("stem.relu1", lambda out: F.relu(tape.batch_norm(self.bn1, out)), out)
+        for stage in ("layer1", "layer2", "layer3"):
+            for index, block in enumerate(getattr(self, stage)):
+                out = block(out, tape, f"{stage}.{index}")
+        out = tape.run("head.pool", lambda out: F.avg_pool2d(out, 8), out)
         return self.linear(out.flatten(1))
+
+    def plan(self, images, budget, batch_size):
+        """The harness.planning.Plan for `budget`, measured on the first of `images`, float [n >= 4, 3, 32, 32]."""
+        # On a copy, since forward moves BatchNorm's statistics.
+        model = copy.deepcopy(self).train()
+        return plan_recomputation(model, model.run_steps, images, budget, batch_size)
 
     def _nested_forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
