@@ -35,6 +35,7 @@ class PhaseTimer:
 
     def __init__(self, device, enabled=True):
         self.enabled = enabled
+        self._device = device
         self._on_cuda = device.type == "cuda"
         self._phases = {}
         self._host = defaultdict(list)  # name -> nanoseconds, one an occurrence
@@ -42,6 +43,7 @@ class PhaseTimer:
         self._spare_events = []
         self.steps_done = 0  # In this process.
         self._epoch_warmup = 0
+        self._warmup_samples = {}  # name -> how many of the epoch's first samples fell in warm-up steps
         self._epoch_start = None
 
     def __call__(self, name):
@@ -53,9 +55,12 @@ class PhaseTimer:
 
     def start_epoch(self):
         self._host.clear()
+        self._events.clear()
         self._epoch_warmup = 0
+        self._warmup_samples.clear()
+        reset_peak_memory(self._device)
         if self._on_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
         self._epoch_start = time.perf_counter()
 
     def steps(self, batches, label, first=0, limit=None):
@@ -67,45 +72,52 @@ class PhaseTimer:
         for its batch is the phase "data load".
         """
         iterator = iter(batches)
+        step = self("step")
         for number in range(first, first + len(batches)):
             if self.steps_done == limit:
                 return
-            with nvtx_range(f"{label} - step {number + 1}"), self("step"):
+            step.range_name = f"{label} - step {number + 1}"
+            with step:
                 with self("data load"):
                     batch = next(iterator)
                 yield number, batch
             self.steps_done += 1
-            self._epoch_warmup += self.steps_done <= WARMUP_STEPS
+            if self.steps_done <= WARMUP_STEPS:
+                self._epoch_warmup += 1
+                self._warmup_samples = {name: len(samples) for name, samples in self._host.items()}
 
     def end_epoch(self):
         """Summarise the epoch and forget its samples.
 
-        Returns a dict of plain numbers: "seconds", "steps", "warmup_steps", "unphased_seconds" (host time of the
-        epoch in no phase) and "phases": name -> {"count", "share" (of the epoch's host time), "host_ms", "device_ms"
-        (None without CUDA)}, the last two {"median", "p95", "total"}. Warm-up steps count in totals and shares, and in
-        nothing else.
+        Returns a dict of plain values: "seconds", "steps", "warmup_steps", "unphased_seconds" (time of the epoch in no
+        phase), "peak_memory" (of its steps, as `peak_memory` gives it) and "phases": name -> {"count", "share" (of the
+        epoch), "host_ms", "device_ms" (None without CUDA)}, the last two {"median", "p95", "total"}. Warm-up steps
+        count in totals and shares, and in nothing else. Shares and the time in no phase are of the device's time where
+        it was taken: there the host may be many launches ahead of the work.
         """
         if self._on_cuda:
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self._device)
         seconds = time.perf_counter() - self._epoch_start
         device = self._resolve_events()
         phases = {}
         for name, nanoseconds in self._host.items():
-            host = summarise(np.array(nanoseconds) / 1e6, self._epoch_warmup)
+            warmup = self._warmup_samples.get(name, 0)
+            host_ms = summarise(np.array(nanoseconds) / 1e6, warmup)
+            device_ms = summarise(device[name], warmup) if name in device else None
             phases[name] = {
-                "count": max(0, len(nanoseconds) - self._epoch_warmup),
-                "share": host["total"] / (1e3 * seconds),
-                "host_ms": host,
-                "device_ms": summarise(device[name], self._epoch_warmup) if name in device else None,
+                "count": len(nanoseconds) - warmup,
+                "share": (device_ms or host_ms)["total"] / (1e3 * seconds),
+                "host_ms": host_ms,
+                "device_ms": device_ms,
             }
-        in_phases = sum(phase["host_ms"]["total"] for name, phase in phases.items() if name != "step") / 1e3
         steps = len(self._host.get("step", ()))
         self._host.clear()
         return {
             "seconds": seconds,
             "steps": steps,
             "warmup_steps": self._epoch_warmup,
-            "unphased_seconds": seconds - in_phases,
+            "unphased_seconds": seconds * (1 - sum(phases[name]["share"] for name in phases if name != "step")),
+            "peak_memory": peak_memory(self._device),
             "phases": phases,
         }
 
@@ -129,10 +141,11 @@ class _Phase:
 
     def __init__(self, timer, name):
         self._timer, self._name = timer, name
+        self.range_name = name  # In the profiler; steps have a number there.
         self._start = self._event = None
 
     def __enter__(self):
-        nvtx.push_range(self._name)
+        nvtx.push_range(self.range_name)
         if self._timer._on_cuda:
             self._event = self._timer._record_event()
         self._start = time.perf_counter_ns()
@@ -174,8 +187,7 @@ class SavedBytes:
     _active = []
 
     def __init__(self, model):
-        held = [*model.parameters(), *model.buffers()]
-        self._seen = {tensor.untyped_storage().data_ptr() for tensor in held}
+        self._model = model
         self._storages = []  # Kept alive while counting: a freed storage's address could be handed out again.
         self.bytes = None
 
@@ -185,6 +197,8 @@ class SavedBytes:
 
     def __enter__(self):
         self.bytes = 0
+        held = [*self._model.parameters(), *self._model.buffers()]
+        self._seen = {tensor.untyped_storage().data_ptr() for tensor in held}
         SavedBytes._active.append(self)
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
         self._hooks.__enter__()
