@@ -110,19 +110,18 @@ class RougeReference:
         """
         union = 0
         for line in lines:
-            columns = self._columns(line)
-            if columns:
-                grown = self._tokens & ~columns[-1][1]
-                for sentence in self._sentences:
-                    if grown & sentence:
-                        union |= _backtrack(columns, sentence)
+            columns, grown = self._columns(line)
+            for sentence in self._sentences:
+                if grown & sentence:
+                    union |= _backtrack(columns, sentence)
         return sum(min(count, (union & self._positions[token]).bit_count()) for token, count in counts.items())
 
     def _columns(self, line):
-        """The LCS table of one candidate sentence with every reference sentence at once.
+        """The LCS table of one candidate sentence with every reference sentence at once: (columns, grown).
 
-        Returns a list of (positions, row), one for each token that the reference has and one for each run of tokens
-        that it has not: the bits of the token, and of the table's column as in `_lcs`, the guards cleared.
+        columns: a list of (positions, stops), one for each token that the reference has and one for each run of
+        tokens that it has not: the bits of the token, and those together with the bits where the LCS grows from one
+        reference token to the next. grown: the latter after the last column.
         """
         columns = []
         row = inside = self._tokens
@@ -131,11 +130,11 @@ class RougeReference:
             if positions:
                 matches = row & positions
                 row = ((row + matches) | (row - matches)) & inside
-                columns.append((positions, row))
+                columns.append((positions, positions | ~row))
             elif before != 0:
-                columns.append((0, row))
+                columns.append((0, ~row))
             before = positions
-        return columns
+        return columns, inside & ~row
 
 
 def score_corpus(references, candidates, workers=1):
@@ -157,10 +156,15 @@ def score_document(document):
     return np.array(scores, dtype=np.float64).reshape(len(candidates), len(METRICS), len(Score._fields))
 
 
+def forget_stems():
+    """Empty the stem cache, so that a benchmark starts as a new process does."""
+    _STEMS.clear()
+
+
 class _Stems(dict):
     """The stem of each word (bytes -> str), found once; emptied when full, so that memory stays bounded."""
 
-    CAPACITY = 1_000_000
+    CAPACITY = 200_000
 
     def __init__(self):
         self._stemmer = PorterStemmer()
@@ -189,18 +193,18 @@ def _stem_lines(sentences):
 def _backtrack(columns, sentence):
     """The bits of one LCS of a reference and a candidate sentence: the one that `rouge-score` reads off its table.
 
-    It goes up the table's last column, and takes the first match. Where there is none but the table grows by this
+    It goes up the table's last column, and takes the first match. Where there is none but the LCS grows by this
     reference token, it goes on from there in the column before. The highest set bit finds either in one step.
 
     columns: as from `RougeReference._columns`. sentence: the bits of the reference sentence.
     """
     taken = 0
     left = sentence
-    for positions, row in reversed(columns):
-        stops = left & (positions | ~row)
-        if not stops:
+    for positions, stops in reversed(columns):
+        here = left & stops
+        if not here:
             break
-        stop = 1 << stops.bit_length() - 1
+        stop = 1 << here.bit_length() - 1
         if positions & stop:
             taken |= stop
             left &= stop - 1

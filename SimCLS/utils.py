@@ -30,18 +30,15 @@ _NOT_A_TITLE = "".join(rf"(?<!\b{title})" for title in _TITLES.split("|"))
 _INNER_FULL_STOP = re.compile(rf"(?<=[^\s.][^\s.]){_NOT_A_TITLE}\.(?=[\"'”’)\]]*\s+[\"'“‘(\[]*[A-Z])")
 
 
-def one_line(text):
-    """`text` with every run of white space, line breaks of all kinds among it, made one space."""
-    return " ".join(text.split())
-
-
 def ptb_tokenize(text):
     """Penn Treebank tokens of `text` (any number of sentences), joined by single spaces, on one line.
 
     Quotation marks become `` and '' as in the Treebank; brackets stay as they are (no -LRB-), since ROUGE would
     count such names as words.
     """
-    return one_line(" ".join(_WORD_TOKENIZER.tokenize(_INNER_FULL_STOP.sub(" .", text))))
+    tokens = _WORD_TOKENIZER.tokenize(_INNER_FULL_STOP.sub(" .", text))
+    # A token may hold white space that NLTK does not know as such: a line separator, for one.
+    return " ".join(" ".join(tokens).split())
 
 
 class SentenceSplitter:

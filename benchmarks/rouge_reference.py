@@ -1,0 +1,51 @@
+"""The other side of rouge.py: compare-mt's scorer and a pool of processes, as SimCLS and BRIO use it.
+
+Runs under the interpreter of an environment with compare-mt (`pip install compare-mt`), and imports nothing of this
+repository. Where compare-mt is missing it takes `rouge-score`, of which compare-mt holds an older copy.
+
+    python rouge_reference.py WORKERS
+
+Reads one JSON line a task from stdin, [[reference sentences, [candidate sentences, ...]], ...]; writes one JSON line
+{"seconds", "scores"}, the scores as F-measures [document][candidate][rouge1, rouge2, rougeLsum]. The first line, before
+any task, names the scorer.
+"""
+
+import json
+import sys
+import time
+from importlib import metadata
+from multiprocessing import Pool
+
+try:
+    from compare_mt.rouge.rouge_scorer import RougeScorer
+
+    NAME = f"compare-mt {metadata.version('compare-mt')}"
+except ImportError:
+    from rouge_score.rouge_scorer import RougeScorer
+
+    NAME = f"rouge-score {metadata.version('rouge-score')}"
+
+METRICS = ["rouge1", "rouge2", "rougeLsum"]
+scorer = RougeScorer(METRICS, use_stemmer=True)
+
+
+def score_document(document):
+    reference, candidates = document
+    target = "\n".join(reference)
+    scores = [scorer.score(target, "\n".join(candidate)) for candidate in candidates]
+    return [[score[metric].fmeasure for metric in METRICS] for score in scores]
+
+
+def main():
+    workers = int(sys.argv[1])
+    print(json.dumps(NAME), flush=True)
+    for line in sys.stdin:
+        documents = json.loads(line)
+        start = time.perf_counter()
+        with Pool(workers) as pool:
+            scores = list(pool.imap(score_document, documents, chunksize=16))
+        print(json.dumps({"seconds": time.perf_counter() - start, "scores": scores}), flush=True)
+
+
+if __name__ == "__main__":
+    main()
