@@ -1,0 +1,362 @@
+"""Candidate files to samples: nothing lost, shifted or reordered; and the text helpers that this rests on."""
+
+import csv
+import json
+import multiprocessing
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import preprocess
+import pytest
+from conftest import script_command
+from documents import clean, read_documents
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+from utils import SentenceSplitter, map_in_order, ptb_tokenize, read_lines
+
+from harness.command_line import UserError
+
+SCRIPT = "SimCLS/preprocess.py"
+FIELDS = ("source", "target", "out")
+KEYS = ["article", "abstract", "candidates", "article_untok", "abstract_untok", "candidates_untok"]
+
+
+def write_files(folder, documents, split="train"):
+    """documents: list of (source, target, [candidates])."""
+    folder.mkdir(exist_ok=True)
+    lines = {"source": [], "target": [], "out": []}
+    for source, target, candidates in documents:
+        lines["source"].append(source)
+        lines["target"].append(target)
+        lines["out"] += candidates
+    for field in FIELDS:
+        for suffix, change in (("", str), (".tokenized", ptb_tokenize)):
+            with open(folder / f"{split}.{field}{suffix}", "w", encoding="utf-8", newline="\n") as file:
+                file.writelines(change(line) + "\n" for line in lines[field])
+    return folder
+
+
+def cat_documents(count, candidates=3):
+    return [
+        (
+            f"Cat number {index} sleeps. It does not run.",
+            f"A cat sleeps. It is number {index}.",
+            [f"Cat {index} sleeps {choice} times. It runs." for choice in range(candidates)],
+        )
+        for index in range(count)
+    ]
+
+
+def samples(folder):
+    """The samples of a folder in order; any other file is an error."""
+    names = sorted(os.listdir(folder), key=lambda name: int(name.removesuffix(".json")))
+    assert names == [f"{index}.json" for index in range(len(names))]
+    return [json.loads((folder / name).read_text()) for name in names]
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def letters(text):
+    """Everything but the white space, of which the splitter drops or adds some between sentences."""
+    return "".join(text.split()) if isinstance(text, str) else "".join(map(letters, text))
+
+
+def test_a_sample_is_as_the_published_ones_and_scored_as_rouge_score_does(tmp_path, run_script):
+    documents = [
+        (
+            "Juan Arango bit an opponent. He was not booked.",
+            "Arango bit Zavela. The referee did not book him.",
+            ["Arango bites Zavela. He isn't booked.", "", "Arango bites Zavela. He isn't booked."],
+        ),
+        *cat_documents(4),
+    ]
+    write_files(tmp_path / "in", documents)
+    args = ("--src_dir", tmp_path / "in", "--split", "train", "--cand_num", 3)
+    run_script(SCRIPT, *args, "--tgt_dir", tmp_path / "one", "--workers", 1)
+    run_script(SCRIPT, *args, "--tgt_dir", tmp_path / "two", "--workers", 2)
+    assert contents(tmp_path / "one") == contents(tmp_path / "two")
+
+    sample = samples(tmp_path / "one")[0]
+    assert list(sample) == KEYS
+    assert sample["article_untok"] == ["Juan Arango bit an opponent.", "He was not booked."]
+    assert sample["abstract"] == ["arango bit zavela .", "the referee did not book him ."]
+    untok = ["Arango bites Zavela.", "He isn't booked."]
+    tokenized = ["arango bites zavela .", "he is n't booked ."]
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeLsum"], use_stemmer=True)
+    rouge = scorer.score("\n".join(sample["abstract"]), "\n".join(tokenized))
+    score = sum(value.fmeasure for value in rouge.values()) / 3
+    assert sample["candidates_untok"] == [[untok, pytest.approx(score)], [[], 0.0], [untok, pytest.approx(score)]]
+    assert sample["candidates"] == [[tokenized, pytest.approx(score)], [[], 0.0], [tokenized, pytest.approx(score)]]
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_nothing_is_lost_shifted_or_reordered_from_csv_to_samples(tmp_path_factory, data):
+    folder = tmp_path_factory.mktemp("text")
+    field = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.sampled_from(
+        ["", "\x85", "a\u2028b. C", "x\r\ny", '"quoted", text', "\x00", "One. Two! Three?\nFour", "long " * 3_000]
+    )
+    rows = data.draw(st.lists(st.tuples(field, field), max_size=6)) + [(f"Text {i}.", f"Title {i}.") for i in range(10)]
+    with open(folder / "x.csv", "w", encoding="utf-8", newline="") as file:
+        csv.writer(file).writerows([("abstract", "title"), *rows])
+    documents = read_documents(folder / "x.csv")
+    count = data.draw(st.integers(1, 3))
+    cleaned = field.map(clean)
+    written = [(text, summary, data.draw(st.tuples(*[cleaned] * count))) for text, summary in documents]
+    write_files(folder / "in", written)
+    arguments = f"--src_dir {folder}/in --tgt_dir {folder}/out --split train --workers 1 --cand_num {count}"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sys, "argv", ["preprocess.py", *arguments.split()])
+        patch.setattr(os, "sync", lambda: None)
+        preprocess.main()
+    read = samples(folder / "out")
+    assert len(read) == len(documents)
+    for sample, (text, summary, candidates) in zip(read, written, strict=True):
+        assert letters(sample["article_untok"]) == letters(text)
+        assert letters(sample["abstract_untok"]) == letters(summary)
+        assert [letters(sentences) for sentences, _ in sample["candidates_untok"]] == [letters(x) for x in candidates]
+        assert letters(sample["article"]) == letters(ptb_tokenize(text)).lower()
+        assert letters(sample["abstract"]) == letters(ptb_tokenize(summary)).lower()
+        assert [letters(x) for x, _ in sample["candidates"]] == [letters(ptb_tokenize(x)).lower() for x in candidates]
+
+
+@pytest.mark.parametrize("text", ["a\x85b", "a\u2028b\u2029c", "a\x0bb\x0cc\x1cd\x1ee", "a\rb", "\ufeffa\x00"])
+def test_only_newlines_end_a_line(tmp_path, text):
+    path = tmp_path / "lines"
+    path.write_bytes(f"{text}\n\n{text}".encode())
+    assert list(read_lines(path)) == [text, "", text]
+    assert len(ptb_tokenize(text).splitlines()) == 1
+
+
+def break_count(folder):
+    write_files(folder, cat_documents(5, candidates=4))
+
+
+def break_tokenized_count(folder):
+    with open(folder / "train.out.tokenized", "a") as file:
+        file.write("one more\n")
+
+
+def break_bytes(folder):
+    lines = (folder / "train.out").read_bytes().split(b"\n")
+    lines[6] = b"caf\xe9"
+    (folder / "train.out").write_bytes(b"\n".join(lines))
+
+
+def break_empty(folder):
+    for path in folder.iterdir():
+        path.write_bytes(b"")
+
+
+def break_missing(folder):
+    (folder / "train.target.tokenized").unlink()
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (break_count, r"--cand_num 3: train.out has 20 lines, not 15, train.out.tokenized has 20 lines, not 15"),
+        (break_tokenized_count, r"train.out.tokenized has 16 lines, not 15"),
+        (break_bytes, r"train.out, line 7: byte 0xe9 is not UTF-8"),
+        (break_empty, r"train.source is empty"),
+        (break_missing, r"cannot read .*train.target.tokenized: No such file"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path, run_script, damage, message):
+    damage(write_files(tmp_path / "in", cat_documents(5)))
+    result = run_script(
+        SCRIPT, "--src_dir", tmp_path / "in", "--tgt_dir", tmp_path / "out", "--split", "train", "--cand_num", 3, code=2
+    )
+    assert re.search(message, result.stderr)
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_target_that_is_a_file_is_refused(tmp_path, run_script):
+    write_files(tmp_path / "in", cat_documents(2))
+    (tmp_path / "out").write_text("mine")
+    result = run_script(
+        SCRIPT, "--src_dir", tmp_path / "in", "--tgt_dir", tmp_path / "out", "--split", "train", "--cand_num", 3, code=2
+    )
+    assert len(result.stderr.splitlines()) == 1
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_samples_of_a_larger_earlier_run_do_not_stay(tmp_path, run_script):
+    def run(count):
+        write_files(tmp_path / "in", cat_documents(count))
+        args = ("--src_dir", tmp_path / "in", "--tgt_dir", tmp_path / "out", "--split", "train", "--cand_num", 3)
+        return run_script(SCRIPT, *args, "--workers", 1).stdout
+
+    run(7)
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    assert "in place of 7" in run(3)
+    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
+    (tmp_path / "out" / "notes.txt").unlink()
+    assert len(samples(tmp_path / "out")) == 3
+
+
+@pytest.fixture(scope="module")
+def slow_run(tmp_path_factory):
+    """(command without --tgt_dir, the files that it ends with): some seconds of work by two workers."""
+    folder = tmp_path_factory.mktemp("slow")
+    write_files(folder / "in", cat_documents(1500, candidates=8))
+    command = script_command(SCRIPT, "--src_dir", folder / "in", "--split", "train", "--cand_num", 8, "--workers", 2)
+    subprocess.run([*command, "--tgt_dir", folder / "out"], check=True, capture_output=True)
+    return command, contents(folder / "out")
+
+
+def start_and_wait_for_samples(command, folder):
+    process = subprocess.Popen(
+        [*command, "--tgt_dir", folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 60
+    while not (folder / ".unfinished" / "100.json").exists():
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return process
+
+
+def children(process):
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+
+
+def is_running(pid):
+    try:
+        # A process that has ended, but whose parent has not asked for its exit code, has no command line.
+        return bool(Path(f"/proc/{pid}/cmdline").read_bytes())
+    except OSError:
+        return False
+
+
+def wait_until_gone(pids):
+    deadline = time.monotonic() + 10
+    while any(map(is_running, pids)):
+        assert time.monotonic() < deadline, "a worker outlived its parent"
+        time.sleep(0.05)
+
+
+def test_a_killed_run_leaves_no_sample_and_no_worker_and_its_rerun_ends_the_same(tmp_path, slow_run):
+    command, expected = slow_run
+    process = start_and_wait_for_samples(command, tmp_path / "out")
+    workers = children(process)
+    assert len(workers) == 2
+    process.kill()
+    process.communicate()
+    wait_until_gone(workers)
+    assert os.listdir(tmp_path / "out") == [".unfinished"]
+    subprocess.run([*command, "--tgt_dir", tmp_path / "out"], check=True, capture_output=True)
+    assert contents(tmp_path / "out") == expected
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_ends_a_run_with_one_line_and_the_old_samples_stay(tmp_path, slow_run, number, code):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "0.json").write_text("old")
+    process = start_and_wait_for_samples(slow_run[0], tmp_path / "out")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code
+    assert [line for line in errors.splitlines() if " of " not in line] == [errors.splitlines()[-1]]
+    assert contents(tmp_path / "out") == {"0.json": b"old"}
+
+
+def test_a_killed_worker_is_one_line_and_exit_code_2(tmp_path, slow_run):
+    process = start_and_wait_for_samples(slow_run[0], tmp_path / "out")
+    os.kill(children(process)[0], signal.SIGKILL)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 2
+    assert "a worker process was killed" in errors.splitlines()[-1]
+    assert os.listdir(tmp_path / "out") == []
+
+
+def test_a_second_run_on_the_same_folder_is_refused(tmp_path, run_script):
+    write_files(tmp_path / "in", cat_documents(2))
+    with preprocess.writing_to(tmp_path / "out"):
+        args = ("--src_dir", tmp_path / "in", "--tgt_dir", tmp_path / "out", "--split", "train", "--cand_num", 3)
+        result = run_script(SCRIPT, *args, code=2)
+        assert "another run is writing" in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+        assert os.listdir(tmp_path / "out") == [".unfinished"]
+
+
+def square(number):
+    if number < 0:
+        raise ValueError(number)
+    return number * number
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_mapping_keeps_the_order_and_reads_little_ahead(workers):
+    read = []
+    squares = map_in_order(square, (read.append(item) or item for item in range(1000)), workers, chunk=4)
+    assert [next(squares) for _ in range(6)] == [0, 1, 4, 9, 16, 25]
+    assert len(read) <= 100
+    assert list(squares) == [number * number for number in range(6, 1000)]
+    with pytest.raises(ValueError, match="-1"):
+        list(map_in_order(square, [1, -1, 2], workers, chunk=1))
+    assert not multiprocessing.active_children()
+
+
+def test_ptb_tokens():
+    text = 'He said "Hi there." Mr. Smith (of the U.S. Army) can\'t go. "No," she said. P=.5, 3.5 mg etc.'
+    expected = (
+        "He said `` Hi there . '' Mr. Smith ( of the U.S. Army ) ca n't go . `` No , '' she said . P=.5 , 3.5 mg etc ."
+    )
+    assert ptb_tokenize(text) == expected
+    assert ptb_tokenize("") == ""
+
+
+SPLIT = """
+import sys
+sys.path[:0] = {path!r}
+from utils import SentenceSplitter
+texts = ["The dose was 5 mg. per day. It worked.", "Patients took 9 mg. of it. They slept."] * 50
+print(SentenceSplitter(texts).split("We gave 7 mg. of it. Dr. No came! Why?"))
+"""
+
+
+def split_in_new_process(**env):
+    code = SPLIT.format(path=sys.path)
+    return subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | env, check=True
+    )
+
+
+def test_learnt_sentences_do_not_depend_on_the_process():
+    results = {split_in_new_process(PYTHONHASHSEED=seed, NLTK_DATA="/nowhere").stdout for seed in "123"}
+    assert len(results) == 1
+    assert "'We gave 7 mg. of it.'" in results.pop()
+
+
+def test_installed_nltk_data_is_used(tmp_path):
+    folder = tmp_path / "tokenizers" / "punkt_tab" / "english"
+    folder.mkdir(parents=True)
+    for name in ("collocations.tab", "sent_starters.txt", "abbrev_types.txt", "ortho_context.tab"):
+        (folder / name).write_text("dr" if name == "abbrev_types.txt" else "")
+    assert "'Dr. No came!'" in split_in_new_process(NLTK_DATA=str(tmp_path)).stdout
+    assert "'Dr. No came!'" not in split_in_new_process(NLTK_DATA="/nowhere").stdout
+
+
+def test_a_splitter_reads_a_bounded_sample(monkeypatch):
+    def texts():
+        yield "Short. Text."
+        for _ in range(20):
+            yield "Many words. " * 5000
+        raise AssertionError("read to the end")
+
+    assert SentenceSplitter(texts()).split("One. Two.") == ["One.", "Two."]
+
+
+def test_a_missing_file_names_itself(tmp_path):
+    with pytest.raises(UserError, match=r"nothing\.out"):
+        next(read_lines(tmp_path / "nothing.out"))
