@@ -1,0 +1,205 @@
+"""Make a small model from scratch, with a tokenizer trained on the training split of a CSV. No model hub is needed.
+
+    python3 create_model.py --arch t5 --data_file sample --save_dir models/scratch --copy_init
+    python3 create_model.py --arch bert --data_file sample --save_dir models/encoder
+
+`t5` is a generator for finetune_model.py; its encoder, like `bert`, can start the scorer of main.py. The folder is of
+the ordinary `from_pretrained` form.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import transformers
+from documents import find_dataset, read_documents, split_documents
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+
+from harness import command_line, torchvision_compat  # noqa: F401
+from harness.command_line import UserError
+
+SPECIAL_TOKENS = {
+    "t5": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
+    "bert": {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    },
+}
+RESIDUAL_SCALE = 0.1
+TEMPLATES = {"t5": "$A </s>", "bert": "[CLS] $A [SEP]"}
+
+
+def get_args_parser():
+    parser = command_line.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--arch", choices=("t5", "bert"), default="t5", help="default: %(default)s")
+    parser.add_argument("--data_file", default="sample", help="CSV file or data set name (default: %(default)s)")
+    parser.add_argument("--doc_col_name", default="abstract", help="column of the documents (default: %(default)s)")
+    parser.add_argument("--sum_col_name", default="title", help="column of the summaries (default: %(default)s)")
+    parser.add_argument("--save_dir", type=Path, required=True, help="folder for the model and its tokenizer")
+    size = parser.add_argument_group("size")
+    integer = command_line.positive_int
+    size.add_argument("--vocab_size", type=integer, default=6000, help="tokens (default: %(default)s)")
+    size.add_argument("--d_model", type=integer, default=256, help="width (default: %(default)s)")
+    size.add_argument(
+        "--d_ff", type=integer, default=512, help="width of the feed-forward layers (default: %(default)s)"
+    )
+    size.add_argument("--num_heads", type=integer, default=4, help="attention heads (default: %(default)s)")
+    size.add_argument("--num_layers", type=integer, default=3, help="encoder layers (default: %(default)s)")
+    size.add_argument("--num_decoder_layers", type=integer, default=2, help="of t5 (default: %(default)s)")
+    size.add_argument("--max_positions", type=integer, default=512, help="of bert, in tokens (default: %(default)s)")
+    parser.add_argument("--dropout", type=command_line.non_negative_float, default=0.1, help="default: %(default)s")
+    parser.add_argument(
+        "--copy_init",
+        type=command_line.boolean,
+        nargs="?",
+        const=True,
+        default=False,
+        help="start t5 with attention that copies from the document (see copy_init)",
+    )
+    parser.add_argument("--seed", type=command_line.non_negative_int, default=0, help="default: %(default)s")
+    return parser
+
+
+def main():
+    args = get_args_parser().parse_args()
+    if args.d_model % args.num_heads:
+        raise UserError(f"--d_model {args.d_model} is not a multiple of --num_heads {args.num_heads}")
+    if args.dropout >= 1:
+        raise UserError(f"--dropout {args.dropout} is not below 1")
+    if args.vocab_size < 300:
+        raise UserError(f"--vocab_size {args.vocab_size} is below 300: 256 bytes, the special tokens, and some merges")
+    documents = read_documents(find_dataset(args.data_file), args.doc_col_name, args.sum_col_name)
+    transformers.set_seed(args.seed)
+    tokenizer = train_tokenizer(split_documents(documents)["train"], args.arch, args.vocab_size)
+    model = create_t5(args, tokenizer) if args.arch == "t5" else create_bert(args, tokenizer)
+    model.save_pretrained(args.save_dir)
+    tokenizer.save_pretrained(args.save_dir)
+    print(f"{args.save_dir}: {args.arch}, {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
+
+
+def train_tokenizer(documents, arch, vocab_size):
+    """A byte-level BPE tokenizer of lower-cased text, trained on a list of Document.
+
+    ROUGE ignores case, and a small model learns sooner when `Return` and `return` are one token.
+    """
+    special = SPECIAL_TOKENS[arch]
+    tokenizer = Tokenizer(models.BPE(unk_token=special["unk_token"]))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special.values()),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator((text for document in documents for text in document), trainer)
+    used = [token for token in TEMPLATES[arch].split() if token != "$A"]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=TEMPLATES[arch], special_tokens=[(token, tokenizer.token_to_id(token)) for token in used]
+    )
+    return transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special
+    )
+
+
+def create_t5(args, tokenizer):
+    """A T5ForConditionalGeneration with random weights, and with copying attention on `--copy_init`."""
+    config = transformers.T5Config(
+        vocab_size=len(tokenizer),
+        d_model=args.d_model,
+        d_kv=args.d_model // args.num_heads,
+        d_ff=args.d_ff,
+        num_heads=args.num_heads,
+        num_layers=args.num_layers,
+        num_decoder_layers=args.num_decoder_layers,
+        dropout_rate=args.dropout,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        decoder_start_token_id=tokenizer.pad_token_id,
+    )
+    model = transformers.T5ForConditionalGeneration(config)
+    if args.copy_init:
+        copy_init(model)
+    scale_residuals(model, RESIDUAL_SCALE)
+    return model
+
+
+@torch.no_grad()
+def scale_residuals(model, scale):
+    """Scale all that enters T5's residual streams: the embeddings, and the outputs of attention and feed-forward.
+
+    The normalisation before every layer makes the hidden states the same as before. But AdamW moves every weight by
+    about the learning rate, and T5 (made for Adafactor, whose steps are relative) has embeddings of standard deviation
+    1, which would then hardly move. The last normalisation undoes the scale for the tied output embedding.
+    """
+    model.shared.weight *= scale
+    model.decoder.final_layer_norm.weight /= scale
+    for name, weight in model.named_parameters():
+        if name.endswith((".o.weight", ".wo.weight")):
+            weight *= scale
+
+
+def create_bert(args, tokenizer):
+    """A BertModel with random weights."""
+    config = transformers.BertConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=args.d_model,
+        intermediate_size=args.d_ff,
+        num_attention_heads=args.num_heads,
+        num_hidden_layers=args.num_layers,
+        max_position_embeddings=args.max_positions,
+        hidden_dropout_prob=args.dropout,
+        attention_probs_dropout_prob=args.dropout,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return transformers.BertModel(config)
+
+
+@torch.no_grad()
+def copy_init(model):
+    """Give a fresh T5 an induction circuit: to copy from the document is what it would learn last.
+
+    Head 0 of the encoder's first layer looks at the previous token, and writes it into a subspace of its own (random
+    rows `previous`). Head 0 of every cross-attention compares the decoder's token with what lies there: it finds the
+    places that follow that token in the document. Every cross-attention head writes the token that it finds to the
+    output, where the tied output embedding reads it. Training changes all of it freely. (Olsson et al., 2022,
+    In-context Learning and Induction Heads, for the circuit.)
+    """
+    width, size = model.config.d_model, model.config.d_kv
+    current, previous, copied = (_orthonormal_rows(width, size) for _ in range(3))
+    # All else that is written starts small, or it would drown the circuit.
+    for name, weight in model.named_parameters():
+        if name.endswith((".o.weight", ".wo.weight")):
+            weight *= 0.1
+    attention = model.encoder.block[0].layer[0].SelfAttention
+    # Of T5's buckets, 1 is "one token to the left"; the bias is shared by all layers.
+    attention.relative_attention_bias.weight[1, 0] = 6.0
+    attention.v.weight[:size] = current
+    attention.o.weight[:, :size] = previous.T
+    for block in model.decoder.block:
+        attention = block.layer[1].EncDecAttention
+        # Normalised states have entries of about 1, so a match gives size * scale**2 = 16, and a chance pair sqrt(size)
+        # times less: enough to find a token among a hundred.
+        scale = math.sqrt(16 / size)
+        attention.q.weight[:size] = scale * current
+        attention.k.weight[:size] = scale * previous
+        # The copy has a part, size / width, of the token; it has to outweigh the whole token that the decoder read.
+        attention.v.weight[:size] = copied
+        attention.o.weight[:, :size] = 2 * width / size * copied.T
+
+
+def _orthonormal_rows(width, rows):
+    """A float32 tensor of shape (rows, width) with random orthonormal rows, rows <= width."""
+    return torch.linalg.qr(torch.randn(width, rows))[0].T.contiguous()
+
+
+if __name__ == "__main__":
+    command_line.run(main)

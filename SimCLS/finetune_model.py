@@ -1,0 +1,247 @@
+"""Fine-tune a generator (any sequence-to-sequence model) on the documents and summaries of a CSV.
+
+    python3 finetune_model.py --pt_model t5-small --data_file clean_covid.csv --save_dir models/t5_covid
+
+After each epoch the model summarises validation documents; the epoch with the best mean of ROUGE-1, -2 and -Lsum is
+kept, and lies in --save_dir in `from_pretrained` form when training ends, with `finetune.json`, the record of the run.
+An interrupted run goes on with --resume, and ends with the same weights as if it had never stopped.
+"""
+
+import argparse
+import shutil
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import transformers
+from documents import find_dataset, read_documents, split_documents, take_percent
+from rouge_score import rouge_scorer
+
+from harness import command_line, torchvision_compat  # noqa: F401
+from harness.command_line import UserError
+from harness.recording import describe_machine, output_lock, write_json
+
+ROUGE_TYPES = ("rouge1", "rouge2", "rougeLsum")
+
+
+def get_args_parser():
+    parser = command_line.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    integer, number = command_line.positive_int, command_line.positive_float
+    parser.add_argument("--pt_model", required=True, help="generator to start from: a folder, or a name on the hub")
+    parser.add_argument("--data_file", default="sample", help="CSV file or data set name (default: %(default)s)")
+    parser.add_argument("--doc_col_name", default="abstract", help="column of the documents (default: %(default)s)")
+    parser.add_argument("--sum_col_name", default="title", help="column of the summaries (default: %(default)s)")
+    parser.add_argument("--save_dir", type=Path, required=True, help="folder for the fine-tuned generator")
+    parser.add_argument(
+        "--dataset_percent", type=number, default=100, help="share of the splits (default: %(default)s)"
+    )
+    parser.add_argument("--resume", **_flag("continue the interrupted run in --save_dir"))
+    parser.add_argument("--seed", type=command_line.non_negative_int, default=0, help="default: %(default)s")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--num_epoch", type=integer, default=5, help="default: %(default)s")
+    training.add_argument("--max_steps", type=integer, help="end after this many updates, whatever --num_epoch says")
+    training.add_argument("--batch_size", type=integer, default=16, help="documents a step (default: %(default)s)")
+    training.add_argument("--lr", type=number, default=3e-4, help="peak learning rate of AdamW (default: %(default)s)")
+    training.add_argument("--warmup", type=command_line.fraction, default=0.05, help="share of the updates in which the "
+                          "rate rises to its peak, from which it falls to 0 (default: %(default)s)")  # fmt: skip
+    training.add_argument("--label_smoothing", type=command_line.non_negative_float, default=0.1,
+                          help="default: %(default)s")  # fmt: skip
+    training.add_argument("--half_precision", nargs="?", const="auto", default="False", metavar="DTYPE",
+                          help="float16 or bfloat16 autocast; without a value float16 on CUDA, bfloat16 on a CPU")  # fmt: skip
+    training.add_argument("--gradient_checkpointing", **_flag("recompute activations in the backward pass"))
+
+    lengths = parser.add_argument_group("lengths, in tokens; longer texts are cut")
+    lengths.add_argument("--max_source_length", type=integer, default=512, help="default: %(default)s")
+    lengths.add_argument("--max_target_length", type=integer, default=64, help="default: %(default)s")
+
+    evaluation = parser.add_argument_group("validation")
+    evaluation.add_argument("--num_beams", type=integer, default=1, help="default: %(default)s")
+    evaluation.add_argument("--eval_limit", type=integer, default=500, help="documents (default: %(default)s)")
+    return parser
+
+
+def _flag(text):
+    return {"type": command_line.boolean, "nargs": "?", "const": True, "default": False, "help": text}
+
+
+def main():
+    args = get_args_parser().parse_args()
+    if args.label_smoothing >= 1:
+        raise UserError(f"--label_smoothing {args.label_smoothing} is not below 1")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = half_precision_dtype(args.half_precision, device)
+    documents = read_documents(find_dataset(args.data_file), args.doc_col_name, args.sum_col_name)
+    splits = {split: take_percent(part, args.dataset_percent) for split, part in split_documents(documents).items()}
+    model, tokenizer = load_generator(args.pt_model)
+    transformers.set_seed(args.seed)
+    with output_lock(args.save_dir / "finetune.lock"):
+        finetune(args, model, tokenizer, splits, dtype)
+
+
+def half_precision_dtype(value, device):
+    """The autocast dtype that `--half_precision value` asks for on `device`, or None for single precision."""
+    value = value.lower()
+    if value in ("false", "no", "0"):
+        return None
+    if value in ("auto", "true", "yes", "1"):
+        return torch.float16 if device.type == "cuda" else torch.bfloat16
+    if value not in ("float16", "bfloat16"):
+        raise UserError(f"--half_precision {value} is none of float16, bfloat16, True and False")
+    if value == "float16" and device.type == "cpu":
+        raise UserError("--half_precision float16 needs a GPU; use bfloat16 on a CPU")
+    return getattr(torch, value)
+
+
+def load_generator(name):
+    """(model, tokenizer) of a folder or a hub name. Raises UserError when there is none, or it is no generator."""
+    try:
+        return transformers.AutoModelForSeq2SeqLM.from_pretrained(name), transformers.AutoTokenizer.from_pretrained(
+            name
+        )
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"--pt_model {name!r} is no folder with a sequence-to-sequence model and its tokenizer, and no such model "
+            f"can be had from the hub ({reason}); make one with create_model.py, or use demo/"
+        ) from None
+
+
+class SummaryDataset(torch.utils.data.Dataset):
+    """Tokenized documents: {"input_ids", "attention_mask", "labels"}, lists of ints that end with the end token."""
+
+    def __init__(self, documents, tokenizer, max_source_length, max_target_length):
+        sources = [document.text for document in documents]
+        targets = [document.summary for document in documents]
+        inputs = tokenizer(sources, truncation=True, max_length=max_source_length)
+        labels = tokenizer(text_target=targets, truncation=True, max_length=max_target_length)
+        self.samples = [
+            {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": label_ids}
+            for input_ids, label_ids in zip(inputs["input_ids"], labels["input_ids"], strict=True)
+        ]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index]
+
+
+class Rouge:
+    """Turns the Trainer's predictions into mean F of ROUGE-1, -2, -Lsum (stemmed, 0 to 1) and their mean, `rouge`."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.scorer = rouge_scorer.RougeScorer(ROUGE_TYPES, use_stemmer=True)
+
+    def __call__(self, prediction):
+        """`predictions` and `label_ids` are int arrays (documents, tokens), padded with -100."""
+        summaries, references = self._decode(prediction.predictions), self._decode(prediction.label_ids)
+        scores = [self.scorer.score(*pair) for pair in zip(references, summaries, strict=True)]
+        means = {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in ROUGE_TYPES}
+        return {**means, "rouge": sum(means.values()) / len(means)}
+
+    def _decode(self, token_ids):
+        token_ids = [[token for token in row if token >= 0] for row in token_ids.tolist()]
+        return self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+
+
+class PlainProgress(transformers.TrainerCallback):
+    """One line a logging step or validation, for a log file where a progress bar would be noise."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in logs.items() if name != "epoch")
+        now = time.strftime("%H:%M:%S")
+        print(f"{now} step {state.global_step}/{state.max_steps}, epoch {state.epoch:.2f}: {figures}", flush=True)
+
+
+def finetune(args, model, tokenizer, splits, dtype):
+    """Train, and leave the best model, its tokenizer and the record of the run in args.save_dir."""
+    checkpoints = args.save_dir / "checkpoints"
+    last = transformers.trainer_utils.get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
+    if args.resume and last is None:
+        raise UserError(f"there is no interrupted run in {args.save_dir}; leave --resume out")
+    if last is not None and not args.resume:
+        raise UserError(f"{args.save_dir} holds an interrupted run; add --resume, or choose another --save_dir")
+    # The other stages cut documents and end summaries where training did.
+    tokenizer.model_max_length = args.max_source_length
+    model.generation_config.max_length = args.max_target_length
+    train_set = SummaryDataset(splits["train"], tokenizer, args.max_source_length, args.max_target_length)
+    val_set = SummaryDataset(
+        splits["val"][: args.eval_limit], tokenizer, args.max_source_length, args.max_target_length
+    )
+    trainer = transformers.Seq2SeqTrainer(
+        model,
+        training_arguments(args, checkpoints, len(train_set), dtype),
+        data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, model, pad_to_multiple_of=8 if dtype else None),
+        train_dataset=train_set,
+        eval_dataset=val_set,
+        processing_class=tokenizer,
+        compute_metrics=Rouge(tokenizer),
+    )
+    if not sys.stderr.isatty():
+        trainer.remove_callback(transformers.PrinterCallback)
+        trainer.remove_callback(transformers.ProgressCallback)
+        trainer.add_callback(PlainProgress)
+    started = time.perf_counter()
+    trainer.train(resume_from_checkpoint=last)
+    seconds = time.perf_counter() - started
+    trainer.save_model(args.save_dir)
+    if trainer.is_world_process_zero():
+        write_json(args.save_dir / "finetune.json", record(args, trainer, seconds))
+        shutil.rmtree(checkpoints)
+        print(f"best epoch's mean ROUGE on validation: {trainer.state.best_metric:.4f}; saved in {args.save_dir}")
+
+
+def training_arguments(args, checkpoints, num_samples, dtype):
+    """The Trainer's settings: an epoch ends with validation and a saved state; the best and the last are kept."""
+    updates = args.max_steps or -(-num_samples // args.batch_size) * args.num_epoch
+    return transformers.Seq2SeqTrainingArguments(
+        output_dir=str(checkpoints),
+        num_train_epochs=args.num_epoch,
+        max_steps=args.max_steps or -1,
+        per_device_train_batch_size=args.batch_size,
+        per_device_eval_batch_size=4 * args.batch_size,
+        learning_rate=args.lr,
+        warmup_steps=round(args.warmup * updates),
+        label_smoothing_factor=args.label_smoothing,
+        fp16=dtype == torch.float16,
+        bf16=dtype == torch.bfloat16,
+        gradient_checkpointing=args.gradient_checkpointing,
+        train_sampling_strategy="group_by_length",  # less padding
+        predict_with_generate=True,
+        generation_max_length=args.max_target_length,
+        generation_num_beams=args.num_beams,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="rouge",
+        logging_steps=50,
+        report_to="none",
+        use_cpu=not torch.cuda.is_available(),
+        disable_tqdm=not sys.stderr.isatty(),
+        seed=args.seed,
+    )
+
+
+def record(args, trainer, seconds):
+    """What was run, where, and the loss and ROUGE of each epoch, as plain JSON values."""
+    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return {
+        "arguments": arguments,
+        "machine": describe_machine(trainer.args.device),
+        "parameters": trainer.model.num_parameters(),
+        "train_seconds": seconds,
+        "best_rouge": trainer.state.best_metric,
+        "history": trainer.state.log_history,
+    }
+
+
+if __name__ == "__main__":
+    command_line.run(main)
