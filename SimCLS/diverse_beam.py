@@ -1,0 +1,412 @@
+"""Diverse (group) beam search (Vijayakumar et al. 2016, algorithm 1) for any encoder-decoder of transformers 5.
+
+transformers has had no group beam search since 4.57. This gives the same tokens in the same order as 4.56.2's
+`generate(num_beams=N, num_beam_groups=G, diversity_penalty=p, num_return_sequences=N)`.
+
+The beams of a document form groups. At each step the groups choose their tokens one after another, and the score of a
+token falls by the diversity penalty for every beam of an earlier group that chose it at this step (Hamming diversity).
+Within a group it is beam search: the hypotheses that end are kept, as many as the group has beams, ranked by their
+log-probability (penalties included) divided by length ** length_penalty.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from transformers.cache_utils import DynamicCache, EncoderDecoderCache
+from transformers.modeling_outputs import BaseModelOutput
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from t5_decoder import T5Decoder
+
+# Steps between two looks at what has ended. Each look makes the host wait for a GPU; on a CPU it costs nothing.
+STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}
+# Rows of ended beams leave the batch once they are this part of it, for moving the others has its cost.
+WORTH_LEAVING = 1 / 8
+# Columns in a block of `top_k`.
+BLOCK = 128
+# Settings of a generation config that would change the candidates, and the values that leave them as they are.
+UNSUPPORTED = {
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "guidance_scale": (None, 1, 1.0),
+    "renormalize_logits": (None, False),
+    "exponential_decay_length_penalty": (None,),
+    "begin_suppress_tokens": (None, []),
+    "sequence_bias": (None, {}),
+    "stop_strings": (None, []),
+    "min_new_tokens": (None, 0),
+}
+
+
+def diverse_beam_search(model, input_ids, attention_mask, **settings):
+    """Search one batch. For many batches keep a `DiverseBeamSearch`; the arguments and the result are its own."""
+    return DiverseBeamSearch(model, **settings)(input_ids, attention_mask)
+
+
+class DiverseBeamSearch:
+    """Diverse beam search over one model, called with one batch of documents after another.
+
+    model: any AutoModelForSeq2SeqLM in eval mode. Its generation config gives the start, end and padding tokens, forced
+        first and last tokens, and suppressed ones. The weights are read here: train on, and a new object is needed.
+    num_beams: candidates a document; num_groups divides it. One group is plain beam search.
+    diversity_penalty: at least 0, in units of log-probability.
+    max_length: the most tokens of a candidate, start and end token counted; at least 2.
+    min_length: no end token follows fewer tokens than this, the start token counted.
+    length_penalty: the exponent of the length that a score is divided by.
+    no_repeat_ngram_size: no n-gram of this size occurs twice in a candidate; 0 allows all.
+    early_stopping: when a group that has ended all its hypotheses stops. True: at once. False: when its best open beam,
+        ended now, would not replace one. "never": when that beam could not do so at any length.
+
+    Raises ValueError for settings that contradict each other, and for a generation config with a setting that is not
+    implemented (a repetition penalty, say).
+    """
+
+    def __init__(
+        self,
+        model,
+        *,
+        num_beams,
+        num_groups,
+        diversity_penalty,
+        max_length,
+        min_length=0,
+        length_penalty=1.0,
+        no_repeat_ngram_size=0,
+        early_stopping=False,
+    ):
+        if num_beams < 1 or num_groups < 1 or num_beams % num_groups:
+            raise ValueError(f"{num_beams} beams cannot be shared out equally over {num_groups} groups")
+        if max_length < 2:
+            raise ValueError(f"a maximum length of {max_length} leaves no room behind the start token")
+        if diversity_penalty < 0:
+            raise ValueError(f"a diversity penalty of {diversity_penalty} is below 0")
+        self.decoder = T5Decoder(model) if T5Decoder.supports(model) else LibraryDecoder(model)
+        self.device = model.device
+        self.num_beams, self.num_groups, self.group_size = num_beams, num_groups, num_beams // num_groups
+        self.diversity_penalty = diversity_penalty
+        self.max_length, self.min_length = max_length, min_length
+        self.no_repeat_ngram_size = no_repeat_ngram_size
+        self.early_stopping, self.rewards_length = early_stopping, length_penalty > 0
+        # By number of tokens behind the start token. A table, since CUDA multiplies by the inverse of a Python number.
+        divisors = [1.0] + [float(length) ** length_penalty for length in range(1, max_length)]
+        self.divisors = torch.tensor(divisors, dtype=torch.float64, device=self.device)
+        self._read_tokens(model.generation_config)
+
+    def _read_tokens(self, config):
+        for name, neutral in UNSUPPORTED.items():
+            if getattr(config, name, None) not in neutral:
+                raise ValueError(f"the model's generation config sets {name}, which diverse beam search leaves out")
+        self.start_token = _first(config.decoder_start_token_id, config.bos_token_id)
+        if self.start_token is None:
+            raise ValueError("the model's generation config has no decoder_start_token_id")
+        end_tokens = _as_list(config.eos_token_id)
+        self.pad_token = _first(config.pad_token_id, *end_tokens, 0)
+        suppressed = list(config.suppress_tokens or [])
+        for words in config.bad_words_ids or []:
+            if len(words) > 1:
+                raise ValueError("the model's generation config has bad_words_ids of more than one token")
+            suppressed += [token for token in words if token not in end_tokens]
+        self.end_tokens = torch.tensor(end_tokens, dtype=torch.long, device=self.device)
+        self.suppressed = torch.tensor(suppressed, dtype=torch.long, device=self.device)
+        self.forced = {1: _as_list(config.forced_bos_token_id)}
+        if config.forced_eos_token_id is not None:
+            self.forced[self.max_length - 1] = _as_list(config.forced_eos_token_id)
+        # Enough of a group's best tokens that as many as it has beams do not end.
+        self.offers = max(2, 1 + len(end_tokens)) * self.group_size
+
+    @torch.inference_mode()
+    def __call__(self, input_ids, attention_mask):
+        """The candidates of a batch of documents, best first.
+
+        input_ids, attention_mask: int64 [documents, length], padded at the end.
+
+        Returns the tokens, int64 [documents, num_beams, length], with the start token first and padding behind the end
+        token; and the scores, float32 [documents, num_beams].
+        """
+        documents = len(input_ids)
+        beams = Beams(self, documents)
+        self.decoder.start(input_ids, attention_mask, self.max_length)
+        rows = None  # Which beam each row of the decoder is. Until the first token the beams of a document are one row.
+        look = STEPS_BETWEEN_LOOKS.get(self.device.type, 8)
+        for length in range(1, self.max_length):
+            history = beams.tokens[:, 0, :length] if rows is None else beams.tokens.flatten(0, 1)[rows, :length]
+            scores, tokens = self._best_tokens(self.decoder.step(history[:, -1]), history)
+            if rows is None:
+                rows = torch.arange(documents * self.num_beams, device=self.device)
+                self.decoder.spread(self.num_beams)
+                scores, tokens = (x.repeat_interleave(self.num_beams, dim=0) for x in (scores, tokens))
+            parents = beams.advance(*_place(rows, documents * self.num_beams, scores, tokens), length)
+            if self.group_size > 1:
+                position = torch.empty_like(parents).index_copy_(0, rows, torch.arange(len(rows), device=self.device))
+                self.decoder.reorder(position[parents[rows]])
+            if length % look == 0:
+                is_open = ~beams.done.repeat_interleave(self.group_size, dim=1).flatten()[rows]
+                left = int(is_open.sum())
+                if left == 0:
+                    break
+                if left <= (1 - WORTH_LEAVING) * len(rows):
+                    kept = is_open.nonzero().squeeze(1)
+                    self.decoder.keep(kept)
+                    rows = rows[kept]
+        return beams.best()
+
+    def _best_tokens(self, logits, history):
+        """Log-probabilities (float32) and ids (int64) of each row's best tokens, both [rows, tokens], best first.
+
+        logits: [rows, vocabulary]; history: int64 [rows, length].
+        """
+        length = history.shape[1]
+        # The penalties of earlier groups can push aside as many tokens as these groups have beams.
+        count = min(self.offers + self.num_beams - self.group_size, logits.shape[1])
+        forced = self.forced.get(length)
+        if forced:
+            return self._forced_tokens(forced, len(history), count)
+        scores = logits.float().log_softmax(-1)
+        if self.no_repeat_ngram_size:
+            forbid_repeats(scores, history, self.no_repeat_ngram_size)
+        if len(self.suppressed):
+            scores[:, self.suppressed] = float("-inf")
+        if length < self.min_length:
+            scores[:, self.end_tokens] = float("-inf")
+        return top_k(scores, count)
+
+    def _forced_tokens(self, forced, rows, count):
+        scores = torch.full((rows, count), float("-inf"), device=self.device)
+        scores[:, : len(forced)] = 0
+        other = next(token for token in range(len(self.end_tokens) + 1) if token not in self.end_tokens)
+        tokens = torch.tensor(forced + [other] * (count - len(forced)), device=self.device)
+        return scores, tokens.expand(rows, -1)
+
+
+class Beams:
+    """The open beams of a batch of documents and the hypotheses that have ended, group by group."""
+
+    def __init__(self, search, documents):
+        self.search = search
+        shape = (documents, search.num_beams)
+        self.tokens = torch.full((*shape, search.max_length), search.pad_token, device=search.device)
+        self.tokens[:, :, 0] = search.start_token
+        # All but the first beam of a group start hopeless: the equal beams would choose equal tokens.
+        self.scores = torch.full(shape, -1e9, device=search.device)
+        self.scores[:, :: search.group_size] = 0
+        self.done = torch.zeros(documents, search.num_groups, dtype=torch.bool, device=search.device)
+        self.ended = Hypotheses(documents, search.num_groups, search.group_size, search.max_length, search.device)
+
+    def advance(self, scores, tokens, length):
+        """Add one token to every open beam.
+
+        scores, tokens: [documents * num_beams, offers], the best tokens of each beam. length: tokens of a beam so far.
+        Returns the beam that each beam now continues, int64 [documents * num_beams]; always one of its own group.
+        """
+        search = self.search
+        tops, top_tokens, top_parents, nexts = self._choose(scores, tokens, length)
+        groups = self.tokens.unflatten(1, (search.num_groups, search.group_size))
+        ends = torch.isin(top_tokens, search.end_tokens)
+        for rank in range(search.group_size):
+            hypothesis = _take(groups, top_parents[:, :, rank : rank + 1]).squeeze(2)
+            score = tops[:, :, rank].double() / search.divisors[length]
+            self.ended.add(ends[:, :, rank] & ~self.done, score, hypothesis, length)
+        was_done = self.done.unsqueeze(2)
+        self.done = self.done | self._cannot_improve(tops[:, :, 0].double(), length)
+
+        here = torch.arange(search.group_size, device=search.device)
+        parents = torch.where(was_done, here, top_parents.gather(2, nexts))
+        next_tokens = torch.where(was_done, search.pad_token, top_tokens.gather(2, nexts))
+        self.scores = torch.where(was_done, 0.0, tops.gather(2, nexts)).flatten(1)
+        if search.group_size > 1:
+            self.tokens = _take(groups, parents).flatten(1, 2)
+        self.tokens[:, :, length] = next_tokens.flatten(1)
+        first = torch.arange(0, self.scores.numel(), search.group_size, device=search.device)
+        return (first.view(-1, search.num_groups, 1) + parents).flatten()
+
+    def _choose(self, scores, tokens, length):
+        """Let the groups choose in turn.
+
+        Returns the best continuations of each group, best first: scores, tokens and parents (places within the
+        group), each [documents, groups, offers]; and which of them its beams take, [documents, groups, group size].
+        """
+        search = self.search
+        documents, size = len(self.tokens), search.group_size
+        scores, tokens = (x.view(documents, search.num_groups, size, -1) for x in (scores, tokens))
+        penalty = 0 if search.forced.get(length) else search.diversity_penalty
+        taken = tokens.new_empty(documents, 0)
+        chosen = []
+        for group in range(search.num_groups):
+            group_scores, group_tokens = scores[:, group], tokens[:, group]
+            if group and penalty:
+                times_taken = (group_tokens.unsqueeze(-1) == taken[:, None, None]).sum(-1)
+                group_scores = group_scores - penalty * times_taken
+            group_scores = group_scores + self.scores[:, group * size : (group + 1) * size, None]
+            top, place = group_scores.flatten(1).topk(search.offers)
+            top_tokens = group_tokens.flatten(1).gather(1, place)
+            # A stable sort that puts the tokens that end behind the others, both still best first.
+            ends = torch.isin(top_tokens, search.end_tokens)
+            nexts = ends.byte().argsort(dim=1, stable=True)[:, :size]
+            next_tokens = top_tokens.gather(1, nexts).masked_fill(self.done[:, group, None], search.pad_token)
+            taken = torch.cat([taken, next_tokens], dim=1)
+            chosen.append((top, top_tokens, place // scores.shape[-1], nexts))
+        return (torch.stack(parts, dim=1) for parts in zip(*chosen, strict=True))
+
+    def _cannot_improve(self, best, length):
+        search = self.search
+        full = self.ended.count == search.group_size
+        if search.early_stopping is True:
+            return full
+        furthest = search.max_length - 1 if search.early_stopping == "never" and search.rewards_length else length
+        return full & (self.ended.worst() >= best / search.divisors[furthest])
+
+    def best(self):
+        """All hypotheses of each document, best first: tokens [documents, num_beams, length] and float32 scores."""
+        search = self.search
+        scores = self.scores.double().unflatten(1, self.done.shape[1:] + (-1,)) / search.divisors[-1]
+        groups = self.tokens.unflatten(1, (search.num_groups, search.group_size))
+        for rank in range(search.group_size):
+            self.ended.add(~self.done, scores[:, :, rank], groups[:, :, rank], search.max_length)
+        tokens, scores, lengths = self.ended.ranked()
+        longest = min(int(lengths.max()) + 1, search.max_length)
+        tokens, column = tokens[:, :, :longest], torch.arange(longest, device=search.device)
+        tokens = torch.where(column < lengths.unsqueeze(2), tokens, search.pad_token)
+        if len(search.end_tokens):
+            tokens = torch.where(column == lengths.unsqueeze(2), search.end_tokens[0], tokens)
+        return tokens, scores.float()
+
+
+class Hypotheses:
+    """The best ended hypotheses of every group of every document, `size` a group.
+
+    Which of two equal ones stays, and which comes first, is decided by when they came, as in a list that is appended to
+    and whose worst entry is deleted.
+    """
+
+    def __init__(self, documents, groups, size, max_length, device):
+        shape = (documents, groups, size)
+        self.scores = torch.full(shape, float("inf"), dtype=torch.float64, device=device)
+        self.lengths = torch.zeros(shape, dtype=torch.long, device=device)
+        self.came = torch.zeros(shape, dtype=torch.long, device=device)
+        self.tokens = torch.zeros((*shape, max_length), dtype=torch.long, device=device)
+        self.count = torch.zeros(shape[:2], dtype=torch.long, device=device)
+        self.clock = 0
+
+    def worst(self):
+        """The lowest score of each group, float64 [documents, groups]."""
+        return self.scores.amin(-1)
+
+    def add(self, offered, scores, tokens, length):
+        """Offer one hypothesis to each group where `offered`, bool [documents, groups], is true.
+
+        scores: float64 [documents, groups]; tokens: int64 [documents, groups, max_length], `length` of them used.
+        """
+        self.clock += 1
+        size = self.scores.shape[2]
+        worst, full = self.worst(), self.count == size
+        accepted = offered & (~full | (scores > worst))
+        oldest_worst = self.came.masked_fill(self.scores > worst.unsqueeze(2), self.clock).argmin(-1)
+        slot = torch.where(full, oldest_worst, self.count).unsqueeze(2)
+        here = accepted.unsqueeze(2) & (torch.arange(size, device=slot.device) == slot)
+        self.scores = torch.where(here, scores.unsqueeze(2), self.scores)
+        self.lengths = torch.where(here, length, self.lengths)
+        self.came = torch.where(here, self.clock, self.came)
+        self.tokens = torch.where(here.unsqueeze(3), tokens.unsqueeze(2), self.tokens)
+        self.count += accepted & ~full
+
+    def ranked(self):
+        """All hypotheses of each document, best first, the later one first of two equal ones.
+
+        Returns tokens [documents, hypotheses, max_length], scores and lengths [documents, hypotheses].
+        """
+        oldest_first = self.came.argsort(dim=2)
+        scores = self.scores.gather(2, oldest_first).flatten(1)
+        lengths = self.lengths.gather(2, oldest_first).flatten(1)
+        tokens = _take(self.tokens, oldest_first).flatten(1, 2)
+        order = scores.flip(1).argsort(dim=1, descending=True, stable=True)
+        order = scores.shape[1] - 1 - order
+        return _take(tokens, order), scores.gather(1, order), lengths.gather(1, order)
+
+
+class LibraryDecoder:
+    """Decodes for beam search by the model's own forward; see T5Decoder for what the methods are given and return."""
+
+    def __init__(self, model):
+        self.model, self.encoder = model, model.get_encoder()
+
+    def start(self, input_ids, attention_mask, max_length):
+        self.hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
+        self.mask = attention_mask
+        self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
+
+    def step(self, tokens):
+        output = self.model(
+            encoder_outputs=BaseModelOutput(last_hidden_state=self.hidden),
+            attention_mask=self.mask,
+            decoder_input_ids=tokens.unsqueeze(1),
+            past_key_values=self.cache,
+            use_cache=True,
+            return_dict=True,
+        )
+        return output.logits[:, -1]
+
+    def spread(self, beams):
+        self.cache.batch_repeat_interleave(beams)
+        self.hidden = self.hidden.repeat_interleave(beams, dim=0)
+        self.mask = self.mask.repeat_interleave(beams, dim=0)
+
+    def reorder(self, rows):
+        # The documents' keys and values stay: rows change places only within a document.
+        self.cache.self_attention_cache.reorder_cache(rows)
+
+    def keep(self, rows):
+        self.cache.batch_select_indices(rows)
+        self.hidden, self.mask = self.hidden[rows], self.mask[rows]
+
+
+def forbid_repeats(scores, history, size):
+    """Set to -inf, in place, each token that would complete an n-gram that its row has already.
+
+    scores: float [rows, vocabulary]; history: int64 [rows, length]; size: the n of the n-grams.
+    """
+    length = history.shape[1]
+    if length < size:
+        return
+    ngrams = history.unfold(1, size, 1)
+    matches = (ngrams[:, :, :-1] == history[:, None, length - size + 1 :]).all(-1)
+    bans = torch.where(matches, float("-inf"), float("inf"))
+    scores.scatter_reduce_(1, ngrams[:, :, -1], bans, "amin")
+
+
+def top_k(scores, count):
+    """`scores.topk(count)` of float [rows, columns], 5 times as fast on a CPU for a vocabulary of 32,000.
+
+    The `count` best columns lie in the `count` blocks of columns with the best maxima.
+    """
+    whole = scores.shape[1] // BLOCK * BLOCK
+    if whole < 2 * count * BLOCK:
+        return scores.topk(count)
+    blocks = scores[:, :whole].unflatten(1, (-1, BLOCK)).amax(-1).topk(count, sorted=False).indices
+    columns = (blocks.unsqueeze(2) * BLOCK + torch.arange(BLOCK, device=scores.device)).flatten(1)
+    rest = torch.arange(whole, scores.shape[1], device=scores.device).expand(len(scores), -1)
+    columns = torch.cat([columns, rest], dim=1)
+    best, place = scores.gather(1, columns).topk(count)
+    return best, columns.gather(1, place)
+
+
+def _place(rows, total, *tensors):
+    """Each tensor [rows, ...] with its rows at their places among `total`, the others 0."""
+    if len(rows) == total:
+        return tensors
+    return [tensor.new_zeros(total, tensor.shape[1]).index_copy_(0, rows, tensor) for tensor in tensors]
+
+
+def _take(tensor, index):
+    """Gather along the last dimension of `index` whole vectors of `tensor`, which has one dimension more."""
+    return tensor.gather(index.dim() - 1, index.unsqueeze(-1).expand(*index.shape, tensor.shape[-1]))
+
+
+def _first(*values):
+    return next((value for value in values if value is not None), None)
+
+
+def _as_list(tokens):
+    return [] if tokens is None else [tokens] if isinstance(tokens, int) else list(tokens)
