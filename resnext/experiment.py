@@ -177,6 +177,7 @@ class ImageRun(Run):
         peak = peak_memory(self.world.device)
         self.epochs.append({"epoch": len(self.epochs) + 1, "peak_memory": peak, "timing": timing})
         self.write_record()
+        self.drop_state()
         self.world.say(f"stopped after {self.args.max_steps} steps: {self.path('.json')}")
 
     def progress_bar(self, epoch, samples):

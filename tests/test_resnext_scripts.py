@@ -1,0 +1,295 @@
+"""resnext.py and resnext_checkpoint.py, run as a user runs them."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, script_command
+
+BASELINE, CHECKPOINT = "resnext/resnext.py", "resnext/resnext_checkpoint.py"
+NAME = "resnext_0_worker_8_resnext29_1x4d_folder"
+
+
+@pytest.fixture(scope="module")
+def tiny(pictures):
+    """The arguments of a run of 6 steps an epoch, the last of 4 pictures."""
+    return ["--dataset", "folder", "--data_dir", pictures, "--model", "resnext29_1x4d", "--batch_size", 8,
+            "--num_worker", 0, "--num_epoch", 2, "--lr", 0.002]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def baseline(run_script, tiny, tmp_path_factory):
+    """The folder of a finished baseline run, and what it printed."""
+    folder = tmp_path_factory.mktemp("baseline")
+    return folder, run_script(BASELINE, *tiny, cwd=folder).stdout
+
+
+def assert_same_results(one, other, name=NAME, other_name=None):
+    other_name = other_name or name
+    weights, others = (torch.load(folder / f"{each}.pt") for folder, each in ((one, name), (other, other_name)))
+    assert weights.keys() == others.keys()
+    for key in weights:
+        assert torch.equal(weights[key], others[key]), key
+    curves, other_curves = (np.load(folder / f"{each}.npz") for folder, each in ((one, name), (other, other_name)))
+    for key in ("loss", "acc", "test_acc"):
+        assert np.array_equal(curves[key], other_curves[key]), key
+
+
+def test_files_of_a_run(baseline):
+    folder, printed = baseline
+    history = folder / "model_history"
+    assert sorted(path.name for path in history.iterdir()) == [
+        f"{NAME}{end}" for end in (".json", ".lock", ".npz", ".pt")
+    ]
+    weights = torch.load(history / f"{NAME}.pt", weights_only=True)
+    assert "layer1.0.shortcut.0.weight" in weights
+    assert not any(key.startswith("module.") for key in weights)
+    curves = np.load(history / f"{NAME}.npz", allow_pickle=False)
+    assert [curves[key].shape for key in ("loss", "acc", "test_acc")] == [(2,)] * 3
+    assert curves["loss"][1] < curves["loss"][0]
+    lines = printed.splitlines()
+    assert len(lines) == 2
+    assert lines[0].startswith(f"epoch 1/2: loss {curves['loss'][0]:.4f}, acc {curves['acc'][0]:.2f} %")
+
+
+def test_record_describes_itself(baseline):
+    record = json.loads((baseline[0] / "model_history" / f"{NAME}.json").read_text())
+    assert record["arguments"]["lr"] == 0.002
+    assert record["precision"] == "fp32"
+    assert record["machine"]["device"] == "cpu"
+    assert record["machine"]["versions"]["torch"] == torch.__version__
+    assert record["saved_activation_bytes"] > 8 * 1024 * 64 * 4
+    for epoch in record["epochs"]:
+        timing = epoch["timing"]
+        assert timing["steps"] == 6
+        phases = timing["phases"]
+        assert set(phases) == {"step", "data load", "data copy", "zero grad", "forward", "backward", "optimizer"}
+        parts = sum(phase["host_ms"]["total"] for name, phase in phases.items() if name != "step")
+        assert parts <= phases["step"]["host_ms"]["total"] <= 1e3 * timing["seconds"]
+        assert phases["forward"]["device_ms"] is None
+    assert record["epochs"][0]["timing"]["warmup_steps"] == 5
+    assert record["epochs"][1]["timing"]["warmup_steps"] == 0
+
+
+@pytest.mark.parametrize(
+    "extra", [["--policy", "segments"], ["--memory_budget", 0.4], []], ids=["segments", "budget", "default"]
+)
+def test_checkpointing_gives_the_same_run(run_script, tiny, baseline, tmp_path, extra):
+    result = run_script(CHECKPOINT, *tiny, *extra, "--output_dir", tmp_path)
+    suffix = {"--policy": "_checkpoint_segments", "--memory_budget": "_checkpoint_budget0.4"}.get(
+        *extra[:1], "_checkpoint"
+    )
+    assert_same_results(baseline[0] / "model_history", tmp_path, NAME, NAME + suffix)
+    plain, ours = (json.loads(path.read_text()) for path in
+                   (baseline[0] / "model_history" / f"{NAME}.json", tmp_path / f"{NAME}{suffix}.json"))  # fmt: skip
+    saved = ours["saved_activation_bytes"]
+    assert saved < 0.8 * plain["saved_activation_bytes"]
+    if "--memory_budget" in extra:
+        assert saved <= 0.4 * plain["saved_activation_bytes"]
+        assert saved == pytest.approx(ours["plan"]["held_bytes"], rel=0.03)
+        assert "plan: keeps" in result.stdout
+        assert "measured:" in result.stdout
+
+
+def test_workers_and_device_loading_change_no_result(run_script, tiny, baseline, tmp_path):
+    run_script(BASELINE, *tiny, "--num_worker", 2, "--output_dir", tmp_path)
+    run_script(BASELINE, *tiny, "--loader", "device", "--output_dir", tmp_path)
+    for loading in ("2_worker", "device"):
+        other = NAME.replace("0_worker", loading)
+        assert_same_results(baseline[0] / "model_history", tmp_path, NAME, other)
+
+
+def test_half_precision_on_a_cpu_is_bfloat16_and_says_so(run_script, tiny, tmp_path):
+    result = run_script(BASELINE, *tiny, "--num_epoch", 1, "--half_precision", "--output_dir", tmp_path)
+    assert "half precision on a CPU is bfloat16" in result.stdout
+    record = json.loads((tmp_path / f"{NAME}_fp16.json").read_text())
+    assert record["precision"] == "bf16"
+    run_script(BASELINE, *tiny, "--num_epoch", 1, "--half_precision", "False", "--output_dir", tmp_path)
+    assert json.loads((tmp_path / f"{NAME}.json").read_text())["precision"] == "fp32"
+
+
+def test_max_steps_writes_the_timings_alone(run_script, tiny, tmp_path):
+    run_script(BASELINE, *tiny, "--max_steps", 8, "--output_dir", tmp_path)
+    names = {path.name for path in tmp_path.iterdir()}
+    assert names == {f"{NAME}_8_steps.json", f"{NAME}_8_steps.lock"}
+    record = json.loads((tmp_path / f"{NAME}_8_steps.json").read_text())
+    assert [epoch["timing"]["steps"] for epoch in record["epochs"]] == [6, 2]
+
+
+NVTX_SPY = """
+import runpy, sys, nvtx
+nvtx.push_range = lambda name: print("push", name)
+nvtx.pop_range = lambda: print("pop")
+sys.argv = sys.argv[1:]
+sys.path.insert(0, sys.argv[0].rpartition("/")[0])
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_nvtx_ranges(tiny, tmp_path):
+    command = [sys.executable, "-c", NVTX_SPY, ROOT / BASELINE, *tiny, "--num_epoch", 1, "--output_dir", tmp_path]
+    printed = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    stack, seen = [], []
+    for line in printed.splitlines():
+        if line.startswith("push "):
+            stack.append(line[5:])
+            seen.append(tuple(stack))
+        elif line == "pop":
+            stack.pop()
+    assert stack == []
+    step = ("training resnext", "epoch 1", "epoch 1 - step 3")
+    inside = [path[3:] for path in seen if path[:3] == step and len(path) == 4]
+    assert [name for (name,) in inside if name != "step"] == [
+        "data load", "data copy", "zero grad", "forward", "backward", "optimizer"]  # fmt: skip
+    assert ("training resnext", "validation") in seen
+
+
+# ---------------------------------------------------------------------- stopping and going on
+
+
+def start(tmp_path, *args):
+    command = script_command(BASELINE, *args, "--output_dir", tmp_path)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("trial", range(2))
+def test_killed_and_resumed_is_bit_equal(run_script, tiny, baseline, tmp_path, trial):
+    process = start(tmp_path, *tiny)
+    # From before the first state to the last file: a run takes about a second after its start-up.
+    deadline = time.time() + 60
+    while not (tmp_path / f"{NAME}.lock").exists() and time.time() < deadline:
+        time.sleep(0.02)
+    time.sleep(random.Random(os.getpid() + trial).uniform(0, 3))
+    process.kill()
+    process.wait()
+    run_script(BASELINE, *tiny, "--resume", "--output_dir", tmp_path)
+    assert_same_results(baseline[0] / "model_history", tmp_path)
+    assert not list(tmp_path.glob("*.state"))
+    assert "nothing to resume" in run_script(BASELINE, *tiny, "--resume", "--output_dir", tmp_path).stdout
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_signals_save_the_step_and_resume_from_it(run_script, tiny, tmp_path, number, code):
+    long = [*tiny[:-4], "--num_epoch", 40, "--lr", 0.002]
+    process = start(tmp_path, *long)
+    assert process.stdout.readline().startswith("epoch 1/40")
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == code, errors
+    assert len(errors.splitlines()) == 1
+    state = torch.load(tmp_path / f"{NAME}.state", weights_only=True)
+    assert 1 <= state["parts"]["epoch"] < 40
+
+    refused = run_script(BASELINE, *tiny, "--resume", "--output_dir", tmp_path, code=2)
+    assert refused.stderr.count("\n") == 1
+    assert "--num_epoch 40 (now 2)" in refused.stderr
+
+
+def test_stopped_mid_epoch_and_resumed_is_bit_equal(run_script, tiny, baseline, tmp_path):
+    """A stop request after 3 steps of the first epoch, by a loader that asks for it."""
+    code = (
+        "import sys, signal, os, runpy; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0])\n"
+        f"sys.path.insert(0, {str(ROOT)!r})\n"
+        "from harness import loading\n"
+        "weight, sent = loading.EpochBatches.weight, []\n"
+        "def spy(self, number):\n"
+        "    if number == 3 and not sent: sent.append(os.kill(os.getpid(), signal.SIGTERM))\n"
+        "    return weight(self, number)\n"
+        "loading.EpochBatches.weight = spy\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", code, ROOT / BASELINE, *tiny, "--output_dir", tmp_path]
+    stopped = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert stopped.returncode == 143, stopped.stderr
+    state = torch.load(tmp_path / f"{NAME}.state", weights_only=True)["parts"]
+    assert (state["epoch"], state["step"]) == (0, 4)
+    run_script(BASELINE, *tiny, "--resume", "--output_dir", tmp_path)
+    assert_same_results(baseline[0] / "model_history", tmp_path)
+
+
+def test_a_second_run_with_the_same_output_is_refused(run_script, tiny, tmp_path):
+    process = start(tmp_path, *[*tiny[:-4], "--num_epoch", 200])
+    assert process.stdout.readline().startswith("epoch 1/200")
+    second = run_script(BASELINE, *tiny, "--output_dir", tmp_path, code=2)
+    process.kill()
+    process.wait()
+    assert "another run is writing" in second.stderr
+
+
+def test_non_finite_loss_stops_with_one_line_and_keeps_the_state(run_script, tiny, tmp_path):
+    result = run_script(BASELINE, *tiny[:-1], "1e30", "--output_dir", tmp_path, code=2)
+    assert result.stderr.count("\n") == 1
+    assert "the loss became" in result.stderr
+    assert not list(tmp_path.glob("*.pt"))
+    assert not list(tmp_path.glob("*.json"))
+
+
+# ---------------------------------------------------------------------- many processes
+
+
+def test_torchrun_ends_with_one_set_of_files(tiny, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+               ROOT / BASELINE, *tiny, "--output_dir", tmp_path]  # fmt: skip
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("epoch 2/2") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {f"{NAME}{end}" for end in (".json", ".lock", ".npz", ".pt")}
+    record = json.loads((tmp_path / f"{NAME}.json").read_text())
+    assert record["arguments"]["processes"] == 2
+    assert not any(key.startswith("module.") for key in torch.load(tmp_path / f"{NAME}.pt"))
+
+
+DDP_CHECK = """
+import sys; sys.path[:0] = sys.argv[1:3]
+import torch, torch.nn as nn, torch.distributed as dist
+from harness import distributed
+from harness.loading import EpochBatches
+from models.resnext import ResNeXt
+
+images, labels = torch.randn(21, 3, 32, 32, generator=torch.Generator().manual_seed(0)), torch.arange(21) % 10
+
+def gradients(model, wrap, rank, size):
+    batches = EpochBatches(21, 8, seed=0, rank=rank, world_size=size)
+    parallel, found = wrap(model), []
+    for number, index in enumerate(batches.batches()):
+        model.zero_grad()
+        (nn.functional.cross_entropy(parallel(images[index]), labels[index]) * batches.weight(number)).backward()
+        found.append(torch.cat([weight.grad.flatten() for weight in model.parameters()]))
+    return torch.stack(found)
+
+with distributed.world(torch.device("cpu")) as world:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(3600, 10))
+    alone = gradients(plain, lambda model: model, 0, 1)
+    shared = gradients(plain, world.wrap, world.rank, world.size)
+    assert (alone - shared).abs().max() < 1e-6, (alone - shared).abs().max()
+    model = ResNeXt(1, 4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
+    parallel = world.wrap(model)
+    for _ in range(3):
+        index = torch.arange(world.rank, 8, world.size)
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(parallel(images[index]), labels[index]).backward()
+        optimizer.step()
+    mine = torch.cat([weight.flatten() for weight in model.parameters()])
+    main = mine.clone(); dist.broadcast(main, src=0)
+    assert torch.equal(mine, main)
+    total = world.sum(torch.tensor([1.0 + world.rank]))
+    assert total == 3
+"""
+
+
+def test_gradients_of_two_processes_are_those_of_one(tmp_path):
+    script = tmp_path / "check.py"
+    script.write_text(DDP_CHECK)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script, ROOT,
+               ROOT / "resnext"]  # fmt: skip
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
