@@ -59,12 +59,13 @@ class EpochBatches(torch.utils.data.Sampler):
         return share * self.world_size / batch
 
 
-def worker_loader(dataset, batches, num_workers, device):
+def worker_loader(dataset, batches, num_workers, device, collate=None):
     """A DataLoader over `dataset` in the order of the EpochBatches `batches`: pinned memory for CUDA, persistent
-    workers, four batches ahead of each."""
+    workers, four batches ahead of each. collate: makes a batch of a list of samples; None stacks tensors."""
     return DataLoader(
         dataset,
         batch_sampler=batches,
+        collate_fn=collate,
         num_workers=num_workers,
         pin_memory=device.type == "cuda",
         persistent_workers=num_workers > 0,

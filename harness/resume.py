@@ -36,9 +36,9 @@ def load_state(path, arguments):
         ours = isinstance(state, dict) and state.get("format") == FORMAT
     except FileNotFoundError:
         return None
-    except (RuntimeError, ValueError, EOFError, KeyError, OSError, pickle.UnpicklingError) as error:
-        if isinstance(error, OSError) and not isinstance(error, EOFError) and error.errno is not None:
-            raise UserError(f"cannot read the saved state {path}: {error.strerror}") from None
+    except (PermissionError, IsADirectoryError) as error:
+        raise UserError(f"cannot read the saved state {path}: {error.strerror}") from None
+    except (RuntimeError, ValueError, EOFError, KeyError, OSError, pickle.UnpicklingError):
         ours = False
     if not ours:
         raise UserError(f"{path} is not a whole training state of this program; delete it to start the run afresh")

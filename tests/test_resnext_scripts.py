@@ -83,9 +83,8 @@ def test_record_describes_itself(baseline):
 )
 def test_checkpointing_gives_the_same_run(run_script, tiny, baseline, tmp_path, extra):
     result = run_script(CHECKPOINT, *tiny, *extra, "--output_dir", tmp_path)
-    suffix = {"--policy": "_checkpoint_segments", "--memory_budget": "_checkpoint_budget0.4"}.get(
-        *extra[:1], "_checkpoint"
-    )
+    ends = {"--policy": "_segments", "--memory_budget": "_budget0.4"}
+    suffix = "_checkpoint" + (ends[extra[0]] if extra else "")
     assert_same_results(baseline[0] / "model_history", tmp_path, NAME, NAME + suffix)
     plain, ours = (json.loads(path.read_text()) for path in
                    (baseline[0] / "model_history" / f"{NAME}.json", tmp_path / f"{NAME}{suffix}.json"))  # fmt: skip

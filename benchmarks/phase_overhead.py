@@ -1,0 +1,111 @@
+"""Claim: timing the phases of a training step (harness/profiling.py) costs at most 1 % of the step.
+
+    python3 benchmarks/phase_overhead.py
+
+Two equal models train on the same pictures, one with phases on and one with phases off, a few steps of each in turn.
+The bare cost is that of the phases of a step with nothing in them, over the median step: where steps take by chance a
+percent more or less, it tells more than the ratio does. The device is CUDA where it is there.
+"""
+
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "resnext")]
+
+import torch
+from common import interleaved, ratio_summary, results_path
+from models.resnext import ResNeXt, parse_name
+from torch import nn
+
+from harness import command_line
+from harness.profiling import PhaseTimer
+from harness.recording import describe_machine, write_json
+
+LIMIT = 1.01
+PHASES = ("data copy", "zero grad", "forward", "backward", "optimizer")
+
+
+def get_args_parser():
+    parser = command_line.OneLineParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--model", default="resnext29_1x4d")
+    parser.add_argument("--batch_size", type=command_line.positive_int, default=32)
+    parser.add_argument(
+        "--steps", type=command_line.positive_int, default=5, help="training steps of each side a round"
+    )
+    parser.add_argument("--rounds", type=command_line.positive_int, default=40)
+    parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/phase_overhead.json")
+    return parser
+
+
+def main():
+    args = get_args_parser().parse_args()
+    device = torch.device(args.device)
+    arms = {name: trainer(args, device, enabled=name == "on") for name in ("on", "off")}
+    for arm in arms.values():
+        arm()  # Warm up.
+    seconds = interleaved(arms, args.rounds)
+    ratio = ratio_summary(seconds["on"], seconds["off"])
+    step = statistics.median(seconds["off"]) / args.steps
+    bare = bare_seconds(device) / step
+    within = "within" if ratio["median"] <= LIMIT else "NOT within"
+    print(
+        f"{args.model}, batch {args.batch_size}, {device.type}: a step with phases on takes {ratio['median']:.4f} x that "
+        f"with phases off ({ratio['low']:.3f} to {ratio['high']:.3f}, {args.rounds} rounds of {args.steps} steps), "
+        f"{within} {LIMIT}; bare cost of the phases {100 * bare:.4f} % of a step"
+    )
+    record = {
+        "benchmark": "phase_overhead",
+        "machine": describe_machine(device),
+        "results": {"on over off": {"seconds": seconds, "ratio": ratio, "bare_share": bare}},
+    }
+    path = args.output or results_path("phase_overhead", device)
+    write_json(path, record)
+    print(f"written: {path}")
+
+
+def trainer(args, device, enabled):
+    """A function that trains a model of its own for an epoch of args.steps steps; the model is the same each time."""
+    torch.manual_seed(0)
+    model = ResNeXt(*parse_name(args.model)).to(device)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
+    criterion = nn.CrossEntropyLoss()
+    batch = torch.randn(args.batch_size, 3, 32, 32), torch.randint(10, (args.batch_size,))
+    phase = PhaseTimer(device, enabled)
+
+    def train():
+        phase.start_epoch()
+        for _, (images, labels) in phase.steps([batch] * args.steps, "epoch"):
+            with phase("data copy"):
+                images, labels = images.to(device), labels.to(device)
+            with phase("zero grad"):
+                optimizer.zero_grad(set_to_none=True)
+            with phase("forward"):
+                loss = criterion(model(images), labels)
+            with phase("backward"):
+                loss.backward()
+            with phase("optimizer"):
+                optimizer.step()
+        phase.end_epoch()
+
+    return train
+
+
+def bare_seconds(device, steps=2000):
+    """What the phases of one step cost when nothing happens in them, the epoch's summary included."""
+    phase = PhaseTimer(device)
+    phase.start_epoch()
+    start = time.perf_counter()
+    for _ in phase.steps(range(steps), "epoch"):
+        for name in PHASES:
+            with phase(name):
+                pass
+    phase.end_epoch()
+    return (time.perf_counter() - start) / steps
+
+
+if __name__ == "__main__":
+    command_line.run(main)

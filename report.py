@@ -1,0 +1,98 @@
+#!/usr/bin/env python3
+"""Every table and figure of the study, from the records that its runs left.
+
+    python3 report.py                          tables in Markdown on stdout, figures in image/
+    python3 report.py --readme                 the same tables, between their markers in README.md
+    python3 report.py --phases RECORD.json     the phases of one run in full
+    python3 report.py --nsys TRACE.sqlite      the same of an Nsight Systems trace, exported to SQLite
+
+A table's markers are <!-- report:NAME --> and <!-- /report:NAME -->.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent
+sys.path.insert(0, str(ROOT))
+
+from harness import command_line
+from harness.command_line import UserError
+from reporting import benchmarks, overview, records, studies, tables
+from reporting.readme import rewrite
+
+FOLDERS = ("runs", "model_history", "resnext/model_history", "SimCLS/cache")
+GLOSSARY = ROOT / "reporting" / "glossary.md"
+STUDIES = (studies.DATA_LOADER, studies.MIXED_PRECISION, studies.CHECKPOINTING, studies.SIMCLS)
+
+
+def get_args_parser():
+    parser = command_line.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("folders", nargs="*", type=Path, help=f"folders with records; by default {', '.join(FOLDERS)}")
+    instead = parser.add_mutually_exclusive_group()
+    instead.add_argument("--readme", type=Path, nargs="?", const=ROOT / "README.md", metavar="FILE",
+        help="rewrite the tables in FILE, by default README.md")  # fmt: skip
+    instead.add_argument("--phases", type=Path, metavar="RECORD", help="print the phases of one run")
+    instead.add_argument("--nsys", type=Path, metavar="TRACE", help="print the phases of an exported trace")
+    add("--image_dir", type=Path, default=ROOT / "image", help="where the figures go")
+    add("--benchmark_dir", type=Path, default=ROOT / "benchmarks" / "results", help="where the benchmarks' records are")
+    return parser
+
+
+def main():
+    args = get_args_parser().parse_args()
+    if args.nsys:
+        print_trace(args.nsys)
+    elif args.phases:
+        print_phases(args.phases)
+    else:
+        report(args)
+
+
+def report(args):
+    folders = args.folders or [ROOT / name for name in FOLDERS if (ROOT / name).is_dir()]
+    runs, evaluations = records.read_folders(folders)
+    if not runs:
+        records.warn("no runs found; bash run.sh makes some")
+    from reporting import figures  # After the folders are known to be good: matplotlib takes a second.
+
+    parts = sections(runs, evaluations, args.benchmark_dir, with_cpu_times=args.readme is None)
+    if args.readme:
+        rewrite(args.readme, {name: body for name, (_, body) in parts.items()})
+    else:
+        print("\n\n".join(f"## {title}\n\n{body}" for title, body in parts.values() if body))
+    for path in figures.draw_all(runs, args.image_dir):
+        print(f"drawn: {path}", file=sys.stderr)
+
+
+def sections(runs, evaluations, benchmark_dir, with_cpu_times):
+    """name -> (title, Markdown, "" where there are no records for it), in the order of the report."""
+    parts = {"runs": ("Runs", overview.every_run(runs, with_cpu_times))}
+    for study in STUDIES:
+        parts[study.name] = (study.title, tables.render(study, runs, with_cpu_times))
+    parts["evaluation"] = ("SimCLS before and after", overview.evaluations(evaluations))
+    parts["phases"] = ("Phases of a step", overview.step_phases(runs, with_cpu_times))
+    parts["benchmarks"] = ("Benchmarks", benchmarks.render(benchmark_dir))
+    parts["published"] = ("The original study", overview.original_study())
+    parts["glossary"] = ("What the figures mean", GLOSSARY.read_text(encoding="utf-8").strip())
+    return parts
+
+
+def print_phases(path):
+    runs, _ = records.read_folders([path])
+    if not runs or not runs[0].epochs:
+        raise UserError(f"{path} is no record of a training run with an epoch in it")
+    print(overview.phase_table(runs[0].timing()))
+
+
+def print_trace(path):
+    from reporting import nsys
+
+    for process, timings in nsys.read_trace(path).items():
+        print(f"process {process}, {sum(timing['steps'] for timing in timings)} steps:\n")
+        print(overview.phase_table(records.combine(timings)))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,92 @@
+"""The records of benchmarks/, each a claim with both of its sides measured in one run."""
+
+import ast
+import json
+from pathlib import Path
+
+from reporting.comparison import number
+from reporting.records import warn
+from reporting.tables import markdown
+
+SCRIPTS = Path(__file__).resolve().parent.parent / "benchmarks"
+
+
+def render(folder):
+    """Markdown: for each hardware a table of ratios, old way over new, then the tables that records bring along."""
+    parts = []
+    for hardware, benchmarks in _by_hardware(folder).items():
+        rows = [row for record in benchmarks for row in _ratio_rows(record)]
+        if rows:
+            parts += [f"{hardware}, both sides of a row in one run, interleaved:", markdown(rows)]
+        for record in benchmarks:
+            for name, table in _tables(record):
+                parts += [f"{record['benchmark']}, {name}; {hardware}:", table]
+    return "\n\n".join(parts)
+
+
+def _by_hardware(folder):
+    """{hardware: [record, ...]} of the whole records under `folder`; others are named on stderr."""
+    found = {}
+    for path in sorted(Path(folder).rglob("*.json")):
+        try:
+            record = json.loads(path.read_bytes())
+            found.setdefault(record["machine"]["hardware"], []).append(record | {"benchmark": record["benchmark"]})
+        except (OSError, ValueError) as error:
+            warn(f"skipped {path}: not whole JSON ({type(error).__name__}); run its benchmark again, or delete it")
+        except (KeyError, TypeError):
+            warn(f"skipped {path}: no record of a benchmark")
+    return found
+
+
+def _ratio_rows(record):
+    claim = _claim(record["benchmark"])
+    for case, found in _ratios("", record):
+        yield {
+            "Benchmark": f"`{record['benchmark']}`",
+            "Claim": claim,
+            "Case": case or None,
+            "Ratio": number(found["median"]),
+            "Lowest to highest": f"{number(found['low'])} to {number(found['high'])}",
+        }
+
+
+def _ratios(name, value):
+    """Yield (where, ratio) for every {"median", "low", "high"} in a record, as benchmarks.common makes them."""
+    if not isinstance(value, dict):
+        return
+    if {"median", "low", "high"} <= value.keys():
+        yield name, value
+        return
+    for key, part in value.items():
+        # "results" and "ratio" say nothing that the heading does not.
+        words = [name, "" if key in ("results", "ratio", "ratios") else key.replace("_", " ")]
+        yield from _ratios(", ".join(filter(None, words)), part)
+
+
+def _tables(record):
+    """Yield (name, Markdown) for every list of flat dicts in a record: rows to be shown as they are."""
+    for name, value in record.items():
+        if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
+            headers = dict.fromkeys(key for row in value for key in row)
+            plain = [key for key in headers if all(_is_plain(row.get(key)) for row in value)]
+            yield name, markdown([{key.replace("_", " "): _text(row.get(key)) for key in plain} for row in value])
+
+
+def _is_plain(value):
+    return value is None or isinstance(value, (str, int, float))
+
+
+def _text(value):
+    if value is None or isinstance(value, (str, bool)):
+        return None if value is None else str(value)
+    return str(value) if isinstance(value, int) else number(value)
+
+
+def _claim(benchmark):
+    """What the script says that it shows: the rest of its docstring's first line after "Claim:", or None."""
+    try:
+        docstring = ast.get_docstring(ast.parse((SCRIPTS / f"{benchmark}.py").read_text(encoding="utf-8")))
+    except (OSError, SyntaxError):
+        return None
+    first = (docstring or "").partition("\n\n")[0].replace("\n", " ")
+    return first.removeprefix("Claim:").strip() if first.startswith("Claim:") else None

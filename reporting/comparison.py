@@ -1,0 +1,85 @@
+"""Several runs of one set-up as mean and deviation, and two set-ups as a ratio with its noise."""
+
+import dataclasses
+import math
+
+import numpy as np
+
+SIGNIFICANCE = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """Mean and standard deviation (of the sample, n - 1; 0.0 for n = 1) of n values."""
+
+    mean: float
+    deviation: float
+    n: int
+
+    @classmethod
+    def of(cls, values):
+        """The Sample of those of `values` that are not None; None when all are."""
+        values = [value for value in values if value is not None]
+        if not values:
+            return None
+        deviation = float(np.std(values, ddof=1)) if len(values) > 1 else 0.0
+        return cls(float(np.mean(values)), deviation, len(values))
+
+
+def within_noise(new, base):
+    """Whether the difference of two Samples may be chance: a t-test finds none at the 5 % level.
+
+    Welch's test; where one of them is a single value, Student's, which takes it to scatter as the other does. None when
+    both are single values, which say nothing of their noise.
+    """
+    if new.n == base.n == 1:
+        return None
+    if new.deviation == base.deviation == 0:
+        return new.mean == base.mean
+    from scipy.stats import ttest_ind_from_stats
+
+    samples = (new.mean, new.deviation, new.n, base.mean, base.deviation, base.n)
+    return bool(ttest_ind_from_stats(*samples, equal_var=min(new.n, base.n) == 1).pvalue > SIGNIFICANCE)
+
+
+def ratio(new, base):
+    """ "0.76", or "0.98, within the noise": the mean of the Sample `new` over that of `base`; None without both."""
+    if new is None or base is None or base.mean == 0:
+        return None
+    return f"{new.mean / base.mean:.2f}{_note(new, base)}"
+
+
+def difference(new, base):
+    """ "+1.3", or "-0.2, within the noise": the mean of `new` less that of `base`; None without both."""
+    if new is None or base is None or new == base:
+        return None
+    return f"{new.mean - base.mean:+.1f}{_note(new, base)}"
+
+
+def _note(new, base):
+    return ", within the noise" if new != base and within_noise(new, base) else ""
+
+
+def number(value, digits=3):
+    """`value` with `digits` significant digits, never as a power of ten: 0.0012, 1.60, 104, 8930."""
+    if value == 0:
+        return "0"
+    places = digits - 1 - math.floor(math.log10(abs(value)))
+    rounded = round(value, places)
+    # Rounding up may have won a digit: 9.996 is 10.0.
+    places = digits - 1 - math.floor(math.log10(abs(rounded)))
+    return f"{rounded:.{max(0, places)}f}"
+
+
+def quantity(sample, places=None):
+    """ "104", or "104 ± 2" for several values; None for None. places: decimals, by default 3 significant digits.
+
+    The deviation ends at the digit where the mean does.
+    """
+    if sample is None:
+        return None
+    mean = number(sample.mean) if places is None else f"{sample.mean:.{places}f}"
+    if sample.deviation == 0:
+        return mean
+    places = len(mean.partition(".")[2])
+    return f"{mean} ± {sample.deviation:.{places}f}"

@@ -1,0 +1,178 @@
+"""The phase table of an Nsight Systems trace, from the SQLite file that `nsys export` writes.
+
+A step is a push/pop range "<label> - step <number>"; the range around it is its epoch; the ranges directly inside a
+step, or beside the steps in their epoch, are phases. Schema: the "SQLite Schema Reference" of the Nsight Systems User
+Guide; tried with traces of 2022.4.
+"""
+
+import dataclasses
+import re
+import sqlite3
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+
+from harness.command_line import UserError
+from harness.profiling import WARMUP_STEPS, summarise
+
+STEP = re.compile(r".+ - step \d+")
+PUSH_POP_EVENTS = (59, 70)  # NvtxPushPopRange, and the same of imported NVTX text.
+DEVICE_TABLES = ("KERNEL", "MEMCPY", "MEMSET", "GRAPH_TRACE")
+HOW_TO_EXPORT = "make one with: nsys export --type sqlite FILE.nsys-rep"
+
+
+@dataclasses.dataclass
+class Range:
+    """A closed NVTX range of one thread; times in nanoseconds."""
+
+    name: str
+    start: int
+    end: int
+    parent: "Range | None" = None
+
+    @property
+    def is_step(self):
+        return STEP.fullmatch(self.name) is not None
+
+
+def read_trace(path):
+    """{process id: [timing of each epoch]} of the trace at `path`, as PhaseTimer.end_epoch gives a timing.
+
+    Host times are those of the ranges. Device times are how long the GPU worked on what was launched during the range
+    by any thread of the process: backward's kernels are launched by a thread of autograd's, while the range is open in
+    the main one. They are None in a trace without GPU work. UserError when `path` is no such trace.
+    """
+    path = Path(path)
+    try:
+        with open(path, "rb") as file:
+            if file.read(16) != b"SQLite format 3\0":
+                raise UserError(f"{path} is no SQLite file; {HOW_TO_EXPORT}")
+        database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
+        try:
+            threads, work = _read_ranges(database, path), _read_device_work(database)
+        finally:
+            database.close()
+    except OSError as error:
+        raise UserError(f"cannot read the trace {path}: {error.strerror}") from None
+    except sqlite3.Error as error:
+        raise UserError(f"cannot read the trace {path}: {error}; {HOW_TO_EXPORT}") from None
+    timings = {}
+    for thread, ranges in threads.items():
+        if any(each.is_step for each in ranges):
+            timings[_process(thread)] = _epochs(ranges, work.get(_process(thread)))
+    if not timings:
+        raise UserError(f"{path} has no ranges named '... - step N'; record a training script of this repository")
+    return timings
+
+
+def _process(thread):
+    """The process id in an nsys globalTid, whose bits 24 to 47 hold it."""
+    return thread >> 24 & 0xFFFFFF
+
+
+def _columns(database, table):
+    return {row[1] for row in database.execute(f"PRAGMA table_info({table})")}
+
+
+def _read_ranges(database, path):
+    """{globalTid: [Range, ...] by start, each with its parent} of all closed ranges."""
+    columns = _columns(database, "NVTX_EVENTS")
+    if not columns:
+        raise UserError(f"{path} has no NVTX ranges; record with: nsys profile -t nvtx (or cuda,nvtx)")
+    # Registered strings, which the nvtx package uses, are ids; others stand in the row.
+    name, names = "event.text", ""
+    if "textId" in columns and _columns(database, "StringIds"):
+        name, names = "COALESCE(event.text, string.value)", "LEFT JOIN StringIds string ON string.id = event.textId"
+    rows = database.execute(
+        f"SELECT event.globalTid, {name}, event.start, event.end FROM NVTX_EVENTS event {names} "
+        f"WHERE event.eventType IN {PUSH_POP_EVENTS} AND event.end IS NOT NULL ORDER BY event.start, event.end DESC"
+    )
+    threads, open_ranges = defaultdict(list), defaultdict(list)
+    for thread, name, start, end in rows:
+        stack = open_ranges[thread]
+        while stack and stack[-1].end < end:
+            stack.pop()
+        stack.append(Range(name or "", start, end, stack[-1] if stack else None))
+        threads[thread].append(stack[-1])
+    return threads
+
+
+def _read_device_work(database):
+    """{process id: int64 [n, 3]}: start and end of each piece of GPU work, and when its launch was called."""
+    if not _columns(database, "CUPTI_ACTIVITY_KIND_RUNTIME"):
+        return {}
+    work = defaultdict(list)
+    for kind in DEVICE_TABLES:
+        table = f"CUPTI_ACTIVITY_KIND_{kind}"
+        if not _columns(database, table):
+            continue
+        rows = database.execute(
+            f"SELECT call.globalTid, work.start, work.end, call.start FROM {table} work "
+            "JOIN CUPTI_ACTIVITY_KIND_RUNTIME call ON call.correlationId = work.correlationId "
+            "AND call.globalTid >> 24 = work.globalPid >> 24"
+        )
+        for thread, *times in rows:
+            work[_process(thread)].append(times)
+    return {process: np.array(times, dtype=np.int64) for process, times in work.items()}
+
+
+def _epochs(ranges, work):
+    """The timing of each epoch in one thread's `ranges`; work: its process's GPU work, or None."""
+    steps = [each for each in ranges if each.is_step]
+    epochs = {id(step.parent): [] for step in steps}
+    for each in ranges:
+        parent = each.parent
+        if each.is_step:
+            epochs[id(parent)].append(each)
+        elif parent is not None and parent.is_step and id(parent.parent) in epochs:
+            epochs[id(parent.parent)].append(each)
+        elif parent is not None and id(parent) in epochs:
+            epochs[id(parent)].append(each)
+    warm_from = steps[min(WARMUP_STEPS, len(steps)) - 1].end
+    return [_timing(members, warm_from, work) for members in epochs.values()]
+
+
+def _timing(members, warm_from, work):
+    """The timing of one epoch. members: its steps and phases; those that start before `warm_from` are warm-up."""
+    steps = [each for each in members if each.is_step]
+    epoch = steps[0].parent
+    seconds = (epoch.end - epoch.start if epoch else steps[-1].end - steps[0].start) / 1e9
+    occurrences = defaultdict(list)
+    for each in members:
+        if not each.is_step:
+            occurrences[each.name].append(each)
+    occurrences["step"] = steps
+    phases = {}
+    for name, ranges in occurrences.items():
+        warmup = sum(each.start < warm_from for each in ranges)
+        host_ms = summarise(np.array([each.end - each.start for each in ranges]) / 1e6, warmup)
+        device_ms = None if work is None else summarise(_busy_time(ranges, work) / 1e6, warmup)
+        share = (device_ms or host_ms)["total"] / (1e3 * seconds)
+        phases[name] = {"count": len(ranges) - warmup, "share": share, "host_ms": host_ms, "device_ms": device_ms}
+    return {
+        "seconds": seconds,
+        "steps": len(steps),
+        "warmup_steps": sum(step.start < warm_from for step in steps),
+        "unphased_seconds": seconds * (1 - sum(phases[name]["share"] for name in phases if name != "step")),
+        "phases": phases,
+    }
+
+
+def _busy_time(ranges, work):
+    """Nanoseconds that the GPU worked on what was launched during each of `ranges`, by start and apart: int64 [n].
+
+    Work that ran side by side counts once.
+    """
+    starts, ends = (np.array([getattr(each, side) for each in ranges]) for side in ("start", "end"))
+    owner = np.searchsorted(starts, work[:, 2], side="right") - 1
+    inside = (owner >= 0) & (work[:, 2] <= ends[owner])
+    busy = np.zeros(len(ranges), dtype=np.int64)
+    last_owner = reached = -1
+    order = np.lexsort((work[inside, 0], owner[inside]))
+    for index, start, end in np.column_stack([owner[inside], work[inside, :2]])[order].tolist():
+        if index != last_owner:
+            last_owner, reached = index, start
+        busy[index] += max(0, end - max(start, reached))
+        reached = max(reached, end)
+    return busy

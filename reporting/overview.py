@@ -1,0 +1,159 @@
+"""Tables that compare nothing: every run, the phases of a step, the original's figures."""
+
+from reporting import published
+from reporting.comparison import Sample, number, quantity
+from reporting.records import Run
+from reporting.studies import loading_label, recomputation_label, test_accuracy
+from reporting.tables import CPU_NOTE, hardware, markdown, place, settings
+
+PHASES = ("data load", "data copy", "zero grad", "forward", "backward", "optimizer")
+
+
+def by_place(runs):
+    """[(hardware dict, [[runs that differ in their seeds alone], ...]), ...], in order of first appearance."""
+    places = {}
+    for run in runs:
+        where, what = hardware(run), settings(run)
+        _, repeats = places.setdefault(str(where), (where, {}))
+        repeats.setdefault(str(sorted(what.items(), key=str)), []).append(run)
+    return [(where, list(repeats.values())) for where, repeats in places.values()]
+
+
+def _tables(runs, cells, with_cpu_times):
+    """A table for each hardware; cells(repeats, with_times) gives a row."""
+    parts = []
+    for where, rows in by_place(runs):
+        on_cpu = rows[0][0].on_cpu
+        table = markdown([cells(repeats, with_cpu_times or not on_cpu) for repeats in rows])
+        parts += [f"{place(where)}:", table, *[CPU_NOTE] * (on_cpu and with_cpu_times)]
+    return "\n\n".join(parts)
+
+
+def _description(repeats):
+    """The first cells of a row: what the runs were."""
+    run = repeats[0]
+    arguments = run.arguments
+    recomputed = recomputation_label(run) if run.experiment != "simcls" else None
+    return {
+        "Experiment": run.experiment,
+        "Model": arguments.get("model", arguments.get("model_type")),
+        "Data": arguments.get("dataset"),
+        "Batch": str(arguments["batch_size"]) if "batch_size" in arguments else None,
+        "Loading": loading_label(run),
+        "Precision": run.precision,
+        "Redone": None if recomputed == "none" else recomputed,
+        "Steps": str(arguments["max_steps"]) if arguments.get("max_steps") else None,
+        "Epochs": str(len(run.curve("loss"))) if run.curve("loss") else None,
+        "Runs": str(len(repeats)),
+    }
+
+
+def every_run(runs, with_cpu_times=True):
+    """One row for each set-up: its load, step and epoch time, memory and result."""
+
+    def cells(repeats, with_times):
+        def of(figure):
+            return quantity(Sample.of(map(figure, repeats)))
+
+        times = {
+            "Load, ms": of(Run.load_ms),
+            "Step, ms": of(Run.step_ms),
+            "Epoch, s": of(Run.epoch_seconds),
+            "Samples/s": of(Run.samples_per_second),
+        }
+        return {
+            **_description(repeats),
+            **(times if with_times else {}),
+            "Peak memory, GB": of(Run.allocated_gb),
+            "Saved for backward, MiB": of(Run.saved_mib),
+            "Training loss": of(lambda run: run.last("loss")),
+            "Test accuracy, %": quantity(Sample.of(map(test_accuracy, repeats)), places=1),
+        }
+
+    return _tables(runs, cells, with_cpu_times)
+
+
+def step_phases(runs, with_cpu_times=True):
+    """One row for each set-up: the share of each phase in the epoch."""
+
+    def cells(repeats, with_times):
+        timings = [run.timing() for run in repeats]
+        names = [*PHASES, *sorted({name for timing in timings for name in timing["phases"]} - {*PHASES, "step"})]
+        shares = {f"{name.capitalize()}, %": quantity(Sample.of(_shares(timings, name)), places=1) for name in names}
+        unphased = Sample.of(100 * timing["unphased_seconds"] / timing["seconds"] for timing in timings)
+        shares["In no phase, %"] = quantity(unphased, places=1)
+        times = {"Step, ms": quantity(Sample.of(map(Run.step_ms, repeats)))}
+        description = {key: text for key, text in _description(repeats).items() if key not in ("Steps", "Epochs")}
+        return {**description, **(times if with_times else {}), **shares}
+
+    return _tables([run for run in runs if run.epochs], cells, with_cpu_times)
+
+
+def _shares(timings, name):
+    return [100 * timing["phases"][name]["share"] for timing in timings if name in timing["phases"]]
+
+
+def phase_table(timing):
+    """The phases of a timing, as PhaseTimer.end_epoch gives it, as a Markdown table with host and device times."""
+    rows = []
+    for name, phase in timing["phases"].items():
+        cells = {"Phase": name, "Count": str(phase["count"])}
+        for side in ("host", "device"):
+            times = phase[f"{side}_ms"] or {}
+            for key in ("median", "p95"):
+                cells[f"{side.capitalize()} {key}, ms"] = _number(times.get(key))
+            cells[f"{side.capitalize()} total, s"] = _number(times.get("total"), 1e-3)
+        rows.append(cells | {"Share, %": f"{100 * phase['share']:.1f}"})
+    share = timing["unphased_seconds"] / timing["seconds"]
+    rows.append({"Phase": "in no phase", "Share, %": f"{100 * share:.1f}"})
+    return markdown(rows)
+
+
+def _number(figure, scale=1.0):
+    return None if figure is None else number(scale * figure, digits=4)
+
+
+def original_study():
+    """The figures of the original study as a table."""
+    headers = {
+        "load_ms": "Load, ms",
+        "optimizer_ms": "Optimizer, ms",
+        "step_ms": "Step, ms",
+        "epoch_s": "Epoch, s",
+        "overall_s": "Overall, s",
+        "memory_gb": "Memory, GB",
+    }
+    arms = {(128, name): figures for name, figures in published.DATA_LOADER.items()}
+    arms[128, "half precision"] = published.MIXED_PRECISION["fp16"]
+    for (batch_size, policy), figures in published.CHECKPOINTING.items():
+        label = "2 workers" if policy == "none" else "nested checkpointing"
+        arms[batch_size, label] = arms.get((batch_size, label), {}) | figures
+    rows = [
+        {"Arm": arm, "Batch": str(batch_size)}
+        | {header: str(figures[key]) if key in figures else None for key, header in headers.items()}
+        for (batch_size, arm), figures in sorted(arms.items(), key=lambda item: item[0][0])
+    ]
+    return f"{published.SETUP}, as published:\n\n{markdown(rows)}"
+
+
+def evaluations(records):
+    """A table for each record of SimCLS/evaluate_model.py: ROUGE of each way to choose a summary."""
+    return "\n\n".join(_evaluation(record) for record in records)
+
+
+def _evaluation(record):
+    rows = []
+    for name, metrics in record["systems"].items():
+        cells = {"Summary": name}
+        for metric, interval in metrics.items():
+            low, high = 100 * interval["low"], 100 * interval["high"]
+            cells[f"{metric}, %"] = f"{100 * interval['mean']:.2f} ({low:.2f} to {high:.2f})"
+        rows.append(cells)
+    if record.get("p_value"):
+        rows.append({"Summary": "p, SimCLS against the generator"} | _p_values(record["p_value"]))
+    documents = record.get("documents", "unknown")
+    return f"{documents} documents, 95 % intervals; `{record['machine']['command']}`:\n\n{markdown(rows)}"
+
+
+def _p_values(values):
+    return {f"{metric}, %": f"{p:.2g}" for metric, p in values.items()}

@@ -1,0 +1,54 @@
+"""Rewriting the generated parts of README.md, and nothing else."""
+
+import re
+
+from harness.command_line import UserError
+from harness.recording import atomic_write
+from reporting.records import warn
+
+MARKER = re.compile(r"<!-- (?P<end>/?)report:(?P<name>[^ >]*) -->")
+
+
+def rewrite(path, bodies):
+    """Put bodies[NAME] between `<!-- report:NAME -->` and `<!-- /report:NAME -->` in the file `path`, for each pair.
+
+    A part whose body is "" stays as it is, and stderr says so. UserError, with the file untouched, when a name is
+    unknown or a marker has no partner. The same bodies twice leave the file as the first time did.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}") from None
+    new, position = [], 0
+    for start, end in _pairs(path, text, bodies):
+        body = bodies[start["name"]]
+        if not body:
+            warn(f"left {start['name']} in {path.name} as it is: there are no records for it")
+            continue
+        new += [text[position : start.end()], f"\n{body}\n"]
+        position = end.start()
+    new = "".join([*new, text[position:]])
+    if new != text:
+        with atomic_write(path, "w") as file:
+            file.write(new)
+
+
+def _pairs(path, text, bodies):
+    """[(start, end), ...]: the matches of each pair of markers."""
+    markers = list(MARKER.finditer(text))
+    for marker in markers:
+        if marker["name"] not in bodies:
+            raise UserError(f"{_place(path, text, marker)} names no table; there are {', '.join(bodies)}")
+    for index, marker in enumerate(markers):
+        is_end = index % 2 == 1
+        partner = markers[index - 1] if is_end else None
+        if bool(marker["end"]) != is_end or (partner and partner["name"] != marker["name"]):
+            raise UserError(f"{_place(path, text, marker)} has no partner; each table needs both of its markers")
+    if len(markers) % 2:
+        raise UserError(f"{_place(path, text, markers[-1])} has no partner; each table needs both of its markers")
+    return list(zip(markers[::2], markers[1::2], strict=True))
+
+
+def _place(path, text, marker):
+    line = text.count("\n", 0, marker.start()) + 1
+    return f"{path}, line {line}: the marker {marker[0]}"

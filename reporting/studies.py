@@ -1,0 +1,167 @@
+"""The tables of run records: which runs each takes, what tells its rows apart, and its columns."""
+
+from reporting import published
+from reporting.records import Run
+from reporting.tables import Arm, Study, over_baseline, percent, time, times_baseline, value
+
+IMAGES = ("resnext", "resnext_checkpoint")
+LOADING = ("num_worker", "loader")
+PRECISION = ("half_precision", "true_fp32")
+RECOMPUTATION = ("experiment", "policy", "memory_budget")
+
+
+def test_accuracy(run):
+    return run.last("test_acc")
+
+
+def loading_label(run):
+    """ "2 workers", "1 worker" or "device"."""
+    if run.arguments.get("loader") == "device":
+        return "device"
+    workers = run.arguments.get("num_worker", run.arguments.get("num_workers"))
+    return f"{workers} worker{'' if workers == 1 else 's'}"
+
+
+def recomputation_label(run):
+    """ "none", a policy, or "budget 0.5"."""
+    if run.experiment != "resnext_checkpoint":
+        return "none"
+    if run.arguments.get("memory_budget") is not None:
+        return f"budget {run.arguments['memory_budget']:g}"
+    return run.arguments["policy"]
+
+
+def loading_arm(run):
+    if run.experiment not in IMAGES:
+        return None
+    label = loading_label(run)
+    workers = float("inf") if label == "device" else run.arguments["num_worker"]
+    return Arm(label, (workers,), label == "2 workers", _published(run, published.DATA_LOADER, label))
+
+
+def precision_arm(run):
+    if run.experiment not in IMAGES:
+        return None
+    single = run.arguments["half_precision"] is None
+    is_baseline = single and not run.arguments.get("true_fp32")
+    label = run.precision or "unknown"
+    key = "single" if is_baseline else label
+    return Arm(label, (not single, label), is_baseline, _published(run, published.MIXED_PRECISION, key))
+
+
+def checkpointing_arm(run):
+    if run.experiment not in IMAGES:
+        return None
+    label = recomputation_label(run)
+    figures = published.CHECKPOINTING.get((run.arguments["batch_size"], label), {})
+    return Arm(label, (-(run.saved_mib() or 0), label), label == "none", figures)
+
+
+def simcls_arm(run):
+    if run.experiment != "simcls":
+        return None
+    arguments = run.arguments
+    extras = [run.precision] * bool(arguments["half_precision"]) + ["recomputation"] * bool(arguments["use_checkpoint"])
+    label = ", ".join([loading_label(run), *extras])
+    return Arm(label, (extras, arguments["num_workers"]), label == "4 workers")
+
+
+def validation_rouge(run):
+    """Mean of ROUGE-1, -2 and -L, in percent, of the candidates that the scorer chose at the last validation."""
+    values = [run.last(key) for key in ("val_rouge1", "val_rouge2", "val_rougeL")]
+    return None if None in values else 100 * sum(values) / len(values)
+
+
+def _published(run, figures, label):
+    return figures.get(label, {}) if run.arguments["batch_size"] == published.BATCH_SIZE else {}
+
+
+A100_STEP = {"A100: step, ms": "step_ms", "A100: epoch, s": "epoch_s"}
+
+DATA_LOADER = Study(
+    "data-loader",
+    "Data loader",
+    loading_arm,
+    "Loading",
+    LOADING,
+    (
+        time("Load, ms", Run.load_ms),
+        percent("Load, % of step", Run.load_percent),
+        time("Step, ms", Run.step_ms),
+        times_baseline("Step, ×", Run.step_ms),
+        time("Epoch, s", Run.epoch_seconds),
+        times_baseline("Epoch, ×", Run.epoch_seconds),
+        percent("Test accuracy, %", test_accuracy),
+    ),
+    published={"A100: load, ms": "load_ms", **A100_STEP},
+)
+MIXED_PRECISION = Study(
+    "mixed-precision",
+    "Mixed precision",
+    precision_arm,
+    "Precision",
+    PRECISION,
+    (
+        time("Step, ms", Run.step_ms),
+        times_baseline("Step, ×", Run.step_ms),
+        time("Epoch, s", Run.epoch_seconds),
+        times_baseline("Epoch, ×", Run.epoch_seconds),
+        time("Overall, s", Run.overall_seconds),
+        times_baseline("Overall, ×", Run.overall_seconds),
+        value("Peak memory, GB", Run.allocated_gb),
+        value("Saved for backward, MiB", Run.saved_mib),
+        percent("Test accuracy, %", test_accuracy),
+        over_baseline("Test accuracy, points", test_accuracy),
+    ),
+    published={**A100_STEP, "A100: overall, s": "overall_s"},
+)
+CHECKPOINTING = Study(
+    "checkpointing",
+    "Activation checkpointing",
+    checkpointing_arm,
+    "Redone in backward",
+    RECOMPUTATION,
+    (
+        time("Optimizer, ms", Run.optimizer_ms),
+        time("Step, ms", Run.step_ms),
+        times_baseline("Step, ×", Run.step_ms),
+        time("Epoch, s", Run.epoch_seconds),
+        times_baseline("Epoch, ×", Run.epoch_seconds),
+        time("Overall, s", Run.overall_seconds),
+        value("Peak memory, GB", Run.allocated_gb),
+        times_baseline("Peak memory, ×", Run.allocated_gb),
+        value("Reserved, GB", Run.reserved_gb),
+        value("Saved for backward, MiB", Run.saved_mib),
+        times_baseline("Saved, ×", Run.saved_mib),
+        percent("Saved, % of peak", Run.activation_percent),
+        percent("Test accuracy, %", test_accuracy),
+    ),
+    row_keys=("batch_size",),
+    published={
+        "A100: optimizer, ms": "optimizer_ms",
+        **A100_STEP,
+        "A100: overall, s": "overall_s",
+        "A100: memory, GB": "memory_gb",
+    },
+)
+SIMCLS = Study(
+    "simcls",
+    "SimCLS",
+    simcls_arm,
+    "Set-up",
+    ("num_workers", "half_precision", "use_checkpoint"),
+    (
+        time("Load, ms", Run.load_ms),
+        percent("Load, % of step", Run.load_percent),
+        time("Step, ms", Run.step_ms),
+        times_baseline("Step, ×", Run.step_ms),
+        time("Epoch, s", Run.epoch_seconds),
+        times_baseline("Epoch, ×", Run.epoch_seconds),
+        value("Peak memory, GB", Run.allocated_gb),
+        times_baseline("Peak memory, ×", Run.allocated_gb),
+        value("Saved for backward, MiB", Run.saved_mib),
+        times_baseline("Saved, ×", Run.saved_mib),
+        value("Training loss", Run.last_loss),
+        value("Validation ROUGE, %", validation_rouge),
+    ),
+)

@@ -1,0 +1,219 @@
+"""From runs to Markdown: which runs may be compared, and how a comparison is laid out."""
+
+import dataclasses
+import re
+from collections.abc import Callable
+
+from reporting.comparison import Sample, difference, quantity, ratio
+from reporting.published import SETUP
+
+# Runs that differ in these alone are the same experiment: they say where and how the process ran.
+NOT_SETTINGS = ("seed", "output_dir", "run_name", "resume", "log", "port", "gpuid", "report_freq", "evaluate")
+
+NUMBER = re.compile(r"[+-]?[\d.]+( ± [\d.]+)?(, within the noise)?")
+CPU_NOTE = (
+    "A CPU, shared with other work, and one run after another: read the ratios, and those with care; `benchmarks/` "
+    "interleaves its sides."
+)
+PUBLISHED_NOTE = f"The columns headed A100 are the original study's ({SETUP}), published; compare them with each other."
+ONE_RUN_NOTE = "One run a row: the noise is not known."
+
+
+@dataclasses.dataclass(frozen=True)
+class Arm:
+    """One way to run a study: its label, its place among the rows, and the published figures for it."""
+
+    label: str
+    order: tuple
+    is_baseline: bool = False
+    published: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    """How a figure is shown: show(sample, baseline's sample) gives text or None.
+
+    is_time: a time, which means nothing away from the machine that it was taken on.
+    """
+
+    header: str
+    figure: Callable  # Run -> float or None
+    show: Callable = lambda sample, base: quantity(sample)
+    is_time: bool = False
+
+
+def value(header, figure):
+    return Column(header, figure)
+
+
+def percent(header, figure):
+    return Column(header, figure, show=lambda sample, base: quantity(sample, places=1))
+
+
+def time(header, figure):
+    return Column(header, figure, is_time=True)
+
+
+def times_baseline(header, figure):
+    return Column(header, figure, show=ratio)
+
+
+def over_baseline(header, figure):
+    return Column(header, figure, show=difference)
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+    """A table: one row an arm, runs of the same arm and other seeds in it together.
+
+    arm: Run -> Arm, or None for a run that has no place in this table. varies: the arguments that tell its arms
+    apart; runs are compared only where everything else is the same, hardware and versions too. row_keys: arguments
+    that, besides the arm, make a row of their own; each value has its own baseline. published: header -> key of
+    Arm.published.
+    """
+
+    name: str
+    title: str
+    arm: Callable
+    arm_header: str
+    varies: tuple
+    columns: tuple
+    row_keys: tuple = ()
+    published: dict = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class Row:
+    arm: Arm
+    keys: tuple
+    runs: list
+
+
+@dataclasses.dataclass
+class Group:
+    """The rows of a study that belong in one table: runs with equal `settings`, a dict, on equal `machine`, a dict."""
+
+    settings: dict
+    machine: dict
+    rows: list
+
+    def baseline(self, row):
+        return next((other for other in self.rows if other.arm.is_baseline and other.keys == row.keys), None)
+
+
+def settings(run, without=()):
+    """What `run` did, as a dict: its experiment and arguments, without those that are no settings or in `without`."""
+    left_out = {*NOT_SETTINGS, *without}
+    if run.arguments.get("dataset") != "folder":
+        left_out.add("data_dir")
+    everything = {"experiment": run.experiment} | run.arguments
+    return {name: value for name, value in everything.items() if name not in left_out}
+
+
+def hardware(run):
+    """Where `run` ran, as a dict."""
+    machine = run.machine
+    place = {"hardware": machine.get("hardware"), "torch": machine.get("versions", {}).get("torch")}
+    return place | ({"threads": machine.get("threads")} if run.on_cpu else {})
+
+
+def groups(study, runs):
+    """The Groups of `runs` that have something to compare, the largest first."""
+    found = {}
+    for run in runs:
+        arm = study.arm(run)
+        if arm is None:
+            continue
+        common = settings(run, (*study.varies, *study.row_keys))
+        group = found.setdefault(_key(common, hardware(run)), Group(common, hardware(run), []))
+        keys = tuple(run.arguments.get(name) for name in study.row_keys)
+        row = next((row for row in group.rows if (row.arm.label, row.keys) == (arm.label, keys)), None)
+        if row is None:
+            group.rows.append(row := Row(arm, keys, []))
+        row.runs.append(run)
+    kept = [group for group in found.values() if len(group.rows) > 1 and not all(_baselines(group))]
+    for group in kept:
+        group.rows.sort(key=lambda row: (row.keys, not row.arm.is_baseline, row.arm.order))
+    return sorted(kept, key=lambda group: (-len(group.rows), _key(group.settings, group.machine)))
+
+
+def _baselines(group):
+    return (row.arm.is_baseline for row in group.rows)
+
+
+def _key(*dicts):
+    return tuple((name, str(each[name])) for each in dicts for name in sorted(each))
+
+
+def render(study, runs, with_cpu_times=True):
+    """The study's tables as Markdown, "" when no runs can be compared. with_cpu_times=False leaves out what a clock
+    said on a CPU, and keeps the ratios."""
+    found = groups(study, runs)
+    parts = []
+    for group in found:
+        on_cpu = group.rows[0].runs[0].on_cpu
+        rows = [_cells(study, group, row, with_cpu_times or not on_cpu) for row in group.rows]
+        notes = [CPU_NOTE] * on_cpu
+        if all(len(row.runs) < 2 for row in group.rows):
+            notes.append(ONE_RUN_NOTE)
+        if any(row.arm.published for row in group.rows):
+            notes.append(PUBLISHED_NOTE)
+        parts.append("\n\n".join([caption(group, found), markdown(rows), *([" ".join(notes)] if notes else [])]))
+    return "\n\n".join(parts)
+
+
+def _cells(study, group, row, with_times):
+    """One row of a table: header -> text, or None for what is not known."""
+    baseline = group.baseline(row)
+    label = f"{row.arm.label} (baseline)" if row.arm.is_baseline else row.arm.label
+    cells = dict(zip(map(_words, study.row_keys), map(str, row.keys), strict=True))
+    cells |= {study.arm_header: label, "Runs": str(len(row.runs))}
+    for column in study.columns:
+        if column.is_time and not with_times:
+            continue
+        sample = Sample.of(map(column.figure, row.runs))
+        base = Sample.of(map(column.figure, baseline.runs)) if baseline else None
+        cells[column.header] = column.show(sample, base)
+    for header, key in study.published.items():
+        figure = row.arm.published.get(key)
+        cells[header] = None if figure is None else str(figure)
+    return cells
+
+
+def caption(group, all_groups):
+    """What all rows of a group share; the settings that are ordinary and the same in all groups are not repeated."""
+    common = group.settings
+    phrases = {"model": "{}", "dataset": "{}", "batch_size": "batch {}", "num_epoch": "{} epochs"}
+    words = [phrase.format(common[name]) for name, phrase in phrases.items() if name in common]
+    for name in sorted(set(common) - set(phrases)):
+        if len({str(other.settings.get(name)) for other in all_groups}) > 1:
+            words.append(f"{_words(name).lower()} {common[name]}")
+    return f"{', '.join(words)}; {place(group.machine)}:"
+
+
+def place(machine):
+    """ "AMD EPYC, 2 cores, 1 thread, torch 2.13.0" of what `hardware` gives."""
+    words = [machine["hardware"] or "unknown hardware"]
+    if "threads" in machine:
+        words.append(f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}")
+    return ", ".join([*words, f"torch {machine['torch']}"])
+
+
+def _words(name):
+    return name.replace("_", " ").capitalize()
+
+
+def markdown(rows):
+    """A Markdown table of dicts, header -> text or None. A column without any text is left out."""
+    headers = dict.fromkeys(header for row in rows for header in row)
+    columns = {header: [row.get(header) for row in rows] for header in headers}
+    columns = {header: column for header, column in columns.items() if any(column)}
+    rules = ["---:" if all(map(_is_number, column)) else "---" for column in columns.values()]
+    lines = [columns, rules, *zip(*columns.values(), strict=True)]
+    return "\n".join(
+        f"| {' | '.join((cell or '–').replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines
+    )
+
+
+def _is_number(text):
+    return text is None or NUMBER.fullmatch(text)
