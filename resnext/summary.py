@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from harness import command_line
 from harness.command_line import OneLineParser, UserError
 
-COLUMNS = ("run", "precision", "load ms", "step ms", "epoch s", "x epoch", "memory MiB", "x memory", "test acc %")
+COLUMNS = ("run", "precision", "load ms", "step ms", "epoch s", "x epoch", "memory MiB", "x memory", "epochs", "test acc %")
 
 
 def main():
@@ -58,6 +58,7 @@ def describe(record):
         "step ms": median_of_phase(epochs, "step"),
         "epoch s": statistics.median(epoch["timing"]["seconds"] for epoch in epochs),
         "memory MiB": (max(peaks) if peaks else record["saved_activation_bytes"]) / 2**20,
+        "epochs": str(len(epochs)),
         "test acc %": epochs[-1]["test_acc"],
     }
 
