@@ -40,7 +40,7 @@ run() {
 
 digits() {
     local out=runs/digits name common
-    common="--dataset digits --model resnext29_2x4d --batch_size 32 --lr 0.001 --output_dir $out --num_epoch"
+    common="--dataset digits --model resnext29_2x4d --batch_size 32 --lr 0.0005 --output_dir $out --num_epoch"
     name=32_resnext29_2x4d_digits
     run $out/resnext_2_worker_$name.json resnext/resnext.py $common ${EPOCHS:-12}
     run $out/resnext_2_worker_${name}_fp16.json resnext/resnext.py $common ${EPOCHS:-12} --half_precision
