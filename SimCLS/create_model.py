@@ -32,7 +32,6 @@ SPECIAL_TOKENS = {
         "mask_token": "[MASK]",
     },
 }
-RESIDUAL_SCALE = 0.1
 TEMPLATES = {"t5": "$A </s>", "bert": "[CLS] $A [SEP]"}
 
 
@@ -105,9 +104,8 @@ def train_tokenizer(documents, arch, vocab_size):
     tokenizer.post_processor = processors.TemplateProcessing(
         single=TEMPLATES[arch], special_tokens=[(token, tokenizer.token_to_id(token)) for token in used]
     )
-    return transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special
-    )
+    options = {"clean_up_tokenization_spaces": False, **special}
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
 
 def create_t5(args, tokenizer):
@@ -128,23 +126,7 @@ def create_t5(args, tokenizer):
     model = transformers.T5ForConditionalGeneration(config)
     if args.copy_init:
         copy_init(model)
-    scale_residuals(model, RESIDUAL_SCALE)
     return model
-
-
-@torch.no_grad()
-def scale_residuals(model, scale):
-    """Scale all that enters T5's residual streams: the embeddings, and the outputs of attention and feed-forward.
-
-    The normalisation before every layer makes the hidden states the same as before. But AdamW moves every weight by
-    about the learning rate, and T5 (made for Adafactor, whose steps are relative) has embeddings of standard deviation
-    1, which would then hardly move. The last normalisation undoes the scale for the tied output embedding.
-    """
-    model.shared.weight *= scale
-    model.decoder.final_layer_norm.weight /= scale
-    for name, weight in model.named_parameters():
-        if name.endswith((".o.weight", ".wo.weight")):
-            weight *= scale
 
 
 def create_bert(args, tokenizer):

@@ -9,6 +9,7 @@ Within a group it is beam search: the hypotheses that end are kept, as many as t
 log-probability (penalties included) divided by length ** length_penalty.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from hypotheses import Hypotheses, take
 from t5_decoder import T5Decoder
 
 # Steps between two looks at what has ended. Each look makes the host wait for a GPU; on a CPU it costs nothing.
@@ -176,7 +178,7 @@ class DiverseBeamSearch:
     def _forced_tokens(self, forced, rows, count):
         scores = torch.full((rows, count), float("-inf"), device=self.device)
         scores[:, : len(forced)] = 0
-        other = next(token for token in range(len(self.end_tokens) + 1) if token not in self.end_tokens)
+        other = next(token for token in itertools.count() if token not in self.end_tokens.tolist())
         tokens = torch.tensor(forced + [other] * (count - len(forced)), device=self.device)
         return scores, tokens.expand(rows, -1)
 
@@ -206,7 +208,7 @@ class Beams:
         groups = self.tokens.unflatten(1, (search.num_groups, search.group_size))
         ends = torch.isin(top_tokens, search.end_tokens)
         for rank in range(search.group_size):
-            hypothesis = _take(groups, top_parents[:, :, rank : rank + 1]).squeeze(2)
+            hypothesis = take(groups, top_parents[:, :, rank : rank + 1]).squeeze(2)
             score = tops[:, :, rank].double() / search.divisors[length]
             self.ended.add(ends[:, :, rank] & ~self.done, score, hypothesis, length)
         was_done = self.done.unsqueeze(2)
@@ -217,7 +219,7 @@ class Beams:
         next_tokens = torch.where(was_done, search.pad_token, top_tokens.gather(2, nexts))
         self.scores = torch.where(was_done, 0.0, tops.gather(2, nexts)).flatten(1)
         if search.group_size > 1:
-            self.tokens = _take(groups, parents).flatten(1, 2)
+            self.tokens = take(groups, parents).flatten(1, 2)
         self.tokens[:, :, length] = next_tokens.flatten(1)
         first = torch.arange(0, self.scores.numel(), search.group_size, device=search.device)
         return (first.view(-1, search.num_groups, 1) + parents).flatten()
@@ -272,58 +274,6 @@ class Beams:
         if len(search.end_tokens):
             tokens = torch.where(column == lengths.unsqueeze(2), search.end_tokens[0], tokens)
         return tokens, scores.float()
-
-
-class Hypotheses:
-    """The best ended hypotheses of every group of every document, `size` a group.
-
-    Which of two equal ones stays, and which comes first, is decided by when they came, as in a list that is appended to
-    and whose worst entry is deleted.
-    """
-
-    def __init__(self, documents, groups, size, max_length, device):
-        shape = (documents, groups, size)
-        self.scores = torch.full(shape, float("inf"), dtype=torch.float64, device=device)
-        self.lengths = torch.zeros(shape, dtype=torch.long, device=device)
-        self.came = torch.zeros(shape, dtype=torch.long, device=device)
-        self.tokens = torch.zeros((*shape, max_length), dtype=torch.long, device=device)
-        self.count = torch.zeros(shape[:2], dtype=torch.long, device=device)
-        self.clock = 0
-
-    def worst(self):
-        """The lowest score of each group, float64 [documents, groups]."""
-        return self.scores.amin(-1)
-
-    def add(self, offered, scores, tokens, length):
-        """Offer one hypothesis to each group where `offered`, bool [documents, groups], is true.
-
-        scores: float64 [documents, groups]; tokens: int64 [documents, groups, max_length], `length` of them used.
-        """
-        self.clock += 1
-        size = self.scores.shape[2]
-        worst, full = self.worst(), self.count == size
-        accepted = offered & (~full | (scores > worst))
-        oldest_worst = self.came.masked_fill(self.scores > worst.unsqueeze(2), self.clock).argmin(-1)
-        slot = torch.where(full, oldest_worst, self.count).unsqueeze(2)
-        here = accepted.unsqueeze(2) & (torch.arange(size, device=slot.device) == slot)
-        self.scores = torch.where(here, scores.unsqueeze(2), self.scores)
-        self.lengths = torch.where(here, length, self.lengths)
-        self.came = torch.where(here, self.clock, self.came)
-        self.tokens = torch.where(here.unsqueeze(3), tokens.unsqueeze(2), self.tokens)
-        self.count += accepted & ~full
-
-    def ranked(self):
-        """All hypotheses of each document, best first, the later one first of two equal ones.
-
-        Returns tokens [documents, hypotheses, max_length], scores and lengths [documents, hypotheses].
-        """
-        oldest_first = self.came.argsort(dim=2)
-        scores = self.scores.gather(2, oldest_first).flatten(1)
-        lengths = self.lengths.gather(2, oldest_first).flatten(1)
-        tokens = _take(self.tokens, oldest_first).flatten(1, 2)
-        order = scores.flip(1).argsort(dim=1, descending=True, stable=True)
-        order = scores.shape[1] - 1 - order
-        return _take(tokens, order), scores.gather(1, order), lengths.gather(1, order)
 
 
 class LibraryDecoder:
@@ -397,11 +347,6 @@ def _place(rows, total, *tensors):
     if len(rows) == total:
         return tensors
     return [tensor.new_zeros(total, tensor.shape[1]).index_copy_(0, rows, tensor) for tensor in tensors]
-
-
-def _take(tensor, index):
-    """Gather along the last dimension of `index` whole vectors of `tensor`, which has one dimension more."""
-    return tensor.gather(index.dim() - 1, index.unsqueeze(-1).expand(*index.shape, tensor.shape[-1]))
 
 
 def _first(*values):

@@ -99,9 +99,9 @@ def half_precision_dtype(value, device):
 def load_generator(name):
     """(model, tokenizer) of a folder or a hub name. Raises UserError when there is none, or it is no generator."""
     try:
-        return transformers.AutoModelForSeq2SeqLM.from_pretrained(name), transformers.AutoTokenizer.from_pretrained(
-            name
-        )
+        # Weights are trained in single precision, however they were saved.
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32)
+        return model, transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

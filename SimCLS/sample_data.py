@@ -45,12 +45,10 @@ SHARED_WORDS = 0.4
 
 # The sections of the reST, Google and NumPy styles that hold prose; the others list functions, code or literature.
 _PROSE_SECTIONS = frozenset(
-    "args/arguments/parameters/params/attributes/return/returns/yield/yields/raises/note/notes/warning/warnings/"
-    "keyword arguments/other parameters/input/inputs/output/outputs".split("/")
+    "args arguments parameters params attributes return returns yield yields raises note notes warning warnings "
+    "keyword-arguments other-parameters input inputs output outputs".split()
 )
-_OTHER_SECTIONS = frozenset(
-    "see also/example/examples/example usage/usage/reference/references/methods/shape".split("/")
-)
+_OTHER_SECTIONS = frozenset("see-also example examples example-usage usage reference references methods shape".split())
 _RULE = re.compile(r"[-=~^*+_#| ]{3,}$")
 _NO_PROSE = (">>>", "...", "```", "|", "@", "$", "\\", "In [", "Out[")
 _MARKUP = [
@@ -195,7 +193,7 @@ def _prose(lines):
         if skip_deeper_than is not None and indent > skip_deeper_than:
             continue
         skip_deeper_than = None
-        section = text.rstrip(":").lower()
+        section = text.rstrip(":").lower().replace(" ", "-")
         ruled = bool(_RULE.match(following.strip()))
         if section in _PROSE_SECTIONS | _OTHER_SECTIONS and (ruled or text.endswith(":")):
             paragraphs.append("")

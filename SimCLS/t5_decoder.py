@@ -71,8 +71,8 @@ class T5Decoder:
         self.encoder_norm = encoder.final_layer_norm.weight
         self.decoder_norm = decoder.final_layer_norm.weight
         self.to_vocabulary = _product(model.lm_head.weight)
-        scaled = getattr(config, "scale_decoder_outputs", config.tie_word_embeddings)
-        self.output_scale = config.d_model**-0.5 if scaled else 1.0
+        # mT5 has no such setting, and never scales.
+        self.output_scale = config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0
 
     def start(self, input_ids, attention_mask, max_length):
         """Encode new documents, and forget the earlier ones.

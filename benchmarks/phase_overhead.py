@@ -2,11 +2,12 @@
 
     python3 benchmarks/phase_overhead.py
 
-Two equal models train on the same pictures, one with phases on and one with phases off, a few steps of each in turn.
+One model trains, a few steps with phases on and as many with phases off in turn.
 The bare cost is that of the phases of a step with nothing in them, over the median step: where steps take by chance a
 percent more or less, it tells more than the ratio does. The device is CUDA where it is there.
 """
 
+import functools
 import statistics
 import sys
 import time
@@ -17,12 +18,12 @@ sys.path[:0] = [str(ROOT), str(ROOT / "resnext")]
 
 import torch
 from common import interleaved, ratio_summary, results_path
-from models.resnext import ResNeXt, parse_name
 from torch import nn
 
 from harness import command_line
 from harness.profiling import PhaseTimer
 from harness.recording import describe_machine, write_json
+from models.resnext import ResNeXt, parse_name
 
 LIMIT = 1.01
 PHASES = ("data copy", "zero grad", "forward", "backward", "optimizer")
@@ -33,10 +34,8 @@ def get_args_parser():
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", default="resnext29_1x4d")
     parser.add_argument("--batch_size", type=command_line.positive_int, default=32)
-    parser.add_argument(
-        "--steps", type=command_line.positive_int, default=5, help="training steps of each side a round"
-    )
-    parser.add_argument("--rounds", type=command_line.positive_int, default=40)
+    parser.add_argument("--steps", type=command_line.positive_int, default=1, help="steps of each side in a round")
+    parser.add_argument("--rounds", type=command_line.positive_int, default=200)
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/phase_overhead.json")
     return parser
 
@@ -44,7 +43,9 @@ def get_args_parser():
 def main():
     args = get_args_parser().parse_args()
     device = torch.device(args.device)
-    arms = {name: trainer(args, device, enabled=name == "on") for name in ("on", "off")}
+    train = trainer(args, device)
+    timers = {"on": PhaseTimer(device), "off": PhaseTimer(device, enabled=False)}
+    arms = {name: functools.partial(train, timer) for name, timer in timers.items()}
     for arm in arms.values():
         arm()  # Warm up.
     seconds = interleaved(arms, args.rounds)
@@ -53,9 +54,9 @@ def main():
     bare = bare_seconds(device) / step
     within = "within" if ratio["median"] <= LIMIT else "NOT within"
     print(
-        f"{args.model}, batch {args.batch_size}, {device.type}: a step with phases on takes {ratio['median']:.4f} x that "
-        f"with phases off ({ratio['low']:.3f} to {ratio['high']:.3f}, {args.rounds} rounds of {args.steps} steps), "
-        f"{within} {LIMIT}; bare cost of the phases {100 * bare:.4f} % of a step"
+        f"{args.model}, batch {args.batch_size}, {device.type}: a step with phases on takes {ratio['median']:.4f} x "
+        f"that with phases off ({ratio['low']:.3f} to {ratio['high']:.3f}; {args.rounds} rounds of {args.steps} "
+        f"steps), {within} {LIMIT}; bare cost of the phases {100 * bare:.4f} % of a step"
     )
     record = {
         "benchmark": "phase_overhead",
@@ -67,16 +68,15 @@ def main():
     print(f"written: {path}")
 
 
-def trainer(args, device, enabled):
-    """A function that trains a model of its own for an epoch of args.steps steps; the model is the same each time."""
+def trainer(args, device):
+    """train(phase): an epoch of args.steps steps under the PhaseTimer `phase`; the model is the same each time."""
     torch.manual_seed(0)
     model = ResNeXt(*parse_name(args.model)).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
     criterion = nn.CrossEntropyLoss()
     batch = torch.randn(args.batch_size, 3, 32, 32), torch.randint(10, (args.batch_size,))
-    phase = PhaseTimer(device, enabled)
 
-    def train():
+    def train(phase):
         phase.start_epoch()
         for _, (images, labels) in phase.steps([batch] * args.steps, "epoch"):
             with phase("data copy"):

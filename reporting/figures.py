@@ -124,9 +124,9 @@ def draw_timeline(runs, studies):
         # Arms of several studies go together where they share the baseline.
         for row in group.rows if group else ():
             base = group.baseline(row)
-            if base is not None and baseline in (None, base.runs[0].name):
-                baseline = base.runs[0].name
-                arms.setdefault(row.runs[0].name, (row, base, place(group.machine)))
+            if base is not None and baseline in (None, base.runs[0].path):
+                baseline = base.runs[0].path
+                arms.setdefault(row.runs[0].path, (row, base, place(group.machine)))
     bars = [bar for row, base, _ in arms.values() for bar in _bars(row, base)]
     if not bars:
         return None

@@ -16,7 +16,7 @@ def rewrite(path, bodies):
     unknown or a marker has no partner. The same bodies twice leave the file as the first time did.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        text = path.read_bytes().decode("utf-8")  # Not as text, which would change its line ends.
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}") from None
     new, position = [], 0
@@ -29,8 +29,8 @@ def rewrite(path, bodies):
         position = end.start()
     new = "".join([*new, text[position:]])
     if new != text:
-        with atomic_write(path, "w") as file:
-            file.write(new)
+        with atomic_write(path) as file:
+            file.write(new.encode("utf-8"))
 
 
 def _pairs(path, text, bodies):

@@ -18,7 +18,7 @@ def loading_label(run):
     """ "2 workers", "1 worker" or "device"."""
     if run.arguments.get("loader") == "device":
         return "device"
-    workers = run.arguments.get("num_worker", run.arguments.get("num_workers"))
+    workers = run.arguments["num_workers" if run.experiment == "simcls" else "num_worker"]
     return f"{workers} worker{'' if workers == 1 else 's'}"
 
 

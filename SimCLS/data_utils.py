@@ -1,0 +1,405 @@
+"""Sample folders, their token ids, and batches of them: what main.py and evaluate_model.py read.
+
+A sample is a file `{i}.json` as preprocess.py writes it; those of the published SimCLS and BRIO releases are the same.
+Token ids are made once for each split, tokenizer and length, and kept in a file beside the split's folder that is
+mapped into memory, not read.
+"""
+
+import hashlib
+import itertools
+import json
+import os
+import re
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from fast_rouge import score_corpus
+from tqdm import tqdm
+
+from harness.command_line import UserError
+from harness.loading import EpochBatches
+from harness.recording import atomic_write
+
+FORMAT = 1
+KEYS = ("article", "abstract", "article_untok", "abstract_untok", "candidates", "candidates_untok")
+ROUGE = ("rouge1", "rouge2", "rougeL")  # The published names; rougeL is rougeLsum, as there.
+_ROUGE_COLUMNS = (0, 1, 3)  # Of fast_rouge.METRICS.
+_FMEASURE = 2  # Of fast_rouge.Score.
+CHUNK = 256  # Samples that are tokenized together.
+POOL = 32  # Batches whose samples are sorted by length together.
+
+# A further call of the encoder costs about as much as this many tokens in a call that is made anyway.
+TOKENS_PER_CALL = {"cpu": 64, "cuda": 2048}
+
+
+class TextEncoding:
+    """How texts become token ids: [first] text [end], with the tokenizer's own special tokens.
+
+    A tokenizer that puts neither a CLS nor a BOS token first, such as T5's, gets its end token there, so that the
+    state of the first token is that of a text and not of a word.
+
+    total_len, max_len: the most tokens of a document, and of a summary, special ones included; longer ones are cut.
+    """
+
+    def __init__(self, tokenizer, total_len, max_len):
+        self.tokenizer, self.total_len, self.max_len = tokenizer, total_len, max_len
+        self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+        first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
+        self._first = [] if first is not None else [tokenizer.eos_token_id]
+        if self._first == [None]:
+            raise UserError(f"the tokenizer {tokenizer.name_or_path} has no CLS, BOS or EOS token to begin a text with")
+        self.fingerprint = _digest(_tokenizer_text(tokenizer))
+
+    def documents(self, texts):
+        """The token ids of a list of str, as a list of lists of int."""
+        return self._encode(texts, self.total_len)
+
+    def summaries(self, texts):
+        return self._encode(texts, self.max_len)
+
+    def _encode(self, texts, length):
+        encoded = self.tokenizer(
+            texts, truncation=True, max_length=length - len(self._first), return_attention_mask=False
+        )
+        return [self._first + ids for ids in encoded["input_ids"]]
+
+
+def _tokenizer_text(tokenizer):
+    if tokenizer.is_fast:
+        return tokenizer.backend_tokenizer.to_str()
+    return json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
+
+
+def _digest(text):
+    return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+
+
+# ------------------------------------------------------------------------------------------------ sample files
+
+
+def sample_files(folder):
+    """The Paths of the samples of `folder`, in the order of their numbers; other files do not count.
+
+    UserError when there is no such folder or no sample in it.
+    """
+    try:
+        numbered = [(int(name[:-5]), name) for name in os.listdir(folder) if re.fullmatch(r"[0-9]{1,18}\.json", name)]
+    except OSError as error:
+        raise UserError(f"cannot read the sample folder {folder}: {error.strerror}; preprocess.py makes it") from None
+    if not numbered:
+        raise UserError(f"the sample folder {folder} holds no sample 0.json, 1.json, ...; preprocess.py makes them")
+    return [Path(folder) / name for _, name in sorted(numbered)]
+
+
+def read_sample(path):
+    """The sample in the file `path`: a dict with KEYS. UserError that names the file when it is not one."""
+    try:
+        sample = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read the sample {path}: {error.strerror}") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise UserError(f"the sample {path} is not JSON ({error}); make it again with preprocess.py") from None
+    problem = _problem(sample)
+    if problem:
+        raise UserError(f"the sample {path} {problem}; make it again with preprocess.py")
+    return sample
+
+
+def _problem(sample):
+    """What is wrong with a sample, or None."""
+    if not isinstance(sample, dict):
+        return "is no JSON object"
+    missing = [key for key in KEYS if key not in sample]
+    if missing:
+        return f"lacks the key {missing[0]!r}"
+    for key in KEYS[:4]:
+        if not _is_text(sample[key]):
+            return f"has no list of sentences under {key!r}"
+    for key in KEYS[4:]:
+        if not isinstance(sample[key], list) or not all(map(_is_candidate, sample[key])):
+            return f"has no list of [sentences, score] under {key!r}"
+    counts = len(sample["candidates"]), len(sample["candidates_untok"])
+    if counts[0] != counts[1]:
+        return f"has {counts[0]} 'candidates' but {counts[1]} 'candidates_untok'"
+    return None if counts[0] else "has no candidates"
+
+
+def _is_text(value):
+    return isinstance(value, list) and all(isinstance(sentence, str) for sentence in value)
+
+
+def _is_candidate(value):
+    return isinstance(value, list) and len(value) == 2 and _is_text(value[0]) and isinstance(value[1], (int, float))
+
+
+# -------------------------------------------------------------------------------------------------- token ids
+
+
+class SampleSet(torch.utils.data.Dataset):
+    """The tokenized samples of one split, in the order of their numbers.
+
+    arrays: as from `tokenize_samples`. Texts that are equal within a sample are there, and encoded, once.
+    `dataset[epoch, number]` is the number, for `batch` as the collate function of a DataLoader. device_type: of the
+    device that the batches are for, "cpu" or "cuda".
+    """
+
+    def __init__(self, arrays, encoding, device_type):
+        # Views without np.memmap's own slow indexing.
+        self._arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        self._pad = encoding.pad
+        self._tokens_per_call = TOKENS_PER_CALL[device_type]
+
+    def __len__(self):
+        return len(self._arrays["sample_start"]) - 1
+
+    def __getitem__(self, epoch_and_number):
+        return epoch_and_number[1]
+
+    @property
+    def document_lengths(self):
+        """Tokens of each sample's document, int64 [samples]."""
+        first = self._arrays["sample_start"][:-1]
+        return self._arrays["text_start"][first + 1] - self._arrays["text_start"][first]
+
+    @property
+    def candidate_counts(self):
+        """int64 [samples]"""
+        return np.diff(self._arrays["candidate_start"])
+
+    def scores(self, number):
+        """The candidates' scores as the sample file has them, float32 [candidates]."""
+        return self._of_candidates("score", number)
+
+    def rouge(self, number):
+        """The candidates' ROUGE-1, -2 and -Lsum F-measure, float32 [candidates, 3]; not for a training split."""
+        return self._of_candidates("rouge", number)
+
+    def _of_candidates(self, name, number):
+        start, end = self._arrays["candidate_start"][number : number + 2]
+        return self._arrays[name][start:end]
+
+    def batch(self, numbers):
+        """The Batch of the samples `numbers`, in their order."""
+        texts, documents, candidates = [], [], []
+        for number in numbers:
+            documents.append(len(texts))
+            candidates.append(self._of_candidates("candidate_text", number) + len(texts))
+            start, end = self._arrays["sample_start"][number : number + 2]
+            bounds = self._arrays["text_start"][start : end + 1]
+            texts += [self._arrays["ids"][begin:stop] for begin, stop in itertools.pairwise(bounds)]
+        groups, lengths, row_of_text = _pad_groups(texts, self._pad, self._tokens_per_call)
+        documents = np.array(documents)
+        return Batch(
+            groups,
+            lengths,
+            torch.from_numpy(row_of_text[documents]),
+            torch.from_numpy(row_of_text[documents + 1]),
+            _padded([row_of_text[each] for each in candidates], 0, torch.int64),
+            _padded([self.scores(number) for number in numbers], 0, torch.float32),
+            _padded([np.ones(len(each)) for each in candidates], 0, torch.bool),
+        )
+
+
+class Batch(NamedTuple):
+    """Samples as the scorer takes them. `documents`, `references` and `candidates` are row numbers: of the rows of all
+    groups of `texts`, one after another."""
+
+    texts: list  # Groups of like length, longest first: int64 [rows, tokens], padded at the end.
+    lengths: list  # Of each group int64 [rows], or None where nothing is padded.
+    documents: torch.Tensor  # int64 [samples]
+    references: torch.Tensor  # int64 [samples]
+    candidates: torch.Tensor  # int64 [samples, candidates]
+    rouge: torch.Tensor  # The candidates' scores, float32 [samples, candidates].
+    present: torch.Tensor  # bool [samples, candidates], False where a sample has fewer candidates.
+
+    def to(self, device):
+        """The batch on `device`; the copies are asynchronous from pinned memory."""
+
+        def copied(value):
+            if isinstance(value, list):
+                return [each if each is None else each.to(device, non_blocking=True) for each in value]
+            return value.to(device, non_blocking=True)
+
+        return Batch(*map(copied, self))
+
+
+def _pad_groups(texts, pad, tokens_per_call):
+    """Group texts by length, so that a group's padding costs less than one more call of the encoder.
+
+    texts: list of int arrays. Returns (groups, lengths) as in Batch, and the row of each text, int64 [texts].
+    """
+    sizes = np.array([len(text) for text in texts])
+    order = np.argsort(-sizes, kind="stable")
+    starts, wasted = [0], 0
+    for position, size in enumerate(sizes[order]):
+        wasted += sizes[order[starts[-1]]] - size
+        if wasted > tokens_per_call:
+            starts.append(position)
+            wasted = 0
+    groups, lengths = [], []
+    for start, end in itertools.pairwise([*starts, len(order)]):
+        members = order[start:end]
+        groups.append(_padded([texts[member] for member in members], pad, torch.int64))
+        even = sizes[members[0]] == sizes[members[-1]]
+        lengths.append(None if even else torch.from_numpy(sizes[members]))
+    row_of_text = np.empty(len(texts), dtype=np.int64)
+    row_of_text[order] = np.arange(len(texts))
+    return groups, lengths, row_of_text
+
+
+def _padded(rows, value, dtype):
+    """Arrays of one dimension as one tensor [rows, the longest], `value` at their ends."""
+    array = np.full((len(rows), max(map(len, rows))), value, dtype=torch.empty(0, dtype=dtype).numpy().dtype)
+    for place, row in zip(array, rows, strict=True):
+        place[: len(row)] = row
+    return torch.from_numpy(array)
+
+
+def tokenize_samples(samples, encoding, max_num, with_rouge):
+    """The arrays of a SampleSet.
+
+    samples: iterable of dicts as from `read_sample`. max_num: candidates of a sample beyond so many are left out.
+    with_rouge: compute the three ROUGE values of each candidate too, as choosing among them needs.
+    """
+    ids, sizes, scores, rouge = [], [], [], []
+    texts_of_sample, candidate_counts, candidate_text = [], [], []
+    samples = iter(samples)
+    while chunk := list(itertools.islice(samples, CHUNK)):
+        documents = encoding.documents([" ".join(sample["article_untok"]) for sample in chunk])
+        summaries = [
+            [sample["abstract_untok"], *(text for text, _ in sample["candidates_untok"][:max_num])] for sample in chunk
+        ]
+        encoded = iter(encoding.summaries([" ".join(text) for texts in summaries for text in texts]))
+        for document, texts in zip(documents, summaries, strict=True):
+            reference, *candidates = map(tuple, itertools.islice(encoded, len(texts)))
+            different = {text: place for place, text in enumerate(dict.fromkeys([reference, *candidates]), 1)}
+            texts = [document, *different]
+            ids.extend(np.array(text, dtype=np.int32) for text in texts)
+            sizes.extend(map(len, texts))
+            texts_of_sample.append(len(texts))
+            candidate_counts.append(len(candidates))
+            candidate_text.extend(different[text] for text in candidates)
+        scores.extend(score for sample in chunk for _, score in sample["candidates"][:max_num])
+        if with_rouge:
+            rouge.extend(_rouge_of(chunk, max_num))
+    arrays = {
+        "ids": _smallest(np.concatenate(ids)),
+        "text_start": _starts(sizes),
+        "sample_start": _starts(texts_of_sample),
+        "candidate_start": _starts(candidate_counts),
+        "candidate_text": np.array(candidate_text, dtype=np.int64),
+        "score": np.array(scores, dtype=np.float32),
+    }
+    return arrays | ({"rouge": np.concatenate(rouge)} if with_rouge else {})
+
+
+def _rouge_of(samples, max_num):
+    references = [sample["abstract"] for sample in samples]
+    candidates = [[text for text, _ in sample["candidates"][:max_num]] for sample in samples]
+    for figures in score_corpus(references, candidates):
+        yield figures[:, _ROUGE_COLUMNS, _FMEASURE].astype(np.float32)
+
+
+def _starts(counts):
+    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+
+
+def _smallest(ids):
+    return ids.astype(np.uint16) if ids.max() < 2**16 else ids
+
+
+def load_samples(folder, encoding, max_num, with_rouge, device_type, say=print):
+    """The SampleSet of a sample folder, from the token file beside it when that fits, else made anew.
+
+    The file is named by the tokenizer and the lengths, and fits as long as no sample's name, size or time of change
+    differs from when it was made.
+    """
+    folder = Path(folder)
+    files = sample_files(folder)
+    settings = [FORMAT, encoding.fingerprint, encoding.total_len, encoding.max_len, max_num, with_rouge]
+    path = folder.parent / f"{folder.name}-{_digest(json.dumps(settings))}.tokens"
+    stats = [(file.name, file.stat()) for file in files]
+    fingerprint = _digest(json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]))
+    arrays = _read_arrays(path, fingerprint)
+    if arrays is None:
+        say(f"making token ids of {len(files)} samples: {path}")
+        samples = map(read_sample, tqdm(files, unit=" samples", leave=False, disable=not sys.stderr.isatty()))
+        _write_arrays(path, fingerprint, tokenize_samples(samples, encoding, max_num, with_rouge))
+        arrays = _read_arrays(path, fingerprint)
+    return SampleSet(arrays, encoding, device_type)
+
+
+def _write_arrays(path, fingerprint, arrays):
+    """One .npy after another in one file: a header of JSON bytes, then the arrays that it names."""
+    header = json.dumps({"samples": fingerprint, "arrays": list(arrays)})
+    with atomic_write(path) as file:
+        for array in [np.frombuffer(header.encode(), dtype=np.uint8), *arrays.values()]:
+            np.lib.format.write_array(file, array, allow_pickle=False)
+
+
+def _read_arrays(path, fingerprint):
+    """The arrays that _write_arrays wrote, mapped into memory; None when the file is none, or of other samples."""
+    try:
+        with open(path, "rb") as file:
+            header = json.loads(np.lib.format.read_array(file, allow_pickle=False).tobytes())
+            if header["samples"] != fingerprint:
+                return None
+            return {name: _map_array(file) for name in header["arrays"]}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _map_array(file):
+    """The .npy at the position of the open file, as a read-only np.memmap; the position moves past it."""
+    np.lib.format.read_magic(file)
+    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
+    order = "F" if fortran_order else "C"
+    array = np.memmap(file, dtype=dtype, mode="r", offset=file.tell(), shape=shape, order=order)
+    file.seek(array.offset + array.nbytes)
+    return array
+
+
+# ---------------------------------------------------------------------------------------------------- batches
+
+
+class LengthBatches(EpochBatches):
+    """EpochBatches whose batches hold documents of like length; `updates` of them make one step of the optimizer.
+
+    lengths: int [samples]. accumulate: batches in one update; the last update of an epoch may have fewer.
+    """
+
+    def __init__(self, lengths, batch_size, accumulate, seed, rank=0, world_size=1):
+        super().__init__(len(lengths), batch_size, seed, rank, world_size)
+        self.lengths, self.accumulate = lengths, accumulate
+        self.number_of_batches = len(self)
+        self.updates = -(-self.number_of_batches // accumulate)
+
+    def order(self):
+        random = np.random.default_rng((self.seed, self.epoch))
+        order = random.permutation(self.size)
+        pool = POOL * self.batch_size
+        for start in range(0, self.size, pool):
+            part = order[start : start + pool]
+            order[start : start + pool] = part[np.argsort(self.lengths[part], kind="stable")]
+        whole = self.size // self.batch_size * self.batch_size
+        batches = order[:whole].reshape(-1, self.batch_size)
+        return np.concatenate([random.permutation(batches).ravel(), order[whole:]])
+
+    def starts_update(self, number):
+        return number % self.accumulate == 0
+
+    def ends_update(self, number):
+        return (number + 1) % self.accumulate == 0 or number + 1 == self.number_of_batches
+
+    def weight(self, number):
+        """What this process's mean loss over batch `number` must be multiplied by, so that the sum over an update's
+        batches of the mean over processes is the mean over the update's samples."""
+        per_update = self.batch_size * self.accumulate
+        in_update = min(per_update, self.size - number // self.accumulate * per_update)
+        in_batch = min(self.batch_size, self.size - number * self.batch_size)
+        return super().weight(number) * in_batch / in_update

@@ -1,0 +1,60 @@
+"""The hypotheses that a beam search has ended, kept on the device for many groups of beams at once."""
+
+import torch
+
+
+class Hypotheses:
+    """The best ended hypotheses of every group of every document, `size` a group.
+
+    Which of two equal ones stays, and which comes first, is decided by when they came, as in a list that is appended to
+    and whose worst entry is deleted.
+    """
+
+    def __init__(self, documents, groups, size, max_length, device):
+        shape = (documents, groups, size)
+        self.scores = torch.full(shape, float("inf"), dtype=torch.float64, device=device)
+        self.lengths = torch.zeros(shape, dtype=torch.long, device=device)
+        self.came = torch.zeros(shape, dtype=torch.long, device=device)
+        self.tokens = torch.zeros((*shape, max_length), dtype=torch.long, device=device)
+        self.count = torch.zeros(shape[:2], dtype=torch.long, device=device)
+        self.clock = 0
+
+    def worst(self):
+        """The lowest score of each group, float64 [documents, groups]."""
+        return self.scores.amin(-1)
+
+    def add(self, offered, scores, tokens, length):
+        """Offer one hypothesis to each group where `offered`, bool [documents, groups], is true.
+
+        scores: float64 [documents, groups]; tokens: int64 [documents, groups, max_length], `length` of them used.
+        """
+        self.clock += 1
+        size = self.scores.shape[2]
+        worst, full = self.worst(), self.count == size
+        accepted = offered & (~full | (scores > worst))
+        oldest_worst = self.came.masked_fill(self.scores > worst.unsqueeze(2), self.clock).argmin(-1)
+        slot = torch.where(full, oldest_worst, self.count).unsqueeze(2)
+        here = accepted.unsqueeze(2) & (torch.arange(size, device=slot.device) == slot)
+        self.scores = torch.where(here, scores.unsqueeze(2), self.scores)
+        self.lengths = torch.where(here, length, self.lengths)
+        self.came = torch.where(here, self.clock, self.came)
+        self.tokens = torch.where(here.unsqueeze(3), tokens.unsqueeze(2), self.tokens)
+        self.count += accepted & ~full
+
+    def ranked(self):
+        """All hypotheses of each document, best first, the later one first of two equal ones.
+
+        Returns tokens [documents, hypotheses, max_length], scores and lengths [documents, hypotheses].
+        """
+        oldest_first = self.came.argsort(dim=2)
+        scores = self.scores.gather(2, oldest_first).flatten(1)
+        lengths = self.lengths.gather(2, oldest_first).flatten(1)
+        tokens = take(self.tokens, oldest_first).flatten(1, 2)
+        order = scores.flip(1).argsort(dim=1, descending=True, stable=True)
+        order = scores.shape[1] - 1 - order
+        return take(tokens, order), scores.gather(1, order), lengths.gather(1, order)
+
+
+def take(tensor, index):
+    """Gather along the last dimension of `index` whole vectors of `tensor`, which has one dimension more."""
+    return tensor.gather(index.dim() - 1, index.unsqueeze(-1).expand(*index.shape, tensor.shape[-1]))

@@ -1,0 +1,185 @@
+#!/usr/bin/env python3
+"""Train a SimCLS scorer: an encoder that tells good candidate summaries of a document from worse ones.
+
+    python3 main.py --cuda --gpuid 0 -l --dataset samples --model_type roberta-base
+    python3 main.py --cuda --gpuid 0 -e --dataset samples --model_pt simcls_4_worker/scorer.bin
+
+--dataset holds the folders train, val and test of samples that preprocess.py made, or the published ones. Weights,
+record and log are written to ./cache/<run>/.
+"""
+
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from data_utils import LengthBatches, load_samples
+from model import load_scorer
+from scorer_experiment import (
+    Metrics,
+    Schedule,
+    cached_path,
+    clip_gradients,
+    evaluate,
+    get_args_parser,
+    loss_of,
+    seed_step,
+    validate,
+)
+from scorer_run import ScorerRun
+
+from harness import command_line, distributed
+from harness.command_line import UserError
+from harness.loading import worker_loader
+from harness.precision import choose_precision
+from harness.profiling import PhaseTimer, SavedBytes, nvtx_range
+from harness.resume import stop_requests
+
+
+def main():
+    args = get_args_parser(__doc__).parse_args()
+    device = choose_device(args)
+    start_processes(args)
+    with distributed.world(device) as world:
+        world.share(args.batch_size)
+        # TensorFloat-32 is off: in this model it would be for the matrix products, where PyTorch leaves it off too.
+        precision = choose_precision(args.half_precision, device, true_fp32=True, say=world.say)
+        if args.evaluate:
+            evaluate(args, world, precision)
+            return
+        run = ScorerRun(args, world, precision=precision.label)
+        with run.lock():
+            train(args, world, precision, run)
+
+
+def train(args, world, precision, run):
+    device = world.device
+    if args.resume and run.finished:
+        world.say(f"{run.path('.json')} is finished; nothing to resume")
+        return
+    scorer, description, train_set, val_set = load_parts(args, world)
+    parallel_scorer = world.wrap(scorer)
+    batches, loader = training_batches(args, world, train_set)
+    optimizer = torch.optim.Adam(scorer.parameters(), fused=True)
+    schedule = Schedule.of_run(args, optimizer, description["hidden_size"], batches.updates)
+    scaler, metrics = precision.scaler, Metrics(device, args.margin)
+    phase, saved = PhaseTimer(device), SavedBytes(scorer)
+    state = {"scorer": scorer, "optimizer": optimizer, "scaler": scaler, "metrics": metrics, "run": run}
+    first_epoch, first_step = run.resume(**state) if args.resume else (0, 0)
+
+    with run.begin(scorer, schedule), nvtx_range("training simcls"), stop_requests(world.size == 1) as stop:
+        for epoch in range(first_epoch, args.num_epoch):
+            batches.start(epoch, first_step)
+            next_step, bar = first_step, run.progress_bar(epoch, batches.samples_from(first_step))
+            with nvtx_range(f"epoch {epoch + 1}"):
+                phase.start_epoch()
+                for step, batch in phase.steps(loader, f"epoch {epoch + 1}", first_step, args.max_steps):
+                    starts_update, ends_update = batches.starts_update(step), batches.ends_update(step)
+                    # -------------------------------------------------- once in a while: validate
+                    if starts_update and run.validation_is_due(epoch, step):
+                        with phase("validation"):
+                            result = validate(scorer, val_set, args, precision, world, stop)
+                        if stop:
+                            break
+                        run.add_validation(epoch, step, result, scorer, description)
+                        run.save(epoch, step, **state)
+                    # ---------------------------------------------------------- the training step
+                    seed_step(args.seed, epoch, step, world.rank)
+                    with phase("data copy"):
+                        batch = batch.to(device)
+                    with phase("zero grad"):
+                        if starts_update:
+                            optimizer.zero_grad(set_to_none=True)
+                    with phase("forward"), precision.autocast(), saved.first_time():
+                        parallel_scorer.require_backward_grad_sync = ends_update  # Of DistributedDataParallel.
+                        scores, gold_scores = parallel_scorer(batch)
+                        loss = loss_of(args, scores, gold_scores, batch)
+                    with phase("backward"):
+                        scaler.scale(loss * batches.weight(step)).backward()
+                    with phase("optimizer"):
+                        if ends_update:
+                            scaler.unscale_(optimizer)
+                            clip_gradients(scorer, args.grad_norm)
+                            schedule.set()
+                            scaler.step(optimizer)
+                            scaler.update()
+                    # ----------------------------------------------------------------------------
+                    metrics.add(loss, scores, batch, batches.weight(step))
+                    bar.update(len(scores) * world.size)
+                    next_step = step + 1
+                    if ends_update:
+                        run.report(epoch, next_step, metrics, schedule, bar)
+                        if stop:
+                            break
+                timing = phase.end_epoch()
+            bar.close()
+            run.facts["saved_activation_bytes"] = saved.bytes
+            if phase.steps_done == args.max_steps:
+                run.finish_profiling(timing)
+                return
+            result = validate(scorer, val_set, args, precision, world, stop)
+            if stop:
+                run.save(epoch, next_step, **state)
+                stop.leave()
+            run.add_validation(epoch, next_step, result, scorer, description)
+            run.add_epoch(epoch, metrics.epoch_loss(world), timing, batches.samples_from(first_step))
+            first_step = 0
+            run.save(epoch + 1, 0, **state)
+    run.finish()
+
+
+def load_parts(args, world):
+    """(scorer on its device, its description, training SampleSet, validation SampleSet)"""
+    weights = args.model_pt and cached_path(args.model_pt)
+    torch.manual_seed(args.seed)
+    scorer, encoding, description = load_scorer(args.model_type, weights, args.total_len, args.max_len)
+    with world.main_first():
+        train_set = load_samples(
+            Path(args.dataset) / "train", encoding, args.max_num, False, world.device.type, world.say
+        )
+        val_set = load_samples(Path(args.dataset) / "val", encoding, args.max_num, True, world.device.type, world.say)
+    if args.use_checkpoint:
+        scorer.recompute_activations()
+    return scorer.to(world.device), description, train_set, val_set
+
+
+def training_batches(args, world, train_set):
+    """(the LengthBatches of this process, the DataLoader that yields a Batch for each)"""
+    lengths = train_set.document_lengths
+    batches = LengthBatches(lengths, args.batch_size, args.accumulate_step, args.seed, world.rank, world.size)
+    return batches, worker_loader(train_set, batches, args.num_workers, world.device, train_set.batch)
+
+
+def choose_device(args):
+    """The torch.device of this process; UserError when there is no such GPU."""
+    if len(set(args.gpuid)) < len(args.gpuid):
+        raise UserError(f"--gpuid {' '.join(map(str, args.gpuid))} names a GPU twice")
+    processes, rank = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
+    if 1 < len(args.gpuid) != processes > 1:
+        raise UserError(f"--gpuid names {len(args.gpuid)} GPUs, but there are {processes} processes; leave it out")
+    if not args.cuda:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise UserError("--cuda: PyTorch finds no CUDA GPU on this machine; leave --cuda out to train on the CPU")
+    # Processes that torchrun started take the GPUs in order, unless told which.
+    gpus = args.gpuid if processes == 1 or len(args.gpuid) > 1 else range(processes)
+    missing = [gpu for gpu in gpus if gpu >= torch.cuda.device_count()]
+    if missing:
+        raise UserError(f"--gpuid {missing[0]}: there is no such GPU; this machine has {torch.cuda.device_count()}")
+    return torch.device("cuda", gpus[rank])
+
+
+def start_processes(args):
+    """Become torchrun with one process for each of --gpuid, when there are many and this is none of them."""
+    if len(args.gpuid) == 1 or "RANK" in os.environ:
+        return
+    meeting = ["--standalone"] if args.port is None else ["--nnodes=1", f"--master_port={args.port}"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc_per_node={len(args.gpuid)}"]
+    sys.stdout.flush()
+    os.execv(sys.executable, [*torchrun, str(Path(__file__).resolve()), *sys.argv[1:]])
+
+
+if __name__ == "__main__":
+    command_line.run(main)

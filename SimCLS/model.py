@@ -1,0 +1,233 @@
+"""The scorer of SimCLS: an encoder in whose space a document lies nearer to a better summary of it.
+
+Liu and Liu 2021, "SimCLS: A Simple Framework for Contrastive Learning of Abstractive Summarization" (ACL), and its
+published code, github.com/yixinL7/SimCLS. A text is the state of its first token; the score of a summary is the cosine
+of its state and the document's.
+"""
+
+import json
+import pickle
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+import torch.nn.functional as F
+from data_utils import TextEncoding
+from torch import nn
+
+from harness import torchvision_compat  # noqa: F401
+from harness.command_line import UserError
+from harness.recording import atomic_write, write_json
+
+# isort: split
+from transformers import AutoModelForTextEncoding, AutoTokenizer
+from transformers.utils import logging
+
+MARGIN = 0.01  # Of the published scorers, as are 512 tokens of a document and 120 of a summary.
+TOTAL_LEN, MAX_LEN = 512, 120
+
+
+class Scorer(nn.Module):
+    """encoder: a bidirectional transformers model, as from `load_encoder`."""
+
+    def __init__(self, encoder):
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, batch):
+        """Score the candidates and the reference of every document of a `data_utils.Batch`.
+
+        Returns (candidates float32 [documents, candidates], references float32 [documents]), cosines in -1 to 1.
+        Where a document has fewer candidates than others, the score is meaningless.
+        """
+        states = self.encode_texts(batch.texts, batch.lengths)
+        documents = states[batch.documents]
+        candidates = F.cosine_similarity(states[batch.candidates], documents[:, None], dim=-1)
+        return candidates, F.cosine_similarity(states[batch.references], documents, dim=-1)
+
+    def encode_texts(self, texts, lengths):
+        """The state of every text's first token, float32 [rows, hidden]: one call of the encoder for each group.
+
+        texts: list of int64 [rows, tokens], padded at the end. lengths: list of int64 [rows], or None for a group
+        without padding.
+        """
+        states = [self._encode_group(ids, length) for ids, length in zip(texts, lengths, strict=True)]
+        return torch.cat(states).float()
+
+    def _encode_group(self, ids, lengths):
+        mask = None
+        if lengths is not None:
+            mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
+            if self.encoder.config._attn_implementation == "sdpa":
+                # Of a two-dimensional mask transformers asks on the host whether it hides anything: that would wait for
+                # the device, and is known here.
+                mask = mask[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
+        return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
+
+    def recompute_activations(self):
+        """Keep the input of each encoder layer for backward, and redo the rest of the layer then."""
+        # The older name warns where the newer exists; both take the arguments of torch.utils.checkpoint.
+        enable = getattr(self.encoder, "activation_checkpointing_enable", self.encoder.gradient_checkpointing_enable)
+        enable({"use_reentrant": False})
+
+
+def ranking_loss(scores, gold_scores, rouge, present, margin=MARGIN, gold_margin=0.0, gold_weight=1.0):
+    """The mean over documents of the SimCLS loss: scores should fall with the candidates' ROUGE, by steps of `margin`.
+
+    Of two candidates the one with the lower ROUGE has to score lower by `margin` times the difference of their ranks;
+    what is missing is the pair's loss. As in the published code, it is averaged over the pairs of equal difference and
+    summed over the differences. Candidates of equal ROUGE share the mean of their ranks and make no pair, so nothing
+    pushes them apart, and their order does not matter. The reference has to score `gold_margin` above each candidate.
+
+    scores: float [documents, candidates]. gold_scores: float [documents], of the references. rouge: float
+    [documents, candidates]. present: bool [documents, candidates], False where a document has fewer candidates.
+    """
+    pairs = present[:, :, None] & present[:, None, :]
+    better = pairs & (rouge[:, :, None] > rouge[:, None, :])  # [document, candidate, a worse one]
+    equal = pairs & (rouge[:, :, None] == rouge[:, None, :])
+    count = present.sum(1)
+    ranks = better.sum(1) + (equal.sum(1) - 1) / 2  # 0 for the best
+    distance = ranks[:, None, :] - ranks[:, :, None]
+    missing = F.relu(scores[:, None, :] - scores[:, :, None] + margin * distance)
+    # A difference of d occurs in (count - d) pairs.
+    candidate_loss = torch.where(better, missing / (count[:, None, None] - distance).clamp(min=1), 0).sum((1, 2))
+    missing_gold = F.relu(scores - gold_scores[:, None] + gold_margin)
+    gold_loss = torch.where(present, missing_gold, 0).sum(1) / count
+    return (candidate_loss + gold_weight * gold_loss).mean()
+
+
+@torch.inference_mode()
+def score_samples(scorer, samples, numbers, batch_size, device, precision):
+    """Yield (numbers, batch, candidates' scores, references' scores) for batches of `numbers`, in their order, without
+    dropout; the tensors are on `device`.
+
+    samples: data_utils.SampleSet. numbers: int array; best sorted by document length. precision: harness Precision.
+    """
+    scorer.eval()
+    try:
+        for start in range(0, len(numbers), batch_size):
+            part = numbers[start : start + batch_size]
+            batch = samples.batch(part).to(device)
+            with precision.autocast():
+                scores, gold_scores = scorer(batch)
+            yield part, batch, scores, gold_scores
+    finally:
+        scorer.train()
+
+
+def load_encoder(name):
+    """(encoder in float32, tokenizer) of a folder in `from_pretrained` form or a name on the hub.
+
+    UserError when there is none, or it is no text encoder.
+    """
+    logging.set_verbosity_error()  # A generator's decoder is left behind on purpose.
+    logging.disable_progress_bar()
+    try:
+        # The default is the precision of the file, in which small updates would be lost.
+        encoder = AutoModelForTextEncoding.from_pretrained(name, dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(name)
+    except (OSError, ValueError, KeyError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(
+            f"no encoder can be loaded from {name!r}, as a folder or as a name on the hub ({reason}); "
+            "create_model.py makes one from scratch"
+        ) from None
+    if getattr(encoder, "pooler", None) is not None:
+        encoder.pooler = None  # Nothing uses it, so it would never get a gradient.
+    return encoder, tokenizer
+
+
+def longest_input(encoder, tokenizer):
+    """How many tokens of a text `encoder` can read; a huge number when there is no limit."""
+    positions = getattr(encoder.config, "max_position_embeddings", None) or sys.maxsize
+    for name, module in encoder.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            positions -= module.padding_idx + 1  # RoBERTa counts positions from there.
+    return min(positions, tokenizer.model_max_length)
+
+
+def load_scorer(name=None, weights=None, total_len=None, max_len=None):
+    """(Scorer on the CPU, data_utils.TextEncoding, description) to train or to score with.
+
+    name: the encoder, a folder or a hub name; None for the one that `weights` was trained for, else roberta-base.
+    weights: path of a trained scorer, or None for the encoder as it is. total_len, max_len: tokens of a document and of
+    a summary; None for those of the training. An encoder that reads less has its own limit.
+
+    UserError when the encoder or the weights cannot be loaded, or do not belong together.
+    """
+    trained = (weights and read_description(weights)) or {}
+    name = name or trained.get("encoder", "roberta-base")
+    encoder, tokenizer = load_encoder(name)
+    limit = longest_input(encoder, tokenizer)
+    lengths = [total_len or trained.get("total_len", TOTAL_LEN), max_len or trained.get("max_len", MAX_LEN)]
+    encoding = TextEncoding(tokenizer, *(min(length, limit) for length in lengths))
+    scorer, description = Scorer(encoder), _describe(name, encoder, encoding)
+    if weights:
+        load_weights(weights, scorer, description)
+    return scorer, encoding, description
+
+
+def _describe(name, encoder, texts):
+    """What has to be the same wherever a scorer's weights are used: a dict of plain JSON values."""
+    return {
+        "encoder": str(Path(name).resolve()) if Path(name).is_dir() else name,
+        "architecture": encoder.config.model_type,
+        "hidden_size": encoder.config.hidden_size,
+        "layers": encoder.config.num_hidden_layers,
+        "vocabulary": encoder.config.vocab_size,
+        "tokenizer": texts.fingerprint,
+        "total_len": texts.total_len,
+        "max_len": texts.max_len,
+    }
+
+
+def save_scorer(path, scorer, description):
+    """Write the state dict to `path` and `description` to scorer.json beside it, each atomically."""
+    write_json(path.with_name("scorer.json"), description)
+    with atomic_write(path) as file:
+        torch.save(scorer.state_dict(), file)
+
+
+def read_description(path):
+    """The description beside the weights `path`, or None where there is none, as in the published releases."""
+    path = Path(path).with_name("scorer.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            description = json.load(file)
+        if not isinstance(description, dict) or not isinstance(description.get("encoder"), str):
+            raise ValueError
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError):
+        raise UserError(f"{path} does not describe a scorer; copy it again from where the scorer was trained") from None
+    return description
+
+
+def load_weights(path, scorer, description):
+    """Load the weights `path` into `scorer`, whose own description is `description`.
+
+    UserError when they cannot be read, and when they were trained for another encoder. Nothing in the file can run
+    code.
+    """
+    trained = read_description(path) or {}
+    for key in ("architecture", "hidden_size", "layers", "vocabulary", "tokenizer"):
+        if key in trained and trained[key] != description[key]:
+            raise UserError(
+                f"{path} was trained for the encoder {trained['encoder']} ({key} {trained[key]}), not for "
+                f"{description['encoder']} ({key} {description[key]}); name that encoder, or another scorer"
+            )
+    try:
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+        # The published scorers hold a pooler, and older ones the position numbers; neither is used.
+        weights = {name: value for name, value in weights.items() if not name.endswith("position_ids")}
+        weights = {name: value for name, value in weights.items() if ".pooler." not in name}
+        scorer.load_state_dict(weights)
+    except OSError as error:
+        raise UserError(f"cannot read the scorer {path}: {error.strerror or error}") from None
+    except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, pickle.UnpicklingError):
+        raise UserError(
+            f"{path} holds no weights of a scorer for the encoder {description['encoder']}; train it for this encoder, "
+            "or name the encoder that it was trained for"
+        ) from None

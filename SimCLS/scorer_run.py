@@ -1,0 +1,184 @@
+"""The files of a scorer's training, and what it tells while it goes."""
+
+import contextlib
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from data_utils import ROUGE
+from model import save_scorer
+from scorer_experiment import CACHE, run_name
+from tqdm import tqdm
+
+from harness.command_line import UserError
+from harness.recording import write_json
+from harness.runs import Run
+
+# They choose where and how long a process runs, not what it computes: a resumed run may change them.
+NOT_RESULTS = ("resume", "max_steps", "log", "port", "gpuid", "evaluate", "run_name", "report_freq")
+POINTS_PER_EPOCH = 200  # Of the loss curve in the record.
+REPORTS = 100  # Lines about the loss in a whole run, unless --report_freq says otherwise...
+MOST_UPDATES_A_REPORT = 50  # ...or they would be so far apart that a collapse is seen too late.
+
+
+class ScorerRun(Run):
+    """A Run in ./cache/<name>/: the best weights (scorer.bin), the last (model.bin), scorer.json that says what they
+    are for, config.json, the record, and on `-l` log.txt and TensorBoard events.
+
+    `validations` and `losses` are the history within the epoch: dicts, and [update, loss] points.
+    """
+
+    def __init__(self, args, world, **facts):
+        name = run_name(args)
+        super().__init__("simcls", CACHE / name, name, args, world, NOT_RESULTS, **facts)
+        self.validations, self.losses, self.best = [], [], None
+        self._log = self._board = None
+
+    def state_dict(self):
+        return {"validations": self.validations, "losses": self.losses, "best": self.best}
+
+    def load_state_dict(self, state):
+        self.validations, self.losses, self.best = state["validations"], state["losses"], state["best"]
+
+    @contextlib.contextmanager
+    def begin(self, scorer, schedule):
+        """Write config.json. Within the block `say` and the figures go to the files of `-l` too."""
+        self._updates_an_epoch = schedule.updates // self.args.num_epoch
+        self._report_freq = self.args.report_freq or min(max(1, schedule.updates // REPORTS), MOST_UPDATES_A_REPORT)
+        self.facts["parameters"] = sum(weight.numel() for weight in scorer.parameters())
+        self.facts["peak_rate"], self.facts["warmup_updates"] = schedule.peak, schedule.warmup
+        if self.world.is_main:
+            write_json(self.folder / "config.json", vars(self.args) | {"encoder": scorer.encoder.config.to_dict()})
+        self.world.say(
+            f"{self.folder}: {self.facts['parameters']:,} parameters, {schedule.updates} updates, "
+            f"peak rate {schedule.peak:.2e} after {schedule.warmup}"
+        )
+        if not (self.args.log and self.world.is_main):
+            yield
+            return
+        from torch.utils.tensorboard import SummaryWriter  # It takes a second to import.
+
+        made = self._update(len(self.epochs), 0)
+        with open(self.folder / "log.txt", "a", encoding="utf-8", buffering=1) as self._log:
+            self._board = SummaryWriter(str(self.folder), purge_step=made or None)
+            try:
+                yield
+            finally:
+                self._board.close()
+                self._log = self._board = None
+
+    def _update(self, epoch, step):
+        """How many updates there are before step `step` of `epoch`, both from 0."""
+        return epoch * self._updates_an_epoch + -(-step // self.args.accumulate_step)
+
+    def validation_is_due(self, epoch, step):
+        """Whether to validate before step `step`, within an epoch; a resumed run has perhaps just done so."""
+        update = self._update(epoch, step)
+        just_done = self.validations and self.validations[-1]["update"] == update
+        return step > 0 and update % self.args.eval_freq == 0 and not just_done
+
+    def say(self, line):
+        """Print a line, above the progress bar where there is one, and log it."""
+        if self.world.is_main:
+            tqdm.write(line)
+            sys.stdout.flush()
+            if self._log:
+                print(line, file=self._log)
+
+    def plot(self, values, update):
+        """values: dict of name -> float."""
+        if self._board:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, update)
+
+    def report(self, epoch, step, metrics, schedule, bar):
+        """When one is due: report the loss since the last report, and look whether the scores have collapsed."""
+        update = self._update(epoch, step)
+        if update % self._report_freq:
+            return
+        loss, flat, spread = metrics.report(self.world)
+        rate = float(schedule.rate)
+        self.losses.append([update, loss])
+        if len(self.losses) > POINTS_PER_EPOCH:
+            self.losses = self.losses[1::2]
+        self.plot({"loss": loss, "spread": spread, "rate": rate}, update)
+        line = f"update {update}: loss {loss:.4f}, spread {spread:.4f}, rate {rate:.2e}"
+        if bar.disable:
+            self.say(line)
+        else:
+            bar.set_postfix_str(line)
+        self._look_for_collapse(update, loss, flat, spread)
+
+    def _look_for_collapse(self, update, loss, flat, spread):
+        pass
+
+    def add_validation(self, epoch, step, result, scorer, description):
+        """Take down what `validate` found, and keep the weights: as the last, and as the best when they are."""
+        update = self._update(epoch, step)
+        self.validations.append({"update": update, **result})
+        rouge = mean_rouge(result)
+        best = self.best is None or rouge > self.best
+        figures = ", ".join(f"{name} {100 * result[f'val_{name}']:.2f}" for name in ROUGE)
+        mark = " (best)" if best else ""
+        self.say(f"update {update}: validation loss {result['val_loss']:.4f}, {figures}{mark}")
+        self.plot(result, update)
+        if best:
+            self.best = rouge
+        if self.world.is_main:
+            for name in ("scorer.bin", "model.bin") if best else ("model.bin",):
+                save_scorer(self.folder / name, scorer, description)
+
+    def add_epoch(self, epoch, loss, timing, samples):
+        """Append an epoch (from 0), validated, to the history; UserError when its loss is not finite.
+
+        samples: how many the epoch trained on in this process's time; fewer than an epoch has after a resume.
+        """
+        if not np.isfinite(loss):
+            raise UserError(
+                f"the loss became {loss} in epoch {epoch + 1}; the state before it is kept. "
+                "Use a smaller --lr, or bfloat16 or single precision instead of float16"
+            )
+        validation = timing["phases"].get("validation")
+        seconds = timing["seconds"] - (validation["host_ms"]["total"] / 1e3 if validation else 0)
+        self.epochs.append(
+            {
+                "epoch": epoch + 1,
+                "loss": loss,
+                **{name: value for name, value in self.validations[-1].items() if name != "update"},
+                "samples_per_second": samples / seconds,
+                "peak_memory": timing["peak_memory"],
+                "timing": timing,
+                "losses": self.losses,
+                "validations": self.validations,
+            }
+        )
+        self.say(
+            f"epoch {epoch + 1}/{self.args.num_epoch}: loss {loss:.4f}, {timing['seconds']:.1f} s, "
+            f"{samples / seconds:.1f} documents/s"
+        )
+        self.validations, self.losses = [], []
+
+    def finish(self):
+        """Write the record, then drop the state."""
+        self.write_record()
+        self.drop_state()
+        self.world.say(f"{self.folder / 'scorer.bin'}: best validation ROUGE {100 * self.best:.2f} (mean of the three)")
+
+    def finish_profiling(self, timing):
+        """Write the record of a run that --max_steps ended: the timings of its last epoch, no weights."""
+        self.epochs.append({"epoch": len(self.epochs) + 1, "peak_memory": timing["peak_memory"], "timing": timing})
+        self.write_record()
+        self.world.say(f"stopped after {self.args.max_steps} steps: {self.path('.json')}")
+
+    def progress_bar(self, epoch, samples):
+        """A bar over the epoch's documents, on a terminal alone."""
+        quiet = not (self.world.is_main and sys.stderr.isatty())
+        title = f"epoch {epoch + 1}/{self.args.num_epoch}"
+        return tqdm(total=samples, desc=title, unit=" documents", leave=False, disable=quiet)
+
+
+def mean_rouge(result):
+    """The mean of the three ROUGE values of a validation: what the best scorer is the best in."""
+    return sum(result[f"val_{name}"] for name in ROUGE) / len(ROUGE)

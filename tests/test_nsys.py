@@ -1,0 +1,177 @@
+"""The phase table of Nsight Systems traces: a real one, made-up ones with GPU work, and a live one where nsys is."""
+
+import json
+import os
+import shutil
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from harness.command_line import UserError
+from harness.profiling import WARMUP_STEPS
+from reporting.nsys import read_trace
+from reporting.records import Run, combine
+
+ROOT = Path(__file__).resolve().parents[1]
+FIXTURES = Path(__file__).with_name("fixtures")
+PROCESS, MAIN, AUTOGRAD = 77, 77 << 24 | 77, 77 << 24 | 78
+MS = 1_000_000
+
+
+def assert_agree(trace, record):
+    """Host times within 5 %, or 5 microseconds, which is what pushing and popping a range takes."""
+    assert set(trace["phases"]) == set(record["phases"]) >= {"forward", "backward", "step"}
+    assert (trace["steps"], trace["warmup_steps"]) == (record["steps"], record["warmup_steps"])
+    for name, phase in record["phases"].items():
+        found = trace["phases"][name]
+        assert found["count"] == phase["count"]
+        for key in ("median", "p95"):
+            assert found["host_ms"][key] == pytest.approx(phase["host_ms"][key], rel=0.05, abs=5e-3), (name, key)
+        steps = record["steps"]
+        assert found["host_ms"]["total"] == pytest.approx(phase["host_ms"]["total"], rel=0.05, abs=5e-3 * steps), name
+
+
+@pytest.fixture
+def real_trace(tmp_path):
+    path = tmp_path / "trace.sqlite"
+    with sqlite3.connect(path) as database:
+        database.executescript((FIXTURES / "nsys_2022.sql").read_text())
+    return path
+
+
+def test_a_real_trace_agrees_with_the_runs_own_record(real_trace):
+    record = FIXTURES / "nsys_2022.record.json"
+    ((_, timings),) = read_trace(real_trace).items()
+    assert [timing["steps"] for timing in timings] == [12, 8]
+    for timing, epoch in zip(timings, json.loads(record.read_text())["epochs"], strict=True):
+        assert_agree(timing, epoch["timing"])
+        assert timing["seconds"] == pytest.approx(epoch["timing"]["seconds"], rel=0.05)
+    assert_agree(combine(timings), Run(record, json.loads(record.read_text())).timing())
+
+
+def test_the_command_prints_the_table(real_trace, run_script):
+    output = run_script("report.py", "--nsys", real_trace).stdout
+    assert "20 steps" in output
+    assert "| Phase | Count | Host median, ms |" in output
+    assert "Device" not in output
+    assert sum(line.startswith("| backward | 15 |") for line in output.splitlines()) == 1
+
+
+def make_trace(path, steps, ranges_as_text=False):
+    """A trace with GPU work. In each step of 100 ms forward launches two overlapping kernels from the main thread, and
+    backward a kernel and a copy from autograd's; the GPU does them later, after the ranges have closed."""
+    database = sqlite3.connect(path)
+    database.executescript("""
+        CREATE TABLE NVTX_EVENTS (start INT, end INT, eventType INT, text TEXT, globalTid INT, textId INT);
+        CREATE TABLE StringIds (id INT, value TEXT);
+        CREATE TABLE CUPTI_ACTIVITY_KIND_RUNTIME (start INT, end INT, globalTid INT, correlationId INT);
+        CREATE TABLE CUPTI_ACTIVITY_KIND_KERNEL (start INT, end INT, correlationId INT, globalPid INT);
+        CREATE TABLE CUPTI_ACTIVITY_KIND_MEMCPY (start INT, end INT, correlationId INT, globalPid INT);
+    """)
+    names, calls = {}, []
+
+    def push_pop(name, start, end):
+        number = names.setdefault(name, len(names))
+        words = (name, None) if ranges_as_text else (None, number)
+        row = (start * MS, end * MS, 59, words[0], MAIN, words[1])
+        database.execute("INSERT INTO NVTX_EVENTS VALUES (?, ?, ?, ?, ?, ?)", row)
+
+    def launch(kind, called, thread, start, end):
+        calls.append(None)
+        call = (called * MS, called * MS + 1000, thread, len(calls))
+        work = (start * MS, end * MS, len(calls), PROCESS << 24)
+        database.execute("INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (?, ?, ?, ?)", call)
+        database.execute(f"INSERT INTO CUPTI_ACTIVITY_KIND_{kind} VALUES (?, ?, ?, ?)", work)
+
+    push_pop("training resnext", 0, 100 * steps + 20)
+    push_pop("epoch 1", 10, 100 * steps + 10)
+    for step in range(steps):
+        at = 10 + 100 * step
+        push_pop(f"epoch 1 - step {step + 1}", at, at + 90)
+        push_pop("forward", at + 10, at + 30)
+        push_pop("aten::conv2d", at + 12, at + 14)  # Not a phase: it lies in one.
+        push_pop("backward", at + 40, at + 80)
+        launch("KERNEL", at + 15, MAIN, at + 50, at + 57)
+        launch("KERNEL", at + 16, MAIN, at + 55, at + 60)
+        launch("KERNEL", at + 45, AUTOGRAD, at + 60, at + 90)
+        launch("MEMCPY", at + 79, AUTOGRAD, at + 91, at + 93)
+        launch("KERNEL", at + 85, MAIN, at + 93, at + 94)  # In no phase.
+    # Another process's launch of the same number is not ours.
+    database.execute("INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (?, ?, ?, 1)", (25 * MS, 26 * MS, 5 << 24 | 5))
+    database.executemany("INSERT INTO StringIds VALUES (?, ?)", [(number, name) for name, number in names.items()])
+    database.commit()
+    database.close()
+
+
+@pytest.mark.parametrize("ranges_as_text", [False, True])
+def test_gpu_time_goes_to_the_range_that_launched_the_work(tmp_path, ranges_as_text):
+    make_trace(tmp_path / "trace.sqlite", WARMUP_STEPS + 3, ranges_as_text)
+    (timing,) = read_trace(tmp_path / "trace.sqlite")[PROCESS]
+    phases = timing["phases"]
+    assert set(phases) == {"forward", "backward", "step"}
+    assert phases["forward"]["count"] == 3
+    assert phases["forward"]["host_ms"]["median"] == pytest.approx(20)
+    assert phases["forward"]["device_ms"]["median"] == pytest.approx(10)  # 50 to 60: what overlaps counts once.
+    assert phases["backward"]["device_ms"]["median"] == pytest.approx(32)
+    assert phases["step"]["device_ms"]["median"] == pytest.approx(43)
+    assert phases["backward"]["share"] == pytest.approx(0.32)
+    assert timing["unphased_seconds"] == pytest.approx(timing["seconds"] * (1 - 0.32 - 0.10))
+
+
+def test_the_table_of_a_gpu_trace_has_device_times(tmp_path, run_script):
+    make_trace(tmp_path / "trace.sqlite", WARMUP_STEPS + 3)
+    output = run_script("report.py", "--nsys", tmp_path / "trace.sqlite").stdout
+    assert "| backward | 3 | 40.00 | 40.00 | 0.3200 | 32.00 | 32.00 | 0.2560 | 32.0 |" in output
+
+
+def test_no_trace_of_ours_is_one_line(tmp_path, run_script):
+    files = {name: tmp_path / name for name in ("text", "cut", "empty", "other", "no_steps")}
+    files["text"].write_text("no database")
+    files["cut"].write_bytes(b"SQLite format 3\0" + bytes(range(200)))
+    files["empty"].write_bytes(b"")
+    for name, statement in {
+        "other": "CREATE TABLE some (thing INT)",
+        "no_steps": "CREATE TABLE NVTX_EVENTS (start INT, end INT, eventType INT, text TEXT, globalTid INT)",
+    }.items():
+        with sqlite3.connect(files[name]) as database:
+            database.execute(statement)
+    for path in [*files.values(), tmp_path / "absent", tmp_path]:
+        with pytest.raises(UserError, match=path.name) as error:
+            read_trace(path)
+        assert "\n" not in str(error.value)
+    result = run_script("report.py", "--nsys", files["other"], code=2)
+    assert len(result.stderr.splitlines()) == 1
+    assert "Traceback" not in result.stderr
+
+
+def test_profile_without_nsys_says_how_to_get_it(tmp_path):
+    command = [shutil.which("bash"), str(ROOT / "reporting" / "profile.sh"), str(tmp_path / "trace"), "script.py"]
+    # A PATH with what the script needs before it looks for nsys, and without nsys.
+    for tool in ("dirname", "mkdir"):
+        (tmp_path / tool).symlink_to(shutil.which(tool))
+    result = subprocess.run(command, capture_output=True, text=True, env={"PATH": str(tmp_path)})
+    assert result.returncode == 2
+    assert len(result.stderr.splitlines()) == 1
+    assert "developer.nvidia.com" in result.stderr
+
+
+@pytest.mark.skipif(shutil.which("nsys") is None, reason="Nsight Systems is not installed")
+def test_a_live_trace_agrees_with_the_runs_own_record(tmp_path, pictures):
+    command = [
+        "bash",
+        str(ROOT / "reporting" / "profile.sh"),
+        str(tmp_path / "trace"),
+        str(ROOT / "resnext/resnext.py"),
+    ]
+    options = ["--dataset", "folder", "--data_dir", str(pictures), "--model", "resnext29_1x4d", "--num_worker", "0"]
+    options += ["--batch_size", "4", "--output_dir", str(tmp_path)]
+    environment = os.environ | {"PYTHON": sys.executable, "STEPS": "9"}
+    result = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, timeout=200)
+    assert result.returncode == 0, result.stderr
+    assert "| backward | 4 |" in result.stdout
+    (record,) = tmp_path.glob("*.json")
+    ((_, timings),) = read_trace(tmp_path / "trace.sqlite").items()
+    assert_agree(combine(timings), Run(record, json.loads(record.read_text())).timing())

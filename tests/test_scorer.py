@@ -1,0 +1,425 @@
+"""The scorer: its loss, its token ids and batches, its weights."""
+
+import json
+import os
+import pickle
+import random
+
+import numpy as np
+import pytest
+import torch
+from data_utils import LengthBatches, SampleSet, TextEncoding, load_samples, read_sample, sample_files, tokenize_samples
+from model import Scorer, load_encoder, load_scorer, longest_input, ranking_loss, save_scorer, score_samples
+from scorer_experiment import Metrics, Schedule, cached_path, get_args_parser, validate
+
+from harness.command_line import UserError
+from harness.distributed import World
+from harness.precision import choose_precision
+
+CPU = torch.device("cpu")
+FP32 = choose_precision(None, CPU)
+
+
+@pytest.fixture(scope="module")
+def encoding(encoders):
+    return TextEncoding(load_encoder(encoders["t5"])[1], 60, 20)
+
+
+@pytest.fixture(scope="module")
+def val_set(sample_folder, encoding):
+    samples = map(read_sample, sample_files(sample_folder / "val"))
+    return SampleSet(tokenize_samples(samples, encoding, 16, with_rouge=True), encoding, "cpu")
+
+
+# ---------------------------------------------------------------------------------------------------- the loss
+
+
+def loss_by_loops(scores, gold_scores, rouge, margin, gold_margin, gold_weight):
+    """The published loss, one pair at a time; candidates that tie share the mean of their ranks, and make no pair.
+
+    scores, rouge: lists of lists; a document's lists may have any length.
+    """
+    total = 0
+    for own, gold, targets in zip(scores, gold_scores, rouge, strict=True):
+        n = len(own)
+        places = sorted(targets, reverse=True)
+        ranks = [np.mean([place for place, value in enumerate(places) if value == target]) for target in targets]
+        loss = 0
+        for better in range(n):
+            for worse in range(n):
+                if targets[better] > targets[worse]:
+                    distance = ranks[worse] - ranks[better]
+                    missing = own[worse] - own[better] + margin * distance
+                    loss = loss + max(missing, 0 * missing) / (n - distance)
+        for score in own:
+            missing = score - gold + gold_margin
+            loss = loss + gold_weight * max(missing, 0 * missing) / n
+        total = total + loss
+    return total / len(scores)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_loss_and_gradient_equal_a_loop_over_pairs(seed):
+    rng = random.Random(seed)
+    counts = [rng.randint(1, 6) for _ in range(4)]
+    most = max(counts)
+    scores = torch.rand(4, most, dtype=torch.float64, requires_grad=True)
+    gold_scores = torch.rand(4, dtype=torch.float64, requires_grad=True)
+    rouge = torch.tensor([[rng.choice((0.1, 0.2, 0.3, 0.5, 0.7)) for _ in range(most)] for _ in range(4)])
+    present = torch.arange(most) < torch.tensor(counts)[:, None]
+    settings = (0.1, 0.05, 0.7)
+    loss = ranking_loss(scores, gold_scores, rouge, present, *settings)
+    ragged = [[scores[row, place] for place in range(count)] for row, count in enumerate(counts)]
+    targets = [rouge[row, :count].tolist() for row, count in enumerate(counts)]
+    expected = loss_by_loops(ragged, list(gold_scores), targets, *settings)
+    torch.testing.assert_close(loss, expected)
+    gradients = torch.autograd.grad(loss, (scores, gold_scores))
+    for ours, theirs in zip(gradients, torch.autograd.grad(expected, (scores, gold_scores)), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_loss_without_ties_is_the_mean_over_each_rank_difference():
+    # Liu and Liu's code: for each difference the mean over its pairs, of all documents at once.
+    scores, rouge = torch.rand(3, 8), torch.rand(3, 8)
+    ordered = scores.gather(1, rouge.argsort(1, descending=True))
+    expected = sum((ordered[:, step:] - ordered[:, :-step] + 0.01 * step).clamp(min=0).mean() for step in range(1, 8))
+    loss = ranking_loss(scores, torch.ones(3), rouge, torch.ones(3, 8, dtype=torch.bool))
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize(("candidates", "expected"), [(8, 0.28), (16, 1.20)])
+def test_loss_of_a_collapsed_scorer(candidates, expected):
+    equal, rouge = torch.zeros(2, candidates), torch.rand(2, candidates)
+    loss = ranking_loss(equal, torch.zeros(2), rouge, torch.ones(2, candidates, dtype=torch.bool))
+    assert loss.item() == pytest.approx(expected)
+
+
+def test_candidates_that_tie_are_not_pushed_apart_and_their_order_does_not_matter():
+    rouge = torch.tensor([[0.4, 0.2, 0.4, 0.1]])
+    scores = torch.rand(1, 4, requires_grad=True)
+    present = torch.ones(1, 4, dtype=torch.bool)
+    order = torch.tensor([2, 1, 0, 3])
+    swapped = ranking_loss(scores[:, order], torch.ones(1), rouge[:, order], present)
+    torch.testing.assert_close(ranking_loss(scores, torch.ones(1), rouge, present), swapped)
+    all_tie = ranking_loss(scores, torch.ones(1), torch.ones(1, 4), present)
+    assert all_tie == 0
+    assert torch.autograd.grad(all_tie, scores)[0].abs().max() == 0
+
+
+# -------------------------------------------------------------------------------------- scores and token ids
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert", "roberta"])
+def test_batched_scores_equal_one_by_one(encoders, sample_folder, kind):
+    scorer, encoding, _ = load_scorer(encoders[kind], total_len=60, max_len=20)
+    samples = [read_sample(path) for path in sample_files(sample_folder / "val")]
+    samples[1]["candidates"] = samples[1]["candidates"][:3]
+    samples[1]["candidates_untok"] = samples[1]["candidates_untok"][:3]
+    dataset = SampleSet(tokenize_samples(samples, encoding, 16, with_rouge=False), encoding, "cpu")
+    batches = score_samples(scorer, dataset, np.arange(len(samples)), 5, CPU, FP32)
+    for numbers, batch, scores, gold_scores in batches:
+        for row, number in enumerate(numbers):
+            sample = samples[number]
+            document, reference, *candidates = [
+                state_of(scorer, ids)
+                for ids in (
+                    *encoding.documents([" ".join(sample["article_untok"])]),
+                    *encoding.summaries([" ".join(sample["abstract_untok"])]),
+                    *encoding.summaries([" ".join(text) for text, _ in sample["candidates_untok"]]),
+                )
+            ]
+            assert batch.present[row].sum() == len(candidates)
+            for place, candidate in enumerate(candidates):
+                assert abs(scores[row, place] - torch.cosine_similarity(candidate, document, dim=0)) < 1e-5
+                assert batch.rouge[row, place] == pytest.approx(sample["candidates"][place][1])
+            assert abs(gold_scores[row] - torch.cosine_similarity(reference, document, dim=0)) < 1e-5
+    assert scorer.training
+
+
+@torch.inference_mode()
+def state_of(scorer, ids):
+    return scorer.encoder(input_ids=torch.tensor([ids])).last_hidden_state[0, 0]
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert", "roberta"])
+def test_texts_begin_with_a_token_that_is_no_word_and_are_cut(encoders, kind):
+    encoder, tokenizer = load_encoder(encoders[kind])
+    encoding = TextEncoding(tokenizer, 9, 7)
+    ids, other = encoding.documents(["returns the sum " * 9, "open a file"])
+    first = {"t5": tokenizer.eos_token_id}.get(kind, tokenizer.cls_token_id)
+    last = {"t5": tokenizer.eos_token_id}.get(kind, tokenizer.sep_token_id)
+    assert ids[0] == other[0] == first
+    assert ids[-1] == other[-1] == last
+    assert len(ids) == 9
+    assert len(encoding.summaries(["returns the sum " * 9])[0]) == 7
+    assert (
+        longest_input(encoder, tokenizer) == {"t5": longest_input(encoder, tokenizer), "bert": 64, "roberta": 62}[kind]
+    )
+
+
+def test_equal_texts_of_a_sample_are_encoded_once(sample_folder, encoding):
+    sample = read_sample(sample_files(sample_folder / "val")[0])
+    sample["candidates_untok"][1] = sample["candidates_untok"][0]
+    sample["candidates_untok"][2] = [sample["abstract_untok"], 1.0]
+    batch = SampleSet(tokenize_samples([sample], encoding, 16, with_rouge=False), encoding, "cpu").batch([0])
+    rows = batch.candidates[0].tolist()
+    assert rows[0] == rows[1]
+    assert rows[2] == batch.references[0]
+    assert sum(len(group) for group in batch.texts) == len({*rows, int(batch.documents[0])})
+
+
+def test_token_file_is_used_until_something_changes(sample_folder, encoding, tmp_path):
+    folder = tmp_path / "val"
+    folder.mkdir()
+    for path in sample_files(sample_folder / "val")[:4]:
+        (folder / path.name).write_bytes(path.read_bytes())
+    (folder / "notes.txt").write_text("stray")
+    said = []
+
+    def load(texts=encoding, max_num=16):
+        said.clear()
+        dataset = load_samples(folder, texts, max_num, True, "cpu", said.append)
+        return dataset, bool(said)
+
+    first, made = load()
+    assert made
+    again, made = load()
+    assert not made
+    fresh = SampleSet(tokenize_samples(map(read_sample, sample_files(folder)), encoding, 16, True), encoding, "cpu")
+    for one, other in ((first, again), (again, fresh)):
+        for number in range(4):
+            np.testing.assert_array_equal(one.rouge(number), other.rouge(number))
+            assert one.scores(number).mean() == pytest.approx(one.rouge(number).mean(), abs=1e-6)
+        for ours, theirs in zip(one.batch([3, 1]), other.batch([3, 1]), strict=True):
+            assert str(ours) == str(theirs)
+    assert load(max_num=3)[1]
+    assert load(texts=TextEncoding(encoding.tokenizer, 60, 21))[1]
+    assert not load()[1]
+    (path,) = [path for path in tmp_path.glob("*.tokens") if not load()[1]][:1]
+    for damaged in (b"", b"\x93NUMPY garbage", path.read_bytes()[:-50]):
+        for path in tmp_path.glob("*.tokens"):
+            path.write_bytes(damaged)
+        assert load()[1]
+    os.utime(folder / "0.json", ns=(1, 1))
+    assert load()[1]
+
+
+def test_published_samples_load(tmp_path, encoding):
+    # As in the SimCLS release: sentences as lists, repeated candidates, escaped characters, any white space in JSON.
+    candidate = [["juan arango bites jesus zavela .", "he could face a ban ."], 0.4139]
+    untok = [["juan arango bites jesus zavela.", "he could face a ban."], 0.4139]
+    sample = {
+        "article": ["club tijuana star juan arango conjured memories .", "."],
+        "abstract": ["juan arango escaped punishment ."],
+        "candidates": [candidate, [["the venezuelan icon was not booked ."], 0.2], candidate],
+        "article_untok": ["club tijuana star juan arango conjured memories.", "."],
+        "abstract_untok": ["juan arango escaped punishment\u00a0."],
+        "candidates_untok": [untok, [["the venezuelan icon was not booked."], 0.2], untok],
+    }
+    (tmp_path / "test").mkdir()
+    (tmp_path / "test" / "0.json").write_text(json.dumps(sample, indent=3))
+    dataset = load_samples(tmp_path / "test", encoding, 16, True, "cpu", print)
+    assert dataset.scores(0).tolist() == pytest.approx([0.4139, 0.2, 0.4139])
+    assert dataset.rouge(0).shape == (3, 3)
+
+
+BAD_SAMPLES = [
+    (b"{", "is not JSON"),
+    (b'{"article": "\xff"}', "is not JSON"),
+    (b"[1]", "is no JSON object"),
+    (b'{"article": []}', "lacks the key 'abstract'"),
+    ({"candidates": [], "candidates_untok": []}, "has no candidates"),
+    ({"article": "one string"}, "under 'article'"),
+    ({"abstract_untok": [1]}, "under 'abstract_untok'"),
+    ({"candidates": [["a"]]}, "under 'candidates'"),
+    ({"candidates": [[["a"], 1], [["b"], 0.5]]}, "2 'candidates' but 1 'candidates_untok'"),
+]
+
+
+@pytest.mark.parametrize(("change", "wanted"), BAD_SAMPLES)
+def test_bad_sample_is_named(tmp_path, change, wanted):
+    good = dict.fromkeys(["article", "abstract", "article_untok", "abstract_untok"], ["a"])
+    good |= dict.fromkeys(["candidates", "candidates_untok"], [[["a"], 0.5]])
+    path = tmp_path / "7.json"
+    path.write_bytes(change if isinstance(change, bytes) else json.dumps(good | change).encode())
+    with pytest.raises(UserError) as error:
+        read_sample(path)
+    assert wanted in str(error.value)
+    assert str(path) in str(error.value)
+
+
+def test_no_samples(tmp_path):
+    for folder in (tmp_path, tmp_path / "none"):
+        with pytest.raises(UserError, match=r"preprocess\.py"):
+            sample_files(folder)
+
+
+# ------------------------------------------------------------------------------------------------------ batches
+
+
+@pytest.mark.parametrize(("size", "world_size"), [(50, 1), (50, 2), (41, 4), (7, 2)])
+def test_batches_hold_each_sample_once_and_weights_make_the_mean_of_an_update(size, world_size):
+    lengths = np.random.default_rng(0).integers(10, 500, size)
+    ranks = [LengthBatches(lengths, 8, 3, 1, rank, world_size) for rank in range(world_size)]
+    for batches in ranks:
+        batches.start(epoch=2)
+    seen, updates = [], []
+    for number, shares in enumerate(zip(*(batches.batches() for batches in ranks), strict=True)):
+        if ranks[0].starts_update(number):
+            updates.append({})
+        for batches, share in zip(ranks, shares, strict=True):
+            weight = batches.weight(number) / world_size / len(share)
+            for sample in share:
+                updates[-1][sample] = updates[-1].get(sample, 0) + weight
+            seen.extend(share if batches.weight(number) else [])
+        assert ranks[0].ends_update(number) == ((number + 1) % 3 == 0 or number + 1 == -(-size // 8))
+    assert sorted(seen) == list(range(size))
+    assert len(updates) == ranks[0].updates
+    for update in updates:
+        weights = [weight for weight in update.values() if weight]
+        assert weights == pytest.approx([1 / len(weights)] * len(weights))
+
+
+def test_batches_are_of_like_length_and_new_each_epoch():
+    lengths = np.random.default_rng(0).integers(10, 500, 4000)
+    batches = LengthBatches(lengths, 8, 2, 0)
+    orders = []
+    for epoch in (0, 1, 0):
+        batches.start(epoch)
+        orders.append(batches.order())
+        spread = [np.ptp(lengths[batch]) for batch in batches.batches()]
+        assert np.mean(spread) < 25  # About 400 for batches at random.
+    np.testing.assert_array_equal(orders[0], orders[2])
+    assert (orders[0] != orders[1]).mean() > 0.9
+
+
+# ------------------------------------------------------------------------------------- learning and validation
+
+
+def test_schedule_goes_by_the_updates_made():
+    parameter = torch.nn.Parameter(torch.ones(3))
+    optimizer = torch.optim.Adam([parameter], fused=True)
+    schedule = Schedule(optimizer, peak=1.0, warmup=2, updates=6)
+    rates = []
+    for attempt in range(8):
+        parameter.grad = torch.ones(3)
+        schedule.set()
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+        if attempt not in (1, 4):  # A GradScaler skips these.
+            optimizer.step()
+    assert rates == pytest.approx([0.5, 1, 1, 1, 0.75, 0.75, 0.5, 0.25])
+
+
+def test_validation_is_the_mean_rouge_of_the_highest_scores(encoders, val_set):
+    scorer = load_scorer(encoders["t5"], total_len=60, max_len=20)[0]
+    args = get_args_parser("").parse_args([])
+    shares = [validate(scorer, val_set, args, FP32, World(rank, 1, CPU)) for rank in (0,)]
+    chosen = []
+    for number in range(len(val_set)):
+        ((_, _, scores, _),) = score_samples(scorer, val_set, [number], 1, CPU, FP32)
+        chosen.append(val_set.rouge(number)[scores[0].argmax()])
+    means = np.mean(chosen, axis=0)
+    assert [shares[0][f"val_{name}"] for name in ("rouge1", "rouge2", "rougeL")] == pytest.approx(means, abs=1e-6)
+
+
+def test_recomputation_changes_no_gradient_and_keeps_less(encoders, val_set):
+    from harness.profiling import SavedBytes
+
+    results = []
+    for recompute in (False, True):
+        scorer = load_scorer(encoders["t5"], total_len=60, max_len=20)[0].train()
+        if recompute:
+            scorer.recompute_activations()
+        batch = val_set.batch(range(6))
+        torch.manual_seed(0)  # Dropout's masks must be the same when they are redone.
+        with SavedBytes(scorer) as saved:
+            loss = ranking_loss(*scorer(batch), batch.rouge, batch.present)
+        loss.backward()
+        results.append((saved.bytes, [weight.grad for weight in scorer.parameters()]))
+    (plain, gradients), (recomputed, same_gradients) = results
+    assert recomputed < plain / 2
+    assert all(torch.equal(one, other) for one, other in zip(gradients, same_gradients, strict=True))
+
+
+def test_metrics_are_means_over_documents():
+    metrics, world = Metrics(CPU, margin=0.01), World(0, 1, CPU)
+
+    class Batch:
+        rouge = torch.tensor([[0.3, 0.2, 0.1], [0.5, 0.1, 0]])
+        present = torch.tensor([[True, True, True], [True, True, False]])
+
+    metrics.add(torch.tensor(1.0), torch.tensor([[0.5, 0.2, 0.1], [0.3, 0.2, -1.0]]), Batch, 1.0)
+    metrics.add(torch.tensor(7.0), torch.zeros(2, 3), Batch, 0.0)
+    loss, flat, spread = metrics.report(world)
+    assert (loss, flat, spread) == pytest.approx((1.0, (0.03 + 0.01) / 2, 0.25))
+    metrics.add(torch.tensor(4.0), torch.zeros(2, 3), Batch, 1.0)
+    assert metrics.epoch_loss(world) == pytest.approx(2.5)
+    assert metrics.report(world)[0] == 4.0
+
+
+# ------------------------------------------------------------------------------------------------------ weights
+
+
+def test_weights_of_another_encoder_are_refused(encoders, tmp_path):
+    scorer, _, description = load_scorer(encoders["t5"], total_len=60, max_len=20)
+    path = tmp_path / "scorer.bin"
+    save_scorer(path, scorer, description)
+    again, encoding, _ = load_scorer(weights=path)
+    assert (encoding.total_len, encoding.max_len) == (60, 20)
+    assert all(torch.equal(one, other) for one, other in zip(scorer.parameters(), again.parameters(), strict=True))
+    with pytest.raises(UserError) as error:
+        load_scorer(encoders["bert"], path)
+    assert str(encoders["t5"]) in str(error.value)
+    assert str(encoders["bert"]) in str(error.value)
+    (tmp_path / "scorer.json").unlink()
+    with pytest.raises(UserError, match="holds no weights"):
+        load_scorer(encoders["bert"], path)
+
+
+def test_published_weights_load(encoders, tmp_path):
+    scorer = load_scorer(encoders["roberta"])[0]
+    extra = {"encoder.pooler.dense.weight": torch.ones(3), "encoder.embeddings.position_ids": torch.arange(4)}
+    torch.save(scorer.state_dict() | extra, tmp_path / "model_cnndm.bin")
+    load_scorer(encoders["roberta"], tmp_path / "model_cnndm.bin")
+
+
+class Hostile:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.mark),)
+
+
+def test_hostile_weights_do_not_run(encoders, tmp_path):
+    path = tmp_path / "scorer.bin"
+    torch.save({"encoder": Hostile(tmp_path / "mark")}, path)
+    with pytest.raises(UserError):
+        load_scorer(encoders["t5"], path)
+    path.write_bytes(pickle.dumps(Hostile(tmp_path / "mark")))
+    with pytest.raises(UserError):
+        load_scorer(encoders["t5"], path)
+    assert not (tmp_path / "mark").exists()
+
+
+@pytest.mark.parametrize("name", ["../secret.bin", "/etc/hostname", "run/../../secret.bin", "run/none.bin"])
+def test_weights_outside_the_cache_are_refused(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "cache" / "run").mkdir(parents=True)
+    (tmp_path / "cache" / "run" / "scorer.bin").write_bytes(b"")
+    (tmp_path / "secret.bin").write_bytes(b"")
+    with pytest.raises(UserError, match=r"run/scorer\.bin"):
+        cached_path(name)
+
+
+def test_encoder_that_is_none(tmp_path):
+    with pytest.raises(UserError, match=r"create_model\.py"):
+        load_encoder(str(tmp_path))
+
+
+def test_scorer_keeps_the_states_of_the_first_tokens(encoders):
+    scorer = Scorer(load_encoder(encoders["bert"])[0]).eval()
+    ids = torch.tensor([[5, 6, 7], [5, 8, 0]])
+    states = scorer.encode_texts([ids], [torch.tensor([3, 2])])
+    alone = scorer.encode_texts([ids[1:, :2]], [None])
+    torch.testing.assert_close(states[1], alone[0], atol=1e-5, rtol=0)
