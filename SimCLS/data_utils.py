@@ -18,7 +18,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
-from fast_rouge import score_corpus
 from tqdm import tqdm
 
 from harness.command_line import UserError
@@ -166,11 +165,6 @@ class SampleSet(torch.utils.data.Dataset):
         first = self._arrays["sample_start"][:-1]
         return self._arrays["text_start"][first + 1] - self._arrays["text_start"][first]
 
-    @property
-    def candidate_counts(self):
-        """int64 [samples]"""
-        return np.diff(self._arrays["candidate_start"])
-
     def scores(self, number):
         """The candidates' scores as the sample file has them, float32 [candidates]."""
         return self._of_candidates("score", number)
@@ -299,6 +293,8 @@ def tokenize_samples(samples, encoding, max_num, with_rouge):
 
 
 def _rouge_of(samples, max_num):
+    from fast_rouge import score_corpus  # NLTK takes seconds to import, and a token file is seldom made.
+
     references = [sample["abstract"] for sample in samples]
     candidates = [[text for text, _ in sample["candidates"][:max_num]] for sample in samples]
     for figures in score_corpus(references, candidates):

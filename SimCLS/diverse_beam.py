@@ -85,6 +85,8 @@ class DiverseBeamSearch:
             raise ValueError(f"a maximum length of {max_length} leaves no room behind the start token")
         if diversity_penalty < 0:
             raise ValueError(f"a diversity penalty of {diversity_penalty} is below 0")
+        if not abs(length_penalty) <= 100:
+            raise ValueError(f"a length penalty of {length_penalty} is not between -100 and 100")
         self.decoder = T5Decoder(model) if T5Decoder.supports(model) else LibraryDecoder(model)
         self.device = model.device
         self.num_beams, self.num_groups, self.group_size = num_beams, num_groups, num_beams // num_groups

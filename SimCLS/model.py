@@ -22,11 +22,13 @@ from harness.command_line import UserError
 from harness.recording import atomic_write, write_json
 
 # isort: split
-from transformers import AutoModelForTextEncoding, AutoTokenizer
+from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
 from transformers.utils import logging
 
 MARGIN = 0.01  # Of the published scorers, as are 512 tokens of a document and 120 of a summary.
 TOTAL_LEN, MAX_LEN = 512, 120
+# Their names in the configurations of T5, of BERT's family, and of others.
+DROPOUT_KEYS = ("dropout_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
 
 
 class Scorer(nn.Module):
@@ -117,8 +119,10 @@ def score_samples(scorer, samples, numbers, batch_size, device, precision):
         scorer.train()
 
 
-def load_encoder(name):
+def load_encoder(name, dropout=0.0):
     """(encoder in float32, tokenizer) of a folder in `from_pretrained` form or a name on the hub.
+
+    dropout: its probability in training, wherever the encoder has any.
 
     UserError when there is none, or it is no text encoder.
     """
@@ -126,7 +130,11 @@ def load_encoder(name):
     logging.disable_progress_bar()
     try:
         # The default is the precision of the file, in which small updates would be lost.
-        encoder = AutoModelForTextEncoding.from_pretrained(name, dtype=torch.float32)
+        config = AutoConfig.from_pretrained(name)
+        for key in DROPOUT_KEYS:
+            if hasattr(config, key):
+                setattr(config, key, dropout)
+        encoder = AutoModelForTextEncoding.from_pretrained(name, config=config, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -136,7 +144,7 @@ def load_encoder(name):
         ) from None
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # Nothing uses it, so it would never get a gradient.
-    return encoder, tokenizer
+    return encoder.train(), tokenizer  # from_pretrained switches dropout off.
 
 
 def longest_input(encoder, tokenizer):
@@ -148,18 +156,18 @@ def longest_input(encoder, tokenizer):
     return min(positions, tokenizer.model_max_length)
 
 
-def load_scorer(name=None, weights=None, total_len=None, max_len=None):
+def load_scorer(name=None, weights=None, total_len=None, max_len=None, dropout=0.0):
     """(Scorer on the CPU, data_utils.TextEncoding, description) to train or to score with.
 
     name: the encoder, a folder or a hub name; None for the one that `weights` was trained for, else roberta-base.
     weights: path of a trained scorer, or None for the encoder as it is. total_len, max_len: tokens of a document and of
-    a summary; None for those of the training. An encoder that reads less has its own limit.
+    a summary; None for those of the training. An encoder that reads less has its own limit. dropout: in training.
 
     UserError when the encoder or the weights cannot be loaded, or do not belong together.
     """
     trained = (weights and read_description(weights)) or {}
     name = name or trained.get("encoder", "roberta-base")
-    encoder, tokenizer = load_encoder(name)
+    encoder, tokenizer = load_encoder(name, dropout)
     limit = longest_input(encoder, tokenizer)
     lengths = [total_len or trained.get("total_len", TOTAL_LEN), max_len or trained.get("max_len", MAX_LEN)]
     encoding = TextEncoding(tokenizer, *(min(length, limit) for length in lengths))

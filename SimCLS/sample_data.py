@@ -45,10 +45,32 @@ SHARED_WORDS = 0.4
 
 # The sections of the reST, Google and NumPy styles that hold prose; the others list functions, code or literature.
 _PROSE_SECTIONS = frozenset(
-    "args arguments parameters params attributes return returns yield yields raises note notes warning warnings "
-    "keyword-arguments other-parameters input inputs output outputs".split()
+    [
+        "args",
+        "arguments",
+        "parameters",
+        "params",
+        "attributes",
+        "return",
+        "returns",
+        "yield",
+        "yields",
+        "raises",
+        "note",
+        "notes",
+        "warning",
+        "warnings",
+        "keyword-arguments",
+        "other-parameters",
+        "input",
+        "inputs",
+        "output",
+        "outputs",
+    ]
 )
-_OTHER_SECTIONS = frozenset("see-also example examples example-usage usage reference references methods shape".split())
+_OTHER_SECTIONS = frozenset(
+    ["see-also", "example", "examples", "example-usage", "usage", "reference", "references", "methods", "shape"]
+)
 _RULE = re.compile(r"[-=~^*+_#| ]{3,}$")
 _NO_PROSE = (">>>", "...", "```", "|", "@", "$", "\\", "In [", "Out[")
 _MARKUP = [

@@ -58,10 +58,11 @@ def get_args_parser(description):
     add("--num_epoch", type=positive_int, default=5, help=" ")
     add("--batch_size", type=positive_int, default=8, help="documents a step, over all processes")
     add("--accumulate_step", type=positive_int, default=2, help="steps whose gradients make one update")
-    add("--lr", type=positive_float, help="peak learning rate of AdamW; by default it follows from the width of the "
+    add("--lr", type=positive_float, help="peak learning rate of Adam; by default it follows from the width of the "
         "encoder and the number of updates")  # fmt: skip
     add("--warmup", type=fraction, default=0.1, help="share of the updates in which the rate rises to its peak, from "
         "which it falls to 0")  # fmt: skip
+    add("--dropout", type=dropout_type, default=0.0, help="of the encoder; it blurs differences as small as the margin")
     add("--grad_norm", type=non_negative_float, default=1.0, help="clip gradients to this norm; 0 does not clip")
 
     loss = parser.add_argument_group("loss")
@@ -88,9 +89,15 @@ def get_args_parser(description):
 
     progress = parser.add_argument_group("progress")
     add = progress.add_argument
-    add("--report_freq", type=positive_int, help="updates between lines about the loss; by default a hundred lines")
     add("--eval_freq", type=positive_int, default=1000, help="updates between validations, besides each epoch's end")
     return parser
+
+
+def dropout_type(text):
+    value = non_negative_float(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not below 1")
+    return value
 
 
 def run_name_type(text):

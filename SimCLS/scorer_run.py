@@ -17,10 +17,44 @@ from harness.recording import write_json
 from harness.runs import Run
 
 # They choose where and how long a process runs, not what it computes: a resumed run may change them.
-NOT_RESULTS = ("resume", "max_steps", "log", "port", "gpuid", "evaluate", "run_name", "report_freq")
+NOT_RESULTS = ("resume", "max_steps", "log", "port", "gpuid", "evaluate", "run_name")
 POINTS_PER_EPOCH = 200  # Of the loss curve in the record.
-REPORTS = 100  # Lines about the loss in a whole run, unless --report_freq says otherwise...
-MOST_UPDATES_A_REPORT = 50  # ...or they would be so far apart that a collapse is seen too late.
+REPORTS = 100  # Lines about the loss in a whole run...
+MOST_UPDATES_A_REPORT = 50  # ...unless they would be so far apart that a collapse is seen too late.
+
+
+class CollapseWatch:
+    """Sees when a scorer gives all candidates of a document the same score: within 100 updates, from reports at most
+    MOST_UPDATES_A_REPORT apart.
+
+    Scores count as the same when they spread over less than a quarter of the `margin` that two neighbours should be
+    apart. A fresh encoder may begin so; that is no collapse during the warm-up, nor while the spread grows.
+    """
+
+    def __init__(self, margin):
+        self.margin, self.warmup = margin, 0
+        self._were_apart = False
+        self._same = []  # [update, spread] of the reports since the scores are the same.
+        self._told = False
+
+    def sees_collapse(self, update, spread):
+        """Whether the report of `spread` at `update` shows a collapse that no report before it has shown."""
+        if spread >= self.margin / 4:
+            self._were_apart, self._same, self._told = True, [], False
+            return False
+        self._same.append([update, spread])
+        self._same = self._same[-MOST_UPDATES_A_REPORT - 1 :]
+        first, spread_then = self._same[0]
+        lasting = update - first >= MOST_UPDATES_A_REPORT and spread < 2 * spread_then
+        collapsed = lasting and not self._told and (self._were_apart or update > self.warmup)
+        self._told |= collapsed
+        return collapsed
+
+    def state_dict(self):
+        return {"were_apart": self._were_apart, "same": self._same, "told": self._told}
+
+    def load_state_dict(self, state):
+        self._were_apart, self._same, self._told = state["were_apart"], state["same"], state["told"]
 
 
 class ScorerRun(Run):
@@ -34,19 +68,25 @@ class ScorerRun(Run):
         name = run_name(args)
         super().__init__("simcls", CACHE / name, name, args, world, NOT_RESULTS, **facts)
         self.validations, self.losses, self.best = [], [], None
+        self._watch = CollapseWatch(args.margin)
         self._log = self._board = None
 
     def state_dict(self):
-        return {"validations": self.validations, "losses": self.losses, "best": self.best}
+        history = {"validations": self.validations, "losses": self.losses, "best": self.best}
+        return history | {"watch": self._watch.state_dict(), "collapsed": self.facts.get("collapsed", [])}
 
     def load_state_dict(self, state):
         self.validations, self.losses, self.best = state["validations"], state["losses"], state["best"]
+        self._watch.load_state_dict(state["watch"])
+        if state["collapsed"]:
+            self.facts["collapsed"] = state["collapsed"]
 
     @contextlib.contextmanager
     def begin(self, scorer, schedule):
         """Write config.json. Within the block `say` and the figures go to the files of `-l` too."""
         self._updates_an_epoch = schedule.updates // self.args.num_epoch
-        self._report_freq = self.args.report_freq or min(max(1, schedule.updates // REPORTS), MOST_UPDATES_A_REPORT)
+        self._report_freq = min(max(1, schedule.updates // REPORTS), MOST_UPDATES_A_REPORT)
+        self._watch.warmup = schedule.warmup
         self.facts["parameters"] = sum(weight.numel() for weight in scorer.parameters())
         self.facts["peak_rate"], self.facts["warmup_updates"] = schedule.peak, schedule.warmup
         if self.world.is_main:
@@ -109,10 +149,13 @@ class ScorerRun(Run):
             self.say(line)
         else:
             bar.set_postfix_str(line)
-        self._look_for_collapse(update, loss, flat, spread)
-
-    def _look_for_collapse(self, update, loss, flat, spread):
-        pass
+        if self._watch.sees_collapse(update, spread):
+            self.facts.setdefault("collapsed", []).append(update)
+            self.say(
+                f"update {update}: the scores have collapsed: all candidates of a document score the same (spread "
+                f"{spread:.1e}), where the loss stays near {flat:.2f} whatever the text; stop, and train with a lower "
+                f"--lr (the peak is {schedule.peak:.1e}) or a larger --warmup (now {self.args.warmup})"
+            )
 
     def add_validation(self, epoch, step, result, scorer, description):
         """Take down what `validate` found, and keep the weights: as the last, and as the best when they are."""

@@ -69,7 +69,10 @@ def main():
 
 
 def trainer(args, device):
-    """train(phase): an epoch of args.steps steps under the PhaseTimer `phase`; the model is the same each time."""
+    """train(phase): args.steps steps under the PhaseTimer `phase`; the model is the same each time.
+
+    The epoch is not summarised: that comes once in hundreds of steps, and here would come in every one.
+    """
     torch.manual_seed(0)
     model = ResNeXt(*parse_name(args.model)).to(device)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-3)
@@ -89,7 +92,8 @@ def trainer(args, device):
                 loss.backward()
             with phase("optimizer"):
                 optimizer.step()
-        phase.end_epoch()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
 
     return train
 

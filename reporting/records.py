@@ -75,8 +75,7 @@ def _fault(record):
     if record.get("format") != FORMAT:
         return f"a record of format {record.get('format')!r}; this program reads {FORMAT}"
     parts = {"arguments": dict, "machine": dict}
-    if record["experiment"] in TRAINING:
-        parts |= {"epochs": list}
+    parts |= {"epochs": list} if record["experiment"] in TRAINING else {"systems": dict}
     for name, kind in parts.items():
         if not isinstance(record.get(name), kind):
             return f"a record without {name}"

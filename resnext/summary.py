@@ -16,7 +16,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from harness import command_line
 from harness.command_line import OneLineParser, UserError
 
-COLUMNS = ("run", "precision", "load ms", "step ms", "epoch s", "x epoch", "memory MiB", "x memory", "epochs", "test acc %")
+COLUMNS = (
+    "run",
+    "precision",
+    "load ms",
+    "step ms",
+    "epoch s",
+    "x epoch",
+    "memory MiB",
+    "x memory",
+    "epochs",
+    "test acc %",
+)
 
 
 def main():

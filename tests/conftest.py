@@ -65,7 +65,18 @@ def encoders(tmp_path_factory):
     torch.manual_seed(0)
     models = {
         "t5": T5ForConditionalGeneration(
-            T5Config(vocab_size=400, d_model=32, d_kv=16, d_ff=64, num_heads=2, num_layers=2, dropout_rate=0.0)
+            T5Config(
+                vocab_size=400,
+                d_model=32,
+                d_kv=16,
+                d_ff=64,
+                num_heads=2,
+                num_layers=2,
+                dropout_rate=0.0,
+                pad_token_id=0,
+                eos_token_id=1,
+                decoder_start_token_id=0,
+            )
         ),
         "bert": BertModel(BertConfig(vocab_size=400, max_position_embeddings=64, **size)),
         "roberta": RobertaModel(RobertaConfig(vocab_size=400, max_position_embeddings=64, pad_token_id=1, **size)),

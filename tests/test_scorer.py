@@ -11,6 +11,7 @@ import torch
 from data_utils import LengthBatches, SampleSet, TextEncoding, load_samples, read_sample, sample_files, tokenize_samples
 from model import Scorer, load_encoder, load_scorer, longest_input, ranking_loss, save_scorer, score_samples
 from scorer_experiment import Metrics, Schedule, cached_path, get_args_parser, validate
+from scorer_run import CollapseWatch
 
 from harness.command_line import UserError
 from harness.distributed import World
@@ -327,7 +328,7 @@ def test_recomputation_changes_no_gradient_and_keeps_less(encoders, val_set):
 
     results = []
     for recompute in (False, True):
-        scorer = load_scorer(encoders["t5"], total_len=60, max_len=20)[0].train()
+        scorer = load_scorer(encoders["t5"], total_len=60, max_len=20, dropout=0.1)[0]
         if recompute:
             scorer.recompute_activations()
         batch = val_set.batch(range(6))
@@ -355,6 +356,25 @@ def test_metrics_are_means_over_documents():
     metrics.add(torch.tensor(4.0), torch.zeros(2, 3), Batch, 1.0)
     assert metrics.epoch_loss(world) == pytest.approx(2.5)
     assert metrics.report(world)[0] == 4.0
+
+
+@pytest.mark.parametrize("every", [1, 20, 50])
+def test_collapse_is_seen_within_100_updates(every):
+    def seen(spread_at, until=400):
+        watch = CollapseWatch(margin=0.01)
+        watch.warmup = 30
+        updates = range(every, until, every)
+        return [update for update in updates if watch.sees_collapse(update, spread_at(update))]
+
+    assert seen(lambda update: 0.05) == []
+    (collapse,) = seen(lambda update: 0.05 if update < 200 else 1e-6)
+    assert 200 < collapse <= 300
+    (never_learned,) = seen(lambda update: 1e-4)
+    assert never_learned <= 130
+    # A fresh BERT: the spread grows from nothing.
+    assert seen(lambda update: min(1e-4 * 1.02**update, 0.05)) == []
+    collapses = seen(lambda update: 1e-6 if update < 150 or update >= 250 else 0.05)
+    assert len(collapses) == 2
 
 
 # ------------------------------------------------------------------------------------------------------ weights

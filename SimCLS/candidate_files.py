@@ -1,0 +1,140 @@
+"""The candidate text files of one split: collected batch by batch, so that a killed run goes on where it stopped.
+
+While a split is generated, each process appends its batches to `{split}.rank{r}.partial`, one JSON line a batch behind
+a first line with the settings. The six text files are written when all batches are there, each under its name only
+when it is whole, and last `{split}.settings.json`, by which a later run knows that there is nothing left to do.
+"""
+
+import json
+
+from documents import clean
+from utils import ptb_tokenize
+
+from harness.command_line import UserError
+from harness.recording import atomic_write, write_json
+
+FILES = ("source", "target", "out", "source.tokenized", "target.tokenized", "out.tokenized")
+
+
+class CandidateFiles:
+    """The files of one split in `folder`, for one process of `world`.
+
+    settings: dict of plain JSON values, all that the candidates depend on. Batches made with others are not used.
+    """
+
+    def __init__(self, folder, split, settings, world):
+        self.folder, self.split, self.settings, self.world = folder, split, settings, world
+        self.settings_path = folder / f"{split}.settings.json"
+        self.own_partial = folder / f"{split}.rank{world.rank}.partial"
+
+    def complete(self):
+        """Whether all files are there, made with these settings."""
+        found = _read_json(self.settings_path) == self.settings
+        return found and all((self.folder / f"{self.split}.{name}").is_file() for name in FILES)
+
+    def prepare(self):
+        """In the main process: remove batches that were made with other settings, and leftovers of killed writes."""
+        for leftover in self.folder.glob(f".{self.split}.*.tmp"):
+            leftover.unlink()
+        changed = _changed(_read_json(self.settings_path), self.settings)
+        if changed:
+            self.settings_path.unlink()
+        for path in self._partials():
+            settings = next(_read_lines(path), None)
+            if settings != self.settings:
+                changed = changed or _changed(settings, self.settings)
+                path.unlink()
+        if changed:
+            self.world.say(f"{self.split}: starting over, since candidates there were made with other {changed}")
+
+    def finished_batches(self):
+        """The numbers of the batches that any process has finished: a set of int."""
+        return {record["batch"] for record in self._records()}
+
+    def open(self):
+        """The file that `add` writes to, opened for appending behind the last whole line."""
+        self.own_partial.touch()
+        file = open(self.own_partial, "r+b")  # noqa: SIM115 (the caller closes it)
+        size = file.read().rfind(b"\n") + 1
+        file.truncate(size)
+        file.seek(size)
+        if size == 0:
+            _append(file, self.settings)
+        return file
+
+    def add(self, file, number, documents, candidates):
+        """Write one batch. documents: list of Document; candidates: for each a list of str, best first."""
+        candidates = [[clean(candidate) for candidate in some] for some in candidates]
+        record = {
+            "batch": number,
+            "source.tokenized": [[ptb_tokenize(document.text)] for document in documents],
+            "target.tokenized": [[ptb_tokenize(document.summary)] for document in documents],
+            "out": candidates,
+            "out.tokenized": [[ptb_tokenize(candidate) for candidate in some] for some in candidates],
+        }
+        _append(file, record)
+
+    def publish(self, documents, batches):
+        """Write the text files of all documents from the batches, and remove these.
+
+        documents: list of Document; batches: for each batch the places of its documents in that list.
+        """
+        self.settings_path.unlink(missing_ok=True)
+        plain = {"source": [[document.text] for document in documents]}
+        plain["target"] = [[document.summary] for document in documents]
+        for name in FILES:
+            # One file at a time, for the batches of a large data set are large.
+            lines = plain.get(name) or self._collect(name, len(documents), batches)
+            with atomic_write(self.folder / f"{self.split}.{name}", "w") as file:
+                file.writelines(f"{line}\n" for some in lines for line in some)
+        write_json(self.settings_path, self.settings)
+        for path in self._partials():
+            path.unlink()
+
+    def _collect(self, name, documents, batches):
+        lines = [None] * documents
+        for record in self._records():
+            for place, some in zip(batches[record["batch"]], record[name], strict=True):
+                lines[place] = some
+        if None in lines:
+            raise UserError(f"{self.folder}: a batch of {self.split} has gone while the run ended; run it again")
+        return lines
+
+    def _partials(self):
+        return sorted(self.folder.glob(f"{self.split}.rank*.partial"))
+
+    def _records(self):
+        for path in self._partials():
+            lines = _read_lines(path)
+            next(lines, None)
+            yield from lines
+
+
+def _append(file, value):
+    file.write(json.dumps(value).encode() + b"\n")
+    file.flush()
+
+
+def _read_lines(path):
+    """The JSON values of whole lines. A line that a crash of the machine tore is left out: its batch is made again."""
+    with open(path, "rb") as file:
+        for line in file:
+            if line.endswith(b"\n"):
+                try:
+                    yield json.loads(line)
+                except ValueError:
+                    continue
+
+
+def _read_json(path):
+    try:
+        return json.loads(path.read_bytes())
+    except (FileNotFoundError, ValueError):
+        return None
+
+
+def _changed(old, new):
+    """The names of the settings that differ, as text; empty without old settings."""
+    if not isinstance(old, dict):
+        return ""
+    return ", ".join(sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)))

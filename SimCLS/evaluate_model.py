@@ -1,0 +1,261 @@
+#!/usr/bin/env python3
+"""Measure what a scorer's choice among candidate summaries buys over a generator's first candidate, on test documents.
+
+    python3 evaluate_model.py --generator_name models/t5_covid --dataset_name clean_covid.csv --scorer_path cache/run/scorer.bin
+    python3 evaluate_model.py --samples samples/test --scorer_path cache/run/scorer.bin
+    python3 evaluate_model.py --summaries chosen.txt --references test.target
+
+The last scores files, one summary a line. ROUGE-1, -2 and -Lsum are mean F-measures, stemmed, of tokenized, lower-cased
+text, as in the samples of preprocess.py. The random candidate's is the mean over a document's candidates; the worst and
+the best are those by the mean of the three.
+
+Intervals hold 95 % of the means of 10,000 bootstrap samples of the documents (percentiles). The p-value is that of a
+paired permutation test: in how many of 10,000 random exchanges of the two systems' figures within documents, this one
+included, the means differ at least as much (two-sided).
+"""  # noqa: E501 (commands)
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+from data_utils import ROUGE, SampleSet, read_sample, sample_files, tokenize_samples
+from documents import clean, find_dataset, read_documents, split_documents, take_percent
+from model import load_scorer, score_samples
+from preprocess import Lines, build_sample
+from utils import SentenceSplitter, progress, ptb_tokenize, read_lines
+
+from harness import command_line, distributed
+from harness.command_line import UserError, non_negative_float, positive_float, positive_int
+from harness.precision import choose_precision, half_precision_type
+from harness.recording import describe_machine, write_json
+from harness.runs import FORMAT
+
+RESAMPLES = 10_000
+RESAMPLES_AT_ONCE = 500
+SEED = 0  # Of the resampling: the same figures give the same intervals.
+SHOWN = 3
+
+
+def get_args_parser():
+    parser = command_line.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--scorer_path", type=Path, help="trained scorer, such as cache/run/scorer.bin")
+    add("--model_type", help="its encoder, a folder or a hub name (default: that of scorer.json beside the scorer)")
+    add("--half_precision", type=half_precision_type, nargs="?", const="float16", metavar="float16|bfloat16",
+        help="generate and score in float16 or bfloat16")  # fmt: skip
+    add("--batch_size", type=positive_int, default=16, help="documents scored together (default: %(default)s)")
+    add(
+        "--output",
+        type=Path,
+        help="record, as JSON (default: evaluation.json beside the scorer, or beside --summaries)",
+    )
+    data = parser.add_argument_group("candidates of a generator")
+    add = data.add_argument
+    add("--generator_name", help="a folder, or a name on the hub")
+    add("--dataset_name", default="sample", help="CSV file or data set name (default: %(default)s)")
+    add("--dataset_percent", type=positive_float, default=100, help="share of the test split (default: 100)")
+    add("--doc_col_name", default="abstract", help="column of the documents (default: %(default)s)")
+    add("--sum_col_name", default="title", help="column of the summaries (default: %(default)s)")
+    add("--num_cands", type=positive_int, default=16, help="candidates a document (default: %(default)s)")
+    add("--diversity_penalty", type=non_negative_float, default=1.0, help="default: %(default)s")
+    add("--decoder_max_len", type=positive_int, help="most tokens of a candidate (default: the generator's)")
+    add("--max_source_length", type=positive_int, help="tokens of a document (default: the tokenizer's)")
+    add("--cand_gen_batch", type=positive_int, default=16, help="documents generated together (default: %(default)s)")
+    files = parser.add_argument_group("instead: prepared samples, or summaries")
+    files.add_argument("--samples", type=Path, help="folder of test samples, as preprocess.py makes them")
+    files.add_argument("--summaries", type=Path, help="text file, one summary a line")
+    files.add_argument("--references", type=Path, help="text file, one reference a line")
+    return parser
+
+
+def main():
+    args = get_args_parser().parse_args()
+    check_arguments(args)
+    with distributed.world() as world:
+        if args.summaries:
+            systems = {"summaries": score_files(args.summaries, args.references)}
+            default_output = args.summaries.with_name("evaluation.json")
+        else:
+            precision = choose_precision(args.half_precision, world.device, true_fp32=True)
+            scorer, encoding, _ = load_scorer(args.model_type, args.scorer_path)
+            samples = list(load_test_samples(args, world, precision))
+            systems, choices = compare(scorer.to(world.device), encoding, samples, args.batch_size, world, precision)
+            show_documents(samples, choices)
+            default_output = args.scorer_path.with_name("evaluation.json")
+        result = summarise(systems)
+        print_table(result)
+        arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+        record = {"format": FORMAT, "experiment": "simcls_evaluation", "arguments": arguments}
+        write_json(args.output or default_output, record | {"machine": describe_machine(world.device)} | result)
+
+
+def check_arguments(args):
+    """UserError unless there is exactly one source of summaries, with what it needs."""
+    sources = [name for name in ("generator_name", "samples", "summaries") if getattr(args, name)]
+    if len(sources) != 1:
+        raise UserError("name one of --generator_name, --samples, and --summaries with --references")
+    if bool(args.summaries) != bool(args.references):
+        raise UserError("--summaries and --references go together")
+    if not args.summaries and not args.scorer_path:
+        raise UserError(f"--{sources[0]} needs --scorer_path, a scorer that main.py trained")
+
+
+# --------------------------------------------------------------------------------------------------- the figures
+
+
+def score_files(summaries, references):
+    """The ROUGE of each line of `summaries` against that of `references`: float64 [lines, 3]."""
+    texts, targets = list(read_lines(summaries)), list(read_lines(references))
+    if len(texts) != len(targets) or not texts:
+        raise UserError(f"{summaries} has {len(texts)} lines, {references} {len(targets)}; they need the same, and one")
+    split = SentenceSplitter(targets).split
+    sample_of = (as_sample("", target, [text], split) for text, target in zip(texts, targets, strict=True))
+    return np.array([rouge_of(sample)[0] for sample in sample_of])
+
+
+def rouge_of(sample):
+    """The candidates' ROUGE-1, -2 and -Lsum F-measure, float64 [candidates, 3]."""
+    from fast_rouge import RougeReference
+
+    reference = RougeReference(sample["abstract"])
+    scores = [reference.score(sentences) for sentences, _ in sample["candidates"]]
+    return np.array([[each.rouge1.fmeasure, each.rouge2.fmeasure, each.rougeLsum.fmeasure] for each in scores])
+
+
+def as_sample(document, summary, candidates, split):
+    """The sample that gen_candidate.py and preprocess.py would make. split: text -> list of sentences."""
+    plain = Lines(document, summary, candidates)
+    tokenized = Lines(ptb_tokenize(document), ptb_tokenize(summary), [ptb_tokenize(text) for text in candidates])
+    return build_sample(plain, tokenized, split)
+
+
+def load_test_samples(args, world, precision):
+    """Yield the test samples: those of --samples, or generated ones of the test documents, in their order."""
+    if args.samples:
+        yield from map(read_sample, sample_files(args.samples))
+        return
+    from gen_candidate import CandidateGenerator, length_batches, load_generator, search_settings
+
+    documents = read_documents(find_dataset(args.dataset_name), args.doc_col_name, args.sum_col_name)
+    documents = take_percent(split_documents(documents)["test"], args.dataset_percent)
+    model, tokenizer = load_generator(args.generator_name, precision.dtype or torch.float32)
+    args.num_groups = args.num_cands
+    settings = search_settings(args, model.generation_config)
+    generator = CandidateGenerator(model.to(world.device), tokenizer, settings, args.max_source_length)
+    sources = generator.tokenize([document.text for document in documents])
+    batches = length_batches(sources, args.cand_gen_batch)
+    candidates = [None] * len(documents)
+    for places in progress(batches, len(batches), "candidates, in batches"):
+        for place, texts in zip(places, generator.generate([sources[place] for place in places]), strict=True):
+            candidates[place] = [clean(text) for text in texts]
+    split = SentenceSplitter(document.text for document in documents).split
+    for document, texts in zip(documents, candidates, strict=True):
+        yield as_sample(document.text, document.summary, texts, split)
+
+
+def compare(scorer, encoding, samples, batch_size, world, precision):
+    """The ROUGE of each way to choose a candidate, name -> float64 [documents, 3], and the scorer's choices."""
+    every = [rouge_of(sample) for sample in samples]
+    dataset = SampleSet(tokenize_samples(samples, encoding, sys.maxsize, False), encoding, world.device.type)
+    numbers = np.argsort(dataset.document_lengths, kind="stable")
+    choices = np.empty(len(samples), dtype=np.int64)
+    for part, batch, scores, _ in score_samples(scorer, dataset, numbers, batch_size, world.device, precision):
+        choices[part] = scores.masked_fill(~batch.present, -2).argmax(1).cpu().numpy()
+    chosen = {
+        "generator": [0] * len(samples),
+        "SimCLS": choices,
+        "worst": [rouge.mean(1).argmin() for rouge in every],
+        "best": [rouge.mean(1).argmax() for rouge in every],
+    }
+    systems = {
+        name: np.array([rouge[place] for rouge, place in zip(every, places, strict=True)])
+        for name, places in chosen.items()
+    }
+    systems["random"] = np.array([rouge.mean(0) for rouge in every])
+    return {name: systems[name] for name in ("generator", "SimCLS", "random", "worst", "best")}, choices
+
+
+# ------------------------------------------------------------------------------------------------ how sure they are
+
+
+def summarise(systems):
+    """The record's part: "documents", "systems" -> metric -> "mean", "low", "high", and "p_value" -> metric.
+
+    systems: name -> float64 [documents, 3]. The p-value is SimCLS's against the generator, where both are there.
+    """
+    count = len(next(iter(systems.values())))
+    lows, highs = bootstrap_interval(np.concatenate(list(systems.values()), axis=1))
+    result = {"documents": count, "systems": {}}
+    for place, (name, figures) in enumerate(systems.items()):
+        result["systems"][name] = {
+            metric: {"mean": float(mean), "low": float(low), "high": float(high)}
+            for metric, mean, low, high in zip(
+                ROUGE, figures.mean(0), lows[3 * place :], highs[3 * place :], strict=False
+            )
+        }
+    if {"SimCLS", "generator"} <= systems.keys():
+        p_values = permutation_test(systems["SimCLS"] - systems["generator"])
+        result["p_value"] = dict(zip(ROUGE, map(float, p_values), strict=True))
+    return result
+
+
+def bootstrap_interval(figures):
+    """The 2.5th and 97.5th percentile of the means over bootstrap samples of the rows of `figures` [n, columns]."""
+    random, count = np.random.default_rng(SEED), len(figures)
+    means = []
+    for _ in range(RESAMPLES // RESAMPLES_AT_ONCE):
+        picked = random.integers(0, count, (RESAMPLES_AT_ONCE, count))
+        times = np.zeros((RESAMPLES_AT_ONCE, count))
+        np.add.at(times, (np.arange(RESAMPLES_AT_ONCE)[:, None], picked), 1)
+        means.append(times @ figures / count)
+    return np.percentile(np.concatenate(means), [2.5, 97.5], axis=0)
+
+
+def permutation_test(differences):
+    """The two-sided p-value of each column of `differences` [n, columns]: of their mean under random signs."""
+    random, count = np.random.default_rng(SEED), len(differences)
+    observed = np.abs(differences.mean(0))
+    as_far = np.ones(differences.shape[1])
+    for _ in range(RESAMPLES // RESAMPLES_AT_ONCE):
+        signs = random.integers(0, 2, (RESAMPLES_AT_ONCE, count)) * 2.0 - 1
+        # The margin is for rounding: the same sum in another order counts as equal.
+        as_far += (np.abs(signs @ differences / count) >= observed - 1e-12).sum(0)
+    return as_far / (RESAMPLES // RESAMPLES_AT_ONCE * RESAMPLES_AT_ONCE + 1)
+
+
+# -------------------------------------------------------------------------------------------------------- printing
+
+
+def show_documents(samples, choices):
+    """Print some test documents with their reference, first candidate and chosen candidate."""
+    for sample, choice in list(zip(samples, choices, strict=True))[:SHOWN]:
+        texts = {
+            "document": sample["article_untok"],
+            "reference": sample["abstract_untok"],
+            "first candidate": sample["candidates_untok"][0][0],
+            "chosen candidate": sample["candidates_untok"][choice][0],
+        }
+        for name, sentences in texts.items():
+            text = " ".join(sentences)
+            print(f"{name + ':':<18}{text if len(text) <= 300 else text[:297] + '...'}")
+        print()
+
+
+def print_table(result):
+    print(f"{result['documents']} documents; mean F in percent, 95 % interval")
+    print(f"{'':<12}" + "".join(f"{metric:>24}" for metric in ROUGE))
+    for name, metrics in result["systems"].items():
+        cells = [
+            f"{100 * each['mean']:.2f} ({100 * each['low']:.2f}-{100 * each['high']:.2f})" for each in metrics.values()
+        ]
+        print(f"{name:<12}" + "".join(f"{cell:>24}" for cell in cells))
+    if "p_value" in result:
+        print(f"{'p, SimCLS':<12}" + "".join(f"{p:>24.2g}" for p in result["p_value"].values()))
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,213 @@
+"""Claim: candidates come many times faster than from transformers 4.56.2, with equal tokens.
+
+    python3 benchmarks/candidates.py --data pubmed_abstracts.csv.gz --reference_python /path/of/venv/bin/python
+
+A model of T5-small's shape with random weights (its candidates never end by themselves), one of BART's kind, and any
+generator given with --model generate 8 candidates a document, with a group for each beam. The arms:
+
+    original    transformers 4.56.2, one document at a time, padded to 512 tokens
+    sorted      transformers 4.56.2, documents sorted by length, padded to the longest of a batch
+    ours        DiverseBeamSearch, documents sorted by length
+
+The reference runs in the interpreter of an environment with transformers 4.56.2; without --reference_python it is a
+plain restatement of its algorithm over this version's modules. First every arm has to give equal tokens.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "SimCLS")]
+
+from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
+
+import torch
+import transformers
+from candidates_reference import DIVERSITY_PENALTY
+from common import ratio_summary, results_path
+from diverse_beam import DiverseBeamSearch
+from documents import find_dataset, read_documents, split_documents
+from gen_candidate import length_batches
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+from harness import command_line
+from harness.recording import describe_machine, write_json
+
+LONGEST = 512
+PAD, END = 0, 1
+
+
+def get_args_parser():
+    parser = command_line.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    integer = command_line.positive_int
+    parser.add_argument("--data", default="sample", help="CSV file or data set name (default: %(default)s)")
+    parser.add_argument("--documents", type=integer, default=16, help="of the test split (default: %(default)s)")
+    parser.add_argument("--model", help="also time this generator, a folder with its tokenizer")
+    parser.add_argument("--reference_python", default=sys.executable, help="interpreter that has transformers 4.56.2")
+    parser.add_argument("--rounds", type=integer, default=3, help="default: %(default)s")
+    parser.add_argument("--num_cands", type=integer, default=8, help="default: %(default)s")
+    parser.add_argument("--decoder_max_len", type=integer, default=64, help="default: %(default)s")
+    parser.add_argument("--batch", type=integer, default=16, help="documents a batch of ours (default: %(default)s)")
+    parser.add_argument(
+        "--reference_batch", type=integer, default=4, help="and of the sorted reference, whose best it is (default: 4)"
+    )
+    parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/candidates.json")
+    return parser
+
+
+def main():
+    args = get_args_parser().parse_args()
+    documents = split_documents(read_documents(find_dataset(args.data)))
+    texts = [document.text for document in documents["test"][: args.documents]]
+    with tempfile.TemporaryDirectory() as folder, Reference(args.reference_python) as reference:
+        print(f"reference: {reference.name}; {torch.get_num_threads()} threads", flush=True)
+        results = {}
+        for name, model_folder, sources in make_cases(args, documents["train"], texts, Path(folder)):
+            results[name] = time_case(name, model_folder, sources, reference, args)
+        record = {
+            "benchmark": "candidates",
+            "machine": describe_machine(torch.device("cpu")),
+            "reference": reference.name,
+            "candidates": args.num_cands,
+            "decoder_max_len": args.decoder_max_len,
+            "documents": len(texts),
+            "results": results,
+        }
+    path = args.output or results_path("candidates", torch.device("cpu"))
+    write_json(path, record)
+    print(f"written: {path}")
+
+
+def make_cases(args, train, texts, folder):
+    """Yield (name, folder of the model, token ids of each document)."""
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ["<pad>", "</s>", "<unk>"]
+    trainer = trainers.BpeTrainer(vocab_size=32000, special_tokens=special, show_progress=False)
+    tokenizer.train_from_iterator((document.text for document in train[:3000]), trainer)
+    sources = [encoding.ids[: LONGEST - 1] + [END] for encoding in tokenizer.encode_batch(texts)]
+    tokens = {"pad_token_id": PAD, "eos_token_id": END, "decoder_start_token_id": PAD}
+    bart = {"d_model": 256, "encoder_layers": 3, "decoder_layers": 3, "encoder_ffn_dim": 1024, "decoder_ffn_dim": 1024}
+    heads = {"encoder_attention_heads": 4, "decoder_attention_heads": 4}
+    random_models = {
+        "t5-small shape": transformers.T5ForConditionalGeneration(transformers.T5Config(**tokens)),
+        "bart kind": transformers.BartForConditionalGeneration(
+            transformers.BartConfig(vocab_size=32000, max_position_embeddings=LONGEST, **bart, **heads, **tokens)
+        ),
+    }
+    generator = torch.Generator().manual_seed(0)
+    for name, model in random_models.items():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                # Unit-size logits and sharper attention than at initialisation, so that near ties are rare.
+                scale = 1.0 if parameter.shape[0] == model.config.vocab_size else parameter.shape[1] ** -0.5
+                torch.nn.init.normal_(parameter, std=scale, generator=generator)
+        model.save_pretrained(folder / name)
+        yield name, folder / name, sources
+    if args.model:
+        own = transformers.AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+        transformers.AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32).save_pretrained(
+            folder / "own"
+        )
+        yield args.model, folder / "own", own(texts, truncation=True, max_length=LONGEST)["input_ids"]
+
+
+def time_case(name, model_folder, sources, reference, args):
+    """Check that all arms give equal tokens, then time them in turn."""
+    search = DiverseBeamSearch(
+        transformers.AutoModelForSeq2SeqLM.from_pretrained(model_folder).eval(),
+        num_beams=args.num_cands,
+        num_groups=args.num_cands,
+        diversity_penalty=DIVERSITY_PENALTY,
+        max_length=args.decoder_max_len,
+    )
+    request = {"model": str(model_folder), "num_cands": args.num_cands, "max_length": args.decoder_max_len}
+    arms = {
+        "original": lambda: reference.run(sources, 1, request | {"pad_to": LONGEST}),
+        "sorted": lambda: reference.run(sources, args.reference_batch, request | {"pad_to": None}),
+        "ours": lambda: run_ours(search, sources, args.batch),
+    }
+    outputs = {arm: run()[1] for arm, run in arms.items()}
+    for arm in ("original", "sorted"):
+        equal = sum(a == b for a, b in zip(outputs[arm], outputs["ours"], strict=True))
+        print(f"{name}: tokens of {equal} of {len(sources)} documents equal those of {arm}", flush=True)
+        if equal < len(sources):
+            sys.exit(1)
+    seconds = {arm: [] for arm in arms}
+    for index in range(args.rounds):
+        for arm in list(arms) if index % 2 == 0 else reversed(arms):
+            seconds[arm].append(arms[arm]()[0])
+    lengths = [len(candidate) for some in outputs["ours"] for candidate in some]
+    result = {
+        "mean_source_tokens": sum(map(len, sources)) / len(sources),
+        "mean_candidate_tokens": sum(lengths) / len(lengths),
+        "seconds": seconds,
+        "documents_per_second": {arm: len(sources) / sorted(times)[len(times) // 2] for arm, times in seconds.items()},
+        "ratios": {arm: ratio_summary(seconds[arm], seconds["ours"]) for arm in ("original", "sorted")},
+    }
+    for arm, ratio in result["ratios"].items():
+        print(f"{name}: {ratio['median']:.2f} x {arm} ({ratio['low']:.2f} to {ratio['high']:.2f})", flush=True)
+    return result
+
+
+def run_ours(search, sources, size):
+    """(seconds, for each document its candidates without padding)."""
+    tokens = [None] * len(sources)
+    started = time.perf_counter()
+    for places in length_batches(sources, size):
+        lengths = torch.tensor([len(sources[place]) for place in places]).unsqueeze(1)
+        mask = (torch.arange(int(lengths.max())) < lengths).long()
+        input_ids = torch.full(mask.shape, search.pad_token)
+        input_ids[mask.bool()] = torch.tensor([token for place in places for token in sources[place]])
+        for place, some in zip(places, search(input_ids, mask)[0].tolist(), strict=True):
+            tokens[place] = some
+    return time.perf_counter() - started, [strip(some, search.pad_token) for some in tokens]
+
+
+def strip(candidates, pad):
+    """Candidates without the padding behind them, whose length depends on the batch."""
+    return [candidate[: max(i for i, token in enumerate(candidate) if i == 0 or token != pad) + 1]
+            for candidate in candidates]  # fmt: skip
+
+
+class Reference:
+    """The process that runs candidates_reference.py."""
+
+    def __init__(self, python):
+        command = [python, str(ROOT / "benchmarks" / "candidates_reference.py")]
+        self.process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+        )
+        self.name = self._read()["name"]
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.stdin.close()
+        self.process.wait()
+
+    def run(self, sources, size, request):
+        """(seconds, for each document its candidates without padding)."""
+        order = [place for places in length_batches(sources, size) for place in places]
+        batches = [[sources[place] for place in places] for places in length_batches(sources, size)]
+        self.process.stdin.write(json.dumps(request | {"batches": batches}) + "\n")
+        self.process.stdin.flush()
+        answer = self._read()
+        tokens = dict(zip(order, answer["tokens"], strict=True))
+        return answer["seconds"], [strip(tokens[place], PAD) for place in range(len(sources))]
+
+    def _read(self):
+        line = self.process.stdout.readline()
+        if not line:
+            raise command_line.UserError("the reference ended; --reference_python needs torch and transformers 4.56.2")
+        return json.loads(line)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,190 @@
+"""Diverse beam search against what transformers 4.56.2 generated.
+
+fixtures/diverse_beam.json was written by record_diverse_beam.py with transformers 4.56.2, the last version that has the
+algorithm, on tiny models whose weights are drawn by name (tiny_seq2seq.py), over batches of padded documents.
+"""
+
+import json
+from pathlib import Path
+
+import diverse_beam
+import pytest
+import tiny_seq2seq
+import torch
+from diverse_beam import DiverseBeamSearch, LibraryDecoder, diverse_beam_search, forbid_repeats, top_k
+from t5_decoder import T5Decoder
+
+RECORD = json.loads((Path(__file__).parent / "fixtures" / "diverse_beam.json").read_text())
+FROM_GENERATION_CONFIG = ("eos_token_id", "suppress_tokens", "bad_words_ids")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def search(case, model=None):
+    model = model or tiny_seq2seq.build(case["model"])
+    settings = dict(case["settings"])
+    for key in FROM_GENERATION_CONFIG:
+        if key in settings:
+            setattr(model.generation_config, key, settings.pop(key))
+    settings["num_groups"] = settings.pop("num_beam_groups")
+    return diverse_beam_search(model, *tiny_seq2seq.documents(model), **settings)
+
+
+def assert_equal_to_record(case, result):
+    tokens, scores = result
+    assert tokens.dtype == torch.int64
+    assert tokens.flatten(0, 1).tolist() == case["sequences"], case["settings"]
+    torch.testing.assert_close(scores.flatten(), torch.tensor(case["scores"]), rtol=1e-5, atol=2e-5)
+
+
+@pytest.mark.parametrize("name", tiny_seq2seq.MODELS)
+def test_tokens_and_scores_equal_those_of_transformers_4_56(name):
+    assert tiny_seq2seq.fingerprint(tiny_seq2seq.build(name)) == RECORD["models"][name]
+    cases = [case for case in RECORD["cases"] if case["model"] == name]
+    assert len(cases) >= 7
+    for case in cases:
+        assert_equal_to_record(case, search(case))
+
+
+def test_the_record_has_candidates_that_end_early_and_some_that_do_not():
+    lengths = {case["model"]: set() for case in RECORD["cases"]}
+    for case in RECORD["cases"]:
+        end = 2 if case["model"] == "bart" else 1
+        for tokens in case["sequences"]:
+            lengths[case["model"]].add(tokens.index(end, 1) if end in tokens[1:] else None)
+    assert all(len(found) >= 10 for found in lengths.values()), lengths
+
+
+def test_the_general_path_gives_t5_the_same_tokens(monkeypatch):
+    monkeypatch.setattr(T5Decoder, "supports", staticmethod(lambda model: False))
+    for case in RECORD["cases"]:
+        if case["model"] in ("t5_gated", "mt5"):
+            assert_equal_to_record(case, search(case))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_document_s_candidates_do_not_depend_on_its_batch(name):
+    model = tiny_seq2seq.build(name)
+    input_ids, mask = tiny_seq2seq.documents(model)
+    run = DiverseBeamSearch(model, num_beams=6, num_groups=3, diversity_penalty=0.7, max_length=18)
+    tokens, scores = run(input_ids, mask)
+    for row in range(len(input_ids)):
+        length = int(mask[row].sum())
+        alone, alone_scores = run(input_ids[row : row + 1, :length], mask[row : row + 1, :length])
+        assert tokens[row, :, : alone.shape[2]].tolist() == alone[0].tolist()
+        assert (tokens[row, :, alone.shape[2] :] == model.config.pad_token_id).all()
+        torch.testing.assert_close(alone_scores[0], scores[row], rtol=1e-5, atol=1e-5)
+
+
+def test_one_group_is_plain_beam_search():
+    model = tiny_seq2seq.build("t5")
+    input_ids, mask = tiny_seq2seq.documents(model)
+    settings = {"num_beams": 5, "max_length": 14, "early_stopping": True}
+    expected = model.generate(input_ids=input_ids, attention_mask=mask, num_return_sequences=5, **settings)
+    tokens, _ = diverse_beam_search(model, input_ids, mask, num_groups=1, diversity_penalty=0.0, **settings)
+    for ours, theirs in zip(tokens.flatten(0, 1).tolist(), expected.tolist(), strict=True):
+        end = (theirs + [1]).index(1, 1) + 1  # What the library puts behind the end token is not always padding.
+        assert ours[:end] == theirs[:end]
+
+
+def test_ended_beams_leave_the_batch(monkeypatch):
+    rows = []
+    step = T5Decoder.step
+    monkeypatch.setattr(T5Decoder, "step", lambda self, tokens: (rows.append(len(tokens)), step(self, tokens))[1])
+    case = next(case for case in RECORD["cases"] if case["settings"]["num_beams"] == 16)
+    search(case)
+    assert rows[0] == 4, "the beams of a document are one row until the first token"
+    assert rows[1] == 4 * 16
+    assert rows[1:] == sorted(rows[1:], reverse=True)
+    assert rows[-1] < 4 * 16 / 2
+
+
+@pytest.mark.parametrize("name", ["t5", "t5_gated", "mt5"])
+@pytest.mark.parametrize("together", [1, 3])
+def test_t5_steps_equal_the_models_own_logits(name, together, monkeypatch):
+    """Rows spread, change places within their document and leave; the logits stay those of the whole prefix."""
+    monkeypatch.setattr("t5_decoder.CPU_DOCUMENTS", together)
+    monkeypatch.setattr("t5_decoder.CACHE_BLOCK", 3)
+    generator = torch.Generator().manual_seed(0)
+    model = tiny_seq2seq.build(name)
+    input_ids, mask = tiny_seq2seq.documents(model)
+    decoder = T5Decoder(model)
+    prefix, document = torch.zeros(4, 0, dtype=torch.long), torch.arange(4)
+    with torch.inference_mode():
+        decoder.start(input_ids, mask, max_length=10)
+        for step in range(9):
+            tokens = torch.randint(0, model.config.vocab_size, (len(document),), generator=generator)
+            prefix = torch.cat([prefix, tokens.unsqueeze(1)], dim=1)
+            logits = decoder.step(tokens)
+            expected = model(input_ids=input_ids[document], attention_mask=mask[document], decoder_input_ids=prefix)
+            torch.testing.assert_close(logits, expected.logits[:, -1], rtol=1e-4, atol=1e-4)
+            if step == 0:
+                decoder.spread(3)
+                rows = torch.arange(4).repeat_interleave(3)
+            elif step in (2, 4, 6):
+                rows = (torch.rand(len(document), generator=generator) < 0.7).nonzero().squeeze(1)
+                decoder.keep(rows)
+            else:
+                rows = (document * 100 - torch.arange(len(document))).argsort()  # backwards within each document
+                decoder.reorder(rows)
+            prefix, document = prefix[rows], document[rows]
+    assert len(document) < 8, "no rows have left"
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_half_precision_gives_whole_candidates(name):
+    model = tiny_seq2seq.build(name).to(torch.bfloat16)
+    settings = {"num_beams": 4, "num_groups": 4, "diversity_penalty": 1.0, "max_length": 10}
+    tokens, scores = diverse_beam_search(model, *tiny_seq2seq.documents(model), **settings)
+    assert tokens.shape[:2] == (4, 4)
+    assert (tokens[:, :, 0] == model.config.decoder_start_token_id).all()
+    assert scores.isfinite().all()
+    assert (scores[:, :-1] >= scores[:, 1:]).all()
+
+
+def test_float16_t5_takes_the_general_path():
+    model = tiny_seq2seq.build("t5").half()
+    settings = {"num_beams": 2, "num_groups": 2, "diversity_penalty": 1.0, "max_length": 4}
+    assert isinstance(DiverseBeamSearch(model, **settings).decoder, LibraryDecoder)
+
+
+def test_top_k_over_wide_rows():
+    scores = torch.randn(7, 3000, generator=torch.Generator().manual_seed(1))
+    scores[0, 2990:] += 10  # in the columns behind the last whole block
+    scores[1, 128:140] += 10  # all in one block
+    values, columns = top_k(scores, 9)
+    expected = scores.topk(9)
+    assert 2 * 9 * diverse_beam.BLOCK <= 3000, "the rows are too narrow to test anything"
+    assert torch.equal(values, expected.values)
+    assert torch.equal(columns, expected.indices)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_repeated_ngrams_are_forbidden(size):
+    history = torch.randint(0, 5, (20, 12), generator=torch.Generator().manual_seed(size))
+    for length in (1, 2, 3, 12):
+        scores = torch.zeros(20, 5)
+        forbid_repeats(scores, history[:, :length], size)
+        for row, tokens in enumerate(history[:, :length].tolist()):
+            seen = {tuple(tokens[i : i + size]) for i in range(length - size + 1)}
+            end = tokens[length - size + 1 :] if length >= size - 1 else None
+            for token in range(5):
+                banned = end is not None and (*end, token) in seen
+                assert (scores[row, token] == float("-inf")) == banned
+
+
+def test_contradictory_settings_are_refused():
+    model = tiny_seq2seq.build("t5")
+    good = {"num_beams": 4, "num_groups": 2, "diversity_penalty": 1.0, "max_length": 10}
+    for bad in ({"num_groups": 3}, {"num_beams": 0}, {"max_length": 1}, {"diversity_penalty": -1.0}):
+        with pytest.raises(ValueError, match=r"beams|maximum length|diversity penalty"):
+            DiverseBeamSearch(model, **(good | bad))
+    model.generation_config.repetition_penalty = 1.2
+    with pytest.raises(ValueError, match="repetition_penalty"):
+        DiverseBeamSearch(model, **good)

@@ -1,0 +1,158 @@
+"""Making models from scratch and fine-tuning them, as a user does: by command."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "SimCLS"))
+
+import transformers
+
+WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
+SIZE = [
+    "--vocab_size",
+    "320",
+    "--d_model",
+    "32",
+    "--d_ff",
+    "32",
+    "--num_heads",
+    "2",
+    "--num_layers",
+    "1",
+    "--num_decoder_layers",
+    "1",
+]
+TRAIN = ["--num_epoch", "3", "--batch_size", "8", "--max_source_length", "24", "--max_target_length", "8"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, run_script):
+    """A folder with data.csv (60 documents) and a T5 in t5/."""
+    folder = tmp_path_factory.mktemp("finetune")
+    rows = [f"{a} {b}: the {b} of {a} is {a} {b},Return {b} of {a}" for a in WORDS for b in WORDS[:5]]
+    (folder / "data.csv").write_text("\n".join(["abstract,title", *rows]) + "\n")
+    run_script(
+        "SimCLS/create_model.py", "--data_file", "data.csv", "--save_dir", "t5", "--copy_init", *SIZE, cwd=folder
+    )
+    return folder
+
+
+def train_command(save_dir, *more):
+    script = ROOT / "SimCLS" / "finetune_model.py"
+    command = [sys.executable, script, "--pt_model", "t5", "--data_file", "data.csv", "--save_dir", save_dir]
+    return list(map(str, [*command, *TRAIN, *more]))
+
+
+def weights(folder):
+    return transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+
+
+def test_models_load_as_generator_and_as_encoders(workplace, run_script):
+    run_script(
+        "SimCLS/create_model.py", "--arch", "bert", "--data_file", "data.csv", "--save_dir", "bert", *SIZE, cwd=workplace
+    )  # fmt: skip
+    assert transformers.AutoModelForSeq2SeqLM.from_pretrained(workplace / "t5").config.d_model == 32
+    for name, last in (("t5", "</s>"), ("bert", "[SEP]")):
+        encoder = transformers.AutoModelForTextEncoding.from_pretrained(workplace / name)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(workplace / name)
+        batch = tokenizer(["Alpha, beta.", "gamma"], padding=True, return_tensors="pt")
+        assert encoder(**batch).last_hidden_state.shape == (2, batch["input_ids"].shape[1], 32)
+        assert tokenizer.convert_ids_to_tokens(batch["input_ids"][0])[-1] == last
+        assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True) == "alpha, beta."
+
+
+def test_copy_init_continues_what_the_decoder_reads(tmp_path, workplace, run_script):
+    size = [
+        "--vocab_size",
+        "320",
+        "--d_model",
+        "256",
+        "--d_ff",
+        "64",
+        "--num_heads",
+        "4",
+        "--num_layers",
+        "1",
+        "--num_decoder_layers",
+        "1",
+    ]
+    accuracies = []
+    for flag in ("True", "False"):
+        run_script(
+            "SimCLS/create_model.py", "--data_file", workplace / "data.csv", "--save_dir", tmp_path / flag,
+            "--copy_init", flag, *size,
+        )  # fmt: skip
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / flag).eval()
+        tokens = torch.randperm(300, generator=torch.Generator().manual_seed(0))[:20][None] + 10
+        with torch.no_grad():
+            logits = model(input_ids=tokens, labels=tokens).logits
+        # From the second token on: a token's successor can be found once the token has been read.
+        accuracies.append((logits.argmax(-1) == tokens)[0, 1:].float().mean().item())
+    assert accuracies[0] > 0.6 > 0.2 > accuracies[1]
+
+
+def test_training_keeps_the_best_model_and_a_record(workplace, run_script):
+    subprocess.run(train_command("tuned"), cwd=workplace, check=True, capture_output=True, timeout=300)
+    record = json.loads((workplace / "tuned" / "finetune.json").read_text())
+    epochs = [entry for entry in record["history"] if "eval_rouge" in entry]
+    assert len(epochs) == 3
+    assert record["best_rouge"] == max(entry["eval_rouge"] for entry in epochs)
+    assert epochs[-1]["eval_loss"] < epochs[0]["eval_loss"]
+    assert record["arguments"]["batch_size"] == 8
+    assert record["machine"]["versions"]["torch"]
+    assert not (workplace / "tuned" / "checkpoints").exists()
+    assert transformers.AutoTokenizer.from_pretrained(workplace / "tuned").model_max_length == 24
+    assert weights(workplace / "tuned")["shared.weight"].isfinite().all()
+
+
+def test_killed_and_resumed_equals_uninterrupted(workplace, run_script):
+    subprocess.run(train_command("whole"), cwd=workplace, check=True, capture_output=True, timeout=300)
+    process = subprocess.Popen(
+        train_command("cut"), cwd=workplace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    state = workplace / "cut" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not any(state.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    if not state.exists():
+        pytest.skip("the run ended before it could be killed")
+    refused = subprocess.run(train_command("cut"), cwd=workplace, capture_output=True, text=True, timeout=120)
+    assert refused.returncode == 2
+    assert "add --resume" in refused.stderr
+    subprocess.run(train_command("cut", "--resume"), cwd=workplace, check=True, capture_output=True, timeout=300)
+    whole, cut = weights(workplace / "whole"), weights(workplace / "cut")
+    assert all(torch.equal(whole[name], cut[name]) for name in whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--pt_model", "no/such-model"), "no/such-model"),
+        (("--doc_col_name", "body"), "no column 'body'"),
+        (("--half_precision", "int8"), "int8"),
+        (("--half_precision", "float16"), "needs a GPU"),
+        (("--resume",), "no interrupted run"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(workplace, arguments, message):
+    if message == "needs a GPU" and torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    result = subprocess.run(
+        train_command("bad", *arguments), cwd=workplace, capture_output=True, text=True, timeout=120
+    )
+    last = result.stderr.strip().splitlines()[-1]
+    assert result.returncode == 2, result.stderr
+    assert message in last
+    assert "Traceback" not in result.stderr
+    assert not (workplace / "bad" / "config.json").exists()

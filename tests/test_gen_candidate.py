@@ -1,0 +1,306 @@
+"""gen_candidate.py as a user runs it: its files, interruption, many processes and bad input."""
+
+import csv
+import fcntl
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import candidate_files
+import gen_candidate
+import pytest
+import torch
+from conftest import script_command
+from documents import read_documents, split_documents
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
+from utils import ptb_tokenize, read_lines
+
+from harness.command_line import UserError
+
+SPLITS = ("train", "val", "test")
+SETTINGS = ["--num_cands", "4", "--decoder_max_len", "7", "--cand_gen_batch", "3"]
+WORDS = [f"word{i}" for i in range(50)]
+# Tokens whose text would break a line, and a sentence's end.
+BREAKING = ["new\nline", "para\u2029graph", "nul\x00l", "next\x85line", "end."]
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """A folder with generator/ (a random T5 and its tokenizer) and papers.csv, 60 documents of random words."""
+    folder = tmp_path_factory.mktemp("tiny")
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "</s>", "<unk>", *WORDS, *BREAKING])}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.post_processor = processors.TemplateProcessing("$A </s>", special_tokens=[("</s>", 1)])
+    special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder / "generator")
+    sizes = {"d_model": 16, "d_kv": 4, "d_ff": 16, "num_heads": 4, "num_layers": 1, "decoder_start_token_id": 0}
+    model = T5ForConditionalGeneration(T5Config(vocab_size=len(vocabulary), **sizes))
+    generator = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.8, generator=generator)
+    with torch.no_grad():
+        model.shared.weight[-len(BREAKING) :] *= 2
+    model.save_pretrained(folder / "generator")
+    draw = random.Random(0)
+    with open(folder / "papers.csv", "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["abstract", "title"])
+        for number in range(60):
+            text = " ".join(draw.choices(WORDS, k=draw.randint(3, 40)))
+            writer.writerow([f"{text} .", f"Title {number}: it's (here)."])
+    return folder
+
+
+def arguments(tiny, output_dir, *more):
+    names = ["--generator_name", tiny / "generator", "--dataset_name", tiny / "papers.csv"]
+    return [str(word) for word in (*names, "--output_dir", output_dir, *SETTINGS, *more)]
+
+
+def run_here(monkeypatch, *words):
+    """Run the script in this process, which saves the seconds that imports take."""
+    monkeypatch.setattr(sys, "argv", ["gen_candidate.py", *map(str, words)])
+    gen_candidate.main()
+
+
+def only_folder(output_dir):
+    (folder,) = [path for path in output_dir.iterdir() if path.is_dir()]
+    return folder
+
+
+def contents(output_dir):
+    return {path.name: path.read_bytes() for path in only_folder(output_dir).iterdir()}
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory, run_script):
+    """The output folder of one uninterrupted run."""
+    output_dir = tmp_path_factory.mktemp("whole")
+    result = run_script("SimCLS/gen_candidate.py", *arguments(tiny, output_dir))
+    assert "train: 48 of 48 documents" in result.stdout
+    assert "documents/s" in result.stdout
+    assert result.stderr == ""
+    return output_dir
+
+
+def test_every_split_has_its_own_documents_and_all_their_candidates(tiny, whole):
+    folder = only_folder(whole)
+    splits = split_documents(read_documents(tiny / "papers.csv"))
+    names = {f"{split}.{name}" for split in SPLITS for name in (*candidate_files.FILES, "settings.json")}
+    assert {path.name for path in folder.iterdir()} == names
+    for split, documents in splits.items():
+        lines = {name: list(read_lines(folder / f"{split}.{name}")) for name in candidate_files.FILES}
+        assert lines["source"] == [document.text for document in documents]
+        assert lines["target"] == [document.summary for document in documents]
+        assert len(lines["out"]) == 4 * len(documents)
+        for name in ("source", "target", "out"):
+            assert lines[f"{name}.tokenized"] == [ptb_tokenize(line) for line in lines[name]]
+    assert "it 's ( here ) ." in (folder / "test.target.tokenized").read_text()
+
+
+def test_candidates_are_those_of_their_document_in_order(tiny, whole):
+    model, tokenizer = gen_candidate.load_generator(str(tiny / "generator"), torch.float32)
+    settings = {"num_beams": 4, "num_groups": 4, "diversity_penalty": 1.0, "max_length": 7}
+    generator = gen_candidate.CandidateGenerator(model, tokenizer, settings)
+    lines = list(read_lines(only_folder(whole) / "val.out"))
+    for place, document in enumerate(split_documents(read_documents(tiny / "papers.csv"))["val"]):
+        (candidates,) = generator.generate(generator.tokenize([document.text]))
+        assert [" ".join(text.replace("\0", " ").split()) for text in candidates] == lines[4 * place : 4 * place + 4]
+        assert len(set(candidates)) > 1
+
+
+def test_tokens_that_break_lines_were_generated(whole):
+    """Else the counts of lines above prove nothing."""
+    text = (only_folder(whole) / "train.out").read_text()
+    assert "new line" in text or "para graph" in text or "next line" in text
+
+
+def test_killed_and_run_again_gives_the_same_bytes(tiny, whole, tmp_path, run_script):
+    command = script_command("SimCLS/gen_candidate.py", *arguments(tiny, tmp_path))
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        partial = tmp_path / only_folder(whole).name / "train.rank0.partial"
+        deadline = time.monotonic() + 120
+        while not partial.is_file() or partial.read_bytes().count(b"\n") < 4:
+            assert process.poll() is None, "it ended before it was killed"
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    with open(partial, "ab") as file:
+        file.write(b'{"batch": 5, "out": [["torn')
+    (partial.parent / ".train.out.x.tmp").write_text("half")
+    result = run_script("SimCLS/gen_candidate.py", *arguments(tiny, tmp_path))
+    assert "train: going on after" in result.stdout
+    assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize("moment", [0, 3, 16, "source", "out", "out.tokenized", "settings.json"])
+def test_a_crash_at_any_moment_loses_nothing(tiny, whole, tmp_path, monkeypatch, moment):
+    """Torn while it writes batch `moment`, or before the file `moment` gets its name."""
+    append, replace = candidate_files._append, os.replace
+    written = []
+
+    def torn_append(file, value):
+        if len(written) == moment:
+            file.write(b'{"batch"')
+            file.flush()
+            raise KeyboardInterrupt
+        written.append(value)
+        append(file, value)
+
+    def failing_replace(source, target):
+        if str(target).endswith(f"train.{moment}"):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(candidate_files, "_append", torn_append)
+        patch.setattr(os, "replace", failing_replace)
+        with pytest.raises(KeyboardInterrupt):
+            run_here(patch, *arguments(tiny, tmp_path))
+    assert not (only_folder(tmp_path) / "train.settings.json").exists()
+    run_here(monkeypatch, *arguments(tiny, tmp_path))
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_two_processes_give_the_same_bytes(tiny, whole, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    command = launch + script_command("SimCLS/gen_candidate.py", *arguments(tiny, tmp_path))[1:]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    assert "process 1 of 2: 24 of 24" in result.stdout
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_work_of_two_processes_is_finished_by_one(tiny, whole, tmp_path, monkeypatch):
+    documents = split_documents(read_documents(tiny / "papers.csv"))["train"]
+    folder = tmp_path / only_folder(whole).name
+    shutil.copytree(only_folder(whole), folder)
+    (folder / "train.settings.json").unlink()
+    settings = candidate_files._read_json(only_folder(whole) / "train.settings.json")
+    model, tokenizer = gen_candidate.load_generator(str(tiny / "generator"), torch.float32)
+    search = {key: settings[key] for key in ("num_beams", "num_groups", "diversity_penalty", "max_length")}
+    generator = gen_candidate.CandidateGenerator(model, tokenizer, search)
+    sources = generator.tokenize([document.text for document in documents])
+    for rank, number in ((0, 4), (1, 9)):
+        files = candidate_files.CandidateFiles(folder, "train", settings, SimpleNamespace(rank=rank))
+        places = gen_candidate.length_batches(sources, 3)[number]
+        with files.open() as file:
+            candidates = generator.generate([sources[place] for place in places])
+            files.add(file, number, [documents[place] for place in places], candidates)
+    assert files.finished_batches() == {4, 9}
+    run_here(monkeypatch, *arguments(tiny, tmp_path))
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_a_complete_run_is_left_alone(tiny, whole, monkeypatch, capsys):
+    before = {path: path.stat().st_mtime_ns for path in only_folder(whole).iterdir()}
+    run_here(monkeypatch, *arguments(tiny, whole))
+    assert "train: the candidates of 48 documents are there already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in only_folder(whole).iterdir()} == before
+
+
+def test_other_settings_start_over_and_say_which(tiny, whole, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / only_folder(whole).name
+    shutil.copytree(only_folder(whole), folder)
+    other = candidate_files.CandidateFiles(folder, "val", {"max_length": 9}, SimpleNamespace(rank=3))
+    other.open().close()
+    run_here(monkeypatch, *arguments(tiny, tmp_path, "--decoder_max_len", 6, "--diversity_penalty", 2))
+    out = capsys.readouterr().out
+    assert "train: starting over, since candidates there were made with other diversity_penalty, max_length" in out
+    fresh = tmp_path / "fresh"
+    run_here(monkeypatch, *arguments(tiny, fresh, "--decoder_max_len", 6, "--diversity_penalty", 2))
+    assert contents(fresh) == {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert contents(fresh)["train.out"] != contents(whole)["train.out"]
+
+
+def test_a_changed_document_starts_its_split_over(tiny, whole, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / only_folder(whole).name
+    shutil.copytree(only_folder(whole), folder)
+    shutil.copytree(tiny, tmp_path / "changed")
+    table = tmp_path / "changed" / "papers.csv"
+    table.write_text(table.read_text().replace("Title 7:", "Another 7:"))
+    run_here(monkeypatch, *arguments(tiny, tmp_path, "--dataset_name", table, "--output_dir", tmp_path))
+    assert "starting over, since candidates there were made with other documents" in capsys.readouterr().out
+    assert any(b"Another 7:" in (folder / f"{split}.target").read_bytes() for split in SPLITS)
+
+
+def test_a_second_run_with_the_same_output_is_refused(tiny, whole, tmp_path, monkeypatch):
+    with open(tmp_path / f"{only_folder(whole).name}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="another run is writing"):
+            run_here(monkeypatch, *arguments(tiny, tmp_path))
+    assert [path.suffix for path in tmp_path.iterdir()] == [".lock"]
+
+
+def test_empty_candidates_keep_their_lines(tiny, tmp_path, monkeypatch):
+    """Candidates of one token, often the end token alone."""
+    run_here(monkeypatch, *arguments(tiny, tmp_path, "--decoder_max_len", 2, "--num_cands", 54, "--num_groups", 27))
+    lines = list(read_lines(only_folder(tmp_path) / "test.out"))
+    assert len(lines) == 6 * 54
+    assert "" in lines
+
+
+def test_a_name_with_parent_folders_stays_inside(tiny, tmp_path, monkeypatch):
+    (tmp_path / "work" / "deep").mkdir(parents=True)
+    shutil.copytree(tiny / "generator", tmp_path / "generator")
+    monkeypatch.chdir(tmp_path / "work" / "deep")
+    words = arguments(tiny, "candidates", "--generator_name", "../../generator", "--dataset_percent", 20)
+    run_here(monkeypatch, *words)
+    assert [path.name for path in (tmp_path / "work" / "deep").iterdir()] == ["candidates"]
+    assert only_folder(tmp_path / "work" / "deep" / "candidates").name == "generator_4"
+    assert {path.name for path in tmp_path.iterdir()} == {"work", "generator"}
+
+
+def test_half_precision_on_a_cpu(tiny, tmp_path, monkeypatch, capsys):
+    run_here(monkeypatch, *arguments(tiny, tmp_path, "--half_precision", "True", "--dataset_percent", 20))
+    assert "half precision on a CPU is bfloat16" in capsys.readouterr().out
+    assert len(list(read_lines(only_folder(tmp_path) / "train.out"))) == 4 * 9
+
+
+BAD = {
+    "no such generator": (["--generator_name", "no/such/folder"], "no/such/folder"),
+    "a folder without a model": (["--generator_name", "."], "in this folder"),
+    "no such data set": (["--dataset_name", "nothing.csv"], "nothing.csv"),
+    "no such column": (["--doc_col_name", "text"], "'abstract', 'title'"),
+    "groups that do not divide": (["--num_groups", "3"], "--num_groups 3 does not divide --num_cands 4"),
+    "no room": (["--decoder_max_len", "1"], "maximum length of 1"),
+    "no percentage": (["--dataset_percent", "101"], "101"),
+    "a penalty that is no number": (["--length_penalty", "nan"], "length penalty of nan"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch, name):
+    words, expected = BAD[name]
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        run_here(monkeypatch, *arguments(tiny, tmp_path / "out", *words))
+    assert expected in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bad_arguments_end_with_exit_code_2(tiny, tmp_path, monkeypatch, capsys):
+    with pytest.raises(SystemExit) as caught:
+        run_here(monkeypatch, *arguments(tiny, tmp_path, "--num_cands", "0"))
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_damaged_weights_end_with_one_line_and_exit_code_2(tiny, tmp_path, run_script):
+    shutil.copytree(tiny / "generator", tmp_path / "damaged")
+    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0broken")
+    words = arguments(tiny, tmp_path / "out", "--generator_name", tmp_path / "damaged")
+    result = run_script("SimCLS/gen_candidate.py", *words, code=2)
+    assert result.stderr.count("\n") == 1
+    assert "damaged" in result.stderr
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,216 @@
+"""main.py, run as a user runs it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from conftest import script_command
+
+MAIN = "SimCLS/main.py"
+NAME = "simcls_0_worker"
+
+
+@pytest.fixture(scope="module")
+def tiny(sample_folder, encoders):
+    """The arguments of a run of 11 steps, 4 updates and a validation in the middle an epoch, with dropout."""
+    return ["--dataset", sample_folder, "--model_type", encoders["bert"], "--num_workers", 0, "--num_epoch", 2,
+            "--batch_size", 4, "--accumulate_step", 3, "--lr", 0.002, "--eval_freq", 2,
+            "--total_len", 60, "--max_len", 20, "--dropout", 0.1]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def baseline(run_script, tiny, tmp_path_factory):
+    """The folder of a finished run, and what it printed."""
+    folder = tmp_path_factory.mktemp("baseline")
+    return folder, run_script(MAIN, *tiny, "-l", cwd=folder).stdout
+
+
+def record_of(folder, name=NAME):
+    return json.loads((folder / "cache" / name / f"{name}.json").read_text())
+
+
+def assert_same_results(one, other, other_name=NAME):
+    for file in ("scorer.bin", "model.bin"):
+        weights, others = (
+            torch.load(each) for each in (one / f"cache/{NAME}/{file}", other / f"cache/{other_name}/{file}")
+        )
+        assert weights.keys() == others.keys()
+        assert all(torch.equal(weights[key], others[key]) for key in weights), file
+    history, other_history = ([epoch_results(epoch) for epoch in record_of(*each)["epochs"]]
+                              for each in ((one,), (other, other_name)))  # fmt: skip
+    assert history == other_history
+
+
+def epoch_results(epoch):
+    return {key: value for key, value in epoch.items() if key not in ("timing", "samples_per_second", "peak_memory")}
+
+
+def test_files_of_a_run(baseline):
+    folder, printed = baseline
+    files = {path.name.split(".tfevents")[0] for path in (folder / "cache" / NAME).iterdir()}
+    assert files == {"scorer.bin", "model.bin", "scorer.json", "config.json", "log.txt", "events.out",
+                     f"{NAME}.json", f"{NAME}.lock"}  # fmt: skip
+    weights = torch.load(folder / "cache" / NAME / "scorer.bin", weights_only=True)
+    assert all(key.startswith("encoder.") for key in weights)
+    assert (folder / "cache" / NAME / "log.txt").read_text() in printed
+    assert printed.count("validation loss") == 4
+    assert printed.count("(best)") >= 1
+
+
+def test_record(baseline):
+    record = record_of(baseline[0])
+    assert record["experiment"] == "simcls"
+    assert record["precision"] == "fp32"
+    assert record["saved_activation_bytes"] > 0
+    assert record["parameters"] > 0
+    assert [epoch["epoch"] for epoch in record["epochs"]] == [1, 2]
+    first = record["epochs"][0]
+    assert [point[0] for point in first["losses"]] == [1, 2, 3, 4]
+    assert [each["update"] for each in first["validations"]] == [2, 4]
+    assert {"loss", "val_loss", "val_rouge1", "val_rouge2", "val_rougeL", "samples_per_second"} <= first.keys()
+    assert first["loss"] == pytest.approx(
+        sum(w * point[1] for w, point in zip((12, 12, 12, 8), first["losses"], strict=True)) / 44
+    )
+    phases = first["timing"]["phases"]
+    assert {"data load", "data copy", "zero grad", "forward", "backward", "optimizer", "step", "validation"} == set(
+        phases
+    )
+
+
+@pytest.mark.parametrize("extra", [["--num_workers", 2], ["--use_checkpoint"]])
+def test_workers_and_recomputation_change_no_result(run_script, tiny, baseline, tmp_path, extra):
+    run_script(MAIN, *tiny, *extra, "--run_name", "other", cwd=tmp_path)
+    assert_same_results(baseline[0], tmp_path, "other")
+
+
+def test_half_precision_and_profiling(run_script, tiny, tmp_path):
+    result = run_script(MAIN, *tiny, "--half_precision", "True", "--max_steps", 4, cwd=tmp_path)
+    name = f"{NAME}_fp16_4_steps"
+    assert "half precision on a CPU is bfloat16" in result.stdout
+    record = record_of(tmp_path, name)
+    assert record["precision"] == "bf16"
+    assert record["epochs"][0]["timing"]["steps"] == 4
+    assert not (tmp_path / "cache" / name / "scorer.bin").exists()
+
+
+def test_weights_go_on_and_are_evaluated(run_script, tiny, baseline, sample_folder):
+    folder = baseline[0]
+    result = run_script(MAIN, "-e", "--dataset", sample_folder, "--model_pt", f"{NAME}/scorer.bin", cwd=folder)
+    rows = {line[:16].strip(): line.split()[-5::2] for line in result.stdout.splitlines() if "rouge1" in line}
+    assert list(rows) == ["first candidate", "SimCLS", "best candidate"]
+    rows = {name: [float(figure) for figure in figures] for name, figures in rows.items()}
+    assert rows["best candidate"] > rows["SimCLS"] > [0, 0, 0]
+    again = run_script(
+        MAIN, *tiny, "--model_pt", f"{NAME}/model.bin", "--run_name", "again", "--max_steps", 1, cwd=folder
+    )
+    assert "stopped after 1 steps" in again.stdout
+
+
+# ------------------------------------------------------------------------------------------ stopping and going on
+
+
+def start(folder, *args):
+    command = script_command(MAIN, *args)
+    return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize(("line", "number"), [("update 3", signal.SIGKILL), ("update 5", signal.SIGTERM)])
+def test_stopped_and_resumed_is_bit_equal(run_script, tiny, baseline, tmp_path, line, number):
+    process = start(tmp_path, *tiny)
+    for printed in process.stdout:
+        if printed.startswith(line):
+            break
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    if number == signal.SIGTERM:
+        assert process.returncode == 143, errors
+        assert len(errors.splitlines()) == 1
+    state = torch.load(tmp_path / "cache" / NAME / f"{NAME}.state", weights_only=True)["parts"]
+    assert state["epoch"] * 11 + state["step"] in range(6, 22)
+    run_script(MAIN, *tiny, "--resume", cwd=tmp_path)
+    assert_same_results(baseline[0], tmp_path)
+    assert "nothing to resume" in run_script(MAIN, *tiny, "--resume", cwd=tmp_path).stdout
+
+
+def test_second_run_and_other_arguments_are_refused(run_script, tiny, tmp_path):
+    process = start(tmp_path, *tiny, "--num_epoch", 200)
+    while not process.stdout.readline().startswith("epoch 1/200"):
+        time.sleep(0)
+    second = run_script(MAIN, *tiny, cwd=tmp_path, code=2)
+    process.kill()
+    process.wait()
+    assert "another run is writing" in second.stderr
+    refused = run_script(MAIN, *tiny, "--resume", cwd=tmp_path, code=2)
+    assert "--num_epoch 200 (now 2)" in refused.stderr
+
+
+# ------------------------------------------------------------------------------------------------ many processes
+
+
+def test_two_processes_learn_as_one(run_script, tiny, encoders, tmp_path):
+    tiny = [*tiny, "--model_type", encoders["t5"], "--dropout", 0]  # Whose masks differ between processes.
+    run_script(MAIN, *tiny, cwd=tmp_path)
+    result = run_script(MAIN, *tiny, "--run_name", "two", "--gpuid", 0, 1, cwd=tmp_path)
+    one, two = record_of(tmp_path), record_of(tmp_path, "two")
+    assert two["arguments"]["processes"] == 2
+    for epoch, other in zip(one["epochs"], two["epochs"], strict=True):
+        for key in ("loss", "val_loss", "val_rouge1"):
+            assert other[key] == pytest.approx(epoch[key], rel=2e-3)
+        assert [update for update, _ in other["losses"]] == [update for update, _ in epoch["losses"]]
+    assert result.stdout.count("epoch 2/2") == 1
+
+
+# ------------------------------------------------------------------------------------------------------ bad input
+
+BAD_INPUT = [
+    (["--dataset", "nowhere"], "nowhere/train"),
+    (["--model_type", "nowhere"], "no encoder can be loaded from 'nowhere'"),
+    (["--cuda"], "no CUDA GPU"),
+    (["--gpuid", "0", "0"], "twice"),
+    (["--model_pt", "../x.bin"], "leaves the folder cache"),
+    (["--model_pt", "run/x.bin"], "there are no weights cache/run/x.bin"),
+    (["-e"], "name them by --model_pt"),
+    (["--run_name", "../x"], "no plain folder name"),
+    (["--lr", "0"], "a number above 0"),
+    (["--dropout", "1"], "not below 1"),
+    (["--half_precision", "int8"], "neither float16 nor bfloat16"),
+]
+
+
+@pytest.mark.parametrize(("change", "wanted"), BAD_INPUT, ids=[" ".join(change) for change, _ in BAD_INPUT])
+@pytest.mark.skipif(torch.cuda.is_available(), reason="--cuda is no bad input here")
+def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch, capsys, change, wanted):
+    import main
+
+    from harness import command_line
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, tiny), *change])
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(SystemExit) as end:
+        command_line.run(main.main)
+    signal.signal(signal.SIGTERM, handler)
+    assert end.value.code == 2
+    errors = capsys.readouterr().err
+    assert wanted in errors
+    assert errors.count("\n") == 1
+    assert not list(tmp_path.glob("cache/*/*.bin"))
+
+
+def test_bad_sample_ends_the_script_with_one_line(run_script, tiny, sample_folder, tmp_path):
+    (tmp_path / "data" / "train").mkdir(parents=True)
+    (tmp_path / "data" / "train" / "3.json").write_text("{}")
+    (tmp_path / "data" / "val").symlink_to(sample_folder / "val")
+    result = run_script(MAIN, *tiny, "--dataset", tmp_path / "data", cwd=tmp_path, code=2)
+    assert result.stderr.count("\n") == 1
+    assert "3.json lacks the key 'article'" in result.stderr
+
+
+def test_runs_from_any_folder_as_a_script_of_its_own(run_script, tmp_path):
+    assert "--model_pt" in run_script(MAIN, "--help", cwd=tmp_path).stdout
+    assert os.listdir(tmp_path) == []
