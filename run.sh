@@ -77,6 +77,7 @@ case "${1:-}" in
     "") setup; digits ;;
     test) setup; python3 -m pytest -n 2 "${@:2}" ;;
     resnext) setup; resnext ;;
-    table) setup; python3 resnext/summary.py "${2:-runs/digits}" ;;
+    table) [ -d "${2:-runs/digits}" ] || { echo "run.sh: there is no folder ${2:-runs/digits}" >&2; exit 2; }
+        setup; python3 resnext/summary.py "${2:-runs/digits}" ;;
     *) echo "run.sh: unknown job '$1'; jobs are: (none) test resnext table" >&2; exit 2 ;;
 esac

@@ -86,7 +86,7 @@ def main():
     splits = {split: take_percent(part, args.dataset_percent) for split, part in split_documents(documents).items()}
     with join_world() as world:
         dtype = choose_precision(args.half_precision, world.device, say=world.say).dtype
-        with world.main_first():
+        with world.first_on_machine():
             model, tokenizer = load_generator(args.generator_name, dtype or torch.float32)
         generator = CandidateGenerator(
             model.to(world.device),

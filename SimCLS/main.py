@@ -135,7 +135,7 @@ def load_parts(args, world):
     weights = args.model_pt and cached_path(args.model_pt)
     torch.manual_seed(args.seed)
     scorer, encoding, description = load_scorer(args.model_type, weights, args.total_len, args.max_len, args.dropout)
-    with world.main_first():
+    with world.first_on_machine():
         train_set = load_samples(
             Path(args.dataset) / "train", encoding, args.max_num, False, world.device.type, world.say
         )

@@ -253,7 +253,7 @@ def evaluate(args, world, precision):
     if not args.model_pt:
         raise UserError("-e evaluates trained weights: name them by --model_pt, such as run/scorer.bin")
     scorer, encoding, _ = load_scorer(args.model_type, cached_path(args.model_pt))
-    with world.main_first():
+    with world.first_on_machine():
         samples = load_samples(Path(args.dataset) / "test", encoding, args.max_num, True, world.device.type, world.say)
     result = validate(scorer.to(world.device), samples, args, precision, world)
     every = [samples.rouge(number) for number in range(len(samples))]

@@ -22,18 +22,21 @@ from harness.recording import describe_machine, write_json
 from models.resnext import ResNeXt, parse_name
 from models.resnext_checkpoint import POLICIES, CheckpointResNeXt
 
+CLAIMED = "resnext29_4x64d"
 BUDGETS = {0.75: 0.0, 0.5: 0.08, 0.25: 0.31}  # The most extra FLOPs claimed for each.
 
 
 def main():
     parser = command_line.OneLineParser(description=__doc__)
-    parser.add_argument("--model", default="resnext29_4x64d")
+    parser.add_argument("--model", default=CLAIMED)
     parser.add_argument("--batch_size", type=command_line.positive_int, default=4)
     parser.add_argument("--output", type=Path)
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     output = args.output or results_path("memory", device)
 
+    # The gradients are compared between arms that run the same convolutions in different orders.
+    torch.backends.cudnn.allow_tf32 = False
     torch.manual_seed(0)
     images = torch.randn(args.batch_size, 3, 32, 32, device=device)
     labels = torch.randint(10, (args.batch_size,), device=device)
@@ -45,7 +48,7 @@ def main():
 
     rows = [row("plain", reference, reference, forward_flops)]
     for policy in [*POLICIES, "nested", *BUDGETS]:
-        plan = model.plan(images, policy, args.batch_size) if policy in BUDGETS else None
+        plan = model.plan(policy, args.batch_size) if policy in BUDGETS else None
         model.policy = plan.redo if plan else policy
         measured = measure(model, images, labels)
         assert torch.allclose(measured["gradient"], reference["gradient"], rtol=1e-4, atol=1e-6), policy
@@ -54,9 +57,9 @@ def main():
             rows[-1] |= {"predicted_bytes": plan.held_bytes, "predicted_peak_bytes": plan.peak_bytes}
             assert rows[-1]["share"] <= policy, rows[-1]
             assert abs(plan.held_bytes / measured["bytes"] - 1) <= 0.03, rows[-1]
-            assert rows[-1]["extra"] <= BUDGETS[policy], rows[-1]
+            assert args.model != CLAIMED or rows[-1]["extra"] <= BUDGETS[policy], rows[-1]
 
-    print("| policy | MiB a picture | share | extra FLOPs |\n|---|---:|---:|---:|")
+    print("| policy | MiB a picture after forward | share | extra FLOPs |\n|---|---:|---:|---:|")
     for each in rows:
         mebibytes = each["bytes"] / args.batch_size / 2**20
         print(f"| {each['policy']} | {mebibytes:.1f} | {each['share']:.3f} | {100 * each['extra']:+.1f} % |")

@@ -29,6 +29,11 @@ def non_negative_int(text):
     return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
 
 
+def seed(text):
+    """An argparse type: an int from 0 to 2**63 - 1, which every random number generator takes."""
+    return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1")
+
+
 def positive_float(text):
     """An argparse type: a finite float above 0."""
     return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
@@ -101,7 +106,7 @@ def explain(error):
     if isinstance(error, UserError):
         return str(error)
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
-        return f"cannot write {error.filename or 'the output'}: {error.strerror}; {_DISK_ERRORS[error.errno]}"
+        return f"cannot open or write {error.filename or 'the output'}: {error.strerror}; {_DISK_ERRORS[error.errno]}"
     if type(error).__name__ == "OutOfMemoryError":
         return (
             "the GPU is out of memory; use a smaller --batch_size, add --half_precision, or recompute activations "
@@ -113,6 +118,7 @@ def explain(error):
 _DISK_ERRORS = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some of your quota and run the same command again",
+    errno.EFBIG: "choose an output folder that takes larger files",
     errno.EROFS: "choose an output folder on a file system that can be written",
     errno.EACCES: "choose a folder that you may write to",
     errno.EPERM: "choose a folder that you may write to",
@@ -124,7 +130,7 @@ def _terminate(signum, frame):
 
 
 def _end(code, line):
-    # Only one process of a torchrun job speaks.
+    # Of a torchrun job's processes one tells of a signal, and each of what is wrong with it.
     if int(os.environ.get("RANK", 0)) == 0 or code == 2:
         print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
     sys.stdout.flush()

@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import sys
 from typing import NamedTuple
 
 import torch
@@ -65,13 +66,31 @@ class World(NamedTuple):
             dist.barrier()
 
     @contextlib.contextmanager
-    def main_first(self):
-        """The block runs in the main process first (it downloads, say), then in the others."""
-        if not self.is_main:
-            self.barrier()
-        yield
-        if self.is_main:
-            self.barrier()
+    def first_on_machine(self):
+        """The block runs in one process of each machine first (it downloads, say), then in the others.
+
+        Where it fails, that process tells why, and the others end quietly with exit code 2.
+        """
+        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+            try:
+                yield
+            except BaseException:
+                self._all(False)
+                raise
+            if not self._all(True):
+                sys.exit(2)
+        else:
+            if not self._all(True):
+                sys.exit(2)
+            yield
+
+    def _all(self, good):
+        """Whether `good` is true in every process."""
+        if self.size == 1:
+            return good
+        least = torch.tensor(int(good), device=self.device)
+        dist.all_reduce(least, dist.ReduceOp.MIN)
+        return bool(least)
 
 
 @contextlib.contextmanager

@@ -80,6 +80,10 @@ class MeasuringTape(Tape):
         self._made_by[id(output)] = (output, name)
         return output
 
+    def forget(self):
+        """Let the outputs go; the steps stay."""
+        self._made_by.clear()
+
 
 def plan_recomputation(model, forward, images, budget, total):
     """The cheapest Plan that holds at most `budget` times the plain run's saved activations.
@@ -88,7 +92,7 @@ def plan_recomputation(model, forward, images, budget, total):
     it is called on slices of `images` [n >= 4, ...], and may change no state. total: pictures in a real batch.
     UserError when even the leanest plan is over the budget.
     """
-    few, more = images[:2], images[:4]
+    few, more = images[:2].clone(), images[:4].clone()  # Slices would share a storage, which counts whole.
     tape = MeasuringTape()
     bytes_few, bytes_more = (_saved_bytes(model, forward, tape, batch) for batch in (few, more))
     steps = tape.steps[len(tape.steps) // 2 :]
@@ -124,6 +128,7 @@ def plan_recomputation(model, forward, images, budget, total):
 def _saved_bytes(model, forward, tape, images):
     with SavedBytes(model) as saved, tape:
         forward(tape, images)
+    tape.forget()
     return saved.bytes
 
 

@@ -218,7 +218,7 @@ class SavedBytes:
 
     def _pack(self, tensor):
         self.add(tensor)
-        return tensor
+        return tensor.detach()  # Not the tensor: its graph would hold itself when no backward follows.
 
 
 def count_saved(tensor):

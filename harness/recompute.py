@@ -37,20 +37,26 @@ class Tape:
 
     def __exit__(self, *error):
         self._hooks.__exit__(*error)
+        # The hooks hold this tape: without them it goes as soon as backward is done, and not when the collector runs.
+        del self._hooks
+        self._settle([])
 
     def run(self, name, function, *inputs):
         """Call `function(*inputs)` as the step `name`, and return its output."""
-        self._saved.clear()
+        self._settle([])  # What was saved since the last step stays.
         output = function(*inputs)
         redone = [(tensor, tensor._step) for tensor in inputs if hasattr(tensor, "_step")]
         if self._redo(name):
             # Detached, since a step outlives forward and must not hold its graph.
             output._step = _Step(self, function, [getattr(tensor, "_step", tensor.detach()) for tensor in inputs])
             redone.append((output, output._step))
+        self._settle(redone)
+        return output
+
+    def _settle(self, redone):
         for saved in self._saved:
             saved.settle(redone)
         self._saved.clear()
-        return output
 
     def batch_norm(self, layer, x):
         """`layer(x)` for a BatchNorm layer in training; when x is redone, its running statistics stay as they are."""
@@ -59,7 +65,8 @@ class Tape:
         return F.batch_norm(x, None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
 
     def _pack(self, tensor):
-        saved = _Saved(tensor)
+        # Detached: an operation that saves its own output would otherwise hold itself, out of the collector's sight.
+        saved = _Saved(tensor.detach())
         self._saved.append(saved)
         return saved
 

@@ -31,7 +31,11 @@ def atomic_write(path, mode="wb"):
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:
         with os.fdopen(descriptor, mode, encoding=encoding) as file:
-            yield file
+            writer = _Writer(file)
+            try:
+                yield writer
+            except Exception as error:
+                raise writer.error or error from None
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -42,6 +46,23 @@ def atomic_write(path, mode="wb"):
         if isinstance(error, OSError) and error.filename is None:
             error.filename = str(path)
         raise
+
+
+class _Writer:
+    """A file that remembers why it could not be written: torch.save hides an OSError behind a RuntimeError."""
+
+    def __init__(self, file):
+        self._file, self.error = file, None
+
+    def write(self, data):
+        try:
+            return self._file.write(data)
+        except OSError as error:
+            self.error = error
+            raise
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
 
 
 def _umask():

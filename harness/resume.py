@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import pickle
 import signal
 
 import torch
@@ -17,7 +16,8 @@ def save_state(path, arguments, **parts):
     """Write a training state to `path`, atomically.
 
     arguments: a dict of plain values that a resumed run must share. parts: state dicts, tensors and plain values, as
-    `torch.load(weights_only=True)` can read them. The states of the random number generators are added.
+    `torch.load(weights_only=True)` can read them. The states of torch's random number generators are added; nothing
+    here draws from others.
     """
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     random = {"cpu": torch.get_rng_state(), "cuda": cuda}
@@ -34,23 +34,28 @@ def load_state(path, arguments):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
         ours = isinstance(state, dict) and state.get("format") == FORMAT
+        ours = ours and {"arguments", "random", "parts"} <= state.keys()
     except FileNotFoundError:
         return None
     except (PermissionError, IsADirectoryError) as error:
         raise UserError(f"cannot read the saved state {path}: {error.strerror}") from None
-    except (RuntimeError, ValueError, EOFError, KeyError, OSError, pickle.UnpicklingError):
+    except Exception:  # What torch.load raises on a foreign file is an open set.
         ours = False
     if not ours:
         raise UserError(f"{path} is not a whole training state of this program; delete it to start the run afresh")
-    saved = state["arguments"]
-    changed = [name for name in sorted({*saved, *arguments}) if saved.get(name) != arguments.get(name)]
-    if changed:
-        was = ", ".join(f"--{name} {saved.get(name)} (now {arguments.get(name)})" for name in changed)
-        raise UserError(f"{path} was saved with {was}; resume with the same arguments, or start without --resume")
+    check_arguments(path, state["arguments"], arguments)
     torch.set_rng_state(state["random"]["cpu"])
     if torch.cuda.is_available() and len(state["random"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random"]["cuda"])
     return state["parts"]
+
+
+def check_arguments(path, saved, arguments):
+    """UserError naming each argument that the run of `path` had otherwise: two dicts of plain values."""
+    changed = [name for name in sorted({*saved, *arguments}) if saved.get(name) != arguments.get(name)]
+    if changed:
+        was = ", ".join(f"--{name} {saved.get(name)} (now {arguments.get(name)})" for name in changed)
+        raise UserError(f"{path} was saved with {was}; resume with the same arguments, or start without --resume")
 
 
 class StopRequest:

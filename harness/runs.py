@@ -1,11 +1,12 @@
 """One training run's files: its lock, its state while it trains, its record when it has."""
 
 import contextlib
+import json
 from pathlib import Path
 
 from harness.command_line import UserError
 from harness.recording import describe_machine, output_lock, write_json
-from harness.resume import load_state, save_state
+from harness.resume import check_arguments, load_state, save_state
 
 FORMAT = 1
 
@@ -23,7 +24,8 @@ class Run:
         self.args, self.world, self.facts = args, world, facts
         self.epochs = []
         self.arguments = {key: value for key, value in vars(args).items() if key not in not_results}
-        self.arguments["processes"] = world.size
+        # --half_precision means one type on a CPU and another on CUDA, so what ran counts.
+        self.arguments |= {"processes": world.size, "precision": facts.get("precision")}
 
     def path(self, suffix):
         return self.folder / f"{self.name}{suffix}"
@@ -39,11 +41,23 @@ class Run:
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"the output folder {self.folder} is a file, or lies in one; name another") from None
         with output_lock(self.path(".lock")):
+            # What a killed run was writing; no other has this name.
+            for abandoned in self.folder.glob(f".{self.name}.*.tmp"):
+                abandoned.unlink()
             yield
 
     @property
     def finished(self):
-        return self.path(".json").exists() and not self.path(".state").exists()
+        """Whether the record is there, and no state; UserError when its run had other arguments."""
+        if self.path(".state").exists():
+            return False
+        try:
+            record = json.loads(self.path(".json").read_text(encoding="utf-8"))
+            saved = record["arguments"] | {"precision": record.get("precision")}
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+        check_arguments(self.path(".json"), {key: saved.get(key) for key in self.arguments}, self.arguments)
+        return True
 
     def resume(self, **parts):
         """Load the saved state into `parts`, name -> object with load_state_dict.
@@ -58,13 +72,22 @@ class Run:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         self.epochs = state["epochs"]
+        self.facts = state["facts"] | self.facts
         return state["epoch"], state["step"]
 
     def save(self, epoch, step, **parts):
         """Save the state of `parts` before step `step` of `epoch`."""
         if self.world.is_main:
             states = {name: part.state_dict() for name, part in parts.items()}
-            save_state(self.path(".state"), self.arguments, epoch=epoch, step=step, epochs=self.epochs, **states)
+            save_state(
+                self.path(".state"),
+                self.arguments,
+                epoch=epoch,
+                step=step,
+                epochs=self.epochs,
+                facts=self.facts,
+                **states,
+            )
 
     def write_record(self):
         """Write the record, `name`.json, which describes itself: arguments, machine, versions, commit, epochs."""

@@ -36,6 +36,8 @@ def rewrite(path, bodies):
 def _pairs(path, text, bodies):
     """[(start, end), ...]: the matches of each pair of markers."""
     markers = list(MARKER.finditer(text))
+    if not markers:
+        raise UserError(f"{path} has no marker such as <!-- report:data-loader -->; put one where a table should stand")
     for marker in markers:
         if marker["name"] not in bodies:
             raise UserError(f"{_place(path, text, marker)} names no table; there are {', '.join(bodies)}")

@@ -16,16 +16,17 @@ from harness.command_line import (
     non_negative_int,
     positive_float,
     positive_int,
+    seed,
 )
 from harness.precision import half_precision_type
-from harness.profiling import nvtx_range, peak_memory
+from harness.profiling import nvtx_range
 from harness.recording import atomic_write
 from harness.runs import Run
 from images import evaluation_batches
 from models.resnext import parse_name
 
 # They choose where and how long a process runs, not what it computes: a resumed run may change them.
-NOT_RESULTS = ("resume", "output_dir", "data_dir", "max_steps")
+NOT_RESULTS = ("resume", "output_dir", "data_dir")
 
 
 def get_args_parser(description):
@@ -46,11 +47,12 @@ def get_args_parser(description):
         help="load by worker processes, or augment whole batches where the model is")  # fmt: skip
     add("--true_fp32", type=boolean, nargs="?", const=True, default=False,
         help="no TensorFloat-32, which GPUs since Ampere use for single precision")  # fmt: skip
-    add("--seed", type=non_negative_int, default=0)
+    add("--seed", type=seed, default=0)
     add("--output_dir", default="model_history")
     add("--resume", type=boolean, nargs="?", const=True, default=False,
         help="go on where an interrupted run with the same arguments stopped")  # fmt: skip
-    add("--max_steps", type=positive_int, help="stop after so many steps, for profiling; writes the timings alone")
+    add("--max_steps", type=positive_int,
+        help="stop after so many steps, for profiling; a run stopped so writes its timings alone")  # fmt: skip
     return parser
 
 
@@ -106,6 +108,10 @@ class Metrics:
         loss, correct, count = world.sum(self.totals.clone()).tolist()
         return loss / count, 100 * correct / count
 
+    def finite(self):
+        """Whether no loss since the last reset was NaN or infinite in this process."""
+        return bool(self.totals.isfinite().all())
+
     def state_dict(self):
         return {"totals": self.totals}
 
@@ -155,7 +161,7 @@ class ImageRun(Run):
                 "acc": acc,
                 "test_acc": test_acc,
                 "samples_per_second": samples / timing["seconds"],
-                "peak_memory": peak_memory(self.world.device),
+                "peak_memory": timing["peak_memory"],
                 "timing": timing,
             }
         )
@@ -166,7 +172,8 @@ class ImageRun(Run):
             return
         curves = {key: np.array([epoch[key] for epoch in self.epochs]) for key in ("loss", "acc", "test_acc")}
         with atomic_write(self.path(".pt")) as file:
-            torch.save(model.state_dict(), file)
+            # On the CPU, so that the file loads on a machine without this one's GPU.
+            torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, file)
         with atomic_write(self.path(".npz")) as file:
             np.savez(file, **curves)
         self.write_record()
@@ -174,8 +181,7 @@ class ImageRun(Run):
 
     def finish_profiling(self, timing):
         """Write the record of a run that --max_steps ended: the timings of its last epoch, no weights, no curves."""
-        peak = peak_memory(self.world.device)
-        self.epochs.append({"epoch": len(self.epochs) + 1, "peak_memory": peak, "timing": timing})
+        self.epochs.append({"epoch": len(self.epochs) + 1, "peak_memory": timing["peak_memory"], "timing": timing})
         self.write_record()
         self.drop_state()
         self.world.say(f"stopped after {self.args.max_steps} steps: {self.path('.json')}")

@@ -8,8 +8,8 @@ offsets and flips from (seed, epoch, index), and give the same pixels.
 import dataclasses
 import os
 from concurrent.futures import ThreadPoolExecutor
+from http.client import HTTPException
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import torch
@@ -57,8 +57,8 @@ def _load_cifar10(data_dir):
     try:
         train = CIFAR10(data_dir, train=True, download=True)
         test = CIFAR10(data_dir, train=False)
-    except (URLError, RuntimeError, ConnectionError, TimeoutError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, RuntimeError, HTTPException) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
             f"CIFAR-10 is not in {data_dir} and could not be downloaded ({reason}); use --dataset digits, which needs "
             f"no download, or name the folder that holds cifar-10-batches-py with --data_dir"
@@ -96,12 +96,16 @@ def _load_folder(data_dir):
     return ImageData(*arrays, classes, flip=True)
 
 
+def is_picture(path):
+    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
+
+
 def _list_pictures(folder):
     """{class: sorted paths} of `folder`/<class>/*; hidden and foreign files are passed over."""
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; --data_dir needs train/<class>/* and test/<class>/*")
     found = {
-        child.name: sorted(path for path in child.iterdir() if path.suffix.lower() in PICTURE_SUFFIXES)
+        child.name: sorted(path for path in child.iterdir() if is_picture(path))
         for child in sorted(folder.iterdir())
         if child.is_dir() and not child.name.startswith(".")
     }

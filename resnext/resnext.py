@@ -38,13 +38,13 @@ def train(args, world, precision, run):
     if args.resume and run.finished:
         world.say(f"{run.path('.json')} is finished; nothing to resume")
         return
-    with world.main_first():
+    with world.first_on_machine():
         data = load_images(args.dataset, args.data_dir)
     torch.manual_seed(args.seed)
     model = ResNeXt(*parse_name(args.model), num_classes=len(data.classes)).to(device)
     parallel_model = world.wrap(model)
     criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=5e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=5e-4, fused=device.type == "cuda")
     scaler = precision.scaler
     batches = EpochBatches(len(data.train_labels), args.batch_size, args.seed, world.rank, world.size)
     loader = training_loader(args.loader, data, args.seed, batches, args.num_worker, device, world.say)
@@ -84,13 +84,15 @@ def train(args, world, precision, run):
                 # ---------------------------------------------------------------------------------
                 timing = phase.end_epoch()
             bar.close()
-            run.facts["saved_activation_bytes"] = saved.bytes
+            if saved.bytes is not None:
+                run.facts["saved_activation_bytes"] = saved.bytes
             if phase.steps_done == args.max_steps:
                 run.finish_profiling(timing)
                 return
             test_acc = evaluate(model, data, precision, world, args.batch_size, stop)
             if stop:
-                run.save(epoch, step + 1, **state)
+                if metrics.finite():
+                    run.save(epoch, step + 1, **state)
                 stop.leave()
             run.add_epoch(epoch, *metrics.result(world), test_acc, timing, batches.samples_from(first_step))
             metrics.reset()

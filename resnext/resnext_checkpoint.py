@@ -20,7 +20,7 @@ from harness.loading import EpochBatches
 from harness.precision import choose_precision
 from harness.profiling import PhaseTimer, SavedBytes, nvtx_range, peak_memory, reset_peak_memory
 from harness.resume import stop_requests
-from images import evaluation_batches, load_images, training_loader
+from images import load_images, training_loader
 from models.resnext import parse_name
 from models.resnext_checkpoint import DEFAULT_POLICY, POLICIES, CheckpointResNeXt
 
@@ -50,11 +50,10 @@ def peak_line(device):
     return f", {peak['allocated_bytes'] / 2**20:.1f} MiB allocated at the peak, with weights" if peak else ""
 
 
-def plan_memory(model, args, world, precision, data, run):
+def plan_memory(model, args, world, precision, run):
     """Give `model` the plan for --memory_budget, and print it."""
-    images = next(evaluation_batches(data, 4, world.device))[0]
     with precision.autocast():
-        plan = model.plan(images, args.memory_budget, args.batch_size // world.size)
+        plan = model.plan(args.memory_budget, args.batch_size // world.size)
     model.policy = plan.redo
     run.facts["plan"] = plan._asdict() | {"redo": sorted(plan.redo)}
     world.say(f"plan: {plan}")
@@ -65,15 +64,15 @@ def train(args, world, precision, run):
     if args.resume and run.finished:
         world.say(f"{run.path('.json')} is finished; nothing to resume")
         return
-    with world.main_first():
+    with world.first_on_machine():
         data = load_images(args.dataset, args.data_dir)
     torch.manual_seed(args.seed)
     model = CheckpointResNeXt(*parse_name(args.model), num_classes=len(data.classes), policy=args.policy).to(device)
     if args.memory_budget:
-        plan_memory(model, args, world, precision, data, run)
+        plan_memory(model, args, world, precision, run)
     parallel_model = world.wrap(model)
     criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=5e-4)
+    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=5e-4, fused=device.type == "cuda")
     scaler = precision.scaler
     batches = EpochBatches(len(data.train_labels), args.batch_size, args.seed, world.rank, world.size)
     loader = training_loader(args.loader, data, args.seed, batches, args.num_worker, device, world.say)
@@ -113,15 +112,17 @@ def train(args, world, precision, run):
                 # ---------------------------------------------------------------------------------
                 timing = phase.end_epoch()
             bar.close()
-            run.facts["saved_activation_bytes"] = saved.bytes
-            if args.memory_budget and epoch == first_epoch:
-                world.say(f"measured: {saved.bytes / 2**20:.1f} MiB kept for backward{peak_line(device)}")
+            if saved.bytes is not None:
+                run.facts["saved_activation_bytes"] = saved.bytes
+                if args.memory_budget and epoch == first_epoch:
+                    world.say(f"measured: {saved.bytes / 2**20:.1f} MiB kept for backward{peak_line(device)}")
             if phase.steps_done == args.max_steps:
                 run.finish_profiling(timing)
                 return
             test_acc = evaluate(model, data, precision, world, args.batch_size, stop)
             if stop:
-                run.save(epoch, step + 1, **state)
+                if metrics.finite():
+                    run.save(epoch, step + 1, **state)
                 stop.leave()
             run.add_epoch(epoch, *metrics.result(world), test_acc, timing, batches.samples_from(first_step))
             metrics.reset()

@@ -42,7 +42,8 @@ def read_records(folder):
     for path in sorted(folder.glob("*.json")):
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
-            records.append(describe(record))
+            if "test_acc" in record["epochs"][-1]:  # Else --max_steps stopped it, for a profile.
+                records.append(describe(record))
         except (ValueError, KeyError, TypeError, IndexError, AttributeError, statistics.StatisticsError):
             print(f"{path} is no whole record; skipped", file=sys.stderr)
     if not records:
@@ -52,9 +53,10 @@ def read_records(folder):
 
 def describe(record):
     """The figures of a record's row. Memory is the peak allocated on CUDA, else what is saved for backward."""
-    arguments, epochs = record["arguments"], record["epochs"]
-    if arguments["max_steps"]:
-        raise ValueError("a profiling run has no accuracy")
+    arguments = record["arguments"]
+    # An epoch in which the run was stopped and resumed has the timings of its last steps alone.
+    whole = max(epoch["timing"]["steps"] for epoch in record["epochs"])
+    epochs = [epoch for epoch in record["epochs"] if epoch["timing"]["steps"] == whole]
     loading = "device" if arguments["loader"] == "device" else f"{arguments['num_worker']} workers"
     changes = [loading, f"batch {arguments['batch_size']}"]
     if "policy" in record:
@@ -65,19 +67,19 @@ def describe(record):
         "rank": (not baseline, "policy" in record, record["precision"] in ("fp16", "bf16")),
         "run": ", ".join(changes),
         "precision": record["precision"],
-        "load ms": median_of_phase(epochs, "data load"),
+        "load ms": median_of_phase(epochs, "data load", device=False),
         "step ms": median_of_phase(epochs, "step"),
         "epoch s": statistics.median(epoch["timing"]["seconds"] for epoch in epochs),
         "memory MiB": (max(peaks) if peaks else record["saved_activation_bytes"]) / 2**20,
-        "epochs": str(len(epochs)),
-        "test acc %": epochs[-1]["test_acc"],
+        "epochs": str(len(record["epochs"])),
+        "test acc %": record["epochs"][-1]["test_acc"],
     }
 
 
-def median_of_phase(epochs, name):
-    """The median over epochs of the phase's median in ms, on the device where there is one."""
+def median_of_phase(epochs, name, device=True):
+    """The median over epochs of the phase's median in ms; of the device's time where there is one and it is wanted."""
     phases = [epoch["timing"]["phases"][name] for epoch in epochs]
-    medians = [(phase["device_ms"] or phase["host_ms"])["median"] for phase in phases]
+    medians = [((device and phase["device_ms"]) or phase["host_ms"])["median"] for phase in phases]
     return statistics.median(value for value in medians if value is not None)
 
 

@@ -31,6 +31,7 @@ BAD_ARGUMENTS = [
     (["--lr", "nan"], "--lr: 'nan' is not"),
     (["--lr", "inf"], "--lr: 'inf' is not"),
     (["--seed", "-1"], "--seed: '-1' is not"),
+    (["--seed", str(10**20)], "is not a whole number from 0 to 2**63 - 1"),
     (["--max_steps", "0"], "--max_steps: '0' is not"),
     (["--model", "resnet50"], "--model: 'resnet50' is not of the form resnext29_"),
     (["--model", "resnext29_0x4d"], "is not of the form"),
@@ -114,7 +115,7 @@ class Mark:
         return (open, ("the-pickle-ran", "w"))
 
 
-@pytest.mark.parametrize("content", ["truncated", "foreign", "hostile", "empty", "text"])
+@pytest.mark.parametrize("content", ["truncated", "foreign", "format", "hostile", "empty", "text", "dot", "K"])
 def test_resume_from_what_is_no_state(fails, pictures, tmp_path, content):
     state = tmp_path / "model_history" / "resnext_0_worker_8_resnext29_1x4d_folder.state"
     state.parent.mkdir()
@@ -123,10 +124,12 @@ def test_resume_from_what_is_no_state(fails, pictures, tmp_path, content):
         state.write_bytes(state.read_bytes()[:-1000])
     elif content == "foreign":
         torch.save({"model": torch.zeros(3)}, state)
+    elif content == "format":
+        torch.save({"format": 1}, state)
     elif content == "hostile":
         torch.save({"format": 1, "arguments": Mark()}, state)
     else:
-        state.write_text({"empty": "", "text": "no state at all"}[content])
+        state.write_text({"empty": "", "text": "no state at all", "dot": ".rubbish", "K": "Krubbish"}[content])
     before = state.read_bytes()
     line = fails("resnext/resnext.py", *SMALL, "--data_dir", pictures, "--resume")
     assert "is not a whole training state" in line
@@ -137,7 +140,7 @@ def test_resume_from_what_is_no_state(fails, pictures, tmp_path, content):
 def test_summary_skips_what_is_no_record(run_script, tmp_path):
     def record(name, workers, seconds, **facts):
         phase = {"host_ms": {"median": 10 * seconds}, "device_ms": None}
-        timing = {"seconds": seconds, "phases": {"data load": phase, "step": phase}}
+        timing = {"steps": 3, "seconds": seconds, "phases": {"data load": phase, "step": phase}}
         value = {
             "arguments": {"max_steps": None, "loader": "workers", "num_worker": workers, "batch_size": 8},
             "precision": "fp32",

@@ -1,7 +1,9 @@
 """Activation checkpointing: exact, frugal, and planned optimally."""
 
 import copy
+import gc
 import itertools
+import weakref
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
+from harness import planning
 from harness.planning import Step, _options, _undominated
 from harness.profiling import SavedBytes
 from harness.recompute import Tape
@@ -48,7 +51,7 @@ def models(policy):
 
 
 def planned(model, budget):
-    return model.plan(next(batches(1))[0], budget, 4).redo
+    return model.plan(budget, 4).redo
 
 
 def assert_equal(one, other):
@@ -113,7 +116,7 @@ def test_policies_save_what_they_say():
 @pytest.mark.parametrize("budget", [0.9, 0.75, 0.5, 0.35])
 def test_a_plan_keeps_its_budget_and_predicts_what_is_measured(budget):
     plain, checkpointed = models("chain")
-    plan = checkpointed.plan(next(batches(1))[0], budget, 4)
+    plan = checkpointed.plan(budget, 4)
     checkpointed.policy = plan.redo
     measured = saved_bytes(checkpointed)
     assert plan.plain_bytes == pytest.approx(saved_bytes(plain), rel=0.01)
@@ -186,3 +189,34 @@ def test_names_and_parameter_counts():
         with pytest.raises(ValueError, match="resnext29"):
             parse_name(wrong)
     assert Block(64, 2, 4, 2)(torch.randn(2, 64, 32, 32)).shape == (2, 16, 16, 16)
+
+
+@pytest.mark.parametrize("policy", ["chain", "block"])
+def test_forward_without_backward_leaves_nothing_behind(policy):
+    _, model = models(policy)
+    alive = []
+    with Tape(model.redo) as tape:
+        out = model.run_steps(tape, next(batches(1))[0])
+        alive += [weakref.ref(tape), weakref.ref(out)]
+    del tape, out
+    assert [reference() for reference in alive] == [None, None]
+
+
+def test_counting_leaves_nothing_behind():
+    saved_by_relu = []
+    with SavedBytes(torch.nn.Linear(1, 1)):
+        out = F.relu(torch.randn(9, requires_grad=True))
+        saved_by_relu.append(weakref.ref(out))
+    del out
+    assert saved_by_relu[0]() is None
+
+
+def test_planning_leaves_nothing_behind(monkeypatch):
+    tapes = []
+    init = planning.MeasuringTape.__init__
+    monkeypatch.setattr(
+        planning.MeasuringTape, "__init__", lambda self: (init(self), tapes.append(weakref.ref(self)))[0]
+    )
+    models("chain")[1].plan(0.5, 4)
+    gc.collect()
+    assert [tape() for tape in tapes] == [None]

@@ -191,26 +191,77 @@ def test_signals_save_the_step_and_resume_from_it(run_script, tiny, tmp_path, nu
     assert "--num_epoch 40 (now 2)" in refused.stderr
 
 
-def test_stopped_mid_epoch_and_resumed_is_bit_equal(run_script, tiny, baseline, tmp_path):
-    """A stop request after 3 steps of the first epoch, by a loader that asks for it."""
+STOP_IN_STEP = """
+from harness import loading
+weight, sent = loading.EpochBatches.weight, []
+def spy(self, number):
+    if number == 3 and not sent: sent.append(os.kill(os.getpid(), signal.SIGTERM))
+    return weight(self, number)
+loading.EpochBatches.weight = spy
+"""
+STOP_IN_EVALUATION = """
+import images
+batches = images.evaluation_batches
+def spy(*args):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return batches(*args)
+images.evaluation_batches = spy
+"""
+STOP_AFTER_LAST_SAVE = """
+from harness import runs
+runs.Run.write_record = lambda self: os.kill(os.getpid(), signal.SIGKILL)
+"""
+NAN_THEN_STOP = """
+import experiment
+add = experiment.Metrics.add
+def spy(self, loss, *rest):
+    spy.calls += 1
+    if spy.calls == 9: os.kill(os.getpid(), signal.SIGTERM)
+    return add(self, loss * float("nan") if spy.calls > 6 else loss, *rest)
+spy.calls = 0
+experiment.Metrics.add = lambda self, *args: spy(self, *args)
+experiment.evaluate = lambda model, *rest: None if rest[-1] else 50.0
+"""
+
+
+def run_changed(change, script, *args):
+    """Run a script after the Python code `change`."""
     code = (
-        "import sys, signal, os, runpy; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0])\n"
-        f"sys.path.insert(0, {str(ROOT)!r})\n"
-        "from harness import loading\n"
-        "weight, sent = loading.EpochBatches.weight, []\n"
-        "def spy(self, number):\n"
-        "    if number == 3 and not sent: sent.append(os.kill(os.getpid(), signal.SIGTERM))\n"
-        "    return weight(self, number)\n"
-        "loading.EpochBatches.weight = spy\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+        "import os, runpy, signal, sys; sys.argv = sys.argv[1:]\n"
+        f"sys.path[:0] = [sys.argv[0].rpartition('/')[0], {str(ROOT)!r}]\n"
+        f"{change}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    command = [sys.executable, "-c", code, ROOT / BASELINE, *tiny, "--output_dir", tmp_path]
-    stopped = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    command = [sys.executable, "-c", code, ROOT / script, *args]
+    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+
+
+@pytest.mark.parametrize(
+    ("change", "code", "position"),
+    [(STOP_IN_STEP, 143, (0, 4)), (STOP_IN_EVALUATION, 143, (0, 6)), (STOP_AFTER_LAST_SAVE, -9, (2, 0))],
+    ids=["in a step", "in evaluation", "between the files of the record"],
+)
+def test_stopped_and_resumed_is_bit_equal(run_script, tiny, baseline, tmp_path, change, code, position):
+    args = [*tiny, "--memory_budget", 0.4, "--output_dir", tmp_path]
+    stopped = run_changed(change, CHECKPOINT, *args)
+    assert stopped.returncode == code, stopped.stderr
+    name = f"{NAME}_checkpoint_budget0.4"
+    state = torch.load(tmp_path / f"{name}.state", weights_only=True)["parts"]
+    assert (state["epoch"], state["step"]) == position
+    (tmp_path / f".{name}.pt.abandoned.tmp").write_text("half a file")
+    run_script(CHECKPOINT, *args, "--resume")
+    assert_same_results(baseline[0] / "model_history", tmp_path, NAME, name)
+    assert json.loads((tmp_path / f"{name}.json").read_text())["saved_activation_bytes"] > 0
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert "skipped" not in run_script("resnext/summary.py", tmp_path).stderr
+    refused = run_script(CHECKPOINT, *args, "--resume", "--lr", 0.5, code=2)
+    assert "--lr 0.002 (now 0.5)" in refused.stderr
+
+
+def test_a_stop_after_the_loss_became_nan_keeps_the_last_good_state(tiny, tmp_path):
+    stopped = run_changed(NAN_THEN_STOP, BASELINE, *tiny, "--output_dir", tmp_path)
     assert stopped.returncode == 143, stopped.stderr
     state = torch.load(tmp_path / f"{NAME}.state", weights_only=True)["parts"]
-    assert (state["epoch"], state["step"]) == (0, 4)
-    run_script(BASELINE, *tiny, "--resume", "--output_dir", tmp_path)
-    assert_same_results(baseline[0] / "model_history", tmp_path)
+    assert (state["epoch"], state["step"]) == (1, 0)
 
 
 def test_a_second_run_with_the_same_output_is_refused(run_script, tiny, tmp_path):

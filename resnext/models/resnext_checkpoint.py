@@ -84,32 +84,34 @@ class CheckpointResNeXt(ResNeXt):
         out = tape.run("head.pool", lambda out: F.avg_pool2d(out, 8), out)
         return self.linear(out.flatten(1))
 
-    def plan(self, images, budget, batch_size):
-        """The harness.planning.Plan for `budget`, measured on the first of `images`, float [n >= 4, 3, 32, 32]."""
-        # On a copy, since forward moves BatchNorm's statistics.
+    def plan(self, budget, batch_size):
+        """The harness.planning.Plan that holds at most `budget` of the plain run's saved activations."""
+        # On a copy, since forward moves BatchNorm's statistics. What the pictures show does not matter.
         model = copy.deepcopy(self).train()
+        images = torch.zeros(4, 3, 32, 32, device=self.linear.weight.device)
         return plan_recomputation(model, model.run_steps, images, budget, batch_size)
 
     def _nested_forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
         for stage in (self.layer1, self.layer2, self.layer3):
-            out = self._checkpoint(self._nested_stage, stage, out)
+            out = self._checkpoint(stage, self._nested_stage, stage, out)
         out = F.avg_pool2d(out, 8)
         return self.linear(out.flatten(1))
 
     def _nested_stage(self, stage, x):
         for block in stage:
-            x = self._checkpoint(block, x)
+            x = self._checkpoint(block, block, x)
         return x
 
-    def _checkpoint(self, function, *inputs):
-        contexts = lambda: (contextlib.nullcontext(), self._frozen_statistics())  # noqa: E731
+    def _checkpoint(self, module, function, *inputs):
+        contexts = lambda: (contextlib.nullcontext(), self._frozen_statistics(module))  # noqa: E731
         return checkpoint(function, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
+    @staticmethod
     @contextlib.contextmanager
-    def _frozen_statistics(self):
+    def _frozen_statistics(module):
         # Redoing a BatchNorm would move its running statistics a second time.
-        norms = [module for module in self.modules() if isinstance(module, torch.nn.BatchNorm2d)]
+        norms = [norm for norm in module.modules() if isinstance(norm, torch.nn.BatchNorm2d)]
         before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         try:
             for norm in norms:
