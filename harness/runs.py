@@ -40,6 +40,8 @@ class Run:
             self.folder.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError):
             raise UserError(f"the output folder {self.folder} is a file, or lies in one; name another") from None
+        except OSError as error:
+            raise UserError(f"cannot make the output folder {self.folder}: {error.strerror}; name another") from None
         with output_lock(self.path(".lock")):
             # What a killed run was writing; no other has this name.
             for abandoned in self.folder.glob(f".{self.name}.*.tmp"):

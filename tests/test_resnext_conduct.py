@@ -1,0 +1,179 @@
+"""How the ResNeXt scripts go about it: precision, loading, waiting, terminals, folders, and processes that agree."""
+
+import fcntl
+import json
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, script_command
+
+from experiment import Metrics, evaluate
+from harness.distributed import World
+from harness.loading import EpochBatches, worker_loader
+from harness.precision import choose_precision
+from images import AugmentedImages, load_images
+from models.resnext import ResNeXt
+
+CPU = torch.device("cpu")
+NAME = "resnext_0_worker_8_resnext29_1x4d_folder"
+
+
+@pytest.fixture(scope="module")
+def tiny(pictures):
+    return ["--dataset", "folder", "--data_dir", pictures, "--model", "resnext29_1x4d", "--batch_size", 8,
+            "--num_worker", 0, "--num_epoch", 1, "--lr", 0.002]  # fmt: skip
+
+
+@pytest.mark.parametrize(("half", "dtype"), [(None, torch.float32), ("bfloat16", torch.bfloat16)])
+def test_evaluation_runs_in_the_training_precision(pictures, half, dtype):
+    seen = []
+    model = ResNeXt(1, 4, num_classes=2)
+    model.linear.register_forward_hook(lambda module, inputs, output: seen.append(output.dtype))
+    data = load_images("folder", pictures)
+    accuracy = evaluate(model, data, choose_precision(half, CPU), World(0, 1, CPU), 4, stop=False)
+    assert set(seen) == {dtype}
+    assert len(seen) == 3
+    assert accuracy in {10.0 * count for count in range(11)}
+    assert model.training
+
+
+def test_float16_is_scaled_and_others_are_not():
+    cuda = SimpleNamespace(type="cuda")
+    assert choose_precision("float16", cuda).dtype == torch.float16
+    assert not choose_precision("bfloat16", CPU).scaler.is_enabled()
+    assert not choose_precision(None, CPU).scaler.is_enabled()
+    said = []
+    assert choose_precision("float16", CPU, say=said.append).label == "bf16"
+    assert said == ["half precision on a CPU is bfloat16"]
+
+
+def test_worker_loading_is_persistent_prefetched_and_pinned_for_cuda(pictures):
+    dataset = AugmentedImages(load_images("folder", pictures), seed=0)
+    batches = EpochBatches(44, 8, seed=0)
+    loader = worker_loader(dataset, batches, 2, torch.device("cuda"))
+    assert loader.persistent_workers
+    assert loader.prefetch_factor >= 2
+    assert loader.pin_memory
+    assert not worker_loader(dataset, batches, 0, CPU).pin_memory
+    loader = worker_loader(dataset, batches, 1, CPU)
+    workers = []
+    for epoch in range(2):
+        batches.start(epoch)
+        assert len(list(loader)) == 6
+        workers.append([worker.pid for worker in loader._iterator._workers])
+    assert workers[0] == workers[1]
+
+
+def test_metrics_wait_for_nothing_until_the_epoch_ends(monkeypatch):
+    metrics = Metrics(CPU)
+
+    def waits(*args):
+        raise AssertionError("a step waited for the device")
+
+    with monkeypatch.context() as patch:
+        for name in ("item", "tolist", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+            patch.setattr(torch.Tensor, name, waits)
+        for loss, label in ((1.0, 0), (3.0, 1)):
+            metrics.add(torch.tensor(loss), torch.tensor([[2.0, 1.0]] * 4), torch.full((4,), label))
+        metrics.add(torch.tensor(9.0), torch.zeros(4, 2), torch.zeros(4, dtype=torch.long), weight=0.0)
+    assert metrics.result(World(0, 1, CPU)) == (2.0, 50.0)
+
+
+def test_a_bar_on_a_terminal_and_plain_lines_when_piped(tiny, tmp_path):
+    parent, child = pty.openpty()
+    fcntl.ioctl(child, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))  # Without a width there is no bar.
+    command = script_command("resnext/resnext.py", *tiny, "--num_epoch", 2, "--output_dir", tmp_path)
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=child, text=True)
+    os.close(child)
+    shown = b""
+    while True:
+        try:
+            shown += os.read(parent, 4096)
+        except OSError:  # The other end was closed.
+            break
+    lines = process.communicate()[0].splitlines()
+    os.close(parent)
+    bar = shown.decode()
+    assert "epoch 1/2" in bar
+    assert "pictures" in bar
+    assert "loss=" in bar
+    assert "test_acc=" in bar
+    assert [line.split(":")[0] for line in lines] == ["epoch 1/2", "epoch 2/2"]
+    piped = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert piped.stderr == ""
+    assert len(piped.stdout.splitlines()) == 2
+
+
+def test_an_output_folder_that_cannot_be_written(run_script, tiny):
+    errors = run_script("resnext/resnext.py", *tiny, "--output_dir", "/proc/no-such/folder", code=2).stderr
+    assert errors.count("\n") == 1
+    assert "/proc/no-such" in errors
+
+
+def test_a_full_disk_is_one_line_and_leaves_no_half_file(tiny, tmp_path):
+    # A limit on the size of files stands in for a full disk: the state does not fit.
+    code = "import resource, signal, sys, runpy; sys.argv = sys.argv[1:]\n" \
+           "sys.path.insert(0, sys.argv[0].rpartition('/')[0])\n" \
+           "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" \
+           "resource.setrlimit(resource.RLIMIT_FSIZE, (20000, 20000))\n" \
+           "runpy.run_path(sys.argv[0], run_name='__main__')\n"  # fmt: skip
+    command = [sys.executable, "-c", code, ROOT / "resnext/resnext.py", *tiny, "--output_dir", tmp_path]
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert result.returncode == 2, result.stderr
+    assert result.stderr.count("\n") == 1
+    assert f"{NAME}.state: File too large" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == [f"{NAME}.lock"]
+
+
+RANKS_AGREE = """
+import os, runpy, sys, torch
+root, script, folder = sys.argv[1], sys.argv[2], sys.argv[3]
+sys.argv = sys.argv[2:3] + sys.argv[4:]
+sys.path[:0] = [script.rpartition("/")[0], root]
+from harness import runs
+import experiment
+finish = experiment.ImageRun.finish
+def spy(self, model):
+    torch.save(model.state_dict(), f"{folder}/rank{os.environ['RANK']}.pt")
+    return finish(self, model)
+experiment.ImageRun.finish = spy
+runpy.run_path(script, run_name="__main__")
+"""
+
+
+def test_two_processes_agree_and_count_every_test_picture_once(tiny, pictures, tmp_path):
+    (tmp_path / "agree.py").write_text(RANKS_AGREE)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               tmp_path / "agree.py", ROOT, ROOT / "resnext/resnext.py", tmp_path, *tiny,
+               "--output_dir", tmp_path / "out"]  # fmt: skip
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr
+    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
+    for name in ranks[0]:
+        assert torch.equal(ranks[0][name], ranks[1][name]), name
+
+    model = ResNeXt(1, 4, num_classes=2)
+    model.load_state_dict(torch.load(tmp_path / "out" / f"{NAME}.pt"))
+    data = load_images("folder", pictures)
+    alone = evaluate(model, data, choose_precision(None, CPU), World(0, 1, CPU), 8, stop=False)
+    curves = np.load(tmp_path / "out" / f"{NAME}.npz")
+    assert curves["test_acc"].tolist() == [alone]
+    assert json.loads((tmp_path / "out" / f"{NAME}.json").read_text())["epochs"][0]["timing"]["steps"] == 6
+
+
+def test_bad_data_under_torchrun_is_told_once_and_without_a_traceback_of_ours(tiny, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+               ROOT / "resnext/resnext.py", *tiny, "--data_dir", tmp_path / "nowhere",
+               "--output_dir", tmp_path]  # fmt: skip
+    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert result.stderr.count("there is no folder") == 1
+    assert "RuntimeError" not in result.stderr
