@@ -5,6 +5,9 @@
 After each epoch the model summarises validation documents; the epoch with the best mean of ROUGE-1, -2 and -Lsum is
 kept, and lies in --save_dir in `from_pretrained` form when training ends, with `finetune.json`, the record of the run.
 An interrupted run goes on with --resume, and ends with the same weights as if it had never stopped.
+
+A model from scratch learns last what a summary needs first: to copy from the document. --lead_words teaches it that
+before the summaries (Zhu et al., 2021, Leveraging Lead Bias for Zero-shot Abstractive News Summarization).
 """
 
 import argparse
@@ -38,6 +41,8 @@ def get_args_parser():
     parser.add_argument(
         "--dataset_percent", type=number, default=100, help="share of the splits (default: %(default)s)"
     )
+    parser.add_argument("--lead_words", type=integer, help="train on the first words of each document in place of its "
+                        "summary: how many")  # fmt: skip
     parser.add_argument("--resume", **_flag("continue the interrupted run in --save_dir"))
     parser.add_argument("--seed", type=command_line.non_negative_int, default=0, help="default: %(default)s")
 
@@ -46,12 +51,15 @@ def get_args_parser():
     training.add_argument("--max_steps", type=integer, help="end after this many updates, whatever --num_epoch says")
     training.add_argument("--batch_size", type=integer, default=16, help="documents a step (default: %(default)s)")
     training.add_argument("--lr", type=number, default=3e-4, help="peak learning rate of AdamW (default: %(default)s)")
-    training.add_argument("--warmup", type=command_line.fraction, default=0.05, help="share of the updates in which the "
-                          "rate rises to its peak, from which it falls to 0 (default: %(default)s)")  # fmt: skip
+    training.add_argument("--warmup", type=command_line.fraction, default=0.05,
+                          help="share of the updates in which the rate rises to its peak, from which it falls to 0 "
+                               "(default: %(default)s)")  # fmt: skip
     training.add_argument("--label_smoothing", type=command_line.non_negative_float, default=0.1,
                           help="default: %(default)s")  # fmt: skip
-    training.add_argument("--half_precision", nargs="?", const="auto", default="False", metavar="DTYPE",
-                          help="float16 or bfloat16 autocast; without a value float16 on CUDA, bfloat16 on a CPU")  # fmt: skip
+    training.add_argument("--dropout", type=command_line.non_negative_float, help="default: that of --pt_model")
+    training.add_argument(
+        "--half_precision", nargs="?", const="auto", default="False", metavar="DTYPE",
+        help="float16 or bfloat16 autocast; without a value float16 on CUDA, bfloat16 on a CPU")  # fmt: skip
     training.add_argument("--gradient_checkpointing", **_flag("recompute activations in the backward pass"))
 
     lengths = parser.add_argument_group("lengths, in tokens; longer texts are cut")
@@ -70,13 +78,16 @@ def _flag(text):
 
 def main():
     args = get_args_parser().parse_args()
-    if args.label_smoothing >= 1:
-        raise UserError(f"--label_smoothing {args.label_smoothing} is not below 1")
+    for name in ("label_smoothing", "dropout"):
+        if (getattr(args, name) or 0) >= 1:
+            raise UserError(f"--{name} {getattr(args, name)} is not below 1")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = half_precision_dtype(args.half_precision, device)
     documents = read_documents(find_dataset(args.data_file), args.doc_col_name, args.sum_col_name)
     splits = {split: take_percent(part, args.dataset_percent) for split, part in split_documents(documents).items()}
-    model, tokenizer = load_generator(args.pt_model)
+    if args.lead_words:
+        splits = {split: [with_lead(each, args.lead_words) for each in part] for split, part in splits.items()}
+    model, tokenizer = load_generator(args.pt_model, args.dropout)
     transformers.set_seed(args.seed)
     with output_lock(args.save_dir / "finetune.lock"):
         finetune(args, model, tokenizer, splits, dtype)
@@ -96,11 +107,23 @@ def half_precision_dtype(value, device):
     return getattr(torch, value)
 
 
-def load_generator(name):
-    """(model, tokenizer) of a folder or a hub name. Raises UserError when there is none, or it is no generator."""
+def with_lead(document, words):
+    """The Document whose summary is the first `words` words of its text."""
+    return document._replace(summary=" ".join(document.text.split()[:words]))
+
+
+def load_generator(name, dropout=None):
+    """(model, tokenizer) of a folder or a hub name. Raises UserError when there is none, or it is no generator.
+
+    dropout: the share dropped in place of the model's own.
+    """
     try:
+        config = transformers.AutoConfig.from_pretrained(name)
+        if dropout is not None:
+            # The one is T5's name, the other BART's and Pegasus'.
+            setattr(config, "dropout_rate" if hasattr(config, "dropout_rate") else "dropout", dropout)
         # Weights are trained in single precision, however they were saved.
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=torch.float32)
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, config=config, dtype=torch.float32)
         return model, transformers.AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

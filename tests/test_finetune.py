@@ -57,9 +57,8 @@ def weights(folder):
 
 
 def test_models_load_as_generator_and_as_encoders(workplace, run_script):
-    run_script(
-        "SimCLS/create_model.py", "--arch", "bert", "--data_file", "data.csv", "--save_dir", "bert", *SIZE, cwd=workplace
-    )  # fmt: skip
+    files = ["--data_file", "data.csv", "--save_dir", "bert"]
+    run_script("SimCLS/create_model.py", "--arch", "bert", *files, *SIZE, cwd=workplace)
     assert transformers.AutoModelForSeq2SeqLM.from_pretrained(workplace / "t5").config.d_model == 32
     for name, last in (("t5", "</s>"), ("bert", "[SEP]")):
         encoder = transformers.AutoModelForTextEncoding.from_pretrained(workplace / name)
@@ -98,6 +97,17 @@ def test_copy_init_continues_what_the_decoder_reads(tmp_path, workplace, run_scr
         # From the second token on: a token's successor can be found once the token has been read.
         accuracies.append((logits.argmax(-1) == tokens)[0, 1:].float().mean().item())
     assert accuracies[0] > 0.6 > 0.2 > accuracies[1]
+
+
+def test_lead_and_dropout_are_as_asked(workplace):
+    from documents import Document
+    from finetune_model import load_generator, with_lead
+
+    assert with_lead(Document("one two  three four", "short"), 3) == Document("one two  three four", "one two three")
+    for dropout, expected in ((None, 0.1), (0.0, 0.0), (0.25, 0.25)):
+        model, _ = load_generator(workplace / "t5", dropout)
+        assert model.config.dropout_rate == expected
+        assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {expected}
 
 
 def test_training_keeps_the_best_model_and_a_record(workplace, run_script):
