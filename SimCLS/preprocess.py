@@ -20,13 +20,10 @@ all samples before they get their names: a sync a sample would take longer than 
 (The original appends a folder named after the split to --tgt_dir. Here --tgt_dir is the folder of the samples.)
 """
 
-import contextlib
-import fcntl
 import itertools
 import json
 import os
 import re
-import shutil
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -38,8 +35,8 @@ from utils import SentenceSplitter, count_lines, map_in_order, progress, read_li
 
 from harness import command_line
 from harness.command_line import UserError
+from harness.recording import staging
 
-STAGE = ".unfinished"
 # Documents that a worker process takes at a time: about 50 ms of work.
 CHUNK = 16
 
@@ -80,7 +77,7 @@ def main():
     plain, tokenized = text_files(args.src_dir, args.split)
     documents = check_counts(plain, tokenized, args.cand_num)
     splitter = SentenceSplitter(read_lines(plain.source))
-    with writing_to(args.tgt_dir) as stage:
+    with staging(args.tgt_dir) as stage:
         jobs = zip(
             itertools.count(),
             read_split(plain, args.cand_num),
@@ -89,7 +86,7 @@ def main():
         written = map_in_order(write_sample, jobs, args.workers, CHUNK, set_up_worker, (splitter, stage))
         for _ in progress(written, documents, f"{args.split} samples"):
             pass
-        replaced = publish(stage, args.tgt_dir, documents)
+        replaced = publish_samples(stage, args.tgt_dir, documents)
     print(f"{args.tgt_dir}: {documents} samples with {args.cand_num} candidates each, in place of {replaced} before")
 
 
@@ -125,40 +122,7 @@ def read_split(files, cand_num):
         yield Lines(source, target, list(group))
 
 
-@contextlib.contextmanager
-def writing_to(tgt_dir):
-    """Yield a new folder inside `tgt_dir`, which is gone afterwards; a second run on `tgt_dir` is refused."""
-    try:
-        tgt_dir.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"{tgt_dir} is no folder; choose another --tgt_dir") from None
-    stage = tgt_dir / STAGE
-    with _locked(tgt_dir):
-        shutil.rmtree(stage, ignore_errors=True)
-        stage.mkdir()
-        try:
-            yield stage
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
-
-
-@contextlib.contextmanager
-def _locked(folder):
-    """Lock the folder itself: a lock file in it would count as a sample where others read it."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another run is writing {folder}; wait for it to end, or choose another --tgt_dir"
-            ) from None
-        yield
-    finally:
-        os.close(descriptor)
-
-
-def publish(stage, tgt_dir, documents):
+def publish_samples(stage, tgt_dir, documents):
     """Replace the samples of `tgt_dir` by those in `stage`; return how many there were before."""
     os.sync()
     old = [path for path in tgt_dir.iterdir() if re.fullmatch(r"[0-9]+\.json", path.name)]

@@ -7,6 +7,7 @@ end with 130 and 143, after the script's `finally` blocks have run.
 import argparse
 import errno
 import os
+import re
 import signal
 import sys
 
@@ -47,6 +48,11 @@ def non_negative_float(text):
 def fraction(text):
     """An argparse type: a float above 0 and at most 1."""
     return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+
+
+def share(text):
+    """An argparse type: a float from 0 to 1."""
+    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 
 
 def _number(text, kind, accept, wanted):
@@ -107,10 +113,24 @@ def explain(error):
         return str(error)
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return f"cannot open or write {error.filename or 'the output'}: {error.strerror}; {_DISK_ERRORS[error.errno]}"
+    text = str(error)
+    # Libraries that are not written in Python tell of these in words alone.
+    number = re.search(r"\(os error (\d+)\)", text)
+    if number and int(number[1]) in _DISK_ERRORS:
+        return f"cannot write the output: {os.strerror(int(number[1]))}; {_DISK_ERRORS[int(number[1])]}"
+    if "PytorchStreamWriter failed" in text:
+        return "cannot write the output: its disk is full or has failed; free some space and run the same command again"
     if type(error).__name__ == "OutOfMemoryError":
         return (
             "the GPU is out of memory; use a smaller --batch_size, add --half_precision, or recompute activations "
             "(resnext_checkpoint.py, or --use_checkpoint for SimCLS)"
+        )
+    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
+        return "the machine is out of memory; use a smaller --batch_size, or a smaller model"
+    if text.startswith("DataLoader worker (pid"):
+        return (
+            "a process that loads data was killed; is memory or /dev/shm short? Try fewer --num_worker (--num_workers "
+            "for SimCLS); --resume goes on from the last epoch"
         )
     return None
 

@@ -5,14 +5,13 @@ import fcntl
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 from importlib import metadata
 from pathlib import Path
-
-import torch
 
 from harness.command_line import UserError
 
@@ -86,18 +85,70 @@ def output_lock(path):
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(
-                f"another run is writing {path.with_suffix('')}; wait for it to end, or choose another output"
-            ) from None
+    # For writing, though nothing is written: a folder that is read-only is found out before the work.
+    with _locked(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), path.with_suffix("")):
         yield
+
+
+@contextlib.contextmanager
+def staging(folder):
+    """Yield a new folder inside `folder` for files that get their names there when all are written, and is then gone.
+
+    UserError when `folder` is none, and when a second run is writing it: the folder itself is locked, since a lock file
+    in it would count as one of its files.
+    """
+    folder = Path(folder)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"the output folder {folder} is a file, or lies in one; name another") from None
+    stage = folder / ".unfinished"
+    with _locked(os.open(folder, os.O_RDONLY | os.O_CLOEXEC), folder):
+        shutil.rmtree(stage, ignore_errors=True)  # Of a killed run.
+        stage.mkdir()
+        try:
+            yield stage
+        finally:
+            shutil.rmtree(stage, ignore_errors=True)
+
+
+def publish(stage, folder):
+    """Give each file in `stage` its name in `folder`, in place of the one that has it."""
+    os.sync()
+    for path in sorted(stage.iterdir()):
+        os.replace(path, Path(folder) / path.name)
+
+
+_locks = set()  # The descriptors that hold one.
+
+
+@contextlib.contextmanager
+def _locked(descriptor, output):
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise UserError(f"another run is writing {output}; wait for it to end, or choose another output") from None
+        _locks.add(descriptor)
+        yield
+    finally:
+        _locks.discard(descriptor)
+        os.close(descriptor)
+
+
+def _leave_locks_to_the_parent():
+    # A forked worker shares its parent's locks, and would hold them for as long as it outlives a killed parent.
+    while _locks:
+        os.close(_locks.pop())
+
+
+os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
 
 
 def describe_machine(device):
     """What a reader needs to judge a number: hardware, versions, commit and command. A dict of plain JSON values."""
+    import torch  # Here, since preprocess.py takes its files from this module, and does without.
+
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
@@ -117,6 +168,8 @@ def describe_machine(device):
 def hardware_name(device):
     """The marketing name of the GPU, or the processor's with its number of usable cores."""
     if device.type == "cuda":
+        import torch
+
         return torch.cuda.get_device_name(device)
     name = platform.processor() or platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:

@@ -21,6 +21,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from utils import SentenceSplitter, map_in_order, ptb_tokenize, read_lines
 
 from harness.command_line import UserError
+from harness.recording import staging
 
 SCRIPT = "SimCLS/preprocess.py"
 FIELDS = ("source", "target", "out")
@@ -281,7 +282,7 @@ def test_a_killed_worker_is_one_line_and_exit_code_2(tmp_path, slow_run):
 
 def test_a_second_run_on_the_same_folder_is_refused(tmp_path, run_script):
     write_files(tmp_path / "in", cat_documents(2))
-    with preprocess.writing_to(tmp_path / "out"):
+    with staging(tmp_path / "out"):
         args = ("--src_dir", tmp_path / "in", "--tgt_dir", tmp_path / "out", "--split", "train", "--cand_num", 3)
         result = run_script(SCRIPT, *args, code=2)
         assert "another run is writing" in result.stderr
