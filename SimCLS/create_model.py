@@ -21,6 +21,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 from harness import command_line, torchvision_compat  # noqa: F401
 from harness.command_line import UserError
+from harness.recording import publish, staging
 
 SPECIAL_TOKENS = {
     "t5": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
@@ -78,8 +79,10 @@ def main():
     transformers.set_seed(args.seed)
     tokenizer = train_tokenizer(split_documents(documents)["train"], args.arch, args.vocab_size)
     model = create_t5(args, tokenizer) if args.arch == "t5" else create_bert(args, tokenizer)
-    model.save_pretrained(args.save_dir)
-    tokenizer.save_pretrained(args.save_dir)
+    with staging(args.save_dir) as stage:
+        model.save_pretrained(stage)
+        tokenizer.save_pretrained(stage)
+        publish(stage, args.save_dir)
     print(f"{args.save_dir}: {args.arch}, {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
 
 

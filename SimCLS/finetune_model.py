@@ -11,6 +11,9 @@ before the summaries (Zhu et al., 2021, Leveraging Lead Bias for Zero-shot Abstr
 """
 
 import argparse
+import contextlib
+import json
+import os
 import shutil
 import sys
 import time
@@ -25,7 +28,8 @@ from rouge_score import rouge_scorer
 
 from harness import command_line, torchvision_compat  # noqa: F401
 from harness.command_line import UserError
-from harness.recording import describe_machine, output_lock, write_json
+from harness.recording import describe_machine, output_lock, publish, staging, write_json
+from harness.resume import check_arguments, stop_requests
 
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeLsum")
 
@@ -89,7 +93,8 @@ def main():
         splits = {split: [with_lead(each, args.lead_words) for each in part] for split, part in splits.items()}
     model, tokenizer = load_generator(args.pt_model, args.dropout)
     transformers.set_seed(args.seed)
-    with output_lock(args.save_dir / "finetune.lock"):
+    is_main = int(os.environ.get("RANK", 0)) == 0
+    with output_lock(args.save_dir / "finetune.lock") if is_main else contextlib.nullcontext():
         finetune(args, model, tokenizer, splits, dtype)
 
 
@@ -183,27 +188,99 @@ class PlainProgress(transformers.TrainerCallback):
         print(f"{now} step {state.global_step}/{state.max_steps}, epoch {state.epoch:.2f}: {figures}", flush=True)
 
 
+class StopAndSave(transformers.TrainerCallback):
+    """Ends training when `stop`, a StopRequest, comes true, with the state saved after the step that was being made.
+
+    An epoch's last step, and the validation after it, are left at once: what was saved before is what goes on.
+    """
+
+    def __init__(self, stop):
+        self.stop = stop
+
+    def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
+        if self.stop:
+            if state.global_step % len(train_dataloader) == 0:
+                self.stop.leave()
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.stop:
+            self.stop.leave()
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.stop:
+            self.stop.leave()
+
+
+def last_checkpoint(folder):
+    """The newest whole state that the Trainer has saved in `folder`, as a str; None when there is none.
+
+    What a killed run was still writing is removed: the Trainer writes trainer_state.json last.
+    """
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_bytes())
+            return str(path)
+        except (OSError, ValueError):
+            shutil.rmtree(path)
+    return None
+
+
+def state_to_resume(args, checkpoints):
+    """The state from which to go on, or None; UserError where that of another run would be lost or gone on from."""
+    arguments_path = checkpoints / "arguments.json"
+    last = last_checkpoint(checkpoints)
+    arguments = {name: value for name, value in plain_arguments(args).items() if name not in ("resume", "save_dir")}
+    if last is None:
+        if args.resume:
+            print(f"no saved state in {checkpoints}; starting from the beginning", flush=True)
+        write_json(arguments_path, arguments)
+    elif not args.resume:
+        raise UserError(f"{args.save_dir} holds an interrupted run; add --resume, or choose another --save_dir")
+    elif arguments_path.is_file():
+        check_arguments(last, json.loads(arguments_path.read_bytes()), arguments)
+    return last
+
+
+def plain_arguments(args):
+    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+
+
 def finetune(args, model, tokenizer, splits, dtype):
     """Train, and leave the best model, its tokenizer and the record of the run in args.save_dir."""
     checkpoints = args.save_dir / "checkpoints"
-    last = transformers.trainer_utils.get_last_checkpoint(str(checkpoints)) if checkpoints.is_dir() else None
-    if args.resume and last is None:
-        raise UserError(f"there is no interrupted run in {args.save_dir}; leave --resume out")
-    if last is not None and not args.resume:
-        raise UserError(f"{args.save_dir} holds an interrupted run; add --resume, or choose another --save_dir")
+    if args.resume and not checkpoints.is_dir() and (args.save_dir / "finetune.json").is_file():
+        print(f"{args.save_dir / 'finetune.json'} is finished; nothing to resume")
+        return
+    last = state_to_resume(args, checkpoints)
+    trainer = make_trainer(args, model, tokenizer, splits, dtype, checkpoints)
+    started = time.perf_counter()
+    # Many processes would stop at different steps, and wait for each other.
+    with stop_requests(enabled=trainer.args.world_size == 1) as stop:
+        trainer.add_callback(StopAndSave(stop))
+        trainer.train(resume_from_checkpoint=last)
+    seconds = time.perf_counter() - started
+    if trainer.is_world_process_zero():
+        with staging(args.save_dir) as stage:
+            trainer.save_model(stage)
+            write_json(stage / "finetune.json", record(args, trainer, seconds))
+            publish(stage, args.save_dir)
+        shutil.rmtree(checkpoints)
+        print(f"best epoch's mean ROUGE on validation: {trainer.state.best_metric:.4f}; saved in {args.save_dir}")
+
+
+def make_trainer(args, model, tokenizer, splits, dtype, checkpoints):
     # The other stages cut documents and end summaries where training did.
     tokenizer.model_max_length = args.max_source_length
     model.generation_config.max_length = args.max_target_length
-    train_set = SummaryDataset(splits["train"], tokenizer, args.max_source_length, args.max_target_length)
-    val_set = SummaryDataset(
-        splits["val"][: args.eval_limit], tokenizer, args.max_source_length, args.max_target_length
-    )
+    lengths = args.max_source_length, args.max_target_length
+    train_set = SummaryDataset(splits["train"], tokenizer, *lengths)
     trainer = transformers.Seq2SeqTrainer(
         model,
         training_arguments(args, checkpoints, len(train_set), dtype),
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, model, pad_to_multiple_of=8 if dtype else None),
         train_dataset=train_set,
-        eval_dataset=val_set,
+        eval_dataset=SummaryDataset(splits["val"][: args.eval_limit], tokenizer, *lengths),
         processing_class=tokenizer,
         compute_metrics=Rouge(tokenizer),
     )
@@ -211,14 +288,7 @@ def finetune(args, model, tokenizer, splits, dtype):
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.remove_callback(transformers.ProgressCallback)
         trainer.add_callback(PlainProgress)
-    started = time.perf_counter()
-    trainer.train(resume_from_checkpoint=last)
-    seconds = time.perf_counter() - started
-    trainer.save_model(args.save_dir)
-    if trainer.is_world_process_zero():
-        write_json(args.save_dir / "finetune.json", record(args, trainer, seconds))
-        shutil.rmtree(checkpoints)
-        print(f"best epoch's mean ROUGE on validation: {trainer.state.best_metric:.4f}; saved in {args.save_dir}")
+    return trainer
 
 
 def training_arguments(args, checkpoints, num_samples, dtype):
@@ -255,9 +325,8 @@ def training_arguments(args, checkpoints, num_samples, dtype):
 
 def record(args, trainer, seconds):
     """What was run, where, and the loss and ROUGE of each epoch, as plain JSON values."""
-    arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
     return {
-        "arguments": arguments,
+        "arguments": plain_arguments(args),
         "machine": describe_machine(trainer.args.device),
         "parameters": trainer.model.num_parameters(),
         "train_seconds": seconds,

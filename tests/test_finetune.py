@@ -152,7 +152,6 @@ def test_killed_and_resumed_equals_uninterrupted(workplace, run_script):
         (("--doc_col_name", "body"), "no column 'body'"),
         (("--half_precision", "int8"), "int8"),
         (("--half_precision", "float16"), "needs a GPU"),
-        (("--resume",), "no interrupted run"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(workplace, arguments, message):
