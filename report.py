@@ -2,7 +2,8 @@
 """Every table and figure of the study, from the records that its runs left.
 
     python3 report.py                          tables in Markdown on stdout, figures in image/
-    python3 report.py --readme                 the same tables, between their markers in README.md
+    python3 report.py --only data-loader evaluation    some of the tables; the figures all the same
+    python3 report.py --readme                 the tables of the published records, between their markers in README.md
     python3 report.py --phases RECORD.json     the phases of one run in full
     python3 report.py --nsys TRACE.sqlite      the same of an Nsight Systems trace, exported to SQLite
 
@@ -22,17 +23,21 @@ from reporting import benchmarks, overview, records, studies, tables
 from reporting.readme import rewrite
 
 FOLDERS = ("runs", "model_history", "resnext/model_history", "SimCLS/cache")
+PUBLISHED = "benchmarks/results/*/runs"  # What README shows: records that were copied there to be kept.
 GLOSSARY = ROOT / "reporting" / "glossary.md"
 STUDIES = (studies.DATA_LOADER, studies.MIXED_PRECISION, studies.CHECKPOINTING, studies.SIMCLS)
+TABLES = ("runs", *(study.name for study in STUDIES), "evaluation", "phases", "benchmarks", "published", "glossary")
 
 
 def get_args_parser():
     parser = command_line.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("folders", nargs="*", type=Path, help=f"folders with records; by default {', '.join(FOLDERS)}")
+    add("folders", nargs="*", type=Path,
+        help=f"folders with records; by default {', '.join(FOLDERS)}, and for --readme {PUBLISHED}")  # fmt: skip
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--readme", type=Path, nargs="?", const=ROOT / "README.md", metavar="FILE",
         help="rewrite the tables in FILE, by default README.md")  # fmt: skip
+    instead.add_argument("--only", nargs="+", metavar="TABLE", choices=TABLES, help=f"print these: {', '.join(TABLES)}")
     instead.add_argument("--phases", type=Path, metavar="RECORD", help="print the phases of one run")
     instead.add_argument("--nsys", type=Path, metavar="TRACE", help="print the phases of an exported trace")
     add("--image_dir", type=Path, default=ROOT / "image", help="where the figures go")
@@ -51,8 +56,7 @@ def main():
 
 
 def report(args):
-    folders = args.folders or [ROOT / name for name in FOLDERS if (ROOT / name).is_dir()]
-    runs, evaluations = records.read_folders(folders)
+    runs, evaluations = records.read_folders(args.folders or default_folders(published=args.readme is not None))
     if not runs:
         records.warn("no runs found; bash run.sh makes some")
     from reporting import figures  # After the folders are known to be good: matplotlib takes a second.
@@ -61,13 +65,20 @@ def report(args):
     if args.readme:
         rewrite(args.readme, {name: body for name, (_, body) in parts.items()})
     else:
-        print("\n\n".join(f"## {title}\n\n{body}" for title, body in parts.values() if body))
+        shown = [parts[name] for name in args.only or TABLES]
+        print("\n\n".join(f"## {title}\n\n{body}" for title, body in shown if body))
     for path in figures.draw_all(runs, args.image_dir):
         print(f"drawn: {path}", file=sys.stderr)
 
 
+def default_folders(published):
+    if published:
+        return sorted(ROOT.glob(PUBLISHED))
+    return [ROOT / name for name in FOLDERS if (ROOT / name).is_dir()]
+
+
 def sections(runs, evaluations, benchmark_dir, with_cpu_times):
-    """name -> (title, Markdown, "" where there are no records for it), in the order of the report."""
+    """Name of TABLES -> (title, Markdown), with "" where there are no records for it."""
     parts = {"runs": ("Runs", overview.every_run(runs, with_cpu_times))}
     for study in STUDIES:
         parts[study.name] = (study.title, tables.render(study, runs, with_cpu_times))

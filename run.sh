@@ -1,17 +1,28 @@
 #!/usr/bin/env bash
-# The list of experiments. Every line that trains is a command that can be pasted into a shell.
+# The list of experiments. Each prints the commands that it runs; any of them can be pasted into a shell.
 #
-#   bash run.sh           make .venv, install, train ResNeXt with each technique on handwritten digits, print the table
-#   bash run.sh test      the same set-up, then every test
-#   bash run.sh resnext   the study on CIFAR-10 (EPOCHS=200 by default; a GPU is wanted)
-#   bash run.sh table     the table of the records that are there
+#   bash run.sh           make .venv, install, then both models in short: tables, and figures in image/
+#   bash run.sh resnext   the study of ResNeXt on CIFAR-10 (EPOCHS=200; a GPU is wanted)
+#   bash run.sh simcls    the seven set-ups of the SimCLS scorer (EPOCHS=5, PERCENT=100 of the text; a GPU is wanted)
+#   bash run.sh profile   30 steps of both models under Nsight Systems (STEPS), their phases by trace and by record
+#   bash run.sh report    every table of the runs that are there, and the figures
+#   bash run.sh test      every test; further arguments go to pytest
+#
+# SEEDS="0 1 2" repeats the runs with each seed. A run that was interrupted goes on, and one that is finished is not run
+# again, unless AGAIN=1. DRY=1 prints the commands, and does nothing.
 set -euo pipefail
 cd "$(dirname "$0")"
 
 # OpenMP threads that spin for each other are slow on a busy machine; passive ones cost nothing on an idle one.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
+export STEPS=${STEPS:-30}
+SEEDS=${SEEDS:-0}
+resume=$([ -n "${AGAIN:-}" ] || echo --resume)
+cuda=$(nvidia-smi -L >/dev/null 2>&1 && echo --cuda || true)
+short_percent=15
 
 setup() {
+    [ -z "${DRY:-}" ] || return 0
     python=${PYTHON:-python3}
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "run.sh: $python is older than 3.11; name a newer one, as in PYTHON=python3.12 bash run.sh" >&2
@@ -26,58 +37,117 @@ setup() {
     export PATH="$PWD/.venv/bin:$PATH"
 }
 
-# Train unless the record of the run is there; AGAIN=1 trains all the same.
-run() {
-    local record=$1
-    shift
-    if [ -z "${AGAIN:-}" ] && [ -f "$record" ]; then
-        echo "# $record is there (AGAIN=1 runs it again)"
+show() {
+    echo "\$ $*"
+    [ -n "${DRY:-}" ] || "$@"
+}
+
+# once FILE COMMAND...: unless the file is there.
+once() {
+    if [ -z "${AGAIN:-}" ] && [ -e "$1" ]; then
+        echo "# $1 is there (AGAIN=1 makes it again)"
     else
-        echo "\$ python3 $*"
-        python3 "$@"
+        show "${@:2}"
     fi
 }
 
+# --resume goes on with an interrupted run, and ends at once when the run is finished.
+train() {
+    show python3 "$@" --seed "$seed" $resume
+}
+
 digits() {
-    local out=runs/digits name common
-    common="--dataset digits --model resnext29_2x4d --batch_size 32 --lr 0.0005 --output_dir $out --num_epoch"
-    name=32_resnext29_2x4d_digits
-    run $out/resnext_2_worker_$name.json resnext/resnext.py $common ${EPOCHS:-12}
-    run $out/resnext_2_worker_${name}_fp16.json resnext/resnext.py $common ${EPOCHS:-12} --half_precision
-    # The rest change times and memory, and no result (tests/test_resnext_scripts.py): a few epochs are enough.
-    common="$common ${FEW_EPOCHS:-3}"
-    run $out/resnext_0_worker_$name.json resnext/resnext.py $common --num_worker 0
-    run $out/resnext_1_worker_$name.json resnext/resnext.py $common --num_worker 1
-    run $out/resnext_device_$name.json resnext/resnext.py $common --loader device
-    for policy in segments block; do
-        run $out/resnext_2_worker_${name}_checkpoint_$policy.json resnext/resnext_checkpoint.py $common --policy $policy
+    local common="--dataset digits --model resnext29_2x4d --batch_size 32 --lr 0.0005"
+    # Half precision may change the result, which takes some epochs to see.
+    local long="$common --num_epoch ${EPOCHS:-8} --output_dir runs/digits/results"
+    # The rest change times and memory, and no result (tests/test_resnext_scripts.py): two epochs are enough.
+    local short="$common --num_epoch 2 --output_dir runs/digits/times"
+    for seed in $SEEDS; do
+        train resnext/resnext.py $long
+        train resnext/resnext.py $long --half_precision
+        train resnext/resnext.py $short
+        train resnext/resnext.py $short --num_worker 0
+        train resnext/resnext.py $short --loader device
+        train resnext/resnext_checkpoint.py $short
+        train resnext/resnext_checkpoint.py $short --policy block
+        train resnext/resnext_checkpoint.py $short --memory_budget 0.4
     done
-    run $out/resnext_2_worker_${name}_checkpoint.json resnext/resnext_checkpoint.py $common
-    run $out/resnext_2_worker_${name}_checkpoint_budget0.4.json resnext/resnext_checkpoint.py $common --memory_budget 0.4
-    python3 resnext/summary.py $out
 }
 
 resnext() {
-    local out=runs/cifar10 common="--num_epoch ${EPOCHS:-200} --output_dir runs/cifar10"
-    for workers in 2 0 1 4 8; do
-        run $out/resnext_${workers}_worker_128.json resnext/resnext.py $common --num_worker $workers
+    local common="--num_epoch ${EPOCHS:-200} --output_dir runs/cifar10"
+    for seed in $SEEDS; do
+        for workers in 2 0 1 4 8; do
+            train resnext/resnext.py $common --num_worker $workers
+        done
+        train resnext/resnext.py $common --loader device
+        train resnext/resnext.py $common --half_precision
+        train resnext/resnext.py $common --true_fp32
+        for batch in 128 512 896; do
+            [ $batch = 128 ] || train resnext/resnext.py $common --batch_size $batch
+            for policy in chain block nested; do
+                train resnext/resnext_checkpoint.py $common --batch_size $batch --policy $policy
+            done
+        done
     done
-    run $out/resnext_device_128.json resnext/resnext.py $common --loader device
-    run $out/resnext_2_worker_128_fp16.json resnext/resnext.py $common --half_precision
-    for batch in 128 512 896; do
-        run $out/resnext_2_worker_$batch.json resnext/resnext.py $common --batch_size $batch
-        run $out/resnext_2_worker_${batch}_checkpoint.json resnext/resnext_checkpoint.py $common --batch_size $batch
-        run $out/resnext_2_worker_${batch}_checkpoint_block.json resnext/resnext_checkpoint.py $common --batch_size $batch --policy block
-        run $out/resnext_2_worker_${batch}_checkpoint_nested.json resnext/resnext_checkpoint.py $common --batch_size $batch --policy nested
+}
+
+# samples PERCENT: candidates and samples of a share of the embedded text. The rest of the job is done in their folder,
+# since main.py writes below ./cache.
+samples() {
+    show mkdir -p "runs/simcls/$1_percent"
+    show cd "runs/simcls/$1_percent"
+    simcls=../../../SimCLS
+    show python3 $simcls/gen_candidate.py --generator_name $simcls/demo --dataset_name sample --dataset_percent "$1" \
+        --num_cands 8 --cand_gen_batch 32
+    for split in train val test; do
+        once samples/$split/0.json python3 $simcls/preprocess.py --src_dir candidates/SimCLS_demo_8 \
+            --tgt_dir samples/$split --split $split --cand_num 8
     done
-    python3 resnext/summary.py $out
+}
+
+# The whole chain once; the test split is not cut.
+chain() (
+    samples $short_percent
+    seed=0
+    train $simcls/main.py --dataset samples --model_type $simcls/demo --run_name short --num_epoch 2 --total_len 96 \
+        --max_len 32 --num_workers 2 $cuda
+    once cache/short/evaluation.json python3 $simcls/evaluate_model.py --generator_name $simcls/demo --num_cands 8 \
+        --cand_gen_batch 32 --scorer_path cache/short/scorer.bin
+)
+
+simcls() (
+    samples "${PERCENT:-100}"
+    common="--dataset samples --model_type $simcls/demo --num_epoch ${EPOCHS:-5} $cuda"
+    for seed in $SEEDS; do
+        for workers in 4 0 1 2 8; do
+            train $simcls/main.py $common --num_workers $workers
+        done
+        train $simcls/main.py $common --half_precision
+        train $simcls/main.py $common --use_checkpoint
+    done
+    once cache/simcls_4_worker/evaluation.json python3 $simcls/evaluate_model.py --samples samples/test \
+        --scorer_path cache/simcls_4_worker/scorer.bin
+)
+
+profile() {
+    local small="--model resnext29_2x4d --batch_size 32"
+    [ -z "$cuda" ] || small=
+    show bash reporting/profile.sh runs/profile/resnext resnext/resnext.py --dataset digits $small --output_dir runs/profile
+    show python3 report.py --phases runs/profile/resnext_*_"$STEPS"_steps.json
+    samples $short_percent
+    show bash ../../../reporting/profile.sh ../../profile/simcls $simcls/main.py --dataset samples \
+        --model_type $simcls/demo --total_len 96 $cuda
+    show cd ../../..
+    show python3 report.py --phases runs/simcls/${short_percent}_percent/cache/simcls_4_worker_"$STEPS"_steps/*_steps.json
 }
 
 case "${1:-}" in
-    "") setup; digits ;;
-    test) setup; python3 -m pytest -n 2 "${@:2}" ;;
-    resnext) setup; resnext ;;
-    table) [ -d "${2:-runs/digits}" ] || { echo "run.sh: there is no folder ${2:-runs/digits}" >&2; exit 2; }
-        setup; python3 resnext/summary.py "${2:-runs/digits}" ;;
-    *) echo "run.sh: unknown job '$1'; jobs are: (none) test resnext table" >&2; exit 2 ;;
+    "") setup; digits; chain
+        show python3 report.py --only data-loader mixed-precision checkpointing evaluation
+        echo "bash run.sh report prints all tables" ;;
+    resnext | simcls | profile) setup; "$1" ;;
+    report) setup; show python3 report.py "${@:2}" ;;
+    test) setup; show python3 -m pytest -n 2 "${@:2}" ;;
+    *) echo "run.sh: unknown job '$1'; jobs are: (none) resnext simcls profile report test" >&2; exit 2 ;;
 esac

@@ -25,9 +25,9 @@ def render(folder):
 
 
 def _by_hardware(folder):
-    """{hardware: [record, ...]} of the whole records under `folder`; others are named on stderr."""
+    """{hardware: [record, ...]} of the whole records `folder`/*/*.json; others are named on stderr."""
     found = {}
-    for path in sorted(Path(folder).rglob("*.json")):
+    for path in sorted(Path(folder).glob("*/*.json")):
         try:
             record = json.loads(path.read_bytes())
             found.setdefault(record["machine"]["hardware"], []).append(record | {"benchmark": record["benchmark"]})

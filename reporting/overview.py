@@ -6,6 +6,7 @@ from reporting.records import Run
 from reporting.studies import loading_label, recomputation_label, test_accuracy
 from reporting.tables import CPU_NOTE, hardware, markdown, place, settings
 
+METRICS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 PHASES = ("data load", "data copy", "zero grad", "forward", "backward", "optimizer")
 
 
@@ -123,8 +124,7 @@ def original_study():
         "overall_s": "Overall, s",
         "memory_gb": "Memory, GB",
     }
-    arms = {(128, name): figures for name, figures in published.DATA_LOADER.items()}
-    arms[128, "half precision"] = published.MIXED_PRECISION["fp16"]
+    arms = published.DATA_LOADER | {(128, "half precision"): published.MIXED_PRECISION[128, "fp16"]}
     for (batch_size, policy), figures in published.CHECKPOINTING.items():
         label = "2 workers" if policy == "none" else "nested checkpointing"
         arms[batch_size, label] = arms.get((batch_size, label), {}) | figures
@@ -147,7 +147,7 @@ def _evaluation(record):
         cells = {"Summary": name}
         for metric, interval in metrics.items():
             low, high = 100 * interval["low"], 100 * interval["high"]
-            cells[f"{metric}, %"] = f"{100 * interval['mean']:.2f} ({low:.2f} to {high:.2f})"
+            cells[f"{METRICS[metric]}, %"] = f"{100 * interval['mean']:.2f} ({low:.2f} to {high:.2f})"
         rows.append(cells)
     if record.get("p_value"):
         rows.append({"Summary": "p, SimCLS against the generator"} | _p_values(record["p_value"]))
@@ -156,4 +156,4 @@ def _evaluation(record):
 
 
 def _p_values(values):
-    return {f"{metric}, %": f"{p:.2g}" for metric, p in values.items()}
+    return {f"{METRICS[metric]}, %": f"{p:.2g}" for metric, p in values.items()}

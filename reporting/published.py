@@ -5,21 +5,20 @@ precision must have been TF32 (README). A step there starts when the batch is lo
 """
 
 SETUP = "ResNeXt29_4x64d, CIFAR-10, one A100"
-BATCH_SIZE = 128
+MODEL, DATASET = "resnext29_4x64d", "cifar10"
 
-# Arm of the table -> milliseconds, seconds, 1e9 bytes.
+# (batch size, arm of the table) -> milliseconds, seconds, 1e9 bytes.
 DATA_LOADER = {
-    "2 workers": {"load_ms": 1.6, "step_ms": 104, "epoch_s": 44.5},
-    "0 workers": {"load_ms": 63, "step_ms": 104, "epoch_s": 67.7},
-    "1 worker": {"load_ms": 1.9, "step_ms": 105, "epoch_s": 44.6},
-    "4 workers": {"load_ms": 1.6, "step_ms": 104, "epoch_s": 44.7},
-    "8 workers": {"load_ms": 1.6, "step_ms": 104, "epoch_s": 44.9},
+    (128, "2 workers"): {"load_ms": 1.6, "step_ms": 104, "epoch_s": 44.5},
+    (128, "0 workers"): {"load_ms": 63, "step_ms": 104, "epoch_s": 67.7},
+    (128, "1 worker"): {"load_ms": 1.9, "step_ms": 105, "epoch_s": 44.6},
+    (128, "4 workers"): {"load_ms": 1.6, "step_ms": 104, "epoch_s": 44.7},
+    (128, "8 workers"): {"load_ms": 1.6, "step_ms": 104, "epoch_s": 44.9},
 }
 MIXED_PRECISION = {
-    "single": {"step_ms": 104, "epoch_s": 44.5, "overall_s": 8934},
-    "fp16": {"step_ms": 78, "epoch_s": 33.7, "overall_s": 6744},
+    (128, "single"): {"step_ms": 104, "epoch_s": 44.5, "overall_s": 8934},
+    (128, "fp16"): {"step_ms": 78, "epoch_s": 33.7, "overall_s": 6744},
 }
-# (batch size, policy)
 CHECKPOINTING = {
     (128, "none"): {"optimizer_ms": 28, "step_ms": 104, "epoch_s": 44.5, "overall_s": 8934, "memory_gb": 7.82},
     (128, "nested"): {"optimizer_ms": 34, "step_ms": 152, "epoch_s": 63.5, "overall_s": 12703, "memory_gb": 5.11},

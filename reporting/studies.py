@@ -36,7 +36,8 @@ def loading_arm(run):
         return None
     label = loading_label(run)
     workers = float("inf") if label == "device" else run.arguments["num_worker"]
-    return Arm(label, (workers,), label == "2 workers", _published(run, published.DATA_LOADER, label))
+    figures = _published(run, published.DATA_LOADER, (run.arguments["batch_size"], label))
+    return Arm(label, (workers,), label == "2 workers", figures)
 
 
 def precision_arm(run):
@@ -45,7 +46,7 @@ def precision_arm(run):
     single = run.arguments["half_precision"] is None
     is_baseline = single and not run.arguments.get("true_fp32")
     label = run.precision or "unknown"
-    key = "single" if is_baseline else label
+    key = run.arguments["batch_size"], "single" if is_baseline else label
     return Arm(label, (not single, label), is_baseline, _published(run, published.MIXED_PRECISION, key))
 
 
@@ -53,7 +54,7 @@ def checkpointing_arm(run):
     if run.experiment not in IMAGES:
         return None
     label = recomputation_label(run)
-    figures = published.CHECKPOINTING.get((run.arguments["batch_size"], label), {})
+    figures = _published(run, published.CHECKPOINTING, (run.arguments["batch_size"], label))
     return Arm(label, (-(run.saved_mib() or 0), label), label == "none", figures)
 
 
@@ -72,10 +73,30 @@ def validation_rouge(run):
     return None if None in values else 100 * sum(values) / len(values)
 
 
-def _published(run, figures, label):
-    return figures.get(label, {}) if run.arguments["batch_size"] == published.BATCH_SIZE else {}
+def _published(run, figures, key):
+    """The published figures of the arm `key`, or {} for a run that is not of the original's model and data."""
+    is_same = (run.arguments["model"], run.arguments["dataset"]) == (published.MODEL, published.DATASET)
+    return figures.get(key, {}) if is_same else {}
 
 
+LOAD = (
+    time("Load, ms", Run.load_ms),
+    percent("Load, % of step", Run.load_percent),
+)
+STEP_AND_EPOCH = (
+    time("Step, ms", Run.step_ms),
+    times_baseline("Step, ×", Run.step_ms),
+    time("Epoch, s", Run.epoch_seconds),
+    times_baseline("Epoch, ×", Run.epoch_seconds),
+)
+PEAK = (
+    value("Peak memory, GB", Run.allocated_gb),
+    times_baseline("Peak memory, ×", Run.allocated_gb),
+)
+SAVED = (
+    value("Saved for backward, MiB", Run.saved_mib),
+    times_baseline("Saved, ×", Run.saved_mib),
+)
 A100_STEP = {"A100: step, ms": "step_ms", "A100: epoch, s": "epoch_s"}
 
 DATA_LOADER = Study(
@@ -85,12 +106,8 @@ DATA_LOADER = Study(
     "Loading",
     LOADING,
     (
-        time("Load, ms", Run.load_ms),
-        percent("Load, % of step", Run.load_percent),
-        time("Step, ms", Run.step_ms),
-        times_baseline("Step, ×", Run.step_ms),
-        time("Epoch, s", Run.epoch_seconds),
-        times_baseline("Epoch, ×", Run.epoch_seconds),
+        *LOAD,
+        *STEP_AND_EPOCH,
         percent("Test accuracy, %", test_accuracy),
     ),
     published={"A100: load, ms": "load_ms", **A100_STEP},
@@ -102,10 +119,7 @@ MIXED_PRECISION = Study(
     "Precision",
     PRECISION,
     (
-        time("Step, ms", Run.step_ms),
-        times_baseline("Step, ×", Run.step_ms),
-        time("Epoch, s", Run.epoch_seconds),
-        times_baseline("Epoch, ×", Run.epoch_seconds),
+        *STEP_AND_EPOCH,
         time("Overall, s", Run.overall_seconds),
         times_baseline("Overall, ×", Run.overall_seconds),
         value("Peak memory, GB", Run.allocated_gb),
@@ -123,16 +137,11 @@ CHECKPOINTING = Study(
     RECOMPUTATION,
     (
         time("Optimizer, ms", Run.optimizer_ms),
-        time("Step, ms", Run.step_ms),
-        times_baseline("Step, ×", Run.step_ms),
-        time("Epoch, s", Run.epoch_seconds),
-        times_baseline("Epoch, ×", Run.epoch_seconds),
+        *STEP_AND_EPOCH,
         time("Overall, s", Run.overall_seconds),
-        value("Peak memory, GB", Run.allocated_gb),
-        times_baseline("Peak memory, ×", Run.allocated_gb),
+        *PEAK,
         value("Reserved, GB", Run.reserved_gb),
-        value("Saved for backward, MiB", Run.saved_mib),
-        times_baseline("Saved, ×", Run.saved_mib),
+        *SAVED,
         percent("Saved, % of peak", Run.activation_percent),
         percent("Test accuracy, %", test_accuracy),
     ),
@@ -151,16 +160,10 @@ SIMCLS = Study(
     "Set-up",
     ("num_workers", "half_precision", "use_checkpoint"),
     (
-        time("Load, ms", Run.load_ms),
-        percent("Load, % of step", Run.load_percent),
-        time("Step, ms", Run.step_ms),
-        times_baseline("Step, ×", Run.step_ms),
-        time("Epoch, s", Run.epoch_seconds),
-        times_baseline("Epoch, ×", Run.epoch_seconds),
-        value("Peak memory, GB", Run.allocated_gb),
-        times_baseline("Peak memory, ×", Run.allocated_gb),
-        value("Saved for backward, MiB", Run.saved_mib),
-        times_baseline("Saved, ×", Run.saved_mib),
+        *LOAD,
+        *STEP_AND_EPOCH,
+        *PEAK,
+        *SAVED,
         value("Training loss", Run.last_loss),
         value("Validation ROUGE, %", validation_rouge),
     ),

@@ -1,6 +1,5 @@
 """Bad input to the ResNeXt scripts: one line that says what is wrong, exit code 2, nothing written."""
 
-import json
 import runpy
 import sys
 
@@ -135,31 +134,3 @@ def test_resume_from_what_is_no_state(fails, pictures, tmp_path, content):
     assert "is not a whole training state" in line
     assert state.read_bytes() == before
     assert not (tmp_path / "the-pickle-ran").exists()
-
-
-def test_summary_skips_what_is_no_record(run_script, tmp_path):
-    def record(name, workers, seconds, **facts):
-        phase = {"host_ms": {"median": 10 * seconds}, "device_ms": None}
-        timing = {"steps": 3, "seconds": seconds, "phases": {"data load": phase, "step": phase}}
-        value = {
-            "arguments": {"max_steps": None, "loader": "workers", "num_worker": workers, "batch_size": 8},
-            "precision": "fp32",
-            "saved_activation_bytes": 2**20 * seconds,
-            "epochs": [{"timing": timing, "test_acc": 90.0, "peak_memory": None}],
-            **facts,
-        }
-        (tmp_path / f"{name}.json").write_text(json.dumps(value))
-
-    record("b", 0, 4)
-    record("a", 2, 2)
-    record("c", 2, 1, policy="chain")
-    (tmp_path / "cut.json").write_text('{"epochs": [')
-    result = run_script("resnext/summary.py", tmp_path)
-    assert "cut.json is no whole record; skipped" in result.stderr
-    rows = [line.split(" | ") for line in result.stdout.splitlines()[2:]]
-    assert [row[0] for row in rows] == [
-        "| 2 workers, batch 8", "| 0 workers, batch 8", "| 2 workers, batch 8, checkpointing (chain)"]  # fmt: skip
-    assert [row[5] for row in rows] == ["1.00", "2.00", "0.50"]
-    assert [row[2] for row in rows] == ["20.00", "40.00", "10.00"]
-    (tmp_path / "empty").mkdir()
-    assert "there are no records" in run_script("resnext/summary.py", tmp_path / "empty", code=2).stderr

@@ -1,265 +1,16 @@
-"""The report on hand-made records: what is compared with what, the arithmetic, the README, the figures."""
+"""report.py on folders of records: what it prints, skips, draws, and writes into a README."""
 
-import copy
 import json
 import re
-from pathlib import Path
+import shutil
 
-import numpy as np
 import pytest
+from conftest import ROOT
+from run_records import make_record, make_run, read_table
 
 from harness.command_line import UserError
-from reporting import comparison, overview, published, records, studies, tables
-from reporting.comparison import Sample, number, quantity
+from reporting import records
 from reporting.readme import rewrite
-from reporting.records import Run, combine
-
-PHASES = {"data load": 4.0, "forward": 30.0, "backward": 60.0, "optimizer": 6.0, "step": 100.0}
-ARGUMENTS = {
-    "num_worker": 2, "half_precision": None, "num_epoch": 3, "batch_size": 128, "lr": 0.01, "model": "resnext29_4x64d",
-    "dataset": "cifar10", "data_dir": "data", "loader": "workers", "true_fp32": False, "seed": 0, "output_dir": "here",
-    "resume": False, "max_steps": None, "processes": 1,
-}  # fmt: skip
-DATA_LOADER, MIXED_PRECISION, CHECKPOINTING = studies.DATA_LOADER, studies.MIXED_PRECISION, studies.CHECKPOINTING
-
-
-def make_timing(scale=1.0, device="cuda", seconds=40.0):
-    phases = {}
-    for name, ms in PHASES.items():
-        times = {"median": ms * scale, "p95": 1.5 * ms * scale, "total": 390 * ms * scale}
-        host = {key: value / 2 for key, value in times.items()} if device == "cuda" else times
-        share = times["total"] / (1e3 * seconds * scale)
-        device_ms = times if device == "cuda" else None
-        phases[name] = {"count": 385, "share": share, "host_ms": host, "device_ms": device_ms}
-    return {
-        "seconds": seconds * scale, "steps": 390, "warmup_steps": 5, "unphased_seconds": 0.5 * scale, "phases": phases,
-        "peak_memory": {"allocated_bytes": int(8e9), "reserved_bytes": int(9e9)} if device == "cuda" else None,
-    }  # fmt: skip
-
-
-def make_record(scale=1.0, device="cuda", precision="tf32", experiment="resnext", saved=2**30, acc=90.0, **arguments):
-    """A record in which times are `scale` times those of PHASES, and 40 s an epoch (50 s the first)."""
-    hardware = {"cuda": "NVIDIA A100", "cpu": "AMD EPYC, 2 cores"}[device]
-    epochs = [
-        {
-            "epoch": epoch, "loss": 1 / epoch, "acc": acc - 5 + epoch, "test_acc": acc - 3 + epoch,
-            "samples_per_second": 1000 / scale, "timing": make_timing(scale, device, 50.0 if epoch == 1 else 40.0),
-        }
-        for epoch in (1, 2, 3)
-    ]  # fmt: skip
-    machine = {"device": device, "hardware": hardware, "threads": 2, "versions": {"torch": "2.13.0"}, "date": "today"}
-    return {
-        "format": 1, "experiment": experiment, "name": f"{experiment}_{precision}", "arguments": ARGUMENTS | arguments,
-        "machine": machine, "precision": precision, "saved_activation_bytes": saved, "epochs": epochs,
-    }  # fmt: skip
-
-
-def make_run(*args, **changes):
-    return Run(Path("record.json"), make_record(*args, **changes))
-
-
-def read_table(markdown, number=0):
-    """The `number`th table of a text as [{header: cell}, ...]."""
-    blocks = re.findall(r"(?:^\|.*\n?)+", markdown, flags=re.MULTILINE)
-    lines = [[cell.strip() for cell in line.strip("|").split("|")] for line in blocks[number].strip().split("\n")]
-    return [dict(zip(lines[0], cells, strict=True)) for cells in lines[2:]]
-
-
-def rows_of(study, runs, **options):
-    table = read_table(tables.render(study, runs, **options))
-    return {row[study.arm_header]: row for row in table}
-
-
-# ------------------------------------------------------------------------------------ arithmetic
-
-
-def test_figures_of_a_run():
-    run = make_run(scale=2.0)
-    assert run.step_ms() == 200  # Of the device, not the 100 ms of the host.
-    assert run.load_ms() == 8
-    assert run.load_percent() == pytest.approx(4)
-    assert run.epoch_seconds() == 80  # Without the first epoch's 100 s...
-    assert run.overall_seconds() == 260  # ...which the whole has.
-    assert run.allocated_gb() == 8
-    assert run.reserved_gb() == 9
-    assert run.saved_mib() == 1024
-    assert run.activation_percent() == pytest.approx(100 * 2**30 / 8e9)
-    assert make_run(device="cpu").step_ms() == 100
-    assert make_run(device="cpu").allocated_gb() is None
-
-
-def test_an_epoch_that_was_cut_short_is_no_epoch_time():
-    record = make_record()
-    record["epochs"][2]["timing"] |= {"steps": 10, "seconds": 1.0}  # Resumed in its middle.
-    run = Run(Path("record.json"), record)
-    assert run.epoch_seconds() == 40
-    assert run.overall_seconds() is None
-    record = make_record(max_steps=100)
-    record["epochs"] = [{"epoch": 1, "timing": make_timing()}]  # What --max_steps leaves.
-    assert Run(Path("record.json"), record).epoch_seconds() is None
-    assert Run(Path("record.json"), record).step_ms() == 100
-
-
-def test_combined_epochs():
-    timings = [make_timing(1.0), make_timing(3.0), make_timing(5.0)]
-    timings[2]["phases"]["step"] |= {"count": 0, "device_ms": {"median": None, "p95": None, "total": 100.0}}
-    timings[1]["phases"]["step"]["count"] = 1000
-    step = combine(timings)["phases"]["step"]
-    assert step["count"] == 1385
-    assert step["device_ms"]["median"] == 300  # 385 samples say 100, 1000 say 300.
-    assert step["device_ms"]["total"] == 390 * 100 + 390 * 300 + 100
-    assert step["share"] == pytest.approx(step["device_ms"]["total"] / 1e3 / combine(timings)["seconds"])
-    assert combine([]) is None
-
-
-def test_samples_and_noise():
-    sample = Sample.of([1.0, None, 2.0, 3.0])
-    assert (sample.mean, sample.deviation, sample.n) == (2.0, 1.0, 3)
-    assert Sample.of([None]) is None
-    one = Sample.of([5.0])
-    assert comparison.within_noise(one, one) is None
-    # Welch's t of these is 1.22 (4 degrees of freedom, p 0.29), and 12.2 (p 0.0003).
-    assert comparison.within_noise(Sample.of([2.0, 3.0, 4.0]), sample)
-    assert not comparison.within_noise(Sample.of([11.0, 12.0, 13.0]), sample)
-    # One against three: t = d / (s sqrt(1 + 1/3)); 4.30 is the limit for 2 degrees of freedom.
-    limit = 4.303 * np.sqrt(4 / 3)
-    assert comparison.within_noise(Sample.of([2 + 0.99 * limit]), sample)
-    assert not comparison.within_noise(Sample.of([2 + 1.01 * limit]), sample)
-    assert comparison.ratio(Sample.of([2.0, 3.0, 4.0]), sample) == "1.50, within the noise"
-    assert comparison.ratio(Sample.of([11.0, 12.0, 13.0]), sample) == "6.00"
-    assert comparison.difference(Sample.of([1.0, 2.5]), sample) == "-0.2, within the noise"
-    assert comparison.ratio(sample, None) is None
-
-
-@pytest.mark.parametrize(
-    ("value", "text"),
-    [
-        (0, "0"),
-        (0.00123456, "0.00123"),
-        (1.6, "1.60"),
-        (9.996, "10.0"),
-        (104.2, "104"),
-        (8934, "8930"),
-        (-2.5, "-2.50"),
-    ],
-)
-def test_numbers_have_three_digits(value, text):
-    assert number(value) == text
-
-
-def test_quantities():
-    assert quantity(Sample.of([104.0])) == "104"
-    assert quantity(Sample.of([1.0, 2.0, 3.0])) == "2.00 ± 1.00"
-    assert quantity(Sample.of([97.14, 97.36]), places=1) == "97.2 ± 0.2"
-    assert quantity(None) is None
-
-
-# ------------------------------------------------------------------------- what is compared with what
-
-
-def test_data_loader_table():
-    runs = [make_run(), make_run(1.5, num_worker=0), make_run(0.9, loader="device"), make_run(1.0, num_worker=1)]
-    rows = rows_of(DATA_LOADER, runs)
-    assert list(rows) == ["2 workers (baseline)", "0 workers", "1 worker", "device"]
-    assert rows["0 workers"]["Step, ms"] == "150"
-    assert rows["0 workers"]["Step, ×"] == "1.50"
-    assert rows["0 workers"]["Epoch, s"] == "60.0"
-    assert rows["0 workers"]["A100: load, ms"] == "63"
-    assert rows["device"]["A100: load, ms"] == "–"
-    assert rows["device"]["Load, % of step"] == "4.0"
-
-
-def test_mixed_precision_table():
-    half = [make_run(0.7 + 0.01 * seed, precision="fp16", half_precision="float16", seed=seed) for seed in range(3)]
-    rows = rows_of(MIXED_PRECISION, [make_run(), *half, make_run(1.6, precision="fp32", true_fp32=True)])
-    assert list(rows) == ["tf32 (baseline)", "fp32", "fp16"]
-    assert (rows["fp16"]["Runs"], rows["fp16"]["Step, ms"]) == ("3", "71.0 ± 1.0")
-    assert rows["fp16"]["Step, ×"] == "0.71"
-    assert rows["fp16"]["A100: overall, s"] == "6744"
-    assert rows["fp32"]["A100: step, ms"] == "–"  # The original never ran it.
-
-
-def test_checkpointing_table_has_a_baseline_for_each_batch_size():
-    redo = {"experiment": "resnext_checkpoint", "memory_budget": None}
-    runs = [
-        make_run(),
-        make_run(1.4, saved=2**29, policy="nested", **redo),
-        make_run(1.1, saved=2**28, **(redo | {"policy": "chain", "memory_budget": 0.25})),
-        make_run(4.0, saved=2**32, batch_size=512),
-        make_run(4.4, saved=2**31, batch_size=512, policy="chain", **redo),
-        make_run(9.0, saved=2**32, batch_size=896, policy="nested", **redo),
-    ]
-    table = read_table(tables.render(CHECKPOINTING, runs))
-    rows = {(row["Batch size"], row["Redone in backward"]): row for row in table}
-    assert list(rows) == [
-        ("128", "none (baseline)"), ("128", "nested"), ("128", "budget 0.25"),
-        ("512", "none (baseline)"), ("512", "chain"), ("896", "nested"),
-    ]  # fmt: skip
-    assert rows["128", "nested"]["Step, ×"] == "1.40"
-    assert rows["128", "budget 0.25"]["Saved, ×"] == "0.25"
-    assert rows["512", "chain"]["Step, ×"] == "1.10"  # Of the plain run at 512.
-    assert rows["896", "nested"]["Step, ×"] == "–"  # There is none at 896.
-    assert rows["896", "nested"]["A100: optimizer, ms"] == "560"
-    assert rows["128", "none (baseline)"]["A100: memory, GB"] == "7.82"
-    assert rows["128", "nested"]["Saved, % of peak"] == "6.7"
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [{"device": "cpu"}, {"model": "resnext29_2x16d"}, {"dataset": "digits"}, {"batch_size": 64}, {"lr": 0.1}],
-)
-def test_what_differs_elsewhere_is_not_compared(changes):
-    """A slow run on other hardware, or of another model, data, batch or setting, is no baseline and no arm."""
-    runs = [make_run(), make_run(0.5, num_worker=8), make_run(7.0, num_worker=0, **changes)]
-    markdown = tables.render(DATA_LOADER, runs)
-    assert [row["Loading"] for row in read_table(markdown)] == ["2 workers (baseline)", "8 workers"]
-    assert "0 workers" not in markdown
-    both = tables.render(DATA_LOADER, [*runs, make_run(3.5, **changes)])
-    rows = [{row["Loading"]: row["Step, ×"] for row in read_table(both, number)} for number in range(2)]
-    assert {"2 workers (baseline)": "1.00", "8 workers": "0.50"} in rows
-    assert {"2 workers (baseline)": "1.00", "0 workers": "2.00"} in rows
-
-
-def test_times_of_a_cpu_can_be_left_out():
-    runs = [make_run(device="cpu"), make_run(1.5, device="cpu", num_worker=0)]
-    everything, ratios = rows_of(DATA_LOADER, runs), rows_of(DATA_LOADER, runs, with_cpu_times=False)
-    assert everything["0 workers"]["Step, ms"] == "150"
-    assert "Step, ms" not in ratios["0 workers"]
-    assert ratios["0 workers"]["Step, ×"] == "1.50"
-    on_gpu = rows_of(DATA_LOADER, [make_run(), make_run(1.5, num_worker=0)], with_cpu_times=False)
-    assert on_gpu["0 workers"]["Step, ms"] == "150"
-    assert "Step, ms" not in overview.step_phases(runs, with_cpu_times=False)
-    assert "Epoch, s" not in overview.every_run(runs, with_cpu_times=False)
-
-
-def test_simcls_table():
-    names = {"num_worker": None, "loader": None, "num_workers": 4, "use_checkpoint": False, "model_type": "demo"}
-    runs = [
-        make_run(experiment="simcls", **names),
-        make_run(0.5, experiment="simcls", precision="fp16", **names | {"half_precision": "float16"}),
-        make_run(1.2, saved=2**29, experiment="simcls", **names | {"use_checkpoint": True}),
-        make_run(1.3, experiment="simcls", **names | {"num_workers": 0}),
-    ]
-    for run in runs:
-        run.epochs[-1].update({"val_rouge1": 0.4, "val_rouge2": 0.2, "val_rougeL": 0.3})
-    rows = rows_of(studies.SIMCLS, runs)
-    assert list(rows) == ["4 workers (baseline)", "0 workers", "4 workers, fp16", "4 workers, recomputation"]
-    assert rows["4 workers, fp16"]["Step, ×"] == "0.50"
-    assert rows["4 workers, recomputation"]["Saved, ×"] == "0.50"
-    assert rows["0 workers"]["Validation ROUGE, %"] == "30.0"
-
-
-def test_the_originals_figures_stay_as_published():
-    before = copy.deepcopy((published.DATA_LOADER, published.MIXED_PRECISION, published.CHECKPOINTING))
-    table = read_table(overview.original_study())
-    assert {row["Arm"]: row for row in table if row["Batch"] == "128"}["2 workers"] == {
-        "Arm": "2 workers", "Batch": "128", "Load, ms": "1.6", "Optimizer, ms": "28", "Step, ms": "104",
-        "Epoch, s": "44.5", "Overall, s": "8934", "Memory, GB": "7.82",
-    }  # fmt: skip
-    assert before == (published.DATA_LOADER, published.MIXED_PRECISION, published.CHECKPOINTING)
-
-
-# -------------------------------------------------------------------------------- files and the command
 
 
 @pytest.fixture
@@ -367,6 +118,11 @@ def test_a_deleted_record_takes_its_row_and_nothing_else(call_report, run_folder
     assert section(after.out, "Activation checkpointing") == section(before, "Activation checkpointing")
 
 
+def test_only_some_tables(call_report, run_folder):
+    output = call_report(run_folder, "--only", "checkpointing", "data-loader").out
+    assert re.findall(r"^## (.*)", output, flags=re.MULTILINE) == ["Activation checkpointing", "Data loader"]
+
+
 def test_no_records_is_no_failure(call_report, tmp_path):
     (tmp_path / "runs").mkdir()
     result = call_report(tmp_path / "runs")
@@ -403,6 +159,24 @@ def test_readme_is_rewritten_between_its_markers_only(call_report, run_folder, t
     # Without what lies between the markers it is as it was.
     inside = r"(<!-- report:(\S+) -->).*?(<!-- /report:\2 -->)"
     assert re.sub(inside, r"\1\3", new, flags=re.DOTALL) == re.sub(inside, r"\1\3", text, flags=re.DOTALL)
+
+
+def test_this_repositorys_readme(monkeypatch, capsys, tmp_path):
+    """Its tables come from the committed records, twice the same, and the figures that it shows are there."""
+    import report
+
+    readme = tmp_path / "README.md"
+    shutil.copy(ROOT / "README.md", readme)
+    monkeypatch.setattr("sys.argv", ["report.py", "--image_dir", str(tmp_path), "--readme", str(readme)])
+    report.main()
+    first = readme.read_bytes()
+    report.main()
+    assert readme.read_bytes() == first
+    said = capsys.readouterr().err
+    assert "skipped" not in said
+    assert "as it is" not in said
+    for path in re.findall(r"\]\((\w[^):#]*)\)", first.decode()):
+        assert (ROOT / path).exists(), path
 
 
 @pytest.mark.parametrize(

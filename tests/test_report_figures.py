@@ -1,0 +1,92 @@
+"""The arithmetic of the report: the figures of one run, samples, noise, and how numbers are written."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from run_records import make_record, make_run, make_timing
+
+from reporting import comparison
+from reporting.comparison import Sample, number, quantity
+from reporting.records import Run, combine
+
+
+def test_figures_of_a_run():
+    run = make_run(scale=2.0)
+    assert run.step_ms() == 200  # Of the device, not the 100 ms of the host.
+    assert run.load_ms() == 8
+    assert run.load_percent() == pytest.approx(4)
+    assert run.epoch_seconds() == 80  # Without the first epoch's 100 s...
+    assert run.overall_seconds() == 260  # ...which the whole has.
+    assert run.allocated_gb() == 8
+    assert run.reserved_gb() == 9
+    assert run.saved_mib() == 1024
+    assert run.activation_percent() == pytest.approx(100 * 2**30 / 8e9)
+    assert make_run(device="cpu").step_ms() == 100
+    assert make_run(device="cpu").allocated_gb() is None
+
+
+def test_an_epoch_that_was_cut_short_is_no_epoch_time():
+    record = make_record()
+    record["epochs"][2]["timing"] |= {"steps": 10, "seconds": 1.0}  # Resumed in its middle.
+    run = Run(Path("record.json"), record)
+    assert run.epoch_seconds() == 40
+    assert run.overall_seconds() is None
+    record = make_record(max_steps=100)
+    record["epochs"] = [{"epoch": 1, "timing": make_timing()}]  # What --max_steps leaves.
+    assert Run(Path("record.json"), record).epoch_seconds() is None
+    assert Run(Path("record.json"), record).step_ms() == 100
+
+
+def test_combined_epochs():
+    timings = [make_timing(1.0), make_timing(3.0), make_timing(5.0)]
+    timings[2]["phases"]["step"] |= {"count": 0, "device_ms": {"median": None, "p95": None, "total": 100.0}}
+    timings[1]["phases"]["step"]["count"] = 1000
+    step = combine(timings)["phases"]["step"]
+    assert step["count"] == 1385
+    assert step["device_ms"]["median"] == 300  # 385 samples say 100, 1000 say 300.
+    assert step["device_ms"]["total"] == 390 * 100 + 390 * 300 + 100
+    assert step["share"] == pytest.approx(step["device_ms"]["total"] / 1e3 / combine(timings)["seconds"])
+    assert combine([]) is None
+
+
+def test_samples_and_noise():
+    sample = Sample.of([1.0, None, 2.0, 3.0])
+    assert (sample.mean, sample.deviation, sample.n) == (2.0, 1.0, 3)
+    assert Sample.of([None]) is None
+    one = Sample.of([5.0])
+    assert comparison.within_noise(one, one) is None
+    # Welch's t of these is 1.22 (4 degrees of freedom, p 0.29), and 12.2 (p 0.0003).
+    assert comparison.within_noise(Sample.of([2.0, 3.0, 4.0]), sample)
+    assert not comparison.within_noise(Sample.of([11.0, 12.0, 13.0]), sample)
+    # One against three: t = d / (s sqrt(1 + 1/3)); 4.30 is the limit for 2 degrees of freedom.
+    limit = 4.303 * np.sqrt(4 / 3)
+    assert comparison.within_noise(Sample.of([2 + 0.99 * limit]), sample)
+    assert not comparison.within_noise(Sample.of([2 + 1.01 * limit]), sample)
+    assert comparison.ratio(Sample.of([2.0, 3.0, 4.0]), sample) == "1.50, within the noise"
+    assert comparison.ratio(Sample.of([11.0, 12.0, 13.0]), sample) == "6.00"
+    assert comparison.difference(Sample.of([1.0, 2.5]), sample) == "-0.2, within the noise"
+    assert comparison.ratio(sample, None) is None
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0, "0"),
+        (0.00123456, "0.00123"),
+        (1.6, "1.60"),
+        (9.996, "10.0"),
+        (104.2, "104"),
+        (8934, "8930"),
+        (-2.5, "-2.50"),
+    ],
+)
+def test_numbers_have_three_digits(value, text):
+    assert number(value) == text
+
+
+def test_quantities():
+    assert quantity(Sample.of([104.0])) == "104"
+    assert quantity(Sample.of([1.0, 2.0, 3.0])) == "2.00 ± 1.00"
+    assert quantity(Sample.of([97.14, 97.36]), places=1) == "97.2 ± 0.2"
+    assert quantity(None) is None

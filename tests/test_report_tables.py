@@ -1,0 +1,117 @@
+"""The tables of the report on hand-made records: what is compared with what, and the published figures."""
+
+import copy
+
+import pytest
+from run_records import make_run, read_table, rows_of
+
+from reporting import overview, published, studies, tables
+from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION
+
+
+def test_data_loader_table():
+    runs = [make_run(), make_run(1.5, num_worker=0), make_run(0.9, loader="device"), make_run(1.0, num_worker=1)]
+    rows = rows_of(DATA_LOADER, runs)
+    assert list(rows) == ["2 workers (baseline)", "0 workers", "1 worker", "device"]
+    assert rows["0 workers"]["Step, ms"] == "150"
+    assert rows["0 workers"]["Step, ×"] == "1.50"
+    assert rows["0 workers"]["Epoch, s"] == "60.0"
+    assert rows["0 workers"]["A100: load, ms"] == "63"
+    assert rows["device"]["A100: load, ms"] == "–"
+    assert rows["device"]["Load, % of step"] == "4.0"
+
+
+@pytest.mark.parametrize("changes", [{"model": "resnext29_2x4d"}, {"dataset": "digits"}, {"batch_size": 64}])
+def test_published_figures_stand_beside_the_same_experiment_alone(changes):
+    rows = rows_of(DATA_LOADER, [make_run(**changes), make_run(num_worker=0, **changes)])
+    assert not [header for header in rows["0 workers"] if "A100" in header]
+
+
+def test_mixed_precision_table():
+    half = [make_run(0.7 + 0.01 * seed, precision="fp16", half_precision="float16", seed=seed) for seed in range(3)]
+    rows = rows_of(MIXED_PRECISION, [make_run(), *half, make_run(1.6, precision="fp32", true_fp32=True)])
+    assert list(rows) == ["tf32 (baseline)", "fp32", "fp16"]
+    assert (rows["fp16"]["Runs"], rows["fp16"]["Step, ms"]) == ("3", "71.0 ± 1.0")
+    assert rows["fp16"]["Step, ×"] == "0.71"
+    assert rows["fp16"]["A100: overall, s"] == "6744"
+    assert rows["fp32"]["A100: step, ms"] == "–"  # The original never ran it.
+
+
+def test_checkpointing_table_has_a_baseline_for_each_batch_size():
+    redo = {"experiment": "resnext_checkpoint", "memory_budget": None}
+    runs = [
+        make_run(),
+        make_run(1.4, saved=2**29, policy="nested", **redo),
+        make_run(1.1, saved=2**28, **(redo | {"policy": "chain", "memory_budget": 0.25})),
+        make_run(4.0, saved=2**32, batch_size=512),
+        make_run(4.4, saved=2**31, batch_size=512, policy="chain", **redo),
+        make_run(9.0, saved=2**32, batch_size=896, policy="nested", **redo),
+    ]
+    table = read_table(tables.render(CHECKPOINTING, runs))
+    rows = {(row["Batch size"], row["Redone in backward"]): row for row in table}
+    assert list(rows) == [
+        ("128", "none (baseline)"), ("128", "nested"), ("128", "budget 0.25"),
+        ("512", "none (baseline)"), ("512", "chain"), ("896", "nested"),
+    ]  # fmt: skip
+    assert rows["128", "nested"]["Step, ×"] == "1.40"
+    assert rows["128", "budget 0.25"]["Saved, ×"] == "0.25"
+    assert rows["512", "chain"]["Step, ×"] == "1.10"  # Of the plain run at 512.
+    assert rows["896", "nested"]["Step, ×"] == "–"  # There is none at 896.
+    assert rows["896", "nested"]["A100: optimizer, ms"] == "560"
+    assert rows["128", "none (baseline)"]["A100: memory, GB"] == "7.82"
+    assert rows["128", "nested"]["Saved, % of peak"] == "6.7"
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"device": "cpu"}, {"model": "resnext29_2x16d"}, {"dataset": "digits"}, {"batch_size": 64}, {"lr": 0.1}],
+)
+def test_what_differs_elsewhere_is_not_compared(changes):
+    """A slow run on other hardware, or of another model, data, batch or setting, is no baseline and no arm."""
+    runs = [make_run(), make_run(0.5, num_worker=8), make_run(7.0, num_worker=0, **changes)]
+    markdown = tables.render(DATA_LOADER, runs)
+    assert [row["Loading"] for row in read_table(markdown)] == ["2 workers (baseline)", "8 workers"]
+    assert "0 workers" not in markdown
+    both = tables.render(DATA_LOADER, [*runs, make_run(3.5, **changes)])
+    rows = [{row["Loading"]: row["Step, ×"] for row in read_table(both, number)} for number in range(2)]
+    assert {"2 workers (baseline)": "1.00", "8 workers": "0.50"} in rows
+    assert {"2 workers (baseline)": "1.00", "0 workers": "2.00"} in rows
+
+
+def test_times_of_a_cpu_can_be_left_out():
+    runs = [make_run(device="cpu"), make_run(1.5, device="cpu", num_worker=0)]
+    everything, ratios = rows_of(DATA_LOADER, runs), rows_of(DATA_LOADER, runs, with_cpu_times=False)
+    assert everything["0 workers"]["Step, ms"] == "150"
+    assert "Step, ms" not in ratios["0 workers"]
+    assert ratios["0 workers"]["Step, ×"] == "1.50"
+    on_gpu = rows_of(DATA_LOADER, [make_run(), make_run(1.5, num_worker=0)], with_cpu_times=False)
+    assert on_gpu["0 workers"]["Step, ms"] == "150"
+    assert "Step, ms" not in overview.step_phases(runs, with_cpu_times=False)
+    assert "Epoch, s" not in overview.every_run(runs, with_cpu_times=False)
+
+
+def test_simcls_table():
+    names = {"num_worker": None, "loader": None, "num_workers": 4, "use_checkpoint": False, "model_type": "demo"}
+    runs = [
+        make_run(experiment="simcls", **names),
+        make_run(0.5, experiment="simcls", precision="fp16", **names | {"half_precision": "float16"}),
+        make_run(1.2, saved=2**29, experiment="simcls", **names | {"use_checkpoint": True}),
+        make_run(1.3, experiment="simcls", **names | {"num_workers": 0}),
+    ]
+    for run in runs:
+        run.epochs[-1].update({"val_rouge1": 0.4, "val_rouge2": 0.2, "val_rougeL": 0.3})
+    rows = rows_of(studies.SIMCLS, runs)
+    assert list(rows) == ["4 workers (baseline)", "0 workers", "4 workers, fp16", "4 workers, recomputation"]
+    assert rows["4 workers, fp16"]["Step, ×"] == "0.50"
+    assert rows["4 workers, recomputation"]["Saved, ×"] == "0.50"
+    assert rows["0 workers"]["Validation ROUGE, %"] == "30.0"
+
+
+def test_the_originals_figures_stay_as_published():
+    before = copy.deepcopy((published.DATA_LOADER, published.MIXED_PRECISION, published.CHECKPOINTING))
+    table = read_table(overview.original_study())
+    assert {row["Arm"]: row for row in table if row["Batch"] == "128"}["2 workers"] == {
+        "Arm": "2 workers", "Batch": "128", "Load, ms": "1.6", "Optimizer, ms": "28", "Step, ms": "104",
+        "Epoch, s": "44.5", "Overall, s": "8934", "Memory, GB": "7.82",
+    }  # fmt: skip
+    assert before == (published.DATA_LOADER, published.MIXED_PRECISION, published.CHECKPOINTING)

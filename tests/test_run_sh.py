@@ -1,0 +1,110 @@
+"""run.sh: its jobs, the commands that they print, and what is not done twice."""
+
+import argparse
+import importlib
+import os
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+
+def run_job(*words, code=0, folder=ROOT, **environment):
+    """`bash run.sh WORDS` in `folder`: its lines on stdout, or on stderr when it is to fail."""
+    command = [shutil.which("bash"), str(folder / "run.sh"), *words]
+    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=60)
+    assert result.returncode == code, result.stderr
+    return (result.stderr if code else result.stdout).splitlines()
+
+
+def test_an_unknown_job_is_one_line():
+    (line,) = run_job("nonsense", code=2)
+    assert "nonsense" in line
+    assert "simcls" in line
+
+
+class Parsed(Exception):
+    """The arguments of a script are right."""
+
+
+@pytest.fixture
+def check_arguments(monkeypatch):
+    """check_arguments(script, words): parse them as the script does, which exits when they are wrong."""
+    parse_args = argparse.ArgumentParser.parse_args
+
+    def parse(parser):
+        parse_args(parser)
+        raise Parsed
+
+    def check(script, words):
+        monkeypatch.setattr("sys.argv", [script, *words])
+        with pytest.raises(Parsed):
+            importlib.import_module(Path(script).stem).main()
+
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", parse)
+    return check
+
+
+@pytest.mark.parametrize("job", ["", "resnext", "simcls", "profile", "report"])
+def test_every_command_has_arguments_that_its_script_takes(job, check_arguments):
+    commands = [shlex.split(line[2:]) for line in run_job(*job.split(), DRY="1") if line.startswith("$ ")]
+    assert commands
+    for words in commands:
+        scripts = [place for place, word in enumerate(words) if word.endswith(".py")]
+        for place in scripts:
+            assert (ROOT / words[place].replace("../", "")).is_file()
+            check_arguments(words[place], words[place + 1 :])
+
+
+def test_the_scorer_has_seven_set_ups():
+    trained = [line for line in run_job("simcls", DRY="1", EPOCHS="3", SEEDS="0 1") if "/main.py" in line]
+    assert len(trained) == len(set(trained)) == 14
+    assert sum("--seed 1" in line for line in trained) == 7
+    assert all("--num_epoch 3" in line for line in trained)
+
+
+@pytest.fixture
+def copy_of_run_sh(tmp_path):
+    """A folder with run.sh, and an environment in which python writes down its arguments to calls.txt, and no more."""
+    shutil.copy(ROOT / "run.sh", tmp_path)
+    (tmp_path / "requirements.txt").touch()
+    (tmp_path / ".venv" / "bin").mkdir(parents=True)
+    (tmp_path / ".venv" / "installed").touch()
+    for name in ("python", "python3"):
+        (tmp_path / ".venv" / "bin" / name).write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls.txt\n')
+        (tmp_path / ".venv" / "bin" / name).chmod(0o755)
+    return tmp_path
+
+
+def test_what_is_finished_is_not_done_again(copy_of_run_sh):
+    finished = copy_of_run_sh / "runs" / "simcls" / "100_percent" / "samples" / "train" / "0.json"
+    finished.parent.mkdir(parents=True)
+    finished.touch()
+    calls = copy_of_run_sh / "calls.txt"
+    lines = run_job("simcls", folder=copy_of_run_sh)
+    assert "# samples/train/0.json is there (AGAIN=1 makes it again)" in lines
+    made = calls.read_text()
+    assert "--split train" not in made
+    assert "--split val" in made
+    assert made.count("main.py") == made.count("--resume") == 7
+    calls.unlink()
+    run_job("simcls", folder=copy_of_run_sh, AGAIN="1")
+    made = calls.read_text()
+    assert "--split train" in made
+    assert made.count("main.py") == 7
+    assert "--resume" not in made
+
+
+def test_a_failing_run_ends_the_job(copy_of_run_sh):
+    (copy_of_run_sh / ".venv" / "bin" / "python3").write_text("#!/bin/sh\nexit 2\n")
+    assert run_job("resnext", folder=copy_of_run_sh, code=2) == []
+
+
+def test_an_old_python_is_one_line(copy_of_run_sh):
+    (copy_of_run_sh / "old").write_text("#!/bin/sh\nexit 1\n")
+    (copy_of_run_sh / "old").chmod(0o755)
+    (line,) = run_job("report", folder=copy_of_run_sh, code=2, PYTHON=str(copy_of_run_sh / "old"))
+    assert "older than 3.11" in line
