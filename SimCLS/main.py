@@ -115,7 +115,8 @@ def train(args, world, precision, run):
                             break
                 timing = phase.end_epoch()
             bar.close()
-            run.facts["saved_activation_bytes"] = saved.bytes
+            if saved.bytes is not None:
+                run.facts.setdefault("saved_activation_bytes", saved.bytes)  # Of the run's first batch.
             if phase.steps_done == args.max_steps:
                 run.finish_profiling(timing)
                 return

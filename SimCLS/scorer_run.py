@@ -71,6 +71,9 @@ class ScorerRun(Run):
         self._watch = CollapseWatch(args.margin)
         self._log = self._board = None
 
+    def temporary_files(self):
+        return self.folder.glob(".*.tmp")  # The folder is this run's alone.
+
     def state_dict(self):
         history = {"validations": self.validations, "losses": self.losses, "best": self.best}
         return history | {"watch": self._watch.state_dict(), "collapsed": self.facts.get("collapsed", [])}

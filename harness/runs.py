@@ -43,10 +43,13 @@ class Run:
         except OSError as error:
             raise UserError(f"cannot make the output folder {self.folder}: {error.strerror}; name another") from None
         with output_lock(self.path(".lock")):
-            # What a killed run was writing; no other has this name.
-            for abandoned in self.folder.glob(f".{self.name}.*.tmp"):
+            for abandoned in self.temporary_files():
                 abandoned.unlink()
             yield
+
+    def temporary_files(self):
+        """The Paths of what a killed run of this name was writing."""
+        return self.folder.glob(f".{self.name}.*.tmp")
 
     @property
     def finished(self):
