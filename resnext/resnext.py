@@ -85,7 +85,7 @@ def train(args, world, precision, run):
                 timing = phase.end_epoch()
             bar.close()
             if saved.bytes is not None:
-                run.facts["saved_activation_bytes"] = saved.bytes
+                run.facts.setdefault("saved_activation_bytes", saved.bytes)
             if phase.steps_done == args.max_steps:
                 run.finish_profiling(timing)
                 return

@@ -113,7 +113,7 @@ def train(args, world, precision, run):
                 timing = phase.end_epoch()
             bar.close()
             if saved.bytes is not None:
-                run.facts["saved_activation_bytes"] = saved.bytes
+                run.facts.setdefault("saved_activation_bytes", saved.bytes)
                 if args.memory_budget and epoch == first_epoch:
                     world.say(f"measured: {saved.bytes / 2**20:.1f} MiB kept for backward{peak_line(device)}")
             if phase.steps_done == args.max_steps:
