@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch.utils.data import Dataset
 
 from harness import torchvision_compat  # noqa: F401  (before torchvision)
@@ -188,54 +189,65 @@ class AugmentedImages(Dataset):
 class DeviceImages:
     """Loads and augments whole batches on `device`, where all training pictures lie as uint8.
 
-    Iterating yields (float32 [n, 3, 32, 32], int64 [n]) on the device, in the order of the EpochBatches `batches`,
-    with the pixels that AugmentedImages gives. memory_format: the layout of the batches.
+    Iterating yields (`dtype` [n, 3, 32, 32] in `memory_format`, int64 [n]) on the device, in the order of the
+    EpochBatches `batches`, with the pixels that AugmentedImages gives.
     """
 
-    def __init__(self, data, seed, batches, device, memory_format=torch.contiguous_format):
-        self.images = torch.from_numpy(data.train_images).to(device)
+    def __init__(self, data, seed, batches, device, memory_format=torch.contiguous_format, dtype=torch.float32):
+        padded = F.pad(torch.from_numpy(data.train_images).permute(0, 3, 1, 2), [PADDING] * 4)
+        # A mirrored crop is a crop of the mirrored picture. With these at hand, augmenting is one gather of windows.
+        pictures = torch.cat([padded, padded.flip(3)]) if data.flip else padded
+        pictures = pictures.contiguous(memory_format=memory_format).to(device)
+        self.windows = pictures.unfold(2, SIZE, 1).unfold(3, SIZE, 1)  # A view [pictures, 3, top, left, 32, 32].
         self.labels = torch.from_numpy(data.train_labels).to(device)
-        # One look-up replaces scaling and normalising; its entries are what the worker loader computes.
-        levels = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
-        self.normalised = normalise(levels, *data.statistics())[:, 0].to(device)  # [3, 256]
+        # As large as a picture: on a CPU, broadcasting over the last of NHWC's dimensions is slow.
+        self.mean, self.std = (
+            torch.from_numpy(each)[:, None, None]
+            .expand(1, 3, SIZE, SIZE)
+            .contiguous(memory_format=memory_format)
+            .to(device)
+            for each in data.statistics()
+        )
         self.flip, self.seed, self.batches = data.flip, seed, batches
-        self.device, self.memory_format = device, memory_format
+        self.device, self.dtype = device, dtype
+
+    @staticmethod
+    def bytes_needed(data):
+        return len(data.train_labels) * 3 * (SIZE + 2 * PADDING) ** 2 * (2 if data.flip else 1)
 
     def __len__(self):
         return len(self.batches)
 
     def __iter__(self):
         # One copy of an epoch's order and offsets; after it, the host only enqueues.
-        order = self.batches.order()
-        drawn = augmentation(self.seed, self.batches.epoch, np.arange(len(order)), self.flip)
-        top, left, mirrored = (torch.from_numpy(values).to(self.device) for values in drawn)
         shares = list(self.batches.batches())
-        positions = torch.from_numpy(np.concatenate(shares)).to(self.device)
-        for index in positions.split([len(share) for share in shares]):
-            yield self.augment(index, top[index], left[index], mirrored[index]), self.labels[index]
+        index = np.concatenate(shares) if shares else np.empty(0, dtype=np.int64)
+        top, left, mirrored = augmentation(self.seed, self.batches.epoch, index, self.flip)
+        epoch = torch.from_numpy(np.stack([index, top, left, mirrored])).to(self.device)
+        for index, top, left, mirrored in (part.unbind() for part in epoch.split([len(share) for share in shares], 1)):
+            yield self.augment(index, top, left, mirrored), self.labels[index]
 
     def augment(self, index, top, left, mirrored):
-        """Pictures `index` int64 [n], cropped at `top` and `left` int64 [n], `mirrored` bool [n], normalised:
-        float32 [n, 3, 32, 32]."""
-        steps = torch.arange(SIZE, device=self.device)
-        rows = top[:, None] + steps - PADDING
-        columns = torch.where(mirrored[:, None], SIZE - 1 - steps, steps) + left[:, None] - PADDING
-        inside = ((rows >= 0) & (rows < SIZE))[:, :, None] & ((columns >= 0) & (columns < SIZE))[:, None, :]
-        pixels = self.images[
-            index[:, None, None], rows.clamp(0, SIZE - 1)[:, :, None], columns.clamp(0, SIZE - 1)[:, None, :]
-        ]
-        pixels = pixels * inside[..., None]  # The padding is black.
-        batch = torch.stack([table[pixels[..., c].long()] for c, table in enumerate(self.normalised)], dim=1)
-        return batch.contiguous(memory_format=self.memory_format)
+        """Pictures `index`, cropped at `top` and `left`, mirrored where `mirrored` is 1, normalised.
+
+        All int64 [n]; left is counted in the picture before mirroring. Returns `dtype` [n, 3, 32, 32].
+        """
+        left = torch.where(mirrored.bool(), 2 * PADDING - left, left)
+        pixels = self.windows[index + mirrored * len(self.labels), :, top, left]
+        return pixels.float().mul_(1 / 255).sub_(self.mean).div_(self.std).to(self.dtype)  # normalise(), in place.
 
 
-def training_loader(kind, data, seed, batches, num_workers, device, say=print):
-    """The loader of training batches: kind "workers" or "device"; falls back to workers where the device is full."""
+def training_loader(kind, data, seed, batches, num_workers, device, say=print, **layout):
+    """The loader of training batches: kind "workers" or "device"; falls back to workers where the device is full.
+
+    layout: memory_format and dtype, in which the device loader makes its batches; the worker loader knows one.
+    """
     if kind == "device":
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
-        if data.train_images.nbytes <= free / 2:
-            return DeviceImages(data, seed, batches, device)
-        say(f"the {data.train_images.nbytes / 1e9:.1f} GB of pictures do not fit on the device; loading by workers")
+        needed = DeviceImages.bytes_needed(data)
+        if needed <= free / 2:
+            return DeviceImages(data, seed, batches, device, **layout)
+        say(f"the {needed / 1e9:.1f} GB of pictures do not fit on the device; loading by workers")
     return worker_loader(AugmentedImages(data, seed), batches, num_workers, device)
 
 

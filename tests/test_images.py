@@ -64,6 +64,19 @@ def test_pixels_are_torchvisions_for_given_offsets_and_flips():
             assert label == data.train_labels[index] == dataset[2, int(index)][1]
 
 
+@pytest.mark.parametrize("flip", [True, False])
+def test_device_loading_in_the_layout_and_type_of_the_model_has_the_same_pixels(flip):
+    data = random_data(flip=flip)
+    batches = EpochBatches(40, 8, seed=5)
+    layout = {"memory_format": torch.channels_last, "dtype": torch.bfloat16}
+    plain, model = (DeviceImages(data, 5, batches, CPU, **each) for each in ({}, layout))
+    for (images, labels), (others, other_labels) in zip(plain, model, strict=True):
+        assert images.is_contiguous()
+        assert others.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(images.bfloat16(), others)
+        assert torch.equal(labels, other_labels)
+
+
 @pytest.mark.parametrize("first", [0, 3])
 def test_loaders_give_the_same_batches(first):
     data = random_data()
@@ -149,6 +162,8 @@ def test_folder(pictures, tmp_path):
 
 def test_a_device_without_room_falls_back_to_workers(monkeypatch):
     said = []
+    loader = DeviceImages(random_data(), 0, EpochBatches(40, 9, 0), CPU)
+    assert loader.windows.untyped_storage().nbytes() == DeviceImages.bytes_needed(random_data())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
     loader = training_loader(
         "device", random_data(), 0, EpochBatches(40, 9, 0), 0, torch.device("cuda"), say=said.append

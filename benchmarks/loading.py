@@ -1,0 +1,159 @@
+"""Claim: in one process, loading on the device with two threads is at least 40 times as fast as the original's loader.
+
+    python3 benchmarks/loading.py                                     handwritten digits, which need no download
+    python3 benchmarks/loading.py --dataset folder --data_dir DIR     any pictures, as resnext.py takes them
+
+The original's loader is written as a plain user writes it: a torchvision data set of PIL pictures, transforms v1, a
+DataLoader without workers. Before the timing every picture of an epoch is checked against torchvision's for the same
+offsets and flips, and these to be spread evenly. Each side then loads whole epochs.
+"""
+
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "resnext")]
+
+import numpy as np
+import torch
+from common import interleaved, ratio_summary, results_path
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from harness import command_line
+from harness.loading import EpochBatches
+from harness.recording import describe_machine, write_json
+from images import PADDING, SIZE, DeviceImages, augmentation, load_images
+
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+TOLERANCE = 1e-6  # Transforms v1 divide by 255 where v2, and we, multiply by 1 / 255.
+
+
+def get_args_parser():
+    parser = command_line.OneLineParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--dataset", choices=("cifar10", "digits", "folder"), default="digits")
+    parser.add_argument("--data_dir", default=str(ROOT / "resnext" / "data"))
+    parser.add_argument("--batch_size", type=command_line.positive_int, default=128)
+    parser.add_argument(
+        "--threads", type=command_line.positive_int, nargs="+", default=[1, 2], help="of the device loader"
+    )
+    parser.add_argument("--rounds", type=command_line.positive_int, default=5)
+    parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/loading.json")
+    return parser
+
+
+def main():
+    args = get_args_parser().parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    data = load_images(args.dataset, args.data_dir)
+    largest = largest_difference(data, args.batch_size, device)
+    print(f"{len(data.train_labels)} pictures; largest difference from torchvision's: {largest:.1e}", flush=True)
+    assert largest <= TOLERANCE
+    assert_evenly_spread()
+
+    original = DataLoader(OriginalImages(data), batch_size=args.batch_size, shuffle=True, num_workers=0)
+    arms = {"original": lambda: load_epoch(original)}
+    for threads in args.threads:
+        for layout, memory_format in LAYOUTS.items():
+            arms[f"device loader, {layout}, {threads} thread{'s' * (threads > 1)}"] = device_arm(
+                data, args.batch_size, device, memory_format, threads
+            )
+    for arm in arms.values():
+        arm()  # Warm up.
+    seconds = interleaved(arms, args.rounds)
+    rates = {name: len(data.train_labels) / statistics.median(values) for name, values in seconds.items()}
+    ratios = {name: ratio_summary(seconds["original"], seconds[name]) for name in arms if name != "original"}
+    for name, ratio in ratios.items():
+        print(
+            f"{name}: {rates[name]:.0f} pictures/s against {rates['original']:.0f}: {ratio['median']:.1f} x "
+            f"({ratio['low']:.1f} to {ratio['high']:.1f}, {args.rounds} rounds)"
+        )
+    record = {
+        "benchmark": "loading",
+        "machine": describe_machine(device),
+        "dataset": args.dataset,
+        "pictures": len(data.train_labels),
+        "batch_size": args.batch_size,
+        "largest_difference": largest,
+        "seconds": seconds,
+        "pictures_per_second": rates,
+        "ratios": ratios,
+    }
+    path = args.output or results_path("loading", device)
+    write_json(path, record)
+    print(f"written: {path}")
+
+
+class OriginalImages(Dataset):
+    """The training pictures of the ImageData `data` as torchvision's data sets give them, picture by picture."""
+
+    def __init__(self, data):
+        from torchvision import transforms  # After `images`, which makes it work beside a CPU-only torch.
+
+        mean, std = data.statistics()
+        flip = [transforms.RandomHorizontalFlip()] if data.flip else []
+        crop = transforms.RandomCrop(SIZE, padding=PADDING)
+        normalise = transforms.Normalize(mean.tolist(), std.tolist())
+        self.data, self.targets = data.train_images, data.train_labels.tolist()
+        self.transform = transforms.Compose([crop, *flip, transforms.ToTensor(), normalise])
+
+    def __len__(self):
+        return len(self.targets)
+
+    def __getitem__(self, index):
+        return self.transform(Image.fromarray(self.data[index])), self.targets[index]
+
+
+def device_arm(data, batch_size, device, memory_format, threads):
+    batches = EpochBatches(len(data.train_labels), batch_size, seed=0)
+    loader = DeviceImages(data, 0, batches, device, memory_format)
+
+    def arm():
+        before = torch.get_num_threads()
+        torch.set_num_threads(threads)
+        batches.start(batches.epoch + 1)
+        load_epoch(loader)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        torch.set_num_threads(before)
+
+    return arm
+
+
+def load_epoch(loader):
+    for _images, _labels in loader:
+        pass
+
+
+def largest_difference(data, batch_size, device):
+    """The largest difference of any value of the device loader's first epoch from torchvision's transforms v1 for the
+    same offsets and flips; the labels have to be equal."""
+    from torchvision.transforms import functional
+
+    batches = EpochBatches(len(data.train_labels), batch_size, seed=0)
+    mean, std = (each.tolist() for each in data.statistics())
+    largest = 0.0
+    for index, (images, labels) in zip(batches.batches(), DeviceImages(data, 0, batches, device), strict=True):
+        assert labels.tolist() == data.train_labels[index].tolist()
+        expected = []
+        for number, top, left, mirrored in zip(index, *augmentation(0, 0, index, data.flip), strict=True):
+            picture = functional.pad(Image.fromarray(data.train_images[number]), PADDING)
+            picture = functional.crop(picture, top, left, SIZE, SIZE)
+            picture = functional.hflip(picture) if mirrored else picture
+            expected.append(functional.normalize(functional.to_tensor(picture), mean, std))
+        largest = max(largest, float((images.cpu() - torch.stack(expected)).abs().max()))
+    return largest
+
+
+def assert_evenly_spread(pictures=200_000):
+    """Each of the 9 x 9 x 2 crops has to be as frequent as torchvision makes it, up to five standard deviations."""
+    top, left, mirrored = augmentation(0, 0, np.arange(pictures), flip=True)
+    span = 2 * PADDING + 1
+    counts = np.bincount((top * span + left) * 2 + mirrored, minlength=2 * span**2)
+    share = 1 / (2 * span**2)
+    assert np.abs(counts - pictures * share).max() <= 5 * np.sqrt(pictures * share * (1 - share))
+
+
+if __name__ == "__main__":
+    command_line.run(main)
