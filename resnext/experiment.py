@@ -37,7 +37,7 @@ def get_args_parser(description):
         help="autocast, in float16 with loss scaling when no type is named; on a CPU always in bfloat16")  # fmt: skip
     add("--num_epoch", type=positive_int, default=200)
     add("--batch_size", type=positive_int, default=128, help="pictures a step, over all processes")
-    add("--lr", type=positive_float, default=0.01, help="learning rate of Adam, constant")
+    add("--lr", type=positive_float, default=0.01, help="learning rate; where it follows a schedule, its peak")
     add("--model", type=model_name, default="resnext29_4x64d", help="resnext29_{cardinality}x{width}d")
     add("--dataset", choices=("cifar10", "digits", "folder"), default="cifar10",
         help="cifar10 is downloaded when absent; digits comes with scikit-learn; folder is train/<class>/* and "

@@ -17,7 +17,7 @@ from experiment import ImageRun, Metrics, evaluate, get_args_parser
 from harness import command_line, distributed
 from harness.loading import EpochBatches
 from harness.precision import choose_precision
-from harness.profiling import PhaseTimer, SavedBytes, nvtx_range, reset_peak_memory
+from harness.profiling import PhaseTimer, SavedBytes, nvtx_range
 from harness.resume import stop_requests
 from images import load_images, training_loader
 from models.resnext import ResNeXt, parse_name
@@ -58,7 +58,6 @@ def train(args, world, precision, run):
         for epoch in range(first_epoch, args.num_epoch):
             batches.start(epoch, first_step)
             step = first_step - 1
-            reset_peak_memory(device)
             bar = run.progress_bar(epoch, batches.samples_from(first_step))
             with nvtx_range(f"epoch {epoch + 1}"):
                 phase.start_epoch()
