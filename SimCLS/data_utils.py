@@ -18,11 +18,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
+from array_file import read_arrays, write_arrays
 from tqdm import tqdm
 
 from harness.command_line import UserError
 from harness.loading import EpochBatches
-from harness.recording import atomic_write
 
 FORMAT = 1
 KEYS = ("article", "abstract", "article_untok", "abstract_untok", "candidates", "candidates_untok")
@@ -321,43 +321,13 @@ def load_samples(folder, encoding, max_num, with_rouge, device_type, say=print):
     path = folder.parent / f"{folder.name}-{_digest(json.dumps(settings))}.tokens"
     stats = [(file.name, file.stat()) for file in files]
     fingerprint = _digest(json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]))
-    arrays = _read_arrays(path, fingerprint)
+    arrays = read_arrays(path, fingerprint)
     if arrays is None:
         say(f"making token ids of {len(files)} samples: {path}")
         samples = map(read_sample, tqdm(files, unit=" samples", leave=False, disable=not sys.stderr.isatty()))
-        _write_arrays(path, fingerprint, tokenize_samples(samples, encoding, max_num, with_rouge))
-        arrays = _read_arrays(path, fingerprint)
+        write_arrays(path, fingerprint, tokenize_samples(samples, encoding, max_num, with_rouge))
+        arrays = read_arrays(path, fingerprint)
     return SampleSet(arrays, encoding, device_type)
-
-
-def _write_arrays(path, fingerprint, arrays):
-    """One .npy after another in one file: a header of JSON bytes, then the arrays that it names."""
-    header = json.dumps({"samples": fingerprint, "arrays": list(arrays)})
-    with atomic_write(path) as file:
-        for array in [np.frombuffer(header.encode(), dtype=np.uint8), *arrays.values()]:
-            np.lib.format.write_array(file, array, allow_pickle=False)
-
-
-def _read_arrays(path, fingerprint):
-    """The arrays that _write_arrays wrote, mapped into memory; None when the file is none, or of other samples."""
-    try:
-        with open(path, "rb") as file:
-            header = json.loads(np.lib.format.read_array(file, allow_pickle=False).tobytes())
-            if header["samples"] != fingerprint:
-                return None
-            return {name: _map_array(file) for name in header["arrays"]}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def _map_array(file):
-    """The .npy at the position of the open file, as a read-only np.memmap; the position moves past it."""
-    np.lib.format.read_magic(file)
-    shape, fortran_order, dtype = np.lib.format.read_array_header_1_0(file)
-    order = "F" if fortran_order else "C"
-    array = np.memmap(file, dtype=dtype, mode="r", offset=file.tell(), shape=shape, order=order)
-    file.seek(array.offset + array.nbytes)
-    return array
 
 
 # ---------------------------------------------------------------------------------------------------- batches

@@ -82,7 +82,7 @@ def main():
         else:
             precision = choose_precision(args.half_precision, world.device, true_fp32=True)
             scorer, encoding, _ = load_scorer(args.model_type, args.scorer_path)
-            samples = list(load_test_samples(args, world, precision))
+            samples = load_test_samples(args, world, precision)
             systems, choices = compare(scorer.to(world.device), encoding, samples, args.batch_size, world, precision)
             show_documents(samples, choices)
             default_output = args.scorer_path.with_name("evaluation.json")
@@ -134,11 +134,10 @@ def as_sample(document, summary, candidates, split):
 
 
 def load_test_samples(args, world, precision):
-    """Yield the test samples: those of --samples, or generated ones of the test documents, in their order."""
+    """The test samples, a list: those of --samples, or generated ones of the test documents, in their order."""
     if args.samples:
-        yield from map(read_sample, sample_files(args.samples))
-        return
-    from gen_candidate import CandidateGenerator, length_batches, load_generator, search_settings
+        return [read_sample(path) for path in sample_files(args.samples)]
+    from gen_candidate import CandidateGenerator, load_generator, search_settings
 
     documents = read_documents(find_dataset(args.dataset_name), args.doc_col_name, args.sum_col_name)
     documents = take_percent(split_documents(documents)["test"], args.dataset_percent)
@@ -146,15 +145,24 @@ def load_test_samples(args, world, precision):
     args.num_groups = args.num_cands
     settings = search_settings(args, model.generation_config)
     generator = CandidateGenerator(model.to(world.device), tokenizer, settings, args.max_source_length)
+    return generate_samples(generator, documents, args.cand_gen_batch)
+
+
+def generate_samples(generator, documents, batch_size):
+    """A list of the samples of `documents` with the candidates of a gen_candidate.CandidateGenerator."""
+    from gen_candidate import length_batches
+
     sources = generator.tokenize([document.text for document in documents])
-    batches = length_batches(sources, args.cand_gen_batch)
+    batches = length_batches(sources, batch_size)
     candidates = [None] * len(documents)
     for places in progress(batches, len(batches), "candidates, in batches"):
         for place, texts in zip(places, generator.generate([sources[place] for place in places]), strict=True):
             candidates[place] = [clean(text) for text in texts]
     split = SentenceSplitter(document.text for document in documents).split
-    for document, texts in zip(documents, candidates, strict=True):
-        yield as_sample(document.text, document.summary, texts, split)
+    return [
+        as_sample(document.text, document.summary, texts, split)
+        for document, texts in zip(documents, candidates, strict=True)
+    ]
 
 
 def compare(scorer, encoding, samples, batch_size, world, precision):

@@ -58,8 +58,8 @@ def get_args_parser(description):
     add("--num_epoch", type=positive_int, default=5, help=" ")
     add("--batch_size", type=positive_int, default=8, help="documents a step, over all processes")
     add("--accumulate_step", type=positive_int, default=2, help="steps whose gradients make one update")
-    add("--lr", type=positive_float, help="peak learning rate of Adam; by default it follows from the width of the "
-        "encoder and the number of updates")  # fmt: skip
+    add("--lr", type=positive_float, help="peak learning rate of Adam; by default 3e-5 for an encoder of width 768, "
+        "more for a narrower one")  # fmt: skip
     add("--warmup", type=fraction, default=0.1, help="share of the updates in which the rate rises to its peak, from "
         "which it falls to 0")  # fmt: skip
     add("--dropout", type=dropout_type, default=0.0, help="of the encoder; it blurs differences as small as the margin")
