@@ -123,14 +123,15 @@ def load_generator(name, dropout=None):
     dropout: the share dropped in place of the model's own.
     """
     try:
-        config = transformers.AutoConfig.from_pretrained(name)
+        safely = {"trust_remote_code": False}
+        config = transformers.AutoConfig.from_pretrained(name, **safely)
         if dropout is not None:
             # The one is T5's name, the other BART's and Pegasus'.
             setattr(config, "dropout_rate" if hasattr(config, "dropout_rate") else "dropout", dropout)
         # Weights are trained in single precision, however they were saved.
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, config=config, dtype=torch.float32)
-        return model, transformers.AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, config=config, dtype=torch.float32, **safely)
+        return model, transformers.AutoTokenizer.from_pretrained(name, **safely)
+    except Exception as error:  # What damaged folders raise is an open set.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"--pt_model {name!r} is no folder with a sequence-to-sequence model and its tokenizer, and no such model "

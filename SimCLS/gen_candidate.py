@@ -133,7 +133,7 @@ def load_generator(name, dtype):
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     try:
-        options = {"local_files_only": is_folder}
+        options = {"local_files_only": is_folder, "trust_remote_code": False}
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=dtype, **options)
         tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
     except Exception as error:  # Of damaged folders come OSError, ValueError, KeyError, SafetensorError and more.

@@ -130,13 +130,14 @@ def load_encoder(name, dropout=0.0):
     logging.disable_progress_bar()
     try:
         # The default is the precision of the file, in which small updates would be lost.
-        config = AutoConfig.from_pretrained(name)
+        safely = {"trust_remote_code": False}
+        config = AutoConfig.from_pretrained(name, **safely)
         for key in DROPOUT_KEYS:
             if hasattr(config, key):
                 setattr(config, key, dropout)
-        encoder = AutoModelForTextEncoding.from_pretrained(name, config=config, dtype=torch.float32)
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError, KeyError) as error:
+        encoder = AutoModelForTextEncoding.from_pretrained(name, config=config, dtype=torch.float32, **safely)
+        tokenizer = AutoTokenizer.from_pretrained(name, **safely)
+    except Exception as error:  # What damaged folders raise is an open set.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
             f"no encoder can be loaded from {name!r}, as a folder or as a name on the hub ({reason}); "

@@ -98,6 +98,8 @@ def get_args_parser():
 
 def main():
     args = get_args_parser().parse_args()
+    if args.output.is_dir():
+        raise UserError(f"--output {args.output} is a folder; name a file, such as {args.output / SAMPLE.name}")
     print(f"{build_sample(args.output)} pairs in {args.output}")
 
 

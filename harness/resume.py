@@ -35,6 +35,7 @@ def load_state(path, arguments):
         state = torch.load(path, map_location="cpu", weights_only=True)
         ours = isinstance(state, dict) and state.get("format") == FORMAT
         ours = ours and {"arguments", "random", "parts"} <= state.keys()
+        ours = ours and isinstance(state["arguments"], dict)
     except FileNotFoundError:
         return None
     except (PermissionError, IsADirectoryError) as error:
@@ -42,12 +43,19 @@ def load_state(path, arguments):
     except Exception:  # What torch.load raises on a foreign file is an open set.
         ours = False
     if not ours:
-        raise UserError(f"{path} is not a whole training state of this program; delete it to start the run afresh")
+        raise no_state(path)
     check_arguments(path, state["arguments"], arguments)
-    torch.set_rng_state(state["random"]["cpu"])
+    try:
+        torch.set_rng_state(state["random"]["cpu"])
+    except (KeyError, RuntimeError, TypeError):
+        raise no_state(path) from None
     if torch.cuda.is_available() and len(state["random"]["cuda"]) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(state["random"]["cuda"])
     return state["parts"]
+
+
+def no_state(path):
+    return UserError(f"{path} is not a whole training state of this program; delete it to start the run afresh")
 
 
 def check_arguments(path, saved, arguments):

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from harness.command_line import UserError
 from harness.recording import describe_machine, output_lock, write_json
-from harness.resume import check_arguments, load_state, save_state
+from harness.resume import check_arguments, load_state, no_state, save_state
 
 FORMAT = 1
 
@@ -74,11 +74,14 @@ class Run:
         if state is None:
             self.world.say(f"no saved state {self.path('.state')}; starting from the beginning")
             return 0, 0
-        for name, part in parts.items():
-            part.load_state_dict(state[name])
-        self.epochs = state["epochs"]
-        self.facts = state["facts"] | self.facts
-        return state["epoch"], state["step"]
+        try:
+            for name, part in parts.items():
+                part.load_state_dict(state[name])
+            self.epochs = state["epochs"]
+            self.facts = state["facts"] | self.facts
+            return state["epoch"], state["step"]
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):
+            raise no_state(self.path(".state")) from None
 
     def save(self, epoch, step, **parts):
         """Save the state of `parts` before step `step` of `epoch`."""
