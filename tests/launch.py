@@ -87,7 +87,16 @@ class Script:
 
     def relatives(self):
         """The ids of the running processes of its session: itself, its workers, and theirs."""
-        return [pid for pid, session in _sessions() if session == self.pid]
+        return relatives(self.pid)
+
+
+def relatives(session):
+    """The ids of the running processes of a session, which has the id of the process that began it."""
+    return [pid for pid, _, found in _processes() if found == session]
+
+
+def children(parent):
+    return [pid for pid, found, _ in _processes() if found == parent]
 
 
 def run(script, *args, cwd, timeout=120, **more):
@@ -107,13 +116,13 @@ def wait_until(condition, timeout, step=0.005):
     return True
 
 
-def _sessions():
-    """(pid, session) of every process that has not ended."""
+def _processes():
+    """(pid, parent, session) of every process that has not ended."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
-            state, _, _, session = path.read_text().rpartition(")")[2].split()[:4]
+            state, parent, _, session = path.read_text().rpartition(")")[2].split()[:4]
             if state not in "ZX":
-                yield int(path.parent.name), int(session)
+                yield int(path.parent.name), int(parent), int(session)
 
 
 @functools.cache

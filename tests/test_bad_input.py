@@ -1,136 +1,177 @@
-"""Bad input to the ResNeXt scripts: one line that says what is wrong, exit code 2, nothing written."""
+"""Bad input to every script: exit code 2, one line on stderr that says what is wrong, nothing written.
 
-import runpy
-import sys
+The table is in bad_inputs.py. A picture, pickle or model that is hostile leaves the file `the-pickle-ran`.
+"""
 
+import json
+
+import bad_inputs
+import launch
 import pytest
+import tiny_inputs
 import torch
-from conftest import ROOT
 
-SMALL = [
-    "--dataset",
-    "folder",
-    "--model",
-    "resnext29_1x4d",
-    "--batch_size",
-    "8",
-    "--num_worker",
-    "0",
-    "--num_epoch",
-    "1",
-]
+STATE = "model_history/resnext_0_worker_8_resnext29_1x4d_folder.state"
+CASES = [(script, *case) for script, cases in bad_inputs.TABLE.items() for case in cases]
 
-BAD_ARGUMENTS = [
-    (["--num_worker", "-1"], "--num_worker: '-1' is not a whole number of at least 0"),
-    (["--num_epoch", "0"], "--num_epoch: '0' is not"),
-    (["--num_epoch", "1.5"], "--num_epoch: '1.5' is not"),
-    (["--batch_size", "0"], "--batch_size: '0' is not"),
-    (["--batch_size", "-8"], "--batch_size: '-8' is not"),
-    (["--lr", "0"], "--lr: '0' is not a number above 0"),
-    (["--lr", "nan"], "--lr: 'nan' is not"),
-    (["--lr", "inf"], "--lr: 'inf' is not"),
-    (["--seed", "-1"], "--seed: '-1' is not"),
-    (["--seed", str(10**20)], "is not a whole number from 0 to 2**63 - 1"),
-    (["--max_steps", "0"], "--max_steps: '0' is not"),
-    (["--model", "resnet50"], "--model: 'resnet50' is not of the form resnext29_"),
-    (["--model", "resnext29_0x4d"], "is not of the form"),
-    (["--dataset", "imagenet"], "--dataset: invalid choice"),
-    (["--loader", "gpu"], "--loader: invalid choice"),
-    (["--half_precision", "int8"], "'int8' is neither float16 nor bfloat16"),
-    (["--true_fp32", "maybe"], "'maybe' is neither True nor False"),
-    (["--no_such_flag"], "unrecognized arguments: --no_such_flag"),
-    (["--data_dir", "nowhere"], "there is no folder nowhere/train"),
-]
-BAD_CHECKPOINT_ARGUMENTS = [
-    (["--memory_budget", "0"], "--memory_budget: '0' is not a number above 0 and at most 1"),
-    (["--memory_budget", "1.1"], "--memory_budget: '1.1' is not"),
-    (["--memory_budget", "0.01"], "cannot be met; the least that this model can keep is"),
-    (["--policy", "all"], "--policy: invalid choice"),
-    (["--policy", "block", "--memory_budget", "0.5"], "not allowed with argument"),
-]
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory, pictures, encoders, sample_folder):
+    """(good, bad): the folders that the table names."""
+    folder = tmp_path_factory.mktemp("inputs")
+    good, bad = folder / "good", folder / "bad"
+    good.mkdir()
+    bad.mkdir()
+    for name, path in {"pictures": pictures, "t5": encoders["t5"], "bert": encoders["bert"]}.items():
+        (good / name).symlink_to(path)
+    # Not a link: token ids are kept beside the samples.
+    tiny_inputs.make_samples(good / "samples")
+    tiny_inputs.make_table(good / "papers.csv")
+    tiny_inputs.make_candidates(good / "candidates", 60, 3)
+    bad_inputs.make_bad_files(good, bad)
+    return good, bad
 
 
 @pytest.fixture
-def fails(monkeypatch, capsys, tmp_path):
-    """fails(script, *args) -> the one line on stderr of a script that ends with exit code 2."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", [str(ROOT / "resnext"), *sys.path])
-
-    def run(script, *args):
-        monkeypatch.setattr(sys, "argv", [str(ROOT / script), *map(str, args)])
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(ROOT / script), run_name="__main__")
-        errors = capsys.readouterr().err
-        assert end.value.code == 2, errors
-        assert errors.count("\n") == 1, errors
-        return errors
-
-    return run
+def place(tmp_path, folders):
+    """A current folder with a file, a folder, and scorers in it."""
+    (tmp_path / "taken").write_text("mine")
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/one.txt").write_text("one\n")
+    (tmp_path / "mine/two.txt").write_text("one\ntwo\n")
+    (tmp_path / "mine/marker.md").write_text("<!-- report:runs -->\n")
+    bad_inputs.make_weights(folders[0], tmp_path / "cache")
+    return tmp_path
 
 
-def results(folder):
-    return [path for path in folder.rglob("*") if path.suffix in (".pt", ".npz", ".json", ".state", ".tmp")]
+def contents(folder):
+    """Every file below `folder` but empty locks."""
+    files = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in files}
 
 
-@pytest.mark.parametrize(
-    ("args", "line"), BAD_ARGUMENTS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
-)
-def test_arguments(fails, pictures, tmp_path, args, line):
-    assert line in fails("resnext/resnext.py", *SMALL, "--data_dir", pictures, *args)
-    assert not results(tmp_path)
+def refused(script, arguments, place, folders, **more):
+    """The one line of a script that ends with exit code 2 and has written nothing."""
+    good, bad = folders
+    before = contents(place)
+    arguments = f"{bad_inputs.GOOD[script]} {arguments}".format(good=good, bad=bad).split()
+    ended = launch.run(script, *arguments, cwd=place, **more)
+    assert ended.code == 2, ended.err
+    assert ended.err.count("\n") == 1, ended.err
+    assert "Traceback" not in ended.err
+    assert contents(place) == before
+    return ended.err
 
 
-@pytest.mark.parametrize(
-    ("args", "line"), BAD_CHECKPOINT_ARGUMENTS, ids=lambda value: " ".join(value) if isinstance(value, list) else ""
-)
-def test_checkpoint_arguments(fails, pictures, tmp_path, args, line):
-    assert line in fails("resnext/resnext_checkpoint.py", *SMALL, "--data_dir", pictures, *args)
-    assert not results(tmp_path)
+def test_the_table_is_long_and_has_every_script():
+    assert len(CASES) == len(set(CASES)) >= 60
+    found = [path for folder in ("resnext", "SimCLS") for path in (launch.ROOT / folder).glob("*.py")]
+    scripts = {str(path.relative_to(launch.ROOT)) for path in found if "command_line.run(main)" in path.read_text()}
+    assert scripts | {"report.py"} == bad_inputs.TABLE.keys()
 
 
-def test_no_cifar10_and_no_network(fails, monkeypatch, tmp_path):
-    from torchvision.datasets import CIFAR10
+@pytest.mark.parametrize(("script", "arguments", "line"), CASES, ids=[f"{each[0]} {each[1]}" for each in CASES])
+def test_one_line(script, arguments, line, place, folders):
+    good, bad = folders
+    assert line.format(good=good, bad=bad) in refused(script, arguments, place, folders)
 
-    def offline(*args, **kwargs):
-        raise ConnectionError("no route to host")
 
-    monkeypatch.setattr(CIFAR10, "__init__", offline)
-    line = fails("resnext/resnext.py", "--data_dir", tmp_path)
+# ------------------------------------------------------------------------------------- what takes more to bring about
+
+WITHOUT_NETWORK = """
+import torchvision.datasets
+def offline(*args, **kwargs):
+    raise ConnectionError("no route to host")
+torchvision.datasets.CIFAR10.__init__ = offline
+"""
+ONE_GPU = "import torch; torch.cuda.is_available = lambda: True; torch.cuda.device_count = lambda: 1"
+
+
+def test_no_cifar10_and_no_network(place, folders):
+    line = refused("resnext/resnext.py", "--dataset cifar10", place, folders, before=WITHOUT_NETWORK)
     assert "--dataset digits" in line
     assert "--data_dir" in line
 
 
-def test_output_is_a_file(fails, pictures, tmp_path):
-    (tmp_path / "taken").write_text("mine")
-    line = fails("resnext/resnext.py", *SMALL, "--data_dir", pictures, "--output_dir", "taken")
-    assert "output folder taken is a file" in line
-    assert (tmp_path / "taken").read_text() == "mine"
+def test_a_gpu_that_is_not_there(place, folders):
+    assert "--cuda: PyTorch finds no CUDA GPU" in refused("SimCLS/main.py", "--cuda", place, folders)
+    line = refused("SimCLS/main.py", "--cuda --gpuid 5", place, folders, before=ONE_GPU)
+    assert "--gpuid 5: there is no such GPU; this machine has 1" in line
 
 
-class Mark:
-    """Pickled, it makes a file when it is loaded by a loader that runs code."""
+def test_an_interrupted_run_is_not_overwritten(place, folders):
+    state = place / "tuned/checkpoints/checkpoint-6"
+    state.mkdir(parents=True)
+    (state / "trainer_state.json").write_text("{}")
+    assert "add --resume" in refused("SimCLS/finetune_model.py", "", place, folders)
+    (state.parent / "arguments.json").write_text(json.dumps({"lr": 5}))
+    assert "--lr 5 (now 0.0003)" in refused("SimCLS/finetune_model.py", "--resume", place, folders)
 
-    def __reduce__(self):
-        return (open, ("the-pickle-ran", "w"))
+
+def whole_state(**changes):
+    """What a state file holds, of a run with other arguments unless `changes` say more."""
+    return {"format": 1, "arguments": {"lr": 5.0}, "random": {"cpu": 0, "cuda": []}, "parts": {}} | changes
 
 
-@pytest.mark.parametrize("content", ["truncated", "foreign", "format", "hostile", "empty", "text", "dot", "K"])
-def test_resume_from_what_is_no_state(fails, pictures, tmp_path, content):
-    state = tmp_path / "model_history" / "resnext_0_worker_8_resnext29_1x4d_folder.state"
-    state.parent.mkdir()
-    if content == "truncated":
-        torch.save({"format": 1, "weights": torch.zeros(1000)}, state)
-        state.write_bytes(state.read_bytes()[:-1000])
-    elif content == "foreign":
-        torch.save({"model": torch.zeros(3)}, state)
-    elif content == "format":
-        torch.save({"format": 1}, state)
-    elif content == "hostile":
-        torch.save({"format": 1, "arguments": Mark()}, state)
-    else:
-        state.write_text({"empty": "", "text": "no state at all", "dot": ".rubbish", "K": "Krubbish"}[content])
-    before = state.read_bytes()
-    line = fails("resnext/resnext.py", *SMALL, "--data_dir", pictures, "--resume")
-    assert "is not a whole training state" in line
-    assert state.read_bytes() == before
-    assert not (tmp_path / "the-pickle-ran").exists()
+STATES = {
+    "foreign": lambda path: torch.save({"model": torch.zeros(3)}, path),
+    "without parts": lambda path: torch.save({"format": 1}, path),
+    "hostile": lambda path: torch.save(whole_state(arguments=bad_inputs.Mark()), path),
+    "cut": lambda path: (torch.save(whole_state(), path), path.write_bytes(path.read_bytes()[:-500])),
+    "empty": lambda path: path.write_bytes(b""),
+    "text": lambda path: path.write_text("no state at all"),
+    "a pickle's stop": lambda path: path.write_text(".rubbish"),
+    "a pickle's number": lambda path: path.write_text("Krubbish"),
+}
+
+
+@pytest.mark.parametrize("content", STATES)
+def test_resume_from_what_is_no_state(content, place, folders):
+    path = place / STATE
+    path.parent.mkdir()
+    STATES[content](path)
+    line = refused("resnext/resnext.py", "--resume", place, folders)
+    assert f"{STATE} is not a whole training state of this program; delete it" in line
+
+
+def test_resume_with_other_arguments(place, folders):
+    (place / STATE).parent.mkdir()
+    torch.save(whole_state(), place / STATE)
+    assert "--lr 5.0 (now 0.01)" in refused("resnext/resnext.py", "--resume", place, folders)
+
+
+def test_resume_from_a_state_whose_parts_are_wrong(place, folders):
+    (place / STATE).parent.mkdir()
+    stop = "from harness import runs; runs.Run.write_record = lambda self: exit(3)"
+    good, bad = folders
+    arguments = bad_inputs.GOOD["resnext/resnext.py"].format(good=good, bad=bad).split()
+    assert (
+        launch.run(
+            "resnext/resnext.py",
+            *arguments,
+            cwd=place,
+            before=f"import sys; sys.path.insert(0, {str(launch.ROOT)!r}); {stop}",
+        ).code
+        == 3
+    )
+    state = torch.load(place / STATE, weights_only=True)
+    for part in ("model", "epochs"):
+        torch.save(
+            state | {"parts": {name: value for name, value in state["parts"].items() if name != part}}, place / STATE
+        )
+        assert "is not a whole training state" in refused("resnext/resnext.py", "--resume", place, folders)
+
+
+def test_resume_from_a_folder(place, folders):
+    (place / STATE).mkdir(parents=True)
+    assert "cannot read the saved state" in refused("resnext/resnext.py", "--resume", place, folders)
+
+
+@pytest.mark.parametrize("name", ["../../x", "/x", "..", "a/../../b"])
+def test_a_generators_name_stays_inside_candidates(name, place, folders):
+    (place / "work/deep").mkdir(parents=True)
+    before = contents(place)
+    ended = launch.run("SimCLS/gen_candidate.py", "--generator_name", name, "--dataset_name",
+                       folders[0] / "papers.csv", cwd=place / "work/deep")  # fmt: skip
+    assert ended.code == 2
+    assert contents(place) == before

@@ -3,6 +3,8 @@
 import csv
 import json
 import random
+import sys
+from pathlib import Path
 
 import numpy as np
 
@@ -50,6 +52,8 @@ def make_model(folder, kind, dropout=0.0):
     dropout: of t5; the others have their usual one.
     """
     import torch
+
+    from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
     from transformers import BertConfig, BertModel, RobertaConfig, RobertaModel, T5Config, T5ForConditionalGeneration
 
     size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
@@ -123,3 +127,8 @@ def make_candidates(folder, documents, candidates, split="train"):
         for suffix in ("", ".tokenized"):
             (folder / f"{split}.{field}{suffix}").write_text(text, encoding="utf-8")
     return folder
+
+
+if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+    make_model(sys.argv[1], sys.argv[2], float(sys.argv[3]))

@@ -1,0 +1,367 @@
+"""Bad input of every kind, on disk, and the table of what each script must say of it (tests/test_bad_input.py)."""
+
+import gzip
+import json
+import shutil
+import sqlite3
+import struct
+import zlib
+
+import torch
+
+RESNEXT = (
+    "--dataset folder --data_dir {good}/pictures --model resnext29_1x4d --batch_size 8 --num_worker 0 --num_epoch 1"
+)
+# Good arguments of each script; those of a case come after them, and so in their place.
+GOOD = {
+    "resnext/resnext.py": RESNEXT,
+    "resnext/resnext_checkpoint.py": RESNEXT,
+    "resnext/resnext_fast.py": RESNEXT,
+    "SimCLS/finetune_model.py": "--pt_model {good}/t5 --data_file {good}/papers.csv --save_dir tuned --num_epoch 1 "
+    "--max_source_length 24 --max_target_length 8",
+    "SimCLS/gen_candidate.py": "--generator_name {good}/t5 --dataset_name {good}/papers.csv --num_cands 4 "
+    "--decoder_max_len 8",
+    "SimCLS/preprocess.py": "--src_dir {good}/candidates --tgt_dir samples --split train --cand_num 3 --workers 1",
+    "SimCLS/main.py": "--dataset {good}/samples --model_type {good}/t5 --num_workers 0 --num_epoch 1 --batch_size 4",
+    "SimCLS/create_model.py": "--data_file {good}/papers.csv --save_dir made --vocab_size 320 --d_model 32",
+    "SimCLS/evaluate_model.py": "",
+    "SimCLS/sample_data.py": "",
+    "report.py": "",
+}
+# script: [(arguments of a case, what the line holds)]. {good} and {bad} are folders; `taken` is a file, and `mine` a
+# folder with a file, both in the current folder.
+TABLE = {
+    "resnext/resnext.py": [
+        ("--num_worker -1", "--num_worker: '-1' is not a whole number of at least 0"),
+        ("--num_epoch 0", "--num_epoch: '0' is not"),
+        ("--num_epoch 1.5", "--num_epoch: '1.5' is not"),
+        ("--batch_size 0", "--batch_size: '0' is not"),
+        ("--lr 0", "--lr: '0' is not a number above 0"),
+        ("--lr nan", "--lr: 'nan' is not"),
+        ("--lr inf", "--lr: 'inf' is not"),
+        ("--seed -1", "--seed: '-1' is not"),
+        ("--seed 100000000000000000000", "is not a whole number from 0 to 2**63 - 1"),
+        ("--max_steps 0", "--max_steps: '0' is not"),
+        ("--model resnet50", "--model: 'resnet50' is not of the form resnext29_"),
+        ("--model resnext29_0x4d", "is not of the form"),
+        ("--dataset imagenet", "--dataset: invalid choice"),
+        ("--loader gpu", "--loader: invalid choice"),
+        ("--half_precision int8", "'int8' is neither float16 nor bfloat16"),
+        ("--true_fp32 maybe", "'maybe' is neither True nor False"),
+        ("--no_such_flag", "unrecognized arguments: --no_such_flag"),
+        ("--output_dir taken", "output folder taken is a file"),
+        ("--output_dir taken/below", "output folder taken/below is a file, or lies in one"),
+        ("--output_dir /proc/no/such", "cannot make the output folder /proc/no/such"),
+        ("--data_dir nowhere", "there is no folder nowhere/train"),
+        ("--data_dir {bad}/pictures/no_test", "there is no folder {bad}/pictures/no_test/test"),
+        ("--data_dir {bad}/pictures/no_classes", "has no class folders with pictures in them"),
+        ("--data_dir {bad}/pictures/other_class", "has the class 'new', which {bad}/pictures/other_class/train lacks"),
+        ("--data_dir {bad}/pictures/text", "cannot decode the picture {bad}/pictures/text/train/dark/0.png"),
+        ("--data_dir {bad}/pictures/cut", "cannot decode the picture {bad}/pictures/cut/test/light/0.png"),
+        ("--data_dir {bad}/pictures/empty", "cannot decode the picture"),
+        ("--data_dir {bad}/pictures/bomb", "DecompressionBombError"),
+        ("--data_dir {bad}/pictures/folder", "cannot decode the picture"),
+    ],
+    "resnext/resnext_checkpoint.py": [
+        ("--memory_budget 0", "--memory_budget: '0' is not a number above 0 and at most 1"),
+        ("--memory_budget 1.1", "--memory_budget: '1.1' is not"),
+        ("--memory_budget 0.01", "cannot be met; the least that this model can keep is"),
+        ("--policy all", "--policy: invalid choice"),
+        ("--policy block --memory_budget 0.5", "not allowed with argument"),
+    ],
+    "resnext/resnext_fast.py": [
+        ("--label_smoothing 2", "--label_smoothing: '2' is not"),
+        ("--ema 0", "--ema: '0' is not"),
+        ("--optimizer lion", "--optimizer: invalid choice"),
+    ],
+    "SimCLS/finetune_model.py": [
+        ("--pt_model no/such-model", "--pt_model 'no/such-model' is no folder with a sequence-to-sequence model"),
+        ("--pt_model {good}/bert", "is no folder with a sequence-to-sequence model"),
+        ("--pt_model {bad}/models/hostile", "is no folder with a sequence-to-sequence model"),
+        ("--pt_model {bad}/models/remote", "is no folder with a sequence-to-sequence model"),
+        ("--data_file {bad}/tables/columns.csv", "has no column 'abstract'; its columns are: 'body', 'headline'"),
+        ("--doc_col_name body", "has no column 'body'; its columns are: 'abstract', 'title'"),
+        ("--half_precision int8", "int8"),
+        ("--half_precision float16", "needs a GPU"),
+        ("--label_smoothing 1", "not below 1"),
+        ("--dropout 1", "not below 1"),
+        ("--save_dir taken", "taken"),
+        ("--batch_size 0", "--batch_size: '0' is not"),
+        ("--dataset_percent 101", "a dataset percentage of 101.0 is not above 0 and at most 100"),
+    ],
+    "SimCLS/gen_candidate.py": [
+        ("--generator_name no/such/folder", "'no/such/folder': no sequence-to-sequence model"),
+        ("--generator_name mine", "can be loaded in this folder"),
+        ("--generator_name {bad}/models/hostile", "can be loaded in this folder"),
+        ("--generator_name {bad}/models/remote", "can be loaded in this folder"),
+        ("--generator_name {bad}/models/damaged", "can be loaded in this folder"),
+        ("--generator_name {bad}/models/no_tokenizer", "can be loaded in this folder"),
+        ("--generator_name {bad}/models/bad_config", "can be loaded in this folder"),
+        ("--dataset_name nothing.csv", "there is no dataset 'nothing.csv'"),
+        ("--dataset_name mine", "there is no dataset 'mine'"),
+        ("--dataset_name {bad}/tables/empty.csv", "empty.csv is empty"),
+        ("--dataset_name {bad}/tables/blank.csv", "blank.csv is empty"),
+        ("--dataset_name {bad}/tables/latin.csv", "latin.csv, line 8: not UTF-8"),
+        ("--dataset_name {bad}/tables/few.csv", "few.csv has 9 usable documents"),
+        ("--dataset_name {bad}/tables/same.csv", "same.csv has 1 usable documents"),
+        ("--dataset_name {bad}/tables/quote.csv", "quote.csv"),
+        ("--dataset_name {bad}/tables/cut.csv.gz", "no complete gzip file"),
+        ("--dataset_name {bad}/tables/text.csv.gz", "no complete gzip file"),
+        ("--num_groups 3", "--num_groups 3 does not divide --num_cands 4"),
+        ("--num_cands 0", "--num_cands: '0' is not"),
+        ("--decoder_max_len 1", "maximum length of 1"),
+        ("--length_penalty nan", "length penalty of nan"),
+        ("--dataset_percent 0", "--dataset_percent: '0' is not"),
+        ("--output_dir taken", "taken"),
+    ],
+    "SimCLS/preprocess.py": [
+        ("--cand_num 4", "--cand_num 4: train.out has 180 lines, not 240"),
+        ("--cand_num 0", "--cand_num: '0' is not"),
+        ("--split dev", "--split: invalid choice"),
+        ("--split val", "cannot read {good}/candidates/val.source"),
+        ("--src_dir {bad}/candidates/more", "train.out.tokenized has 181 lines, not 180"),
+        ("--src_dir {bad}/candidates/latin", "train.out, line 7: byte 0xe9 is not UTF-8"),
+        ("--src_dir {bad}/candidates/empty", "train.source is empty"),
+        ("--src_dir {bad}/candidates/missing", "cannot read {bad}/candidates/missing/train.target.tokenized"),
+        ("--tgt_dir taken", "the output folder taken is a file"),
+        ("--workers 0", "--workers: '0' is not"),
+    ],
+    "SimCLS/main.py": [
+        ("--dataset nowhere", "cannot read the sample folder nowhere/train"),
+        ("--dataset {bad}/samples/none", "holds no sample 0.json, 1.json"),
+        ("--dataset {bad}/samples/text", "text/train/3.json is not JSON"),
+        ("--dataset {bad}/samples/latin", "latin/train/3.json is not JSON"),
+        ("--dataset {bad}/samples/list", "list/train/3.json is no JSON object"),
+        ("--dataset {bad}/samples/key", "key/train/3.json lacks the key 'abstract_untok'"),
+        ("--dataset {bad}/samples/sentences", "3.json has no list of sentences under 'article'"),
+        ("--dataset {bad}/samples/score", "3.json has no list of [sentences, score] under 'candidates'"),
+        ("--dataset {bad}/samples/count", "3.json has 5 'candidates' but 6 'candidates_untok'"),
+        ("--dataset {bad}/samples/no_candidates", "3.json has no candidates"),
+        ("--model_type nowhere", "no encoder can be loaded from 'nowhere'"),
+        ("--model_type {bad}/models/hostile", "no encoder can be loaded from"),
+        ("--model_type {bad}/models/remote", "no encoder can be loaded from"),
+        ("--model_type {bad}/models/damaged", "no encoder can be loaded from"),
+        ("--gpuid 0 0", "--gpuid 0 0 names a GPU twice"),
+        ("--gpuid -1", "--gpuid: '-1' is not"),
+        ("--model_pt ../x.bin", "leaves the folder cache"),
+        ("--model_pt run/x.bin", "there are no weights cache/run/x.bin"),
+        ("--model_pt other/scorer.bin", "was trained for the encoder {good}/bert"),
+        ("--model_pt plain/scorer.bin", "holds no weights of a scorer"),
+        ("--model_pt hostile/scorer.bin", "holds no weights of a scorer"),
+        ("--model_pt empty/scorer.bin", "holds no weights of a scorer"),
+        ("--model_pt torn/scorer.bin", "scorer.json does not describe a scorer"),
+        ("-e", "name them by --model_pt"),
+        ("--run_name ../x", "'../x' is no plain folder name"),
+        ("--lr 0", "a number above 0"),
+        ("--dropout 1", "not below 1"),
+        ("--warmup 2", "--warmup: '2' is not"),
+        ("--half_precision int8", "neither float16 nor bfloat16"),
+        ("--total_len 0", "--total_len: '0' is not"),
+    ],
+    "SimCLS/create_model.py": [
+        ("--num_heads 3", "--d_model 32 is not a multiple of --num_heads 3"),
+        ("--dropout 1", "--dropout 1.0 is not below 1"),
+        ("--vocab_size 100", "--vocab_size 100 is below 300"),
+        ("--arch gpt", "--arch: invalid choice"),
+        ("--sum_col_name x", "has no column 'x'"),
+        ("--save_dir taken", "the output folder taken is a file"),
+    ],
+    "SimCLS/evaluate_model.py": [
+        ("", "name one of --generator_name, --samples"),
+        ("--samples x", "--samples needs --scorer_path"),
+        ("--samples x --generator_name y", "name one of"),
+        ("--summaries mine/one.txt", "go together"),
+        ("--summaries mine/one.txt --references mine/two.txt", "one.txt has 1 lines, mine/two.txt 2"),
+        ("--summaries none.txt --references mine/two.txt", "cannot read none.txt"),
+        ("--summaries {bad}/candidates/latin/train.out --references mine/two.txt", "train.out, line 7"),
+        ("--samples none --scorer_path cache/good/scorer.bin", "cannot read the sample folder none"),
+        ("--samples {bad}/samples/key/train --scorer_path cache/good/scorer.bin", "3.json lacks the key"),
+        ("--samples {good}/samples/test --scorer_path none.bin --model_type {good}/t5", "none.bin"),
+        (
+            "--samples {good}/samples/test --scorer_path cache/good/scorer.bin --model_type {good}/bert",
+            "was trained for",
+        ),
+        (
+            "--samples {good}/samples/test --scorer_path cache/hostile/scorer.bin --model_type {good}/t5",
+            "no weights of",
+        ),
+        ("--generator_name none --scorer_path cache/good/scorer.bin --dataset_name none", "no dataset 'none'"),
+        ("--generator_name none --scorer_path cache/good/scorer.bin --dataset_name {good}/papers.csv", "'none'"),
+    ],
+    "SimCLS/sample_data.py": [
+        ("--output mine", "--output mine is a folder"),
+        ("--outptu x", "unrecognized arguments"),
+    ],
+    "report.py": [
+        ("absent", "there is no folder absent"),
+        ("--nsys absent", "cannot read the trace absent"),
+        ("--nsys mine", "cannot read the trace mine"),
+        ("--nsys {bad}/traces/text", "text is no SQLite file"),
+        ("--nsys {bad}/traces/empty", "empty is no SQLite file"),
+        ("--nsys {bad}/traces/cut", "cannot read the trace {bad}/traces/cut"),
+        ("--nsys {bad}/traces/other", "other has no NVTX ranges"),
+        ("--nsys {bad}/traces/no_steps", "no_steps has no ranges named '... - step N'"),
+        ("--phases absent.json", "absent.json"),
+        ("--phases {bad}/records/text.json", "text.json"),
+        ("--phases {bad}/records/list.json", "list.json"),
+        ("--phases {bad}/records/format.json", "format.json"),
+        ("--phases {bad}/records/no_epochs.json", "no_epochs.json"),
+        ("mine --readme mine/one.txt", "one.txt has no marker"),
+        ("mine --readme mine/marker.md", "has no partner"),
+        ("mine --readme absent.md", "cannot read absent.md"),
+        ("mine --nsys x --phases y", "not allowed with argument"),
+    ],
+}
+
+
+class Mark:
+    """Pickled, it makes a file when it is loaded by a loader that runs code."""
+
+    def __reduce__(self):
+        return (open, ("the-pickle-ran", "w"))
+
+
+def make_bad_files(good, bad):
+    make_pictures(good / "pictures", bad / "pictures")
+    make_tables(bad / "tables")
+    make_models(good, bad / "models")
+    make_candidates(good / "candidates", bad / "candidates")
+    make_samples(good / "samples", bad / "samples")
+    make_traces(bad / "traces")
+    make_records(bad / "records")
+
+
+def make_pictures(good, bad):
+    changes = {
+        "text": ("train/dark/0.png", b"no picture"),
+        "cut": ("test/light/0.png", (good / "test/light/0.png").read_bytes()[:900]),
+        "empty": ("train/light/1.png", b""),
+        "bomb": ("train/dark/0.png", _png_header(60_000, 60_000)),
+    }
+    for name, (path, content) in changes.items():
+        shutil.copytree(good, bad / name)
+        (bad / name / path).write_bytes(content)
+    shutil.copytree(good, bad / "folder")
+    (bad / "folder/train/dark/folder.png").mkdir()
+    shutil.copytree(good, bad / "other_class")
+    shutil.copytree(good / "test/dark", bad / "other_class/test/new")
+    shutil.copytree(good / "train", bad / "no_test/train")
+    (bad / "no_classes/train").mkdir(parents=True)
+
+
+def _png_header(width, height):
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+
+
+def make_tables(folder):
+    rows = [f"text number {index},summary {index}" for index in range(20)]
+    texts = {
+        "empty.csv": "",
+        "blank.csv": " \n \n",
+        "columns.csv": "\n".join(["body,headline", *rows]),
+        "few.csv": "\n".join(["abstract,title", *rows[:9]]),
+        "same.csv": "\n".join(["abstract,title", *(f"text,summary {index}" for index in range(20))]),
+        "quote.csv": "\n".join(["abstract,title", rows[0], 'an "open quote, "that never ends', '"x', *rows]),
+        "text.csv.gz": "\n".join(["abstract,title", *rows]),
+    }
+    folder.mkdir()
+    for name, text in texts.items():
+        (folder / name).write_text(text)
+    lines = [b"abstract,title", *(row.encode() for row in rows)]
+    lines[7] = b"caf\xe9,title"
+    (folder / "latin.csv").write_bytes(b"\n".join(lines))
+    (folder / "cut.csv.gz").write_bytes(gzip.compress(texts["few.csv"].encode())[:-9])
+
+
+def make_models(good, folder):
+    for name in ("hostile", "remote", "damaged", "no_tokenizer", "bad_config"):
+        shutil.copytree(good / "t5", folder / name)
+    (folder / "hostile/model.safetensors").unlink()
+    torch.save({"shared.weight": Mark()}, folder / "hostile/pytorch_model.bin")
+    (folder / "damaged/model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0broken")
+    for path in folder.glob("no_tokenizer/tokenizer*"):
+        path.unlink()
+    (folder / "bad_config/config.json").write_text('{"model_type": "t5",')
+    code = "open('the-pickle-ran', 'w')\nfrom transformers import T5Config as Config\n"
+    (folder / "remote/evil.py").write_text(code)
+    classes = ("AutoConfig", "AutoModelForSeq2SeqLM", "AutoModelForTextEncoding", "AutoModel")
+    config = {"model_type": "evil", "auto_map": dict.fromkeys(classes, "evil.Config")}
+    (folder / "remote/config.json").write_text(json.dumps(config))
+
+
+def make_candidates(good, folder):
+    for name in ("more", "latin", "empty", "missing"):
+        shutil.copytree(good, folder / name)
+    with open(folder / "more/train.out.tokenized", "a") as file:
+        file.write("one more\n")
+    lines = (folder / "latin/train.out").read_bytes().split(b"\n")
+    lines[6] = b"caf\xe9"
+    (folder / "latin/train.out").write_bytes(b"\n".join(lines))
+    for path in (folder / "empty").iterdir():
+        path.write_bytes(b"")
+    (folder / "missing/train.target.tokenized").unlink()
+
+
+def make_samples(good, folder):
+    sample = json.loads((good / "train/3.json").read_text())
+    changes = {
+        "text": b"no JSON",
+        "latin": b'{"article": ["caf\xe9"]}',
+        "list": b"[]",
+        "key": {name: value for name, value in sample.items() if name != "abstract_untok"},
+        "sentences": sample | {"article": "one text"},
+        "score": sample | {"candidates": [["one text", 1.0]]},
+        "count": sample | {"candidates": sample["candidates"][:5]},
+        "no_candidates": sample | {"candidates": [], "candidates_untok": []},
+    }
+    for name, content in changes.items():
+        (folder / name / "train").mkdir(parents=True)
+        content = content if isinstance(content, bytes) else json.dumps(content).encode()
+        (folder / name / "train/3.json").write_bytes(content)
+        (folder / name / "val").symlink_to(good / "val")
+    (folder / "none/train").mkdir(parents=True)
+    (folder / "none/train/notes.txt").write_text("no sample")
+
+
+def make_traces(folder):
+    folder.mkdir()
+    (folder / "text").write_text("no database")
+    (folder / "cut").write_bytes(b"SQLite format 3\0" + bytes(range(200)))
+    (folder / "empty").write_bytes(b"")
+    for name, statement in {
+        "other": "CREATE TABLE some (thing INT)",
+        "no_steps": "CREATE TABLE NVTX_EVENTS (start INT, end INT, eventType INT, text TEXT, globalTid INT)",
+    }.items():
+        with sqlite3.connect(folder / name) as database:
+            database.execute(statement)
+
+
+def make_records(folder):
+    folder.mkdir()
+    record = {"format": 1, "experiment": "resnext", "arguments": {}, "machine": {}, "epochs": []}
+    contents = {
+        "text": "{",
+        "list": "[]",
+        "format": json.dumps(record | {"format": 99}),
+        "no_epochs": json.dumps(record),
+    }
+    for name, text in contents.items():
+        (folder / f"{name}.json").write_text(text)
+
+
+def make_weights(good, cache):
+    """Scorers below the folder `cache`: good, and bad in all ways. They are small enough for no model to be needed."""
+    description = {"encoder": str(good / "t5")}
+    for name in ("good", "other", "plain", "hostile", "empty", "torn"):
+        (cache / name).mkdir(parents=True)
+        (cache / name / "scorer.json").write_text(json.dumps(description))
+    torch.save({}, cache / "good/scorer.bin")
+    (cache / "other/scorer.json").write_text(json.dumps({"encoder": str(good / "bert"), "architecture": "bert"}))
+    (cache / "good/scorer.json").write_text(json.dumps({"encoder": str(good / "t5"), "architecture": "t5"}))
+    torch.save({}, cache / "other/scorer.bin")
+    torch.save({"weight": torch.zeros(3)}, cache / "plain/scorer.bin")
+    torch.save({"encoder.shared.weight": Mark()}, cache / "hostile/scorer.bin")
+    (cache / "empty/scorer.bin").write_bytes(b"")
+    torch.save({}, cache / "torn/scorer.bin")
+    (cache / "torn/scorer.json").write_text("{")
