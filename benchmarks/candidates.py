@@ -5,9 +5,12 @@
 A model of T5-small's shape with random weights (its candidates never end by themselves), one of BART's kind, and any
 generator given with --model generate 8 candidates a document, with a group for each beam. The arms:
 
-    original    transformers 4.56.2, one document at a time, padded to 512 tokens
+    original    transformers 4.56.2, documents as they come, in batches of 32, all padded to 512 tokens
     sorted      transformers 4.56.2, documents sorted by length, padded to the longest of a batch
     ours        DiverseBeamSearch, documents sorted by length
+
+The batches of `original` are the original's default; on a CPU smaller ones are faster, so with --original_batch 1 it is
+at its best.
 
 The reference runs in the interpreter of an environment with transformers 4.56.2; without --reference_python it is a
 plain restatement of its algorithm over this version's modules. First every arm has to give equal tokens.
@@ -53,6 +56,7 @@ def get_args_parser():
     parser.add_argument("--num_cands", type=integer, default=8, help="default: %(default)s")
     parser.add_argument("--decoder_max_len", type=integer, default=64, help="default: %(default)s")
     parser.add_argument("--batch", type=integer, default=16, help="documents a batch of ours (default: %(default)s)")
+    parser.add_argument("--original_batch", type=integer, default=32, help="of the original (default: %(default)s)")
     parser.add_argument(
         "--reference_batch", type=integer, default=4, help="and of the sorted reference, whose best it is (default: 4)"
     )
@@ -75,6 +79,7 @@ def main():
             "reference": reference.name,
             "candidates": args.num_cands,
             "decoder_max_len": args.decoder_max_len,
+            "batches": {"original": args.original_batch, "sorted": args.reference_batch, "ours": args.batch},
             "documents": len(texts),
             "results": results,
         }
@@ -127,9 +132,11 @@ def time_case(name, model_folder, sources, reference, args):
         max_length=args.decoder_max_len,
     )
     request = {"model": str(model_folder), "num_cands": args.num_cands, "max_length": args.decoder_max_len}
+    as_they_come = batches_of(range(len(sources)), args.original_batch)
+    by_length = length_batches(sources, args.reference_batch)
     arms = {
-        "original": lambda: reference.run(sources, 1, request | {"pad_to": LONGEST}),
-        "sorted": lambda: reference.run(sources, args.reference_batch, request | {"pad_to": None}),
+        "original": lambda: reference.run(sources, as_they_come, request | {"pad_to": LONGEST}),
+        "sorted": lambda: reference.run(sources, by_length, request | {"pad_to": None}),
         "ours": lambda: run_ours(search, sources, args.batch),
     }
     outputs = {arm: run()[1] for arm, run in arms.items()}
@@ -153,6 +160,10 @@ def time_case(name, model_folder, sources, reference, args):
     for arm, ratio in result["ratios"].items():
         print(f"{name}: {ratio['median']:.2f} x {arm} ({ratio['low']:.2f} to {ratio['high']:.2f})", flush=True)
     return result
+
+
+def batches_of(places, size):
+    return [places[start : start + size] for start in range(0, len(places), size)]
 
 
 def run_ours(search, sources, size):
@@ -192,11 +203,11 @@ class Reference:
         self.process.stdin.close()
         self.process.wait()
 
-    def run(self, sources, size, request):
-        """(seconds, for each document its candidates without padding)."""
-        order = [place for places in length_batches(sources, size) for place in places]
-        batches = [[sources[place] for place in places] for places in length_batches(sources, size)]
-        self.process.stdin.write(json.dumps(request | {"batches": batches}) + "\n")
+    def run(self, sources, batches, request):
+        """(seconds, for each document its candidates without padding). batches: lists of places in `sources`."""
+        order = [place for places in batches for place in places]
+        texts = [[sources[place] for place in places] for places in batches]
+        self.process.stdin.write(json.dumps(request | {"batches": texts}) + "\n")
         self.process.stdin.flush()
         answer = self._read()
         tokens = dict(zip(order, answer["tokens"], strict=True))

@@ -1,0 +1,168 @@
+"""Claim: evaluate_model.py judges at least 5 times as many documents a second as generating twice, one at a time.
+
+    python3 benchmarks/evaluation.py --data pubmed_abstracts.csv.gz --generator_name models/t5_pubmed \\
+        --scorer_path cache/run/scorer.bin --reference_python /path/of/venv/bin/python
+
+`plain` restates the original's evaluation: for each test document, padded to 512 tokens, the generator searches once
+for its own summary and once more for the candidates to choose from (16 groups of one beam, both times; with
+transformers 4.56.2 where --reference_python has it). Each time the scorer encodes document and reference, padded to 512
+tokens, and what was generated; ROUGE is rouge-score's. What no side does twice, loading the models and the intervals,
+is left out of both. First both sides have to choose the same candidates, with the same ROUGE.
+"""
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "SimCLS")]
+
+from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
+
+import numpy as np
+import torch
+from candidates import Reference
+from candidates_reference import DIVERSITY_PENALTY
+from common import ratio_summary, results_path
+from documents import clean, find_dataset, read_documents, split_documents
+from evaluate_model import as_sample, compare, generate_samples
+from gen_candidate import CandidateGenerator, load_generator
+from model import load_scorer
+from rouge_score.rouge_scorer import RougeScorer
+from utils import SentenceSplitter
+
+from harness import command_line
+from harness.distributed import World
+from harness.precision import choose_precision
+from harness.recording import describe_machine, write_json
+
+CANDIDATES = 16
+LONGEST = 512
+BATCH = 16  # evaluate_model.py's default, of both its models.
+TARGET = 5.0
+
+
+def get_args_parser():
+    parser = command_line.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", default="sample", help="CSV file or data set name (default: %(default)s)")
+    parser.add_argument("--generator_name", default=str(ROOT / "SimCLS" / "demo"), help="folder (default: SimCLS/demo)")
+    parser.add_argument("--scorer_path", type=Path, help="trained scorer (default: the generator's encoder as it is)")
+    parser.add_argument("--documents", type=command_line.positive_int, default=32, help="default: %(default)s")
+    parser.add_argument("--reference_python", default=sys.executable, help="interpreter that has transformers 4.56.2")
+    parser.add_argument("--rounds", type=command_line.positive_int, default=3, help="default: %(default)s")
+    parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/evaluation.json")
+    return parser
+
+
+def main():
+    args = get_args_parser().parse_args()
+    documents = split_documents(read_documents(find_dataset(args.data)))["test"][: args.documents]
+    model, tokenizer = load_generator(args.generator_name, torch.float32)
+    settings = {
+        "num_beams": CANDIDATES,
+        "num_groups": CANDIDATES,
+        "diversity_penalty": DIVERSITY_PENALTY,
+        "max_length": model.generation_config.max_length,
+    }
+    generator = CandidateGenerator(model, tokenizer, settings)
+    scorer, encoding, _ = load_scorer(None if args.scorer_path else args.generator_name, args.scorer_path)
+    with Reference(args.reference_python) as reference:
+        print(f"reference: {reference.name}; {torch.get_num_threads()} threads", flush=True)
+        plain = Plain(args.generator_name, generator, scorer, encoding, reference)
+        arms = {"plain": lambda: plain(documents), "ours": lambda: ours(generator, scorer, encoding, documents)}
+        check_equal(*(run()[1] for run in arms.values()))
+        seconds = {name: [] for name in arms}
+        for index in range(args.rounds):
+            for name in list(arms) if index % 2 == 0 else reversed(arms):
+                seconds[name].append(arms[name]()[0])
+    ratio = ratio_summary(seconds["plain"], seconds["ours"])
+    print(f"{ratio['median']:.1f} x as many documents a second ({ratio['low']:.1f} to {ratio['high']:.1f})")
+    print(f"target {TARGET} x: {'reached' if ratio['median'] >= TARGET else 'missed'}")
+    record = {
+        "benchmark": "evaluation",
+        "machine": describe_machine(torch.device("cpu")),
+        "reference": reference.name,
+        "documents": len(documents),
+        "candidates": CANDIDATES,
+        "seconds": seconds,
+        "documents_per_second": {name: len(documents) / sorted(each)[len(each) // 2] for name, each in seconds.items()},
+        "ratio": ratio,
+    }
+    write_json(args.output or results_path("evaluation", torch.device("cpu")), record)
+
+
+def ours(generator, scorer, encoding, documents):
+    """(seconds, {"choices": int64 [documents], "generator" and "SimCLS": ROUGE, float64 [documents, 3]})"""
+    cpu = torch.device("cpu")
+    started = time.perf_counter()
+    samples = generate_samples(generator, documents, BATCH)
+    systems, choices = compare(scorer, encoding, samples, BATCH, World(0, 1, cpu), choose_precision(None, cpu))
+    return time.perf_counter() - started, {
+        "choices": choices,
+        **{name: systems[name] for name in ("generator", "SimCLS")},
+    }
+
+
+class Plain:
+    """The original's evaluation, one document at a time; what it returns is as that of `ours`."""
+
+    def __init__(self, model_folder, generator, scorer, encoding, reference):
+        self.generator, self.scorer, self.encoding, self.reference = generator, scorer, encoding, reference
+        length = generator.settings["max_length"]
+        self.request = {"model": str(model_folder), "num_cands": CANDIDATES, "max_length": length, "pad_to": LONGEST}
+        self.rouge = RougeScorer(["rouge1", "rouge2", "rougeLsum"], use_stemmer=True)
+
+    @torch.no_grad()
+    def __call__(self, documents):
+        sources = [ids.tolist() for ids in self.generator.tokenize([document.text for document in documents])]
+        generating, tokens = 0.0, []
+        for _ in ("the generator's own", "to choose from"):
+            seconds, tokens = self.reference.run(sources, [[place] for place in range(len(sources))], self.request)
+            generating += seconds
+        self.scorer.eval()
+        started = time.perf_counter()
+        split = SentenceSplitter(document.text for document in documents).split
+        choices, first, chosen = [], [], []
+        for document, candidates in zip(documents, tokens, strict=True):
+            texts = self.generator.tokenizer.batch_decode(candidates, skip_special_tokens=True)
+            texts = [clean(text) for text in texts]
+            sample = as_sample(document.text, document.summary, texts, split)
+            self.similarities(document, texts[:1])
+            choices.append(int(self.similarities(document, texts).argmax()))
+            first.append(self.score(sample, 0))
+            chosen.append(self.score(sample, choices[-1]))
+        seconds = generating + time.perf_counter() - started
+        return seconds, {"choices": np.array(choices), "generator": np.array(first), "SimCLS": np.array(chosen)}
+
+    def similarities(self, document, texts):
+        """The cosine of each text's state with the document's; the reference's, too, though nothing is chosen by it."""
+        state = self.states(self.encoding.documents([document.text]), LONGEST)
+        reference = self.states(self.encoding.summaries([document.summary]), LONGEST)
+        candidates = self.encoding.summaries(texts)
+        torch.cosine_similarity(reference, state)
+        return torch.cosine_similarity(self.states(candidates, max(map(len, candidates))), state)
+
+    def states(self, rows, length):
+        ids = torch.tensor([row + [self.encoding.pad] * (length - len(row)) for row in rows])
+        mask = torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+        return self.scorer.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
+
+    def score(self, sample, place):
+        reference, candidate = "\n".join(sample["abstract"]), "\n".join(sample["candidates"][place][0])
+        return [score.fmeasure for score in self.rouge.score(reference, candidate).values()]
+
+
+def check_equal(plain, ours):
+    """End the program unless both sides chose the same candidates, with the same ROUGE to 1e-12."""
+    same = int((plain["choices"] == ours["choices"]).sum())
+    difference = max(np.abs(plain[name] - ours[name]).max() for name in ("generator", "SimCLS"))
+    print(
+        f"{same} of {len(ours['choices'])} choices are the same; ROUGE differs by at most {difference:.1e}", flush=True
+    )
+    if same < len(ours["choices"]) or not difference <= 1e-12:
+        sys.exit(1)
+
+
+if __name__ == "__main__":
+    command_line.run(main)
