@@ -24,6 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 import transformers
 from documents import find_dataset, read_documents, split_documents, take_percent
+from pretrained import load_tokenizer
 from rouge_score import rouge_scorer
 
 from harness import command_line, torchvision_compat  # noqa: F401
@@ -31,6 +32,7 @@ from harness.command_line import UserError
 from harness.recording import describe_machine, output_lock, publish, staging, write_json
 from harness.resume import check_arguments, stop_requests
 
+PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # Of torchrun.
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeLsum")
 
 
@@ -53,7 +55,8 @@ def get_args_parser():
     training = parser.add_argument_group("training")
     training.add_argument("--num_epoch", type=integer, default=5, help="default: %(default)s")
     training.add_argument("--max_steps", type=integer, help="end after this many updates, whatever --num_epoch says")
-    training.add_argument("--batch_size", type=integer, default=16, help="documents a step (default: %(default)s)")
+    training.add_argument("--batch_size", type=integer, default=16, help="documents a step, over all processes "
+                          "(default: %(default)s)")  # fmt: skip
     training.add_argument("--lr", type=number, default=3e-4, help="peak learning rate of AdamW (default: %(default)s)")
     training.add_argument("--warmup", type=command_line.fraction, default=0.05,
                           help="share of the updates in which the rate rises to its peak, from which it falls to 0 "
@@ -85,6 +88,8 @@ def main():
     for name in ("label_smoothing", "dropout"):
         if (getattr(args, name) or 0) >= 1:
             raise UserError(f"--{name} {getattr(args, name)} is not below 1")
+    if args.batch_size % PROCESSES:
+        raise UserError(f"--batch_size {args.batch_size} is shared out over {PROCESSES} processes; make it a multiple")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = half_precision_dtype(args.half_precision, device)
     documents = read_documents(find_dataset(args.data_file), args.doc_col_name, args.sum_col_name)
@@ -124,13 +129,15 @@ def load_generator(name, dropout=None):
     """
     try:
         safely = {"trust_remote_code": False}
+        if not sys.stderr.isatty():
+            transformers.utils.logging.disable_progress_bar()
         config = transformers.AutoConfig.from_pretrained(name, **safely)
         if dropout is not None:
             # The one is T5's name, the other BART's and Pegasus'.
             setattr(config, "dropout_rate" if hasattr(config, "dropout_rate") else "dropout", dropout)
         # Weights are trained in single precision, however they were saved.
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, config=config, dtype=torch.float32, **safely)
-        return model, transformers.AutoTokenizer.from_pretrained(name, **safely)
+        return model, load_tokenizer(name)
     except Exception as error:  # What damaged folders raise is an open set.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
@@ -299,7 +306,7 @@ def training_arguments(args, checkpoints, num_samples, dtype):
         output_dir=str(checkpoints),
         num_train_epochs=args.num_epoch,
         max_steps=args.max_steps or -1,
-        per_device_train_batch_size=args.batch_size,
+        per_device_train_batch_size=args.batch_size // PROCESSES,
         per_device_eval_batch_size=4 * args.batch_size,
         learning_rate=args.lr,
         warmup_steps=round(args.warmup * updates),

@@ -29,6 +29,7 @@ import transformers
 from candidate_files import CandidateFiles
 from diverse_beam import DiverseBeamSearch
 from documents import find_dataset, read_documents, safe_name, split_documents, take_percent
+from pretrained import load_tokenizer
 from tqdm import tqdm
 
 from harness.command_line import UserError
@@ -133,9 +134,10 @@ def load_generator(name, dtype):
     if not sys.stderr.isatty():
         transformers.utils.logging.disable_progress_bar()
     try:
-        options = {"local_files_only": is_folder, "trust_remote_code": False}
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, dtype=dtype, **options)
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name, **options)
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
+            name, dtype=dtype, local_files_only=is_folder, trust_remote_code=False
+        )
+        tokenizer = load_tokenizer(name, local_files_only=is_folder)
     except Exception as error:  # Of damaged folders come OSError, ValueError, KeyError, SafetensorError and more.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         where = "in this folder" if is_folder else "under this name, neither as a folder nor on the hub"

@@ -22,7 +22,8 @@ from harness.command_line import UserError
 from harness.recording import atomic_write, write_json
 
 # isort: split
-from transformers import AutoConfig, AutoModelForTextEncoding, AutoTokenizer
+from pretrained import load_tokenizer
+from transformers import AutoConfig, AutoModelForTextEncoding
 from transformers.utils import logging
 
 MARGIN = 0.01  # Of the published scorers, as are 512 tokens of a document and 120 of a summary.
@@ -136,7 +137,7 @@ def load_encoder(name, dropout=0.0):
             if hasattr(config, key):
                 setattr(config, key, dropout)
         encoder = AutoModelForTextEncoding.from_pretrained(name, config=config, dtype=torch.float32, **safely)
-        tokenizer = AutoTokenizer.from_pretrained(name, **safely)
+        tokenizer = load_tokenizer(name)
     except Exception as error:  # What damaged folders raise is an open set.
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(

@@ -77,6 +77,16 @@ def write_json(path, value):
         file.write("\n")
 
 
+def make_folder(folder):
+    """Make the output folder, and those that it lies in; UserError when there can be none."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise UserError(f"the output folder {folder} is a file, or lies in one; name another") from None
+    except OSError as error:
+        raise UserError(f"cannot make the output folder {folder}: {error.strerror}; name another") from None
+
+
 @contextlib.contextmanager
 def output_lock(path):
     """Hold the lock file `path`, so that a second run with the same output is refused (UserError).
@@ -84,7 +94,7 @@ def output_lock(path):
     The kernel drops the lock when the process dies, however it dies. The empty file itself stays.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     # For writing, though nothing is written: a folder that is read-only is found out before the work.
     with _locked(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), path.with_suffix("")):
         yield
@@ -98,10 +108,7 @@ def staging(folder):
     in it would count as one of its files.
     """
     folder = Path(folder)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except (FileExistsError, NotADirectoryError):
-        raise UserError(f"the output folder {folder} is a file, or lies in one; name another") from None
+    make_folder(folder)
     stage = folder / ".unfinished"
     with _locked(os.open(folder, os.O_RDONLY | os.O_CLOEXEC), folder):
         shutil.rmtree(stage, ignore_errors=True)  # Of a killed run.

@@ -4,7 +4,6 @@ import contextlib
 import json
 from pathlib import Path
 
-from harness.command_line import UserError
 from harness.recording import describe_machine, output_lock, write_json
 from harness.resume import check_arguments, load_state, no_state, save_state
 
@@ -36,12 +35,6 @@ class Run:
         if not self.world.is_main:
             yield
             return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-        except (FileExistsError, NotADirectoryError):
-            raise UserError(f"the output folder {self.folder} is a file, or lies in one; name another") from None
-        except OSError as error:
-            raise UserError(f"cannot make the output folder {self.folder}: {error.strerror}; name another") from None
         with output_lock(self.path(".lock")):
             for abandoned in self.temporary_files():
                 abandoned.unlink()
