@@ -8,6 +8,7 @@ percent more or less, it tells more than the ratio does. The device is CUDA wher
 """
 
 import functools
+import math
 import statistics
 import sys
 import time
@@ -50,12 +51,13 @@ def main():
         arm()  # Warm up.
     seconds = interleaved(arms, args.rounds)
     ratio = ratio_summary(seconds["on"], seconds["off"])
+    low, high = ratio["interval"] = median_interval(seconds["on"], seconds["off"])
     step = statistics.median(seconds["off"]) / args.steps
     bare = bare_seconds(device) / step
     within = "within" if ratio["median"] <= LIMIT else "NOT within"
     print(
         f"{args.model}, batch {args.batch_size}, {device.type}: a step with phases on takes {ratio['median']:.4f} x "
-        f"that with phases off ({ratio['low']:.3f} to {ratio['high']:.3f}; {args.rounds} rounds of {args.steps} "
+        f"that with phases off (95 % interval {low:.3f} to {high:.3f}; {args.rounds} rounds of {args.steps} "
         f"steps), {within} {LIMIT}; bare cost of the phases {100 * bare:.4f} % of a step"
     )
     record = {
@@ -66,6 +68,13 @@ def main():
     path = args.output or results_path("phase_overhead", device)
     write_json(path, record)
     print(f"written: {path}")
+
+
+def median_interval(base, new):
+    """The 95 % interval of the median of base / new over the rounds, by the sign test: two of the sorted ratios."""
+    ratios = sorted(slow / fast for slow, fast in zip(base, new, strict=True))
+    outside = max(0, math.floor(len(ratios) / 2 - 1.96 * math.sqrt(len(ratios)) / 2) - 1)
+    return ratios[outside], ratios[-1 - outside]
 
 
 def trainer(args, device):

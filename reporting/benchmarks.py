@@ -12,15 +12,20 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 def render(folder):
-    """Markdown: for each hardware a table of ratios, old way over new, then the tables that records bring along."""
+    """Markdown: for each hardware a table of ratios, old way over new, what each
+    benchmark claims, then the tables that records bring along."""
     parts = []
     for hardware, benchmarks in _by_hardware(folder).items():
         rows = [row for record in benchmarks for row in _ratio_rows(record)]
         if rows:
             parts += [f"{hardware}, both sides of a row in one run, interleaved:", markdown(rows)]
+            claims = {record["benchmark"]: _claim(record["benchmark"]) for record in benchmarks}
+            shown = {row["Benchmark"] for row in rows}
+            parts.append("\n".join(f"- `{name}`: {claim}" for name, claim in claims.items() if f"`{name}`" in shown))
         for record in benchmarks:
             for name, table in _tables(record):
-                parts += [f"{record['benchmark']}, {name}; {hardware}:", table]
+                where = f"`{record['benchmark']}`" + (f", {name}" if name != "rows" else "")
+                parts += [f"{where}; {hardware}:", table]
     return "\n\n".join(parts)
 
 
@@ -39,13 +44,12 @@ def _by_hardware(folder):
 
 
 def _ratio_rows(record):
-    claim = _claim(record["benchmark"])
     for case, found in _ratios("", record):
         yield {
             "Benchmark": f"`{record['benchmark']}`",
-            "Claim": claim,
             "Case": case or None,
             "Ratio": number(found["median"]),
+            "95 % interval": " to ".join(map(number, found["interval"])) if "interval" in found else None,
             "Lowest to highest": f"{number(found['low'])} to {number(found['high'])}",
         }
 
@@ -69,17 +73,21 @@ def _tables(record):
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
             headers = dict.fromkeys(key for row in value for key in row)
             plain = [key for key in headers if all(_is_plain(row.get(key)) for row in value)]
-            yield name, markdown([{key.replace("_", " "): _text(row.get(key)) for key in plain} for row in value])
+            yield name, markdown([dict(_cell(key, row.get(key)) for key in plain) for row in value])
 
 
 def _is_plain(value):
     return value is None or isinstance(value, (str, int, float))
 
 
-def _text(value):
-    if value is None or isinstance(value, (str, bool)):
-        return None if value is None else str(value)
-    return str(value) if isinstance(value, int) else number(value)
+def _cell(key, value):
+    """(header, text or None) of a figure; bytes are given in MiB."""
+    header = key.replace("_", " ")
+    if key.endswith("bytes"):
+        header, value = header.removesuffix("bytes") + "MiB", value and value / 2**20
+    if value is None:
+        return header, None
+    return header, number(value) if isinstance(value, float) else str(value)
 
 
 def _claim(benchmark):

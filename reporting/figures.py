@@ -17,7 +17,7 @@ from reporting.comparison import Sample
 from reporting.overview import PHASES
 from reporting.records import Run
 from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCLS
-from reporting.tables import groups, place
+from reporting.tables import groups, hardware, place
 
 WIDTH = 10  # Inches: 1,000 pixels, which README shows about as they are.
 STYLE = {"font.size": 10, "figure.dpi": 100, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}
@@ -33,7 +33,7 @@ def draw_all(runs, folder):
         "resnext_mixed_precision": (draw_curves, MIXED_PRECISION, CURVES),
         "resnext_checkpointing": (draw_curves, CHECKPOINTING, CURVES),
         "simcls_loss": (draw_losses, SIMCLS),
-        "step_timeline": (draw_timeline, (MIXED_PRECISION, CHECKPOINTING)),
+        "step_timeline": (draw_timeline, (DATA_LOADER, MIXED_PRECISION, CHECKPOINTING)),
         "checkpointing_memory": (draw_memory, CHECKPOINTING),
     }
     written = []
@@ -118,16 +118,8 @@ def _finish(figure, panel, title):
 
 def draw_timeline(runs, studies):
     """The phases of a median step one after another; for each arm a row of host times and one of device times."""
-    arms, baseline = {}, None
-    for study in studies:
-        group = chosen(study, runs)
-        # Arms of several studies go together where they share the baseline.
-        for row in group.rows if group else ():
-            base = group.baseline(row)
-            if base is not None and baseline in (None, base.runs[0].path):
-                baseline = base.runs[0].path
-                arms.setdefault(row.runs[0].path, (row, base, place(group.machine)))
-    bars = [bar for row, base, _ in arms.values() for bar in _bars(row, base)]
+    arms = _arms(runs, studies)
+    bars = [bar for arm in arms for bar in _bars(*arm)]
     if not bars:
         return None
     figure, panel = plt.subplots(figsize=(WIDTH, 1.6 + 0.34 * len(bars)), layout="constrained")
@@ -140,22 +132,41 @@ def draw_timeline(runs, studies):
     panel.set_yticks(range(len(bars)), [name for name, _ in bars])
     panel.invert_yaxis()
     panel.grid(axis="y", visible=False)
-    row, _, where = next(iter(arms.values()))
-    panel.set_xlabel("time, multiples of the baseline's step" if row.runs[0].on_cpu else "time, ms")
-    return _finish(figure, panel, f"One training step by phase: {row.runs[0].arguments['model']}; {where}")
+    run = arms[0][1].runs[0]
+    panel.set_xlabel("time, multiples of the baseline's step" if run.on_cpu else "time, ms")
+    title = f"{run.arguments['model']}, batch {run.arguments['batch_size']}; {place(hardware(run))}"
+    return _finish(figure, panel, f"One training step by phase: {title}")
 
 
-def _bars(row, base):
+def _arms(runs, studies):
+    """[(label, Row, its baseline Row), ...] of several studies, as far as they are of one model, data, batch size and
+    hardware; the baseline comes first, and once."""
+    arms, common = [], None
+    for study in studies:
+        group = chosen(study, runs)
+        for row in group.rows if group else ():
+            base = group.baseline(row)
+            if base is None or not base.runs[0].step_ms() or (row is base and arms):
+                continue
+            run = row.runs[0]
+            same = [*(run.arguments[name] for name in ("model", "dataset", "batch_size")), hardware(run)]
+            if common in (None, same):
+                common = same
+                arms.append(("baseline" if row is base else row.arm.label, row, base))
+    return arms
+
+
+def _bars(name, row, base):
     """[(label, {phase: median length}), ...] of an arm: host, and device where it was timed."""
     timing, scale = row.runs[0].timing(), 1.0
     if row.runs[0].on_cpu:
         scale = base.runs[0].step_ms()
     bars = []
     for side in ("host", "device"):
-        times = {name: phase[f"{side}_ms"] for name, phase in timing["phases"].items()}
+        times = {phase: found[f"{side}_ms"] for phase, found in timing["phases"].items()}
         if all(times.values()):
-            lengths = {name: time["median"] / scale for name, time in times.items() if time["median"] is not None}
-            bars.append((f"{row.arm.label}, {side}", lengths))
+            lengths = {phase: time["median"] / scale for phase, time in times.items() if time["median"] is not None}
+            bars.append((f"{name}, {side}", lengths))
     return bars
 
 
