@@ -59,7 +59,7 @@ def report(args):
     runs, evaluations = records.read_folders(args.folders or default_folders(published=args.readme is not None))
     if not runs:
         records.warn("no runs found; bash run.sh makes some")
-    from reporting import figures  # After the folders are known to be good: matplotlib takes a second.
+    from reporting import figures, frontier  # After the folders are known to be good: matplotlib takes a second.
 
     parts = sections(runs, evaluations, args.benchmark_dir, with_cpu_times=args.readme is None)
     if args.readme:
@@ -67,7 +67,8 @@ def report(args):
     else:
         shown = [parts[name] for name in args.only or TABLES]
         print("\n\n".join(f"## {title}\n\n{body}" for title, body in shown if body))
-    for path in figures.draw_all(runs, args.image_dir):
+    drawn = [*figures.draw_all(runs, args.image_dir), *frontier.draw_frontier(args.benchmark_dir, args.image_dir)]
+    for path in drawn:
         print(f"drawn: {path}", file=sys.stderr)
 
 

@@ -15,7 +15,7 @@ def render(folder):
     """Markdown: for each hardware a table of ratios, old way over new, what each
     benchmark claims, then the tables that records bring along."""
     parts = []
-    for hardware, benchmarks in _by_hardware(folder).items():
+    for hardware, benchmarks in by_hardware(folder).items():
         rows = [row for record in benchmarks for row in _ratio_rows(record)]
         if rows:
             parts += [f"{hardware}, both sides of a row in one run, interleaved:", markdown(rows)]
@@ -29,7 +29,7 @@ def render(folder):
     return "\n\n".join(parts)
 
 
-def _by_hardware(folder):
+def by_hardware(folder):
     """{hardware: [record, ...]} of the whole records `folder`/*/*.json; others are named on stderr."""
     found = {}
     for path in sorted(Path(folder).glob("*/*.json")):

@@ -42,13 +42,13 @@ def draw_all(runs, folder):
             figure = draw(runs, *what)
         if figure is not None:
             path = folder / f"{name}.png"
-            _save(figure, path)
+            save(figure, path)
             plt.close(figure)
             written.append(path)
     return written
 
 
-def _save(figure, path):
+def save(figure, path):
     """Write a PNG of few colours: a third of the size, and the same bytes for the same records."""
     figure.canvas.draw()
     picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]).quantize(
