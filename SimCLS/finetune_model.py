@@ -27,7 +27,7 @@ from documents import find_dataset, read_documents, split_documents, take_percen
 from pretrained import load_tokenizer
 from rouge_score import rouge_scorer
 
-from harness import command_line, torchvision_compat  # noqa: F401
+from harness import command_line, determinism, torchvision_compat  # noqa: F401
 from harness.command_line import UserError
 from harness.recording import describe_machine, output_lock, publish, staging, write_json
 from harness.resume import check_arguments, stop_requests
@@ -68,6 +68,7 @@ def get_args_parser():
         "--half_precision", nargs="?", const="auto", default="False", metavar="DTYPE",
         help="float16 or bfloat16 autocast; without a value float16 on CUDA, bfloat16 on a CPU")  # fmt: skip
     training.add_argument("--gradient_checkpointing", **_flag("recompute activations in the backward pass"))
+    determinism.add_argument(training)
 
     lengths = parser.add_argument_group("lengths, in tokens; longer texts are cut")
     lengths.add_argument("--max_source_length", type=integer, default=512, help="default: %(default)s")
@@ -90,6 +91,7 @@ def main():
             raise UserError(f"--{name} {getattr(args, name)} is not below 1")
     if args.batch_size % PROCESSES:
         raise UserError(f"--batch_size {args.batch_size} is shared out over {PROCESSES} processes; make it a multiple")
+    determinism.apply(args)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     dtype = half_precision_dtype(args.half_precision, device)
     documents = read_documents(find_dataset(args.data_file), args.doc_col_name, args.sum_col_name)

@@ -30,7 +30,7 @@ from scorer_experiment import (
 )
 from scorer_run import ScorerRun
 
-from harness import command_line, distributed
+from harness import command_line, determinism, distributed
 from harness.command_line import UserError
 from harness.loading import worker_loader
 from harness.precision import choose_precision
@@ -42,6 +42,7 @@ def main():
     args = get_args_parser(__doc__).parse_args()
     device = choose_device(args)
     start_processes(args)
+    determinism.apply(args)
     with distributed.world(device) as world:
         world.share(args.batch_size)
         # TensorFloat-32 is off: in this model it would be for the matrix products, where PyTorch leaves it off too.

@@ -11,6 +11,7 @@ import torch
 from data_utils import ROUGE, load_samples
 from model import MARGIN, MAX_LEN, TOTAL_LEN, load_scorer, ranking_loss, score_samples
 
+from harness import determinism
 from harness.command_line import (
     OneLineParser,
     UserError,
@@ -52,6 +53,7 @@ def get_args_parser(description):
     add("--half_precision", type=half_precision_type, nargs="?", const="float16", metavar="float16|bfloat16",
         help="autocast, in float16 with loss scaling when no type is named; on a CPU always in bfloat16")  # fmt: skip
     add("--use_checkpoint", **flag, help="recompute the activations of each encoder layer in backward")
+    determinism.add_argument(machine)
 
     learning = parser.add_argument_group("learning")
     add = learning.add_argument
@@ -120,6 +122,8 @@ def run_name(args):
         parts.append("checkpoint")
     if args.seed:
         parts.append(f"seed{args.seed}")
+    if args.deterministic:
+        parts.append("deterministic")
     if args.max_steps:
         parts.append(f"{args.max_steps}_steps")
     return "_".join(parts)

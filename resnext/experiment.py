@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
+from harness import determinism
 from harness.command_line import (
     OneLineParser,
     UserError,
@@ -48,6 +49,7 @@ def get_args_parser(description):
     add("--true_fp32", type=boolean, nargs="?", const=True, default=False,
         help="no TensorFloat-32, which GPUs since Ampere use for single precision")  # fmt: skip
     add("--seed", type=seed, default=0)
+    determinism.add_argument(parser)
     add("--output_dir", default="model_history")
     add("--resume", type=boolean, nargs="?", const=True, default=False,
         help="go on where an interrupted run with the same arguments stopped")  # fmt: skip
@@ -81,6 +83,8 @@ def run_name(args, suffix=""):
         parts.append("fp32")
     if args.seed:
         parts.append(f"seed{args.seed}")
+    if args.deterministic:
+        parts.append("deterministic")
     if args.max_steps:
         parts.append(f"{args.max_steps}_steps")
     return "_".join(parts) + suffix

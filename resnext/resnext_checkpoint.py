@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from experiment import ImageRun, Metrics, evaluate, get_args_parser
-from harness import command_line, distributed
+from harness import command_line, determinism, distributed
 from harness.loading import EpochBatches
 from harness.precision import choose_precision
 from harness.profiling import PhaseTimer, SavedBytes, nvtx_range, peak_memory
@@ -35,6 +35,7 @@ def main():
         help="plan what to redo, so that this share of the plain run's saved activations is kept",
     )
     args = parser.parse_args()
+    determinism.apply(args)
     with distributed.world() as world:
         world.share(args.batch_size)
         precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)

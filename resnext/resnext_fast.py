@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from experiment import ImageRun, Metrics, evaluate, get_args_parser
-from harness import command_line, distributed
+from harness import command_line, determinism, distributed
 from harness.command_line import boolean, fraction, share
 from harness.loading import EpochBatches
 from harness.precision import choose_precision
@@ -49,6 +49,7 @@ def get_fast_args_parser():
 
 def main():
     args = get_fast_args_parser().parse_args()
+    determinism.apply(args)
     with distributed.world() as world:
         world.share(args.batch_size)
         precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
@@ -101,7 +102,7 @@ def train(args, world, precision, run):
         return
     with world.first_on_machine():
         data = load_images(args.dataset, args.data_dir)
-    torch.backends.cudnn.benchmark = True
+    torch.backends.cudnn.benchmark = not args.deterministic
     torch.manual_seed(args.seed)
     layout = layout_of(args, precision)
     model = ResNeXt(*parse_name(args.model), num_classes=len(data.classes)).to(device)
