@@ -1,0 +1,209 @@
+"""How the grouped 3x3 convolutions of ResNeXt are best run: in which memory layout, and in which form.
+
+    python3 benchmarks/layout.py                              ResNeXt29_4x64d and a small one
+    python3 benchmarks/layout.py --precision fp32 bf16        on CUDA also tf32 and fp16
+
+Forms of one and the same convolution (Xie et al. 2017, figure 3, shows the first two to be equal):
+
+    groups      one convolution with `groups`
+    separate    a convolution for each group, and their outputs side by side
+    dense       one convolution without groups, whose weight is block-diagonal: more FLOPs, in a form that is ordinary
+
+Each runs in NCHW and in NHWC (channels last), forward and backward apart, after its output and gradients have been
+checked against those of the first form in float64.
+"""
+
+import itertools
+import statistics
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "resnext")]
+
+import torch
+import torch.nn.functional as F
+from common import interleaved, results_path
+
+from harness import command_line
+from harness.recording import describe_machine, write_json
+from models.resnext import ResNeXt, parse_name
+
+LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
+DTYPES = {"fp32": torch.float32, "tf32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TOLERANCES = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2, "fp16": 1e-2}  # Of the largest value.
+
+
+class Shape(NamedTuple):
+    """A grouped 3x3 convolution of `channels` to `channels` on pictures of `size` x `size`."""
+
+    channels: int
+    groups: int
+    size: int
+    stride: int
+
+    def __str__(self):
+        return f"{self.channels} channels, {self.groups} groups, {self.size} x {self.size}, stride {self.stride}"
+
+
+def groups(x, weight, shape):
+    return F.conv2d(x, weight, stride=shape.stride, padding=1, groups=shape.groups)
+
+
+def separate(x, weight, shape):
+    parts = zip(x.chunk(shape.groups, 1), weight.chunk(shape.groups), strict=True)
+    return torch.cat([F.conv2d(part, each, stride=shape.stride, padding=1) for part, each in parts], 1)
+
+
+def dense(x, weight, shape):
+    each, inside, *kernel = weight.view(shape.groups, -1, *weight.shape[1:]).shape[1:]
+    blocks = weight.new_zeros(shape.groups, each, shape.groups, inside, *kernel)
+    diagonal = torch.arange(shape.groups, device=weight.device)
+    blocks[diagonal, :, diagonal] = weight.view(shape.groups, each, inside, *kernel)
+    whole = blocks.view(shape.channels, shape.channels, *kernel)
+    if x.is_contiguous(memory_format=torch.channels_last):
+        whole = whole.contiguous(memory_format=torch.channels_last)
+    return F.conv2d(x, whole, stride=shape.stride, padding=1)
+
+
+FORMS = {"groups": groups, "separate": separate, "dense": dense}
+
+
+def get_args_parser():
+    on_cuda = torch.cuda.is_available()
+    parser = command_line.OneLineParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--models", nargs="+", default=["resnext29_4x64d", "resnext29_2x16d"])
+    add("--batch_size", type=command_line.positive_int, default=128 if on_cuda else 16)
+    add("--precision", choices=DTYPES, nargs="+", default=["tf32", "bf16", "fp16"] if on_cuda else ["fp32", "bf16"])
+    add("--rounds", type=command_line.positive_int, default=10)
+    add("--repeats", type=command_line.positive_int, default=20 if on_cuda else 1, help="calls of an arm in a round")
+    add("--output", type=Path, help="by default benchmarks/results/<hardware>/layout.json")
+    return parser
+
+
+def main():
+    args = get_args_parser().parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True
+    rows, totals = [], []
+    for model, precision in itertools.product(args.models, args.precision):
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        counted = count_shapes(model)
+        of_model = []
+        for shape, count in counted.items():
+            for row in measure(shape, precision, args, device):
+                of_model.append({"model": model, "precision": precision, "shape": str(shape), "count": count} | row)
+        rows += of_model
+        totals += sum_up(of_model)
+        show(totals[-len(FORMS) * len(LAYOUTS) :])
+    record = {
+        "benchmark": "layout",
+        "machine": describe_machine(device),
+        "batch_size": args.batch_size,
+        "rounds": args.rounds,
+        "repeats": args.repeats,
+        "totals": totals,
+        "by_shape": {"rows": rows},
+    }
+    path = args.output or results_path("layout", device)
+    write_json(path, record)
+    print(f"written: {path}")
+
+
+def count_shapes(name):
+    """{Shape: how often} of the grouped convolutions of the model `name`."""
+    found = {}
+
+    def note(layer, inputs):
+        shape = Shape(layer.in_channels, layer.groups, inputs[0].shape[-1], layer.stride[0])
+        found[shape] = found.get(shape, 0) + 1
+
+    with torch.device("meta"):
+        model = ResNeXt(*parse_name(name))
+        for layer in model.modules():
+            if isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (3, 3):
+                layer.register_forward_pre_hook(note)
+        model(torch.empty(2, 3, 32, 32))
+    return found
+
+
+def measure(shape, precision, args, device):
+    """A row for each form and layout: median milliseconds of a call, and how many times faster than the baseline's."""
+    torch.manual_seed(0)
+    x = torch.randn(args.batch_size, shape.channels, shape.size, shape.size, device=device)
+    weight = torch.randn(shape.channels, shape.channels // shape.groups, 3, 3, device=device) / shape.channels**0.5
+    exact = call_once(groups, x.double(), weight.double(), shape)
+    arms = {}
+    for (form, function), (layout, memory_format) in itertools.product(FORMS.items(), LAYOUTS.items()):
+        operands = [each.to(DTYPES[precision], memory_format=memory_format) for each in (x, weight)]
+        for ours, right in zip(call_once(function, *operands, shape), exact, strict=True):
+            error = (ours.double() - right).abs().max() / right.abs().max()
+            assert error <= TOLERANCES[precision], f"{form} {layout} {precision} {shape}: off by {error:.1e}"
+        arms |= make_arms(f"{form} {layout}", function, operands, shape, args.repeats, device)
+    for arm in arms.values():
+        arm()  # Warm up.
+    seconds = interleaved(arms, args.rounds)
+    milliseconds = {name: 1e3 * statistics.median(values) / args.repeats for name, values in seconds.items()}
+    rows = []
+    for form, layout in itertools.product(FORMS, LAYOUTS):
+        forward, backward = (milliseconds[f"{form} {layout} {side}"] for side in ("forward", "backward"))
+        rows.append({"form": form, "layout": layout, "forward_ms": forward, "backward_ms": backward})
+    return rows
+
+
+def call_once(function, x, weight, shape):
+    """(output, gradient of x, gradient of weight) for a fixed gradient of the output."""
+    x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
+    out = function(x, weight, shape)
+    return out.detach(), *torch.autograd.grad(out, (x, weight), gradient_like(out))
+
+
+def gradient_like(out):
+    generator = torch.Generator().manual_seed(1)
+    gradient = torch.randn(out.shape, generator=generator).to(out)
+    return torch.empty_like(out).copy_(gradient)  # In the layout that the next layer's backward would give.
+
+
+def make_arms(name, function, operands, shape, repeats, device):
+    operands = [each.detach().requires_grad_() for each in operands]
+    out = function(*operands, shape)
+    gradient = gradient_like(out)
+
+    def repeated(call):
+        def arm():
+            for _ in range(repeats):
+                call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+
+        return arm
+
+    return {
+        f"{name} forward": repeated(lambda: function(*operands, shape)),
+        f"{name} backward": repeated(lambda: torch.autograd.grad(out, operands, gradient, retain_graph=True)),
+    }
+
+
+def sum_up(rows):
+    """The rows of one model and precision as one for each form and layout: milliseconds of all its convolutions."""
+    totals = []
+    for form, layout in itertools.product(FORMS, LAYOUTS):
+        of_arm = [row for row in rows if (row["form"], row["layout"]) == (form, layout)]
+        sums = {side: sum(row["count"] * row[side] for row in of_arm) for side in ("forward_ms", "backward_ms")}
+        totals.append({key: of_arm[0][key] for key in ("model", "precision", "form", "layout")} | sums)
+    base = totals[0]["forward_ms"] + totals[0]["backward_ms"]
+    return [row | {"times_faster": base / (row["forward_ms"] + row["backward_ms"])} for row in totals]
+
+
+def show(totals):
+    print("| model | precision | form | layout | forward, ms | backward, ms | x groups NCHW |")
+    print("|---|---|---|---|---:|---:|---:|")
+    for row in totals:
+        *words, forward, backward, faster = row.values()
+        print(f"| {' | '.join(words)} | {forward:.2f} | {backward:.2f} | {faster:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    command_line.run(main)

@@ -1,0 +1,180 @@
+"""resnext_fast.py: its schedule and optimizer, its switches, and that it learns, stops and goes on as the others do."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import resnext_fast
+import torch
+import torch.nn.functional as F
+from conftest import ROOT
+from resnext_fast import get_fast_args_parser, make_optimizer, one_cycle, suffix
+
+from models.resnext import ResNeXt
+
+SCRIPT = "resnext/resnext_fast.py"
+NAME = "resnext_device_8_resnext29_1x4d_folder_fast"
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def tiny(pictures):
+    """The arguments of a run of 6 steps an epoch, the last of 4 pictures."""
+    return ["--dataset", "folder", "--data_dir", pictures, "--model", "resnext29_1x4d", "--batch_size", 8,
+            "--num_epoch", 3, "--lr", 0.02]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def finished(run_script, tiny, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    run_script(SCRIPT, *tiny, "--ema", 0.9, "--output_dir", folder)
+    return folder
+
+
+def test_one_cycle_rises_linearly_and_falls_to_zero():
+    steps = 999
+    factors = np.array([one_cycle(step, steps) for step in range(steps)])
+    peak = factors.argmax()
+    assert factors[peak] == pytest.approx(1.0)
+    assert (peak + 1) / (steps + 1) == pytest.approx(resnext_fast.WARMUP)
+    assert np.diff(factors[: peak + 1]) == pytest.approx(1 / (peak + 1))
+    assert np.diff(factors[peak:]) == pytest.approx(-1 / (steps - peak))
+    assert 0 < factors[-1] < 0.002
+    assert 0 < factors[0] < 0.01
+
+
+def test_sgd_decays_neither_batch_norm_nor_biases():
+    model = ResNeXt(1, 4)
+    optimizer = make_optimizer(model, "sgd", 0.1, CPU)
+    decay = {id(weight): group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]}
+    for layer in model.modules():
+        for name, weight in layer.named_parameters(recurse=False):
+            spared = isinstance(layer, torch.nn.BatchNorm2d) or name == "bias"
+            assert decay.pop(id(weight)) == (0.0 if spared else 5e-4)
+    assert not decay
+    assert all(group["nesterov"] and group["momentum"] == 0.9 for group in optimizer.param_groups)
+
+
+def test_the_rate_of_every_step_follows_the_cycle(tiny, tmp_path):
+    spy = (
+        "import sys, runpy, torch; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0])\n"
+        "step = torch.optim.SGD.step\n"
+        "def spy(self, *args):\n"
+        "    print('rate', *(group['lr'] for group in self.param_groups)); return step(self, *args)\n"
+        "torch.optim.SGD.step = spy\n"
+        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
+    )
+    command = [sys.executable, "-c", spy, ROOT / SCRIPT, *tiny, "--output_dir", tmp_path]
+    printed = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    rates = [[float(word) for word in line.split()[1:]] for line in printed.splitlines() if line.startswith("rate")]
+    assert rates == [[0.02 * one_cycle(step, 18)] * 2 for step in range(18)]
+
+
+def test_it_learns_and_writes_what_the_others_write(finished):
+    assert sorted(path.name for path in finished.iterdir()) == [
+        f"{NAME}_ema_0.9{end}" for end in (".json", ".lock", ".npz", ".pt")
+    ]
+    record = json.loads((finished / f"{NAME}_ema_0.9.json").read_text())
+    assert record["experiment"] == "resnext_fast"
+    losses = [epoch["loss"] for epoch in record["epochs"]]
+    assert losses[-1] < losses[0]
+    assert record["saved_activation_bytes"] > 8 * 1024 * 64 * 4
+    assert record["epochs"][0]["timing"]["steps"] == 6
+    weights = torch.load(finished / f"{NAME}_ema_0.9.pt", weights_only=True)
+    assert weights.keys() == ResNeXt(1, 4, num_classes=2).state_dict().keys()
+
+
+STOP = """
+import os, signal, sys, runpy
+sys.argv = sys.argv[1:]
+sys.path[:0] = [sys.argv[0].rpartition('/')[0], sys.argv[0].rpartition('/resnext/')[0]]
+from harness import loading
+weight, seen = loading.EpochBatches.weight, []
+def spy(self, number):
+    seen.append(number)
+    if len(seen) == 9: os.kill(os.getpid(), signal.SIGTERM)
+    return weight(self, number)
+loading.EpochBatches.weight = spy
+runpy.run_path(sys.argv[0], run_name='__main__')
+"""
+
+
+def test_stopped_in_a_step_and_resumed_is_bit_equal(run_script, tiny, finished, tmp_path):
+    args = [*tiny, "--ema", 0.9, "--output_dir", tmp_path]
+    command = [sys.executable, "-c", STOP, ROOT / SCRIPT, *args]
+    stopped = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    assert stopped.returncode == 143, stopped.stderr
+    state = torch.load(tmp_path / f"{NAME}_ema_0.9.state", weights_only=True)["parts"]
+    assert (state["epoch"], state["step"]) == (0, 5)
+    run_script(SCRIPT, *args, "--resume")
+    for end, load in ((".pt", torch.load), (".npz", np.load)):
+        ours, theirs = (load(folder / f"{NAME}_ema_0.9{end}") for folder in (tmp_path, finished))
+        assert list(ours) == list(theirs)
+        assert all(np.array_equal(np.asarray(ours[key]), np.asarray(theirs[key])) for key in ours)
+
+
+def test_switched_off_it_is_the_baseline(run_script, tiny, tmp_path):
+    """Bit for bit: the arms that the benchmark compares differ in their techniques alone."""
+    off = ["--loader", "workers", "--num_worker", 0, "--half_precision", False, "--channels_last", False,
+           "--compile", False, "--optimizer", "adam", "--label_smoothing", 0]  # fmt: skip
+    run_script(SCRIPT, *tiny, *off, "--output_dir", tmp_path)
+    run_script("resnext/resnext.py", *tiny, "--num_worker", 0, "--output_dir", tmp_path)
+    baseline = torch.load(tmp_path / "resnext_0_worker_8_resnext29_1x4d_folder.pt")
+    (path,) = tmp_path.glob("*_fast_channels_last_False_optimizer_adam_label_smoothing_0.0.pt")
+    ours = torch.load(path)
+    assert all(torch.equal(baseline[name], ours[name]) for name in baseline)
+
+
+def test_both_layouts_compute_the_same():
+    torch.manual_seed(0)
+    model = ResNeXt(2, 4).double().train()
+    images, labels = torch.randn(4, 3, 32, 32, dtype=torch.float64), torch.arange(4)
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        model.to(memory_format=memory_format).zero_grad()
+        loss = F.cross_entropy(model(images.contiguous(memory_format=memory_format)), labels)
+        loss.backward()
+        results.append(torch.cat([loss.detach()[None], *(weight.grad.flatten() for weight in model.parameters())]))
+    assert torch.allclose(*results, rtol=1e-6, atol=1e-12)
+
+
+def test_names_tell_what_was_switched(monkeypatch):
+    def name(*flags):
+        return suffix(get_fast_args_parser().parse_args(list(flags)))
+
+    assert name() == "_fast"
+    assert name("--compile", "True", "--optimizer", "adam") == "_fast_compile_True_optimizer_adam"
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert name() == "_fast"
+    assert name("--compile", "False", "--ema", "0.9") == "_fast_compile_False_ema_0.9"
+    args = get_fast_args_parser().parse_args([])
+    assert args.half_precision == "bfloat16"
+    assert args.compile
+    assert args.channels_last
+
+
+def test_compiled_it_computes_the_same(monkeypatch):
+    real = torch.compile
+    seen = {}
+
+    def without_code_generation(model, dynamic, options):
+        seen.update(options, dynamic=dynamic)
+        return real(model, dynamic=dynamic, backend="aot_eager")
+
+    monkeypatch.setattr(torch, "compile", without_code_generation)
+    args = get_fast_args_parser().parse_args(["--compile"])
+    torch.manual_seed(0)
+    model = ResNeXt(1, 4).train()
+    images = torch.randn(2, 3, 32, 32)
+    expected = model(images)
+    assert torch.allclose(resnext_fast.compiled(model, args)(images), expected, rtol=1e-4, atol=1e-6)
+    assert seen == {"force_layout_optimization": True, "triton.cudagraphs": False, "dynamic": False}
+
+
+def test_bad_arguments_are_one_line(run_script, tiny):
+    for flags in (["--label_smoothing", 1.5], ["--ema", 0], ["--optimizer", "adagrad"]):
+        errors = run_script(SCRIPT, *tiny, *flags, code=2).stderr
+        assert errors.count("\n") == 1
+        assert str(flags[0]) in errors
