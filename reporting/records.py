@@ -11,7 +11,7 @@ import numpy as np
 from harness.command_line import UserError
 from harness.runs import FORMAT
 
-SAMPLE_FILE = re.compile(r"\d+\.json")  # What SimCLS/preprocess.py writes, by the thousand.
+NO_RECORD = re.compile(r"\d+\.json|\w+\.settings\.json")  # Samples and candidates of SimCLS.
 RECORD_START = re.compile(rb'\s*\{\s*"format"\s*:')
 TRAINING = ("resnext", "resnext_checkpoint", "resnext_fast", "simcls")
 EVALUATION = "simcls_evaluation"
@@ -48,7 +48,7 @@ def _json_files(folder):
         return [folder]
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name one that holds run records, as bash run.sh makes them")
-    return [path for path in folder.rglob("*.json") if not SAMPLE_FILE.fullmatch(path.name)]
+    return [path for path in folder.rglob("*.json") if not NO_RECORD.fullmatch(path.name)]
 
 
 def _read(path):

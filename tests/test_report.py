@@ -38,6 +38,7 @@ def run_folder(tmp_path):
     (folder / "hollow.json").write_text(json.dumps(made["half"] | {"epochs": [{"epoch": 1}]}))
     (tmp_path / "runs" / "samples").mkdir()
     (tmp_path / "runs" / "samples" / "12.json").write_text('{"article": []}')
+    (tmp_path / "runs" / "samples" / "train.settings.json").write_text("{}")
     (tmp_path / "runs" / "model").mkdir()
     (tmp_path / "runs" / "model" / "config.json").write_text("{}")
     return tmp_path / "runs"
