@@ -110,6 +110,7 @@ def draw_losses(runs, study):
 
 def _finish(figure, panel, title):
     """Put the title above and one legend, of what `panel` shows, below."""
+    figure.get_layout_engine().set(w_pad=0.12)
     handles, names = panel.get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=min(4, len(names)))
     figure.suptitle(title, fontsize=11)
