@@ -232,7 +232,7 @@ def last_checkpoint(folder):
             json.loads((path / "trainer_state.json").read_bytes())
             return str(path)
         except (OSError, ValueError):
-            shutil.rmtree(path)
+            shutil.rmtree(path, ignore_errors=True)  # Every process of a job is here.
     return None
 
 
@@ -270,6 +270,7 @@ def finetune(args, model, tokenizer, splits, dtype):
         trainer.add_callback(StopAndSave(stop))
         trainer.train(resume_from_checkpoint=last)
     seconds = time.perf_counter() - started
+    trainer.accelerator.wait_for_everyone()  # All have read the best state before it is removed.
     if trainer.is_world_process_zero():
         with staging(args.save_dir) as stage:
             trainer.save_model(stage)
@@ -283,6 +284,8 @@ def make_trainer(args, model, tokenizer, splits, dtype, checkpoints):
     # The other stages cut documents and end summaries where training did.
     tokenizer.model_max_length = args.max_source_length
     model.generation_config.max_length = args.max_target_length
+    # The Trainer's first validation does this; a run that is resumed after its last one has none.
+    model.generation_config._from_model_config = False
     lengths = args.max_source_length, args.max_target_length
     train_set = SummaryDataset(splits["train"], tokenizer, *lengths)
     trainer = transformers.Seq2SeqTrainer(
