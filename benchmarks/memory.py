@@ -1,11 +1,24 @@
-#!/usr/bin/env python3
-"""What each checkpointing policy and memory budget holds for backward, and what it redoes. Any device.
+"""What each checkpointing policy and memory budget holds for backward, what it redoes, and the peak. Any device.
+
+    python3 benchmarks/memory.py
 
 Claim: on ResNeXt29_4x64d, a budget of 0.75 redoes no convolution, 0.50 at most +8 % FLOPs, 0.25 at most +31 %, each at
-or under its budget and predicted within 3 %. Every arm's gradients are first checked against the plain model's.
+or under its budget and predicted within 3 %.
+
+Beside them stand the usual block-wise torch.utils.checkpoint, the original study's nested scheme, and torch.compile's
+own activation_memory_budget.
+
+Every arm's gradients are first checked against the plain model's. Held bytes are counted by saved-tensor hooks, which
+see what compiled code saves too; redone FLOPs are those of forward convolutions that run in backward. The peak is of
+activations and their gradients: on a CPU of the tensors that operators return (not known for compiled code, whose
+buffers no operator returns). With --steps, as on CUDA by default, whole training steps of each arm are timed in turn
+with the plain one's, in the true batch size, and the largest batch that fits is searched for.
 """
 
+import contextlib
+import functools
 import sys
+import weakref
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,82 +26,313 @@ sys.path[:0] = [str(ROOT), str(ROOT / "resnext")]
 
 import torch
 import torch.nn.functional as F
+from common import interleaved, ratio_summary, results_path
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks.common import results_path
 from harness import command_line
-from harness.profiling import SavedBytes
+from harness.precision import choose_precision, half_precision_type
+from harness.profiling import SavedBytes, reset_peak_memory
 from harness.recording import describe_machine, write_json
 from models.resnext import ResNeXt, parse_name
 from models.resnext_checkpoint import POLICIES, CheckpointResNeXt
 
 CLAIMED = "resnext29_4x64d"
-BUDGETS = {0.75: 0.0, 0.5: 0.08, 0.25: 0.31}  # The most extra FLOPs claimed for each.
+BUDGETS = {0.75: 0.0, 0.5: 0.08, 0.4: None, 0.35: None, 0.3: None, 0.25: 0.31}  # The most extra FLOPs claimed.
+COMPILE_BUDGETS = (1.0, 0.5, 0.25)
+LARGEST_BATCH = 2**15
+
+
+def get_args_parser():
+    on_cuda = torch.cuda.is_available()
+    parser = command_line.OneLineParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--model", default=CLAIMED)
+    add(
+        "--batch_size",
+        type=command_line.positive_int,
+        default=4,
+        help="of the pass that bytes and FLOPs are counted in",
+    )
+    add("--compile_backend", choices=("inductor", "aot_eager", "none"), default="inductor")
+    add("--steps", type=command_line.non_negative_int, default=5 if on_cuda else 0, help="training steps in a round")
+    add("--rounds", type=command_line.positive_int, default=5)
+    add("--timed_batch_size", type=command_line.positive_int, default=128)
+    add("--half_precision", type=half_precision_type, nargs="?", const="float16", help="of the timed steps")
+    add("--output", type=Path, help="by default benchmarks/results/<hardware>/memory.json")
+    return parser
 
 
 def main():
-    parser = command_line.OneLineParser(description=__doc__)
-    parser.add_argument("--model", default=CLAIMED)
-    parser.add_argument("--batch_size", type=command_line.positive_int, default=4)
-    parser.add_argument("--output", type=Path)
-    args = parser.parse_args()
+    args = get_args_parser().parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    output = args.output or results_path("memory", device)
+    torch.manual_seed(0)
+    plain = ResNeXt(*parse_name(args.model)).to(device).train()
+    arms = make_arms(plain, args.compile_backend, device)
+    rows = count_all(arms, args, device)
+    show(rows, args.batch_size)
+    settings = {name: getattr(args, name) for name in ("model", "batch_size", "compile_backend")}
+    record = {"benchmark": "memory", "machine": describe_machine(device), **settings, "rows": rows}
+    if args.steps:
+        record["training"] = train_all(arms, args, device)
+    path = args.output or results_path("memory", device)
+    write_json(path, record)
+    print(f"written: {path}")
 
+
+# ---------------------------------------------------------------------- the arms
+
+
+class BlockwiseResNeXt(ResNeXt):
+    """Checkpointing as a plain user writes it. Its BatchNorm statistics move twice a step; gradients are unharmed."""
+
+    def forward(self, x):
+        out = F.relu(self.bn1(self.conv1(x)))
+        for block in (*self.layer1, *self.layer2, *self.layer3):
+            out = checkpoint(block, out, use_reentrant=False)
+        return self.linear(F.avg_pool2d(out, 8).flatten(1))
+
+
+def make_arms(plain, compile_backend, device):
+    """name -> function of the batch size that gives a model with the weights of `plain`, ready to train."""
+
+    def copy_of(model):
+        model.load_state_dict(plain.state_dict())
+        return model.to(device).train()
+
+    size = plain.layer1[0].conv2
+    shape = size.groups, size.out_channels // size.groups
+
+    def checkpointed(policy, batch_size):
+        model = copy_of(CheckpointResNeXt(*shape))
+        model.policy = policy
+        if policy in BUDGETS:
+            model.the_plan = model.plan(policy, batch_size)
+            model.policy = model.the_plan.redo
+        return model
+
+    def compiled(budget, batch_size):
+        torch.compiler.reset()
+        model = copy_of(ResNeXt(*shape))
+        # In place, so that what is called first, and so compiled, has the budget; the graph keeps it.
+        model.compile(backend=compile_backend, dynamic=False)
+        images = torch.zeros(batch_size, 3, 32, 32, device=device)
+        with torch._functorch.config.patch(activation_memory_budget=budget), kept_state(model):
+            model(images).sum().backward()
+        return model
+
+    arms = {"plain": lambda batch_size: copy_of(ResNeXt(*shape))}
+    arms |= {policy: functools.partial(checkpointed, policy) for policy in [*POLICIES, "nested"]}
+    arms["torch.utils.checkpoint"] = lambda batch_size: copy_of(BlockwiseResNeXt(*shape))
+    arms |= {f"budget {budget:g}": functools.partial(checkpointed, budget) for budget in BUDGETS}
+    if compile_backend != "none":
+        arms |= {f"compile {budget:g}": functools.partial(compiled, budget) for budget in COMPILE_BUDGETS}
+    return arms
+
+
+@contextlib.contextmanager
+def kept_state(model):
+    """What happens to `model` within the block is undone."""
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    yield
+    model.load_state_dict(before)
+    model.zero_grad(set_to_none=True)
+
+
+# ---------------------------------------------------------------------- bytes and FLOPs
+
+
+def count_all(arms, args, device):
+    """A row for each arm, with the gradients checked and the claims asserted."""
     # The gradients are compared between arms that run the same convolutions in different orders.
     torch.backends.cudnn.allow_tf32 = False
-    torch.manual_seed(0)
     images = torch.randn(args.batch_size, 3, 32, 32, device=device)
     labels = torch.randint(10, (args.batch_size,), device=device)
-    plain = ResNeXt(*parse_name(args.model)).to(device).train()
-    model = CheckpointResNeXt(*parse_name(args.model)).to(device).train()
-    model.load_state_dict(plain.state_dict())
-    reference = measure(plain, images, labels)
-    forward_flops = reference["forward_flops"]
-
-    rows = [row("plain", reference, reference, forward_flops)]
-    for policy in [*POLICIES, "nested", *BUDGETS]:
-        plan = model.plan(policy, args.batch_size) if policy in BUDGETS else None
-        model.policy = plan.redo if plan else policy
-        measured = measure(model, images, labels)
-        assert torch.allclose(measured["gradient"], reference["gradient"], rtol=1e-4, atol=1e-6), policy
-        rows.append(row(f"budget {policy}" if plan else policy, measured, reference, forward_flops))
-        if plan:
-            rows[-1] |= {"predicted_bytes": plan.held_bytes, "predicted_peak_bytes": plan.peak_bytes}
-            assert rows[-1]["share"] <= policy, rows[-1]
-            assert abs(plan.held_bytes / measured["bytes"] - 1) <= 0.03, rows[-1]
-            assert args.model != CLAIMED or rows[-1]["extra"] <= BUDGETS[policy], rows[-1]
-
-    print("| policy | MiB a picture after forward | share | extra FLOPs |\n|---|---:|---:|---:|")
-    for each in rows:
-        mebibytes = each["bytes"] / args.batch_size / 2**20
-        print(f"| {each['policy']} | {mebibytes:.1f} | {each['share']:.3f} | {100 * each['extra']:+.1f} % |")
-    settings = {"model": args.model, "batch_size": args.batch_size}
-    write_json(output, {"benchmark": "memory", "machine": describe_machine(device), **settings, "rows": rows})
+    plain = arms["plain"](args.batch_size)
+    with FlopCounterMode(display=False) as counter, kept_state(plain):
+        plain(images)
+    forward_flops = convolution_flops(counter)
+    rows, reference = [], None
+    for name, make in arms.items():
+        model = make(args.batch_size)
+        with kept_state(model):
+            gradient, held, redone = count_bytes_and_flops(model, images, labels)
+        reference = gradient if reference is None else reference
+        assert torch.allclose(gradient, reference, rtol=1e-3, atol=1e-5 * reference.abs().max()), name
+        row = {"policy": name, "bytes": held, "share": held / rows[0]["bytes"] if rows else 1.0}
+        # Over the FLOPs of plain forward and backward, the latter counted as twice the former.
+        row["extra"] = redone / (3 * forward_flops)
+        row["peak_bytes"] = None if name.startswith("compile") else peak_bytes(model, images, labels)
+        if hasattr(model, "the_plan"):
+            row |= {"predicted_bytes": model.the_plan.held_bytes, "predicted_peak_bytes": model.the_plan.peak_bytes}
+            assert_claim(row, float(name.removeprefix("budget ")), args.model)
+        rows.append(row)
+    return rows
 
 
-def measure(model, images, labels):
-    """Bytes saved for backward, convolution FLOPs of forward and of what backward redoes, and the gradient [n]."""
-    model.zero_grad(set_to_none=True)
-    with SavedBytes(model) as saved, FlopCounterMode(display=False) as forward:
+def assert_claim(row, budget, model):
+    assert row["share"] <= budget, row
+    assert abs(row["predicted_bytes"] / row["bytes"] - 1) <= 0.03, row
+    limit = BUDGETS[budget]
+    assert model != CLAIMED or limit is None or row["extra"] <= limit, row
+
+
+def count_bytes_and_flops(model, images, labels):
+    """(gradient [n] of all weights, bytes saved for backward, FLOPs of forward convolutions that backward redoes)."""
+    with SavedBytes(model) as saved:
         loss = F.cross_entropy(model(images), labels)
-    with FlopCounterMode(display=False) as backward:
+    with FlopCounterMode(display=False) as backward:  # Not in forward: under it torch.compile does nothing.
         loss.backward()
-    forward, again = (
-        counter.get_flop_counts()["Global"].get(torch.ops.aten.convolution, 0) for counter in (forward, backward)
-    )
     gradient = torch.cat([weight.grad.flatten() for weight in model.parameters()])
-    return {"bytes": saved.bytes, "forward_flops": forward, "redone_flops": again, "gradient": gradient}
+    return gradient, saved.bytes, convolution_flops(backward)
 
 
-def row(policy, measured, reference, forward_flops):
-    """extra: FLOPs redone over those of plain forward and backward, the latter counted as twice the former."""
-    return {
-        "policy": policy,
-        "bytes": measured["bytes"],
-        "share": measured["bytes"] / reference["bytes"],
-        "extra": measured["redone_flops"] / (3 * forward_flops),
-    }
+def convolution_flops(counter):
+    return counter.get_flop_counts()["Global"].get(torch.ops.aten.convolution, 0)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the storages of the tensors that operators return, while it is entered: `now` bytes, and their `peak`.
+
+    Tensors of the shapes of the model's weights are left out: they are gradients of weights, not of activations.
+    """
+
+    def __init__(self, model):
+        super().__init__()
+        self._shapes = {tuple(weight.shape) for weight in model.parameters()}
+        self._live = {}
+        self.now = self.peak = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and tuple(tensor.shape) not in self._shapes:
+                self._follow(tensor.untyped_storage())
+        return result
+
+    def _follow(self, storage):
+        key = storage._cdata
+        if key in self._live:
+            return
+        self._live[key] = weakref.finalize(storage, self._forget, key, storage.nbytes())
+        self.now += storage.nbytes()
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, key, size):
+        del self._live[key]
+        self.now -= size
+
+
+def peak_bytes(model, images, labels):
+    """Bytes of activations and their gradients at their highest in forward and backward."""
+    with kept_state(model):
+        if images.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            F.cross_entropy(model(images), labels).backward()
+            return torch.cuda.max_memory_allocated() - before
+        with LiveBytes(model) as live:
+            F.cross_entropy(model(images), labels).backward()
+        return live.peak
+
+
+def show(rows, batch_size):
+    print("| policy | MiB a picture after forward | share | extra FLOPs | peak, MiB a picture |")
+    print("|---|---:|---:|---:|---:|")
+    for row in rows:
+        held, peak = (size and f"{size / batch_size / 2**20:.1f}" for size in (row["bytes"], row["peak_bytes"]))
+        print(f"| {row['policy']} | {held} | {row['share']:.3f} | {100 * row['extra']:+.1f} % | {peak or '–'} |")
+
+
+# ---------------------------------------------------------------------- training steps
+
+
+def train_all(arms, args, device):
+    """For each arm: training steps timed in turn with the plain model's, the peak allocated, and the largest batch."""
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    on_cuda = device.type == "cuda"
+    rows, plain_peak = [], None
+    for name, make in arms.items():
+        arm = Trainer(make, args, device, args.timed_batch_size)
+        plain_peak = plain_peak or arm.peak_bytes
+        plain = Trainer(arms["plain"], args, device, args.timed_batch_size)
+        seconds = interleaved({"plain": plain.run, "arm": arm.run}, args.rounds)
+        row = {
+            "policy": name,
+            "step_time": ratio_summary(seconds["arm"], seconds["plain"]),
+            "peak_allocated_bytes": arm.peak_bytes,
+            "peak_share": arm.peak_bytes and arm.peak_bytes / plain_peak,
+        }
+        del arm, plain
+        # Compiled code would be compiled for every size that is tried.
+        row["largest_batch"] = largest_batch(make, args, device) if on_cuda and "compile" not in name else None
+        rows.append(row)
+        time, share = row["step_time"], row["peak_share"]
+        print(
+            f"{name}: step {time['median']:.2f} x plain ({time['low']:.2f} to {time['high']:.2f}), "
+            f"peak {'not known' if share is None else f'{share:.3f} x'}, largest batch {row['largest_batch']}",
+            flush=True,
+        )
+    return {"batch_size": args.timed_batch_size, "precision": args.half_precision or "single", "rows": rows}
+
+
+class Trainer:
+    """Training steps of a model with Adam, as resnext.py's, on one batch.
+
+    peak_bytes: allocated at the peak of a step, weights and Adam's moments among them; None without CUDA.
+    """
+
+    def __init__(self, make, args, device, batch_size):
+        on_cuda = device.type == "cuda"
+        before = torch.cuda.memory_allocated() if on_cuda else None
+        self.precision = choose_precision(args.half_precision, device)
+        self.steps, self.device = args.steps, device
+        self.images = torch.randn(batch_size, 3, 32, 32, device=device)
+        self.labels = torch.randint(10, (batch_size,), device=device)
+        self.model = make(batch_size)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), fused=on_cuda)
+        self.step()
+        reset_peak_memory(device)
+        self.step()
+        self.peak_bytes = torch.cuda.max_memory_allocated() - before if on_cuda else None
+
+    def run(self):
+        for _ in range(self.steps):
+            self.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def step(self):
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.precision.autocast():
+            loss = F.cross_entropy(self.model(self.images), self.labels)
+        self.precision.scaler.scale(loss).backward()
+        self.precision.scaler.step(self.optimizer)
+        self.precision.scaler.update()
+
+
+def largest_batch(make, args, device):
+    """The largest batch, a multiple of 128, whose training step fits; searched by doubling, then by halving."""
+
+    def fits(batch_size):
+        torch.cuda.empty_cache()
+        try:
+            Trainer(make, args, device, batch_size)
+        except torch.OutOfMemoryError:
+            return False
+        return True
+
+    good, step = 0, 128
+    while good + step <= LARGEST_BATCH and fits(good + step):
+        good, step = good + step, 2 * step
+    while step > 128:
+        step //= 2
+        if fits(good + step):
+            good += step
+    return good
 
 
 if __name__ == "__main__":

@@ -1,0 +1,371 @@
+"""Claim: resnext_fast.py trains at least 1.3 times as many pictures/s as the original's way on a CPU, in float32.
+
+    python3 benchmarks/fast.py                                                    digits, speed alone
+    python3 benchmarks/fast.py --dataset cifar10 --fast_epochs 30 --seeds 0 1 2   and accuracy over seeds
+
+From the original's way (Adam, 2 workers, contiguous, eager) to the fast one, a row a technique, each on top of those
+before it that resnext_fast.py has on by default on this device; the others are measured and not carried on. First each
+row's loss on the same first batch is checked against the original's, then all rows train in turn, a few steps a round.
+On CUDA the original's half precision is timed too, and the targets are 5 times its single and 3.5 times its half one.
+
+The distance to the hardware's limit is to the larger of two floors. The arithmetic one is the time that the FLOPs of
+an epoch take at the rate of a large matrix product, measured here, and the bytes one that of moving each convolution's
+output five times (written, read by the next, read again in backward, its gradient written and read) at the rate of a
+large copy.
+
+--ablation_epochs trains every row, --fast_epochs the last alone, by resnext_fast.py; what is trained already in
+--run_dir is not trained again, and what was interrupted goes on.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "resnext")]
+
+import torch
+import torch.nn.functional as F
+from common import interleaved, ratio_summary, results_path
+from resnext_fast import compiled, get_fast_args_parser, layout_of, make_optimizer, suffix
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.utils.flop_counter import FlopCounterMode
+
+from experiment import run_name
+from harness import command_line
+from harness.loading import EpochBatches
+from harness.precision import choose_precision
+from harness.profiling import SavedBytes, reset_peak_memory
+from harness.recording import describe_machine, write_json
+from images import load_images, training_loader
+from models.resnext import ResNeXt, parse_name
+
+SCRIPT = ROOT / "resnext" / "resnext_fast.py"
+ORIGINAL = (
+    "--loader workers --num_worker 2 --half_precision False --channels_last False --compile False --optimizer adam "
+    "--lr 0.01 --label_smoothing 0"
+)
+TECHNIQUES = {
+    "loading on the device": "--loader device",
+    "channels last": "--channels_last True",
+    "bfloat16": "--half_precision bfloat16",
+    "torch.compile": "--compile True",
+    "CUDA graphs": "--compile True --cuda_graphs True",
+    "SGD in one cycle": "--optimizer sgd --lr 0.1",
+    "label smoothing": "--label_smoothing 0.1",
+    "weight averaging": "--ema 0.99",
+}
+TOLERANCES = {"fp32": 1e-4, "tf32": 3e-3, "fp16": 1e-2, "bf16": 3e-2}  # Of the first loss.
+NO_CONTEXT = contextlib.nullcontext()
+GOAL = 94.0  # Percent of the test pictures; the seconds until there are stated.
+
+
+@dataclasses.dataclass
+class Row:
+    """A way to train: the flags of resnext_fast.py, and whether the rows after it have them too."""
+
+    label: str
+    flags: list
+    carried: bool = True
+
+    @property
+    def args(self):
+        return get_fast_args_parser().parse_args(self.flags)
+
+
+def get_args_parser():
+    on_cuda = torch.cuda.is_available()
+    parser = command_line.OneLineParser(description=__doc__.partition("\n")[0])
+    add = parser.add_argument
+    add("--dataset", choices=("cifar10", "digits", "folder"), default="digits")
+    add("--data_dir", default=str(ROOT / "resnext" / "data"))
+    add("--model", default="resnext29_4x64d" if on_cuda else "resnext29_2x16d")
+    add("--batch_size", type=command_line.positive_int, default=128)
+    add("--steps", type=command_line.positive_int, default=20 if on_cuda else 1, help="of a row in a round")
+    add("--rounds", type=command_line.positive_int, default=10)
+    add("--techniques", nargs="*", choices=TECHNIQUES, default=list(TECHNIQUES), help="rows besides the original's")
+    add("--ablation_epochs", type=command_line.non_negative_int, default=0)
+    add("--fast_epochs", type=command_line.non_negative_int, default=0)
+    add("--seeds", type=command_line.seed, nargs="+", default=[0])
+    add("--run_dir", type=Path, default=ROOT / "runs" / "fast", help="where the records of the training runs go")
+    add("--output", type=Path, help="by default benchmarks/results/<hardware>/fast.json")
+    return parser
+
+
+def main():
+    args = get_args_parser().parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True
+    rows = make_rows(args, device)
+    record = {"benchmark": "fast", "machine": describe_machine(device)}
+    record |= {name: getattr(args, name) for name in ("dataset", "model", "batch_size", "steps", "rounds")}
+    record |= time_rows(rows, args, device)
+    path = args.output or results_path("fast", device)
+    write_json(path, record)  # Before hours of training, too.
+    record["accuracy"] = train_rows(rows, args)
+    write_json(path, record)
+    print(f"written: {path}")
+
+
+def common_flags(args):
+    names = ("dataset", "data_dir", "model", "batch_size")
+    return [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
+
+
+def make_rows(args, device):
+    """The Rows, from the original's way to the fast one."""
+    common = common_flags(args)
+    defaults = get_fast_args_parser().parse_args(common)
+    flags = [*common, *ORIGINAL.split()]
+    rows = [Row("original", flags)]
+    if device.type == "cuda":
+        rows.append(Row("original, float16", [*flags, "--half_precision", "float16"], carried=False))
+    for label in args.techniques:
+        if label == "CUDA graphs" and device.type == "cpu":
+            continue
+        row = Row(label, [*flags, *TECHNIQUES[label].split()])
+        changed = [flag[2:] for flag in TECHNIQUES[label].split() if flag.startswith("--")]
+        row.carried = all(getattr(row.args, name) == getattr(defaults, name) for name in changed)
+        rows.append(row)
+        flags = row.flags if row.carried else flags
+    return rows
+
+
+# ---------------------------------------------------------------------- speed and memory
+
+
+def time_rows(rows, args, device):
+    """The part of the record that tells speed and memory."""
+    data = load_images(args.dataset, args.data_dir)
+    trainings = {}
+    for row in rows:
+        trainings[row.label] = training = Training(row.args, data, device)
+        loss, right = training.first_loss, trainings["original"].first_loss
+        assert abs(loss / right - 1) <= TOLERANCES[training.precision.label], f"{row.label}: loss {loss}, not {right}"
+        print(f"{row.label}: {training.precision.label}, first loss {loss:.6f}", flush=True)
+    seconds = interleaved(
+        {name: lambda each=each: each.run(args.steps) for name, each in trainings.items()}, args.rounds
+    )
+
+    pictures = args.steps * args.batch_size
+    flops = 3 * forward_work(args.model)[0]
+    ratios = {"over the original": {name: ratio_summary(seconds["original"], each) for name, each in seconds.items()}}
+    if "original, float16" in seconds:
+        half = seconds["original, float16"]
+        ratios["over the original's float16"] = {name: ratio_summary(half, each) for name, each in seconds.items()}
+    ablation = []
+    for row in rows:
+        training, rate = trainings[row.label], pictures / statistics.median(seconds[row.label])
+        ratio = ratios["over the original"][row.label]
+        ablation.append(
+            {
+                "technique": row.label,
+                "carried": row.carried,
+                "precision": training.precision.label,
+                "pictures_per_second": rate,
+                "times_original": ratio["median"],
+                "tflops_per_second": rate * flops / 1e12,
+                "saved_mib": training.saved_bytes / 2**20,
+                "peak_allocated_mib": training.peak_bytes and training.peak_bytes / 2**20,
+            }
+        )
+        print(
+            f"{row.label}: {rate:.0f} pictures/s, {ratio['median']:.2f} x the original ({ratio['low']:.2f} to "
+            f"{ratio['high']:.2f}), {rate * flops / 1e12:.3f} TFLOP/s" + ("" if row.carried else ", not carried on"),
+            flush=True,
+        )
+    best = max((row for row in ablation if row["carried"]), key=lambda row: row["pictures_per_second"])
+    limits = distance(args.model, best, trainings[best["technique"]].precision, len(data.train_labels), device)
+    return {"seconds": seconds, "ratios": ratios, "ablation": ablation, "limits": limits}
+
+
+class Training:
+    """The training step of resnext_fast.py with the arguments `args`, again and again over full batches.
+
+    first_loss: the cross-entropy of the first batch, before any update. saved_bytes: held for backward. peak_bytes: of
+    what a step needs, with the pictures of the device loader, weights and the optimizer's state; None without CUDA.
+    """
+
+    def __init__(self, args, data, device):
+        before = torch.cuda.memory_allocated() if device.type == "cuda" else None
+        self.device = device
+        self.precision = choose_precision(args.half_precision, device, say=lambda line: None)
+        self.layout = layout_of(args, self.precision)
+        torch.manual_seed(0)
+        model = ResNeXt(*parse_name(args.model), num_classes=len(data.classes)).to(device)
+        self.model = model.to(memory_format=self.layout["memory_format"])
+        self.fast_model = compiled(model, args) if args.compile else model
+        self.average = None
+        if args.ema:
+            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+        self.criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
+        self.optimizer = make_optimizer(model, args.optimizer, args.lr / 100, device)  # Times need no progress.
+        batches = EpochBatches(len(data.train_labels), args.batch_size, seed=0)
+        loader = training_loader(args.loader, data, 0, batches, args.num_worker, device, **self.layout)
+        self.source = full_batches(loader, batches)
+        reset_peak_memory(device)
+        output, labels = self.step(saved := SavedBytes(model))
+        self.first_loss, self.saved_bytes = F.cross_entropy(output.float(), labels).item(), saved.bytes
+        self.run(2)  # Warm up.
+        self.peak_bytes = None if before is None else torch.cuda.max_memory_allocated() - before
+
+    def step(self, forward_context=NO_CONTEXT):
+        """One training step; returns the logits and the labels."""
+        images, labels = next(self.source)
+        images = images.to(self.device, non_blocking=True, **self.layout)
+        labels = labels.to(self.device, non_blocking=True)
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.precision.autocast(), forward_context:
+            output = self.fast_model(images)
+            loss = self.criterion(output, labels)
+        self.precision.scaler.scale(loss).backward()
+        self.precision.scaler.step(self.optimizer)
+        self.precision.scaler.update()
+        if self.average:
+            self.average.update_parameters(self.model)
+        return output.detach(), labels
+
+    def run(self, steps):
+        for _ in range(steps):
+            self.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+
+def full_batches(loader, batches):
+    """The batches of epoch after epoch, without the smaller last ones."""
+    for epoch in itertools.count():
+        batches.start(epoch)
+        yield from (batch for batch in loader if len(batch[1]) == batches.batch_size)
+
+
+# ---------------------------------------------------------------------- the distance to the limit
+
+
+def forward_work(name):
+    """(FLOPs, elements of all convolutions' outputs) of one picture's forward through the model `name`."""
+    elements = []
+    with torch.device("meta"):
+        model = ResNeXt(*parse_name(name))
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d):
+                layer.register_forward_hook(lambda layer, inputs, output: elements.append(output[0].numel()))
+        with FlopCounterMode(display=False) as counter:
+            model(torch.empty(1, 3, 32, 32))
+    return counter.get_total_flops(), sum(elements)
+
+
+def distance(name, row, precision, pictures, device):
+    """How far the ablation's `row` is from what the hardware can do: an epoch's seconds, and those of both floors."""
+    flops, elements = forward_work(name)
+    dtype = precision.dtype or torch.float32
+    matmul_rate, copy_rate = hardware_rates(dtype, device)
+    floors = {
+        "arithmetic_floor_seconds": 3 * flops * pictures / matmul_rate,
+        "bytes_floor_seconds": 5 * elements * dtype.itemsize * pictures / copy_rate,
+    }
+    epoch = pictures / row["pictures_per_second"]
+    limits = {
+        "technique": row["technique"],
+        "pflop_an_epoch": 3 * flops * pictures / 1e15,
+        "matmul_tflops_per_second": matmul_rate / 1e12,
+        "copy_gb_per_second": copy_rate / 1e9,
+        "epoch_seconds": epoch,
+        **floors,
+        "times_the_larger_floor": epoch / max(floors.values()),
+    }
+    print("  ".join(f"{key} {each if isinstance(each, str) else round(each, 3)}" for key, each in limits.items()))
+    return limits
+
+
+def hardware_rates(dtype, device, repeats=5):
+    """(FLOP/s of a large matrix product in `dtype`, bytes/s that a large copy reads and writes), best of `repeats`."""
+    size, copied = (8192, 2**30) if device.type == "cuda" else (1024, 2**27)
+    one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
+    target = torch.zeros_like(source)
+    # Single precision on CUDA is TensorFloat-32, as the convolutions' is.
+    before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
+    seconds = interleaved(
+        {
+            "product": synchronised(lambda: one @ other, device),
+            "copy": synchronised(lambda: target.copy_(source), device),
+        },
+        repeats,
+    )
+    torch.backends.cuda.matmul.allow_tf32 = before
+    return 2 * size**3 / min(seconds["product"]), 2 * copied / min(seconds["copy"])
+
+
+def synchronised(call, device):
+    def arm():
+        call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    return arm
+
+
+# ---------------------------------------------------------------------- accuracy
+
+
+def train_rows(rows, args):
+    """A flat row for each Row that is trained: accuracy over the seeds, and how long it took."""
+    wanted = [(row, args.ablation_epochs) for row in rows] if args.ablation_epochs else []
+    if args.fast_epochs:
+        wanted.append((Row("resnext_fast.py", common_flags(args)), args.fast_epochs))
+    found = []
+    for row, epochs in wanted:
+        records = [train(row, epochs, seed, args.run_dir) for seed in args.seeds]
+        found.append(summary := {"technique": row.label, "epochs": epochs, "seeds": len(records)} | summarise(records))
+        print(
+            "  ".join(
+                f"{key} {each if not isinstance(each, float) else round(each, 3)}" for key, each in summary.items()
+            ),
+            flush=True,
+        )
+    return found
+
+
+def train(row, epochs, seed, folder):
+    """The record of resnext_fast.py with the flags of `row`, from `folder` when it is there already."""
+    flags = [*row.flags, "--num_epoch", str(epochs), "--seed", str(seed)]
+    folder = folder / f"{epochs}_epochs"
+    subprocess.run([sys.executable, str(SCRIPT), *flags, "--output_dir", str(folder), "--resume"], check=True)
+    args = get_fast_args_parser().parse_args(flags)
+    return json.loads((folder / f"{run_name(args, suffix(args))}.json").read_text(encoding="utf-8"))
+
+
+def summarise(records):
+    accuracies = [record["epochs"][-1]["test_acc"] for record in records]
+    until = [seconds_until(GOAL, record["epochs"]) for record in records]
+    totals = [sum(epoch["timing"]["seconds"] for epoch in record["epochs"]) for record in records]
+    phases = [record["epochs"][-1]["timing"]["phases"] for record in records]
+    loads = [phase["data load"]["share"] / phase["step"]["share"] for phase in phases]
+    return {
+        "test_acc_mean": statistics.mean(accuracies),
+        "test_acc_deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+        "training_seconds": statistics.mean(totals),
+        f"seconds_to_{GOAL:g}_percent": None if None in until else statistics.mean(until),
+        "load_share_of_step": statistics.mean(loads),
+    }
+
+
+def seconds_until(accuracy, epochs):
+    """Training seconds until the end of the first epoch with that test accuracy; None when there is none."""
+    seconds = 0.0
+    for epoch in epochs:
+        seconds += epoch["timing"]["seconds"]
+        if epoch["test_acc"] >= accuracy:
+            return seconds
+    return None
+
+
+if __name__ == "__main__":
+    command_line.run(main)
