@@ -236,7 +236,7 @@ def make_pictures(good, bad):
         "text": ("train/dark/0.png", b"no picture"),
         "cut": ("test/light/0.png", (good / "test/light/0.png").read_bytes()[:900]),
         "empty": ("train/light/1.png", b""),
-        "bomb": ("train/dark/0.png", _png_header(60_000, 60_000)),
+        "bomb": ("train/dark/0.png", _huge_png(60_000, 60_000)),
     }
     for name, (path, content) in changes.items():
         shutil.copytree(good, bad / name)
@@ -249,9 +249,13 @@ def make_pictures(good, bad):
     (bad / "no_classes/train").mkdir(parents=True)
 
 
-def _png_header(width, height):
-    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk))
+def _huge_png(width, height):
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
 
 
 def make_tables(folder):
@@ -351,17 +355,11 @@ def make_records(folder):
 
 
 def make_weights(good, cache):
-    """Scorers below the folder `cache`: good, and bad in all ways. They are small enough for no model to be needed."""
-    description = {"encoder": str(good / "t5")}
+    """Scorers below the folder `cache`: a copy of `good`/scorer, and bad ones in all ways."""
     for name in ("good", "other", "plain", "hostile", "empty", "torn"):
-        (cache / name).mkdir(parents=True)
-        (cache / name / "scorer.json").write_text(json.dumps(description))
-    torch.save({}, cache / "good/scorer.bin")
+        shutil.copytree(good / "scorer", cache / name)
     (cache / "other/scorer.json").write_text(json.dumps({"encoder": str(good / "bert"), "architecture": "bert"}))
-    (cache / "good/scorer.json").write_text(json.dumps({"encoder": str(good / "t5"), "architecture": "t5"}))
-    torch.save({}, cache / "other/scorer.bin")
     torch.save({"weight": torch.zeros(3)}, cache / "plain/scorer.bin")
     torch.save({"encoder.shared.weight": Mark()}, cache / "hostile/scorer.bin")
     (cache / "empty/scorer.bin").write_bytes(b"")
-    torch.save({}, cache / "torn/scorer.bin")
     (cache / "torn/scorer.json").write_text("{")

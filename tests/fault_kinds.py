@@ -208,6 +208,7 @@ def killed_worker(trial):
         workers = [pid for pid in script.relatives() if pid != script.pid]
         if workers and script.running():
             break
+    check(workers, "it has no workers")
     killed = time.monotonic()
     with contextlib.suppress(ProcessLookupError):
         os.kill(trial.random.choice(workers), signal.SIGKILL)
@@ -216,6 +217,8 @@ def killed_worker(trial):
     if script.code != 0:  # Else the worker had just ended.
         said_in_one_line(script, 2, "process (that loads data )?was killed")
     check(wait_until(lambda: not script.relatives(), 15, 0.1), "a process has outlived it")
+    again = trial.start(*trial.experiment.workers, *trial.experiment.go_on)
+    check(again.wait() == 0, f"going on ended with {again.code}: {last_line(again.err)}")
 
 
 def killed_with_workers(trial):

@@ -3,8 +3,6 @@
 import csv
 import itertools
 import json
-import signal
-import sys
 
 import numpy as np
 import pytest
@@ -16,7 +14,6 @@ from model import load_scorer, save_scorer
 from rouge_score.rouge_scorer import RougeScorer
 from scorer_experiment import get_args_parser, validate
 
-from harness import command_line
 from harness.distributed import World
 from harness.precision import choose_precision
 
@@ -120,38 +117,3 @@ def test_files_are_scored_as_rouge_score_does(run_script, tmp_path):
     for metric, name in (("rouge1", "rouge1"), ("rouge2", "rouge2"), ("rougeL", "rougeLsum")):
         expected = np.mean([score[name].fmeasure for score in scores])
         assert record["systems"]["summaries"][metric]["mean"] == pytest.approx(expected, abs=1e-12)
-
-
-BAD_INPUT = [
-    ([], "name one of"),
-    (["--samples", "x"], "--samples needs --scorer_path"),
-    (["--samples", "x", "--generator_name", "y"], "name one of"),
-    (["--summaries", "short.txt"], "go together"),
-    (["--summaries", "short.txt", "--references", "long.txt"], "short.txt has 1 lines, long.txt 2"),
-    (["--summaries", "none.txt", "--references", "long.txt"], "cannot read none.txt"),
-    (["--samples", "none", "--scorer_path", "SCORER"], "cannot read the sample folder none"),
-    (["--samples", "none", "--scorer_path", "none.bin"], "none.bin"),
-    (["--generator_name", "none", "--scorer_path", "SCORER", "--dataset_name", "none"], "there is no dataset 'none'"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "wanted"), BAD_INPUT, ids=[" ".join(row[0]) or "none" for row in BAD_INPUT])
-def test_bad_input_is_one_line(scorer_path, encoders, tmp_path, monkeypatch, capsys, arguments, wanted):
-    import evaluate_model
-
-    (tmp_path / "short.txt").write_text("one\n")
-    (tmp_path / "long.txt").write_text("one\ntwo\n")
-    monkeypatch.chdir(tmp_path)
-    arguments = [str(scorer_path) if each == "SCORER" else each for each in arguments]
-    if "none.bin" in arguments:
-        arguments += ["--model_type", encoders["bert"]]
-    monkeypatch.setattr(sys, "argv", ["evaluate_model.py", *arguments])
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as end:
-        command_line.run(evaluate_model.main)
-    signal.signal(signal.SIGTERM, handler)
-    assert end.value.code == 2
-    errors = capsys.readouterr().err
-    assert wanted in errors
-    assert errors.count("\n") == 1
-    assert not list(tmp_path.glob("*.json"))

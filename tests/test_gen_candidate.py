@@ -5,10 +5,8 @@ import fcntl
 import os
 import random
 import shutil
-import signal
 import subprocess
 import sys
-import time
 from types import SimpleNamespace
 
 import candidate_files
@@ -119,27 +117,6 @@ def test_tokens_that_break_lines_were_generated(whole):
     """Else the counts of lines above prove nothing."""
     text = (only_folder(whole) / "train.out").read_text()
     assert "new line" in text or "para graph" in text or "next line" in text
-
-
-def test_killed_and_run_again_gives_the_same_bytes(tiny, whole, tmp_path, run_script):
-    command = script_command("SimCLS/gen_candidate.py", *arguments(tiny, tmp_path))
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        partial = tmp_path / only_folder(whole).name / "train.rank0.partial"
-        deadline = time.monotonic() + 120
-        while not partial.is_file() or partial.read_bytes().count(b"\n") < 4:
-            assert process.poll() is None, "it ended before it was killed"
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-    finally:
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    with open(partial, "ab") as file:
-        file.write(b'{"batch": 5, "out": [["torn')
-    (partial.parent / ".train.out.x.tmp").write_text("half")
-    result = run_script("SimCLS/gen_candidate.py", *arguments(tiny, tmp_path))
-    assert "train: going on after" in result.stdout
-    assert contents(tmp_path) == contents(whole)
 
 
 @pytest.mark.parametrize("moment", [0, 3, 16, "source", "out", "out.tokenized", "settings.json"])
@@ -264,43 +241,3 @@ def test_half_precision_on_a_cpu(tiny, tmp_path, monkeypatch, capsys):
     run_here(monkeypatch, *arguments(tiny, tmp_path, "--half_precision", "True", "--dataset_percent", 20))
     assert "half precision on a CPU is bfloat16" in capsys.readouterr().out
     assert len(list(read_lines(only_folder(tmp_path) / "train.out"))) == 4 * 9
-
-
-BAD = {
-    "no such generator": (["--generator_name", "no/such/folder"], "no/such/folder"),
-    "a folder without a model": (["--generator_name", "."], "in this folder"),
-    "no such data set": (["--dataset_name", "nothing.csv"], "nothing.csv"),
-    "no such column": (["--doc_col_name", "text"], "'abstract', 'title'"),
-    "groups that do not divide": (["--num_groups", "3"], "--num_groups 3 does not divide --num_cands 4"),
-    "no room": (["--decoder_max_len", "1"], "maximum length of 1"),
-    "no percentage": (["--dataset_percent", "101"], "101"),
-    "a penalty that is no number": (["--length_penalty", "nan"], "length penalty of nan"),
-}
-
-
-@pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch, name):
-    words, expected = BAD[name]
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError) as caught:
-        run_here(monkeypatch, *arguments(tiny, tmp_path / "out", *words))
-    assert expected in str(caught.value)
-    assert "\n" not in str(caught.value)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_bad_arguments_end_with_exit_code_2(tiny, tmp_path, monkeypatch, capsys):
-    with pytest.raises(SystemExit) as caught:
-        run_here(monkeypatch, *arguments(tiny, tmp_path, "--num_cands", "0"))
-    assert caught.value.code == 2
-    assert capsys.readouterr().err.count("\n") == 1
-
-
-def test_damaged_weights_end_with_one_line_and_exit_code_2(tiny, tmp_path, run_script):
-    shutil.copytree(tiny / "generator", tmp_path / "damaged")
-    (tmp_path / "damaged" / "model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0broken")
-    words = arguments(tiny, tmp_path / "out", "--generator_name", tmp_path / "damaged")
-    result = run_script("SimCLS/gen_candidate.py", *words, code=2)
-    assert result.stderr.count("\n") == 1
-    assert "damaged" in result.stderr
-    assert not (tmp_path / "out").exists()

@@ -1,22 +1,16 @@
 """Candidate files to samples: nothing lost, shifted or reordered; and the text helpers that this rests on."""
 
-import csv
 import json
 import multiprocessing
 import os
-import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import preprocess
 import pytest
 from conftest import script_command
-from documents import clean, read_documents
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 from utils import SentenceSplitter, map_in_order, ptb_tokenize, read_lines
 
@@ -98,97 +92,12 @@ def test_a_sample_is_as_the_published_ones_and_scored_as_rouge_score_does(tmp_pa
     assert sample["candidates"] == [[tokenized, pytest.approx(score)], [[], 0.0], [tokenized, pytest.approx(score)]]
 
 
-@settings(max_examples=25, deadline=None)
-@given(st.data())
-def test_nothing_is_lost_shifted_or_reordered_from_csv_to_samples(tmp_path_factory, data):
-    folder = tmp_path_factory.mktemp("text")
-    field = st.text(st.characters(exclude_categories=["Cs"]), max_size=60) | st.sampled_from(
-        ["", "\x85", "a\u2028b. C", "x\r\ny", '"quoted", text', "\x00", "One. Two! Three?\nFour", "long " * 3_000]
-    )
-    rows = data.draw(st.lists(st.tuples(field, field), max_size=6)) + [(f"Text {i}.", f"Title {i}.") for i in range(10)]
-    with open(folder / "x.csv", "w", encoding="utf-8", newline="") as file:
-        csv.writer(file).writerows([("abstract", "title"), *rows])
-    documents = read_documents(folder / "x.csv")
-    count = data.draw(st.integers(1, 3))
-    cleaned = field.map(clean)
-    written = [(text, summary, data.draw(st.tuples(*[cleaned] * count))) for text, summary in documents]
-    write_files(folder / "in", written)
-    arguments = f"--src_dir {folder}/in --tgt_dir {folder}/out --split train --workers 1 --cand_num {count}"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["preprocess.py", *arguments.split()])
-        patch.setattr(os, "sync", lambda: None)
-        preprocess.main()
-    read = samples(folder / "out")
-    assert len(read) == len(documents)
-    for sample, (text, summary, candidates) in zip(read, written, strict=True):
-        assert letters(sample["article_untok"]) == letters(text)
-        assert letters(sample["abstract_untok"]) == letters(summary)
-        assert [letters(sentences) for sentences, _ in sample["candidates_untok"]] == [letters(x) for x in candidates]
-        assert letters(sample["article"]) == letters(ptb_tokenize(text)).lower()
-        assert letters(sample["abstract"]) == letters(ptb_tokenize(summary)).lower()
-        assert [letters(x) for x, _ in sample["candidates"]] == [letters(ptb_tokenize(x)).lower() for x in candidates]
-
-
 @pytest.mark.parametrize("text", ["a\x85b", "a\u2028b\u2029c", "a\x0bb\x0cc\x1cd\x1ee", "a\rb", "\ufeffa\x00"])
 def test_only_newlines_end_a_line(tmp_path, text):
     path = tmp_path / "lines"
     path.write_bytes(f"{text}\n\n{text}".encode())
     assert list(read_lines(path)) == [text, "", text]
     assert len(ptb_tokenize(text).splitlines()) == 1
-
-
-def break_count(folder):
-    write_files(folder, cat_documents(5, candidates=4))
-
-
-def break_tokenized_count(folder):
-    with open(folder / "train.out.tokenized", "a") as file:
-        file.write("one more\n")
-
-
-def break_bytes(folder):
-    lines = (folder / "train.out").read_bytes().split(b"\n")
-    lines[6] = b"caf\xe9"
-    (folder / "train.out").write_bytes(b"\n".join(lines))
-
-
-def break_empty(folder):
-    for path in folder.iterdir():
-        path.write_bytes(b"")
-
-
-def break_missing(folder):
-    (folder / "train.target.tokenized").unlink()
-
-
-@pytest.mark.parametrize(
-    ("damage", "message"),
-    [
-        (break_count, r"--cand_num 3: train.out has 20 lines, not 15, train.out.tokenized has 20 lines, not 15"),
-        (break_tokenized_count, r"train.out.tokenized has 16 lines, not 15"),
-        (break_bytes, r"train.out, line 7: byte 0xe9 is not UTF-8"),
-        (break_empty, r"train.source is empty"),
-        (break_missing, r"cannot read .*train.target.tokenized: No such file"),
-    ],
-)
-def test_bad_input_is_one_line_and_writes_nothing(tmp_path, run_script, damage, message):
-    damage(write_files(tmp_path / "in", cat_documents(5)))
-    result = run_script(
-        SCRIPT, "--src_dir", tmp_path / "in", "--tgt_dir", tmp_path / "out", "--split", "train", "--cand_num", 3, code=2
-    )
-    assert re.search(message, result.stderr)
-    assert len(result.stderr.splitlines()) == 1
-    assert not (tmp_path / "out").exists()
-
-
-def test_a_target_that_is_a_file_is_refused(tmp_path, run_script):
-    write_files(tmp_path / "in", cat_documents(2))
-    (tmp_path / "out").write_text("mine")
-    result = run_script(
-        SCRIPT, "--src_dir", tmp_path / "in", "--tgt_dir", tmp_path / "out", "--split", "train", "--cand_num", 3, code=2
-    )
-    assert len(result.stderr.splitlines()) == 1
-    assert (tmp_path / "out").read_text() == "mine"
 
 
 def test_samples_of_a_larger_earlier_run_do_not_stay(tmp_path, run_script):

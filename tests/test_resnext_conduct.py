@@ -112,12 +112,6 @@ def test_a_bar_on_a_terminal_and_plain_lines_when_piped(tiny, tmp_path):
     assert len(piped.stdout.splitlines()) == 2
 
 
-def test_an_output_folder_that_cannot_be_written(run_script, tiny):
-    errors = run_script("resnext/resnext.py", *tiny, "--output_dir", "/proc/no-such/folder", code=2).stderr
-    assert errors.count("\n") == 1
-    assert "/proc/no-such" in errors
-
-
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(tiny, tmp_path):
     # A limit on the size of files stands in for a full disk: the state does not fit.
     code = "import resource, signal, sys, runpy; sys.argv = sys.argv[1:]\n" \

@@ -1,0 +1,103 @@
+"""Two processes, started as torchrun starts them, compute what one does. (Of ResNeXt: test_resnext_scripts.py.)"""
+
+import json
+import socket
+
+import launch
+import tiny_inputs
+import torch
+
+SCORER_CHECK = """
+import sys
+sys.path[:0] = sys.argv[1:3]
+import torch, torch.distributed as dist
+from data_utils import LengthBatches, load_samples
+from harness import distributed
+from model import load_scorer, ranking_loss
+
+def gradients(scorer, samples, world, rank, size):
+    "The gradients of each update of an epoch of 43 samples: of 8, and in the last batch of 3."
+    batches = LengthBatches(samples.document_lengths[:43], 8, 2, 0, rank, size)
+    parallel, found = world.wrap(scorer) if size > 1 else scorer, []
+    for number, part in enumerate(batches.batches()):
+        if batches.starts_update(number):
+            scorer.zero_grad()
+        batch = samples.batch(part)
+        parallel.require_backward_grad_sync = batches.ends_update(number)
+        scores, gold = parallel(batch)
+        (ranking_loss(scores, gold, batch.rouge, batch.present) * batches.weight(number)).backward()
+        if batches.ends_update(number):
+            found.append(torch.cat([weight.grad.flatten() for weight in scorer.parameters()]))
+    return torch.stack(found)
+
+with distributed.world(torch.device("cpu")) as world:
+    assert world.size == 2
+    scorer, encoding, _ = load_scorer(sys.argv[3], total_len=60, max_len=20)
+    with world.first_on_machine():
+        samples = load_samples(sys.argv[4] + "/train", encoding, 16, False, "cpu", world.say)
+    alone = gradients(scorer, samples, world, 0, 1)
+    shared = gradients(scorer, samples, world, world.rank, world.size)
+    assert alone.abs().max() > 1e-3
+    assert (alone - shared).abs().max() < 1e-6, (alone - shared).abs().max()
+"""
+KEEP_EVERY_RANK = """
+import os, sys
+sys.path[:0] = [{root!r}, {root!r} + "/SimCLS"]
+import torch, scorer_run
+add = scorer_run.ScorerRun.add_validation
+def spy(self, epoch, step, result, scorer, description):
+    torch.save(scorer.state_dict(), "rank" + os.environ["RANK"] + ".pt")
+    return add(self, epoch, step, result, scorer, description)
+scorer_run.ScorerRun.add_validation = spy
+"""
+
+
+def run_two(script, *args, cwd, **more):
+    """The two processes of a job, after they have ended."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [launch.Script(script, *args, cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank), **job, **more)
+             for rank in range(2)]  # fmt: skip
+    for rank in ranks:
+        assert rank.wait() == 0, rank.err
+    return ranks
+
+
+def test_scorer_gradients_of_two_processes_are_those_of_one(encoders, sample_folder, tmp_path):
+    (tmp_path / "check.py").write_text(SCORER_CHECK)
+    run_two(tmp_path / "check.py", launch.ROOT, launch.ROOT / "SimCLS", encoders["t5"], sample_folder, cwd=tmp_path)
+
+
+def test_scorers_of_two_processes_are_equal_and_validate_each_sample_once(encoders, sample_folder, tmp_path):
+    for split, count in (("train", 44), ("val", 11), ("test", 11)):  # The same 11 samples, to validate and to test.
+        (tmp_path / "data" / split).mkdir(parents=True)
+        for number in range(count):
+            source = sample_folder / ("train" if split == "train" else "val") / f"{number}.json"
+            (tmp_path / "data" / split / f"{number}.json").symlink_to(source)
+    arguments = ["--dataset", "data", "--model_type", encoders["t5"], "--num_workers", 0, "--num_epoch", 1,
+                 "--batch_size", 6, "--lr", 0.002, "--run_name", "two"]  # fmt: skip
+    before = KEEP_EVERY_RANK.format(root=str(launch.ROOT))
+    _, other = run_two("SimCLS/main.py", *arguments, cwd=tmp_path, before=before)
+    assert other.out == ""
+    one, two = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    (epoch,) = json.loads((tmp_path / "cache/two/two.json").read_text())["epochs"]
+    alone = launch.run("SimCLS/main.py", "-e", "--dataset", "data", "--model_pt", "two/model.bin", cwd=tmp_path)
+    assert f"11 documents, loss {epoch['val_loss']:.4f}" in alone.out, alone.err
+    assert f"rouge1 {100 * epoch['val_rouge1']:.2f}" in alone.out.splitlines()[-2]
+
+
+def test_fine_tuning_of_two_processes_leaves_one_set_of_files(encoders, tmp_path):
+    table = tiny_inputs.make_table(tmp_path / "papers.csv")
+    command = ["--pt_model", encoders["t5"], "--data_file", table, "--save_dir", "tuned", "--num_epoch", 1,
+               "--max_source_length", 24, "--max_target_length", 8]  # fmt: skip
+    _, other = run_two("SimCLS/finetune_model.py", *command, "--batch_size", 8, cwd=tmp_path)
+    assert other.out == ""
+    record = json.loads((tmp_path / "tuned/finetune.json").read_text())
+    assert record["history"][-1]["step"] == 6  # 48 documents.
+    assert not (tmp_path / "tuned/checkpoints").exists()
+    refused = launch.run("SimCLS/finetune_model.py", *command, "--batch_size", 9, cwd=tmp_path, WORLD_SIZE="2")
+    assert refused.code == 2
+    assert "shared out over 2 processes" in refused.err
