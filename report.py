@@ -26,7 +26,16 @@ FOLDERS = ("runs", "model_history", "resnext/model_history", "SimCLS/cache")
 PUBLISHED = "benchmarks/results/*/runs"  # What README shows: records that were copied there to be kept.
 GLOSSARY = ROOT / "reporting" / "glossary.md"
 STUDIES = (studies.DATA_LOADER, studies.MIXED_PRECISION, studies.CHECKPOINTING, studies.SIMCLS)
-TABLES = ("runs", *(study.name for study in STUDIES), "evaluation", "phases", "benchmarks", "published", "glossary")
+TABLES = (
+    "runs",
+    *(study.name for study in STUDIES),
+    "evaluation",
+    "phases",
+    "benchmarks",
+    "benchmark-tables",
+    "published",
+    "glossary",
+)
 
 
 def get_args_parser():
@@ -86,6 +95,7 @@ def sections(runs, evaluations, benchmark_dir, with_cpu_times):
     parts["evaluation"] = ("SimCLS before and after", overview.evaluations(evaluations))
     parts["phases"] = ("Phases of a step", overview.step_phases(runs, with_cpu_times))
     parts["benchmarks"] = ("Benchmarks", benchmarks.render(benchmark_dir))
+    parts["benchmark-tables"] = ("Tables of benchmarks", benchmarks.render_tables(benchmark_dir))
     parts["published"] = ("The original study", overview.original_study())
     parts["glossary"] = ("What the figures mean", GLOSSARY.read_text(encoding="utf-8").strip())
     return parts

@@ -12,20 +12,25 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "benchmarks"
 
 
 def render(folder):
-    """Markdown: for each hardware a table of ratios, old way over new, what each
-    benchmark claims, then the tables that records bring along."""
+    """Markdown: for each hardware a table of ratios, old way over new, and what each benchmark claims."""
     parts = []
     for hardware, benchmarks in by_hardware(folder).items():
         rows = [row for record in benchmarks for row in _ratio_rows(record)]
         if rows:
-            parts += [f"{hardware}, both sides of a row in one run, interleaved:", markdown(rows)]
-            claims = {record["benchmark"]: _claim(record["benchmark"]) for record in benchmarks}
-            shown = {row["Benchmark"] for row in rows}
-            parts.append("\n".join(f"- `{name}`: {claim}" for name, claim in claims.items() if f"`{name}`" in shown))
+            names = dict.fromkeys(row["Benchmark"].strip("`") for row in rows)
+            claims = "\n".join(f"- `{name}`: {_claim(name) or 'claims nothing.'}" for name in names)
+            parts += [f"{hardware}, both sides of a row in one run, interleaved:", markdown(rows), claims]
+    return "\n\n".join(parts)
+
+
+def render_tables(folder):
+    """Markdown: the tables that the records bring along."""
+    parts = []
+    for hardware, benchmarks in by_hardware(folder).items():
         for record in benchmarks:
             for name, table in _tables(record):
-                where = f"`{record['benchmark']}`" + (f", {name}" if name != "rows" else "")
-                parts += [f"{where}; {hardware}:", table]
+                words = [f"`{record['benchmark']}`", "" if name == "rows" else name, record.get("model")]
+                parts += [f"{', '.join(filter(None, words))}; {hardware}:", table]
     return "\n\n".join(parts)
 
 
@@ -47,7 +52,7 @@ def _ratio_rows(record):
     for case, found in _ratios("", record):
         yield {
             "Benchmark": f"`{record['benchmark']}`",
-            "Case": case or None,
+            "Case": ", ".join(filter(None, [record.get("model"), case])) or None,
             "Ratio": number(found["median"]),
             "95 % interval": " to ".join(map(number, found["interval"])) if "interval" in found else None,
             "Lowest to highest": f"{number(found['low'])} to {number(found['high'])}",

@@ -36,19 +36,24 @@ def draw(record):
     figure, panel = plt.subplots(figsize=(WIDTH, 5), layout="constrained")
     for index, (start, title) in enumerate(FAMILIES.items()):
         rows = [row for row in record["rows"] if family(row["policy"]) == start]
+        if not rows:
+            continue
         rows.sort(key=lambda row: row["share"])
         shares, extras = [row["share"] for row in rows], [100 * row["extra"] for row in rows]
-        line = "--" if start in ("budget", "compile") else ""
-        panel.plot(shares, extras, line, marker=MARKERS[index], color=f"C{index}", markersize=8, label=title)
+        line = "--" if start in ("budget", "compile") else "none"
+        panel.plot(shares, extras, linestyle=line, marker=MARKERS[index], color=f"C{index}", markersize=8, label=title)
+        below = start == ""  # So that a policy and a budget that hold the same keep their names apart.
         for row, x, y in zip(rows, shares, extras, strict=True):
             name = row["policy"].removeprefix("budget ").removeprefix("compile ")
             if start not in ("torch.utils", "nested"):
-                panel.annotate(name, (x, y), xytext=(5, 6), textcoords="offset points", fontsize=8)
+                offset = (5, -13) if below else (5, 6)
+                panel.annotate(name, (x, y), xytext=offset, textcoords="offset points", fontsize=8)
     panel.set(
         xlabel="bytes held for backward, share of the plain run's",
         ylabel="FLOPs more, % of forward and backward",
-        xlim=(0, None),
+        xlim=(0, 1.08),
     )
+    panel.set_ylim(bottom=-0.1 * panel.get_ylim()[1])
     panel.legend()
     figure.suptitle(f"Memory against work: {record['model']}; {record['machine']['hardware']}", fontsize=11)
     return figure

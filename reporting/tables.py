@@ -153,7 +153,7 @@ def render(study, runs, with_cpu_times=True):
     for group in found:
         on_cpu = group.rows[0].runs[0].on_cpu
         rows = [_cells(study, group, row, with_cpu_times or not on_cpu) for row in group.rows]
-        notes = [CPU_NOTE] * on_cpu
+        notes = [CPU_NOTE] * (on_cpu and with_cpu_times)
         if all(len(row.runs) < 2 for row in group.rows):
             notes.append(ONE_RUN_NOTE)
         if any(row.arm.published for row in group.rows):
