@@ -152,7 +152,9 @@ def _evaluation(record):
     if record.get("p_value"):
         rows.append({"Summary": "p, SimCLS against the generator"} | _p_values(record["p_value"]))
     documents = record.get("documents", "unknown")
-    return f"{documents} documents, 95 % intervals; `{record['machine']['command']}`:\n\n{markdown(rows)}"
+    machine = record["machine"]
+    where = f"{machine['command']}`; {machine.get('hardware', 'unknown hardware')}"
+    return f"{documents} documents, 95 % intervals; `{where}:\n\n{markdown(rows)}"
 
 
 def _p_values(values):

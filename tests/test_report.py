@@ -72,7 +72,7 @@ def test_the_whole_report(run_script, run_folder):
     headings = re.findall(r"^## (.*)", result.stdout, flags=re.MULTILINE)
     assert headings == [
         "Runs", "Data loader", "Mixed precision", "Activation checkpointing", "Phases of a step", "Benchmarks",
-        "The original study", "What the figures mean",
+        "Tables of benchmarks", "The original study", "What the figures mean",
     ]  # fmt: skip
     assert re.search(r"`rouge` \| titles \| 12.3 \| 11.0 to 13.5 \|", result.stdout)
     assert "- `rouge`: fast_rouge.py" in result.stdout

@@ -107,6 +107,21 @@ def test_simcls_table():
     assert rows["0 workers"]["Validation ROUGE, %"] == "30.0"
 
 
+def test_evaluation_table():
+    interval = {"mean": 0.3, "low": 0.281, "high": 0.3249}
+    record = {
+        "machine": {"command": "evaluate_model.py --samples test", "hardware": "AMD EPYC, 2 cores"}, "documents": 50,
+        "systems": {"generator": {"rouge1": interval, "rougeL": interval}}, "p_value": {"rouge1": 0.00412, "rougeL": 1},
+    }  # fmt: skip
+    text = overview.evaluations([record])
+    assert "50 documents, 95 % intervals; `evaluate_model.py --samples test`; AMD EPYC, 2 cores:" in text
+    generator, p_value = read_table(text)
+    assert generator == {
+        "Summary": "generator", "ROUGE-1, %": "30.00 (28.10 to 32.49)", "ROUGE-L, %": "30.00 (28.10 to 32.49)",
+    }  # fmt: skip
+    assert (p_value["ROUGE-1, %"], p_value["ROUGE-L, %"]) == ("0.0041", "1")
+
+
 def test_the_originals_figures_stay_as_published():
     before = copy.deepcopy((published.DATA_LOADER, published.MIXED_PRECISION, published.CHECKPOINTING))
     table = read_table(overview.original_study())
