@@ -18,8 +18,9 @@ def render(folder):
         rows = [row for record in benchmarks for row in _ratio_rows(record)]
         if rows:
             names = dict.fromkeys(row["Benchmark"].strip("`") for row in rows)
-            claims = "\n".join(f"- `{name}`: {_claim(name) or 'claims nothing.'}" for name in names)
-            parts += [f"{hardware}, both sides of a row in one run, interleaved:", markdown(rows), claims]
+            claims = [f"- `{name}`: {claim}" for name in names if (claim := _claim(name))]
+            heading = f"{hardware}, both sides of a row in one run, interleaved:"
+            parts += [heading, markdown(rows), *["\n".join(claims)] * bool(claims)]
     return "\n\n".join(parts)
 
 
@@ -96,10 +97,10 @@ def _cell(key, value):
 
 
 def _claim(benchmark):
-    """What the script says that it shows: the rest of its docstring's first line after "Claim:", or None."""
+    """What the script says that it shows, in the paragraph of its docstring that begins with "Claim:"; else None."""
     try:
         docstring = ast.get_docstring(ast.parse((SCRIPTS / f"{benchmark}.py").read_text(encoding="utf-8")))
     except (OSError, SyntaxError):
         return None
-    first = (docstring or "").partition("\n\n")[0].replace("\n", " ")
-    return first.removeprefix("Claim:").strip() if first.startswith("Claim:") else None
+    paragraphs = [paragraph.replace("\n", " ") for paragraph in (docstring or "").split("\n\n")]
+    return next((text.removeprefix("Claim:").strip() for text in paragraphs if text.startswith("Claim:")), None)

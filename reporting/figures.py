@@ -85,7 +85,7 @@ def draw_curves(runs, study, curves):
             values = np.array([line[: min(map(len, lines))] for line in lines])
             epochs = np.arange(1, values.shape[1] + 1)
             # Many techniques change no result: of equal lines the later are drawn thinner, on top.
-            width = 1.2 + 3.5 * (1 - (index + 1) / len(group.rows))
+            width = 1.2 + 6 * (1 - (index + 1) / len(group.rows))
             panel.plot(epochs, values.mean(0), color=f"C{index}", linewidth=width, label=label(row))
             if len(lines) > 1:
                 panel.fill_between(epochs, values.min(0), values.max(0), color=f"C{index}", alpha=0.15, linewidth=0)
