@@ -98,6 +98,7 @@ resnext() {
                 train resnext/resnext_checkpoint.py $common --batch_size $batch --policy $policy
             done
         done
+        train resnext/resnext_fast.py --output_dir runs/cifar10
     done
 }
 
