@@ -64,7 +64,7 @@ def test_memory(run_script, tmp_path):
                           "--timed_batch_size", 2)  # fmt: skip
     rows = {row["policy"]: row for row in record["rows"]}
     assert rows["budget 0.5"]["share"] <= 0.5
-    assert rows["torch.utils.checkpoint"]["share"] < 0.25
+    assert rows["torch.utils.checkpoint"]["share"] < 0.35
     assert rows["torch.utils.checkpoint"]["extra"] > 0.2
     assert rows["chain"]["extra"] == 0
     assert rows["chain"]["peak_bytes"] < 0.8 * rows["plain"]["peak_bytes"]
