@@ -137,24 +137,34 @@ def original_study():
 
 
 def evaluations(records):
-    """A table for each record of SimCLS/evaluate_model.py: ROUGE of each way to choose a summary."""
-    return "\n\n".join(_evaluation(record) for record in records)
+    """A table of ROUGE by each way to choose a summary, for the records of SimCLS/evaluate_model.py; those that differ
+    in nothing but the scorer, such as its seed, share one."""
+    same = {}
+    for record in records:
+        what = {name: value for name, value in record["arguments"].items() if name not in ("scorer_path", "output")}
+        same.setdefault(str((what, record.get("documents"), record["machine"].get("hardware"))), []).append(record)
+    return "\n\n".join(map(_evaluation, same.values()))
 
 
-def _evaluation(record):
+def _evaluation(repeats):
+    """The table of one record, with intervals; or of several, with means and deviations, and the highest p-value."""
+    first = repeats[0]
     rows = []
-    for name, metrics in record["systems"].items():
+    for name, metrics in first["systems"].items():
         cells = {"Summary": name}
         for metric, interval in metrics.items():
             low, high = 100 * interval["low"], 100 * interval["high"]
-            cells[f"{METRICS[metric]}, %"] = f"{100 * interval['mean']:.2f} ({low:.2f} to {high:.2f})"
+            sample = Sample.of(100 * record["systems"][name][metric]["mean"] for record in repeats)
+            range_text = f" ({low:.2f} to {high:.2f})" if len(repeats) == 1 else ""
+            cells[f"{METRICS[metric]}, %"] = quantity(sample, places=2) + range_text
         rows.append(cells)
-    if record.get("p_value"):
-        rows.append({"Summary": "p, SimCLS against the generator"} | _p_values(record["p_value"]))
-    documents = record.get("documents", "unknown")
-    machine = record["machine"]
-    where = f"{machine['command']}`; {machine.get('hardware', 'unknown hardware')}"
-    return f"{documents} documents, 95 % intervals; `{where}:\n\n{markdown(rows)}"
+    if first.get("p_value"):
+        worst = {metric: max(record["p_value"][metric] for record in repeats) for metric in first["p_value"]}
+        rows.append({"Summary": "p, SimCLS against the generator"} | _p_values(worst))
+    meaning = "95 % intervals" if len(repeats) == 1 else f"mean ± deviation over {len(repeats)} scorers, highest p"
+    machine = first["machine"]
+    where = f"`{machine['command']}`; {machine.get('hardware', 'unknown hardware')}"
+    return f"{first.get('documents', 'unknown')} documents, {meaning}; {where}:\n\n{markdown(rows)}"
 
 
 def _p_values(values):

@@ -111,6 +111,7 @@ def test_evaluation_table():
     interval = {"mean": 0.3, "low": 0.281, "high": 0.3249}
     record = {
         "machine": {"command": "evaluate_model.py --samples test", "hardware": "AMD EPYC, 2 cores"}, "documents": 50,
+        "arguments": {"samples": "test", "scorer_path": "a", "output": "a"},
         "systems": {"generator": {"rouge1": interval, "rougeL": interval}}, "p_value": {"rouge1": 0.00412, "rougeL": 1},
     }  # fmt: skip
     text = overview.evaluations([record])
@@ -120,6 +121,18 @@ def test_evaluation_table():
         "Summary": "generator", "ROUGE-1, %": "30.00 (28.10 to 32.49)", "ROUGE-L, %": "30.00 (28.10 to 32.49)",
     }  # fmt: skip
     assert (p_value["ROUGE-1, %"], p_value["ROUGE-L, %"]) == ("0.0041", "1")
+
+    other = copy.deepcopy(record)
+    other["arguments"] |= {"scorer_path": "b", "output": "b"}
+    other["systems"]["generator"]["rouge1"]["mean"] = 0.4
+    other["p_value"]["rouge1"] = 0.5
+    text = overview.evaluations([record, other])
+    assert "mean ± deviation over 2 scorers" in text
+    generator, p_value = read_table(text)
+    assert generator["ROUGE-1, %"] == "35.00 ± 7.07"
+    assert p_value["ROUGE-1, %"] == "0.5"
+    other["arguments"]["samples"] = "elsewhere"
+    assert overview.evaluations([record, other]).count("95 % intervals") == 2
 
 
 def test_the_originals_figures_stay_as_published():
