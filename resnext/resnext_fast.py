@@ -8,9 +8,9 @@ no weight decay on BatchNorm and biases. Each can be switched off, down to the w
 --label_smoothing 0.
 
 Measured by benchmarks/fast.py on a CPU (AMD EPYC, 2 cores; torch 2.13.0; resnext29_2x16d, batch 128, float32; n = 16
-rounds, all arms in turn): 1.46 times the pictures/s of that way (1.10 to 2.34), of which the layout gives 1.41; bfloat16
-gives 2.72, --compile 1.47 on top of the layout. resnext29_4x64d, batch 8, n = 5: 1.05 (0.93 to 1.37), since there the
-step takes 1.3 times what its matrix products alone would. Not yet measured on a GPU, nor its accuracy at full length.
+rounds, all arms in turn): 1.46 times the pictures/s of that way (1.10 to 2.34), of which the layout gives 1.41;
+--half_precision gives 2.72, --compile 1.47. resnext29_4x64d, batch 8, n = 5: 1.05 (0.93 to 1.37), since there the step
+takes 1.3 times what its matrix products alone would. Not yet measured: a GPU, and accuracy at full length.
 """
 
 import sys
