@@ -84,14 +84,17 @@ def draw_curves(runs, study, curves):
             lines = [run.curve(key) for run in row.runs if not seeds or run.arguments.get("seed") in seeds]
             values = np.array([line[: min(map(len, lines))] for line in lines])
             epochs = np.arange(1, values.shape[1] + 1)
-            # Many techniques change no result: of equal lines the later are drawn thinner, on top.
-            width = 1.2 + 6 * (1 - (index + 1) / len(group.rows))
-            panel.plot(epochs, values.mean(0), color=f"C{index}", linewidth=width, label=label(row))
+            panel.plot(epochs, values.mean(0), color=f"C{index}", linewidth=_width(index, group), label=label(row))
             if len(lines) > 1:
                 panel.fill_between(epochs, values.min(0), values.max(0), color=f"C{index}", alpha=0.15, linewidth=0)
         panel.set(xlabel="epoch", ylabel=title)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     return _finish(figure, panels[0, 0], f"{study.title}: {heading(group)}; {place(group.machine)}")
+
+
+def _width(index, group):
+    """Many techniques change no result: of equal lines the later are drawn thinner, on top."""
+    return 1.2 + 6 * (1 - (index + 1) / len(group.rows))
 
 
 def draw_losses(runs, study):
@@ -103,7 +106,8 @@ def draw_losses(runs, study):
     for index, row in enumerate(group.rows):
         for number, run in enumerate(row.runs):
             shown = {"label": label(row)} if number == 0 else {}
-            panel.plot(*zip(*run.losses(), strict=True), color=f"C{index}", linewidth=1.2, alpha=0.9, **shown)
+            panel.plot(*zip(*run.losses(), strict=True), color=f"C{index}", linewidth=_width(index, group), **shown)
+    panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     panel.set(xlabel="update", ylabel="training loss", ylim=(0, None))
     return _finish(figure, panel, f"{study.title}: training loss; {place(group.machine)}")
 

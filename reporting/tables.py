@@ -185,6 +185,7 @@ def caption(group, all_groups):
     common = group.settings
     phrases = {"model": "{}", "dataset": "{}", "batch_size": "batch {}", "num_epoch": "{} epochs"}
     words = [phrase.format(common[name]) for name, phrase in phrases.items() if name in common]
+    words = ["1 epoch" if word == "1 epochs" else word for word in words]
     for name in sorted(set(common) - set(phrases)):
         if len({str(other.settings.get(name)) for other in all_groups}) > 1:
             words.append(f"{_words(name).lower()} {common[name]}")
