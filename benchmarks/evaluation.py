@@ -11,6 +11,7 @@ is left out of both. First both sides have to choose the same candidates, with t
 """
 
 import argparse
+import operator
 import sys
 import time
 from pathlib import Path
@@ -27,7 +28,7 @@ from candidates_reference import DIVERSITY_PENALTY
 from common import ratio_summary, results_path
 from documents import clean, find_dataset, read_documents, split_documents
 from evaluate_model import as_sample, compare, generate_samples
-from gen_candidate import CandidateGenerator, load_generator
+from gen_candidate import CandidateGenerator, load_generator, search_settings
 from model import load_scorer
 from rouge_score.rouge_scorer import RougeScorer
 from utils import SentenceSplitter
@@ -59,12 +60,8 @@ def main():
     args = get_args_parser().parse_args()
     documents = split_documents(read_documents(find_dataset(args.data)))["test"][: args.documents]
     model, tokenizer = load_generator(args.generator_name, torch.float32)
-    settings = {
-        "num_beams": CANDIDATES,
-        "num_groups": CANDIDATES,
-        "diversity_penalty": DIVERSITY_PENALTY,
-        "max_length": model.generation_config.max_length,
-    }
+    wanted = {"num_cands": CANDIDATES, "num_groups": CANDIDATES, "diversity_penalty": DIVERSITY_PENALTY}
+    settings = search_settings(argparse.Namespace(**wanted, decoder_max_len=None), model.generation_config)
     generator = CandidateGenerator(model, tokenizer, settings)
     scorer, encoding, _ = load_scorer(None if args.scorer_path else args.generator_name, args.scorer_path)
     with Reference(args.reference_python) as reference:
@@ -93,15 +90,18 @@ def main():
 
 
 def ours(generator, scorer, encoding, documents):
-    """(seconds, {"choices": int64 [documents], "generator" and "SimCLS": ROUGE, float64 [documents, 3]})"""
+    """(seconds, {"summaries": list of str, "generator" and "SimCLS": ROUGE, float64 [documents, 3]})"""
     cpu = torch.device("cpu")
     started = time.perf_counter()
     samples = generate_samples(generator, documents, BATCH)
     systems, choices = compare(scorer, encoding, samples, BATCH, World(0, 1, cpu), choose_precision(None, cpu))
-    return time.perf_counter() - started, {
-        "choices": choices,
-        **{name: systems[name] for name in ("generator", "SimCLS")},
-    }
+    seconds = time.perf_counter() - started
+    summaries = [text_of(sample, choice) for sample, choice in zip(samples, choices, strict=True)]
+    return seconds, {"summaries": summaries, "generator": systems["generator"], "SimCLS": systems["SimCLS"]}
+
+
+def text_of(sample, choice):
+    return " ".join(sample["candidates_untok"][choice][0])
 
 
 class Plain:
@@ -123,17 +123,18 @@ class Plain:
         self.scorer.eval()
         started = time.perf_counter()
         split = SentenceSplitter(document.text for document in documents).split
-        choices, first, chosen = [], [], []
+        summaries, first, chosen = [], [], []
         for document, candidates in zip(documents, tokens, strict=True):
             texts = self.generator.tokenizer.batch_decode(candidates, skip_special_tokens=True)
             texts = [clean(text) for text in texts]
             sample = as_sample(document.text, document.summary, texts, split)
             self.similarities(document, texts[:1])
-            choices.append(int(self.similarities(document, texts).argmax()))
+            choice = int(self.similarities(document, texts).argmax())
+            summaries.append(text_of(sample, choice))
             first.append(self.score(sample, 0))
-            chosen.append(self.score(sample, choices[-1]))
+            chosen.append(self.score(sample, choice))
         seconds = generating + time.perf_counter() - started
-        return seconds, {"choices": np.array(choices), "generator": np.array(first), "SimCLS": np.array(chosen)}
+        return seconds, {"summaries": summaries, "generator": np.array(first), "SimCLS": np.array(chosen)}
 
     def similarities(self, document, texts):
         """The cosine of each text's state with the document's; the reference's, too, though nothing is chosen by it."""
@@ -155,12 +156,13 @@ class Plain:
 
 def check_equal(plain, ours):
     """End the program unless both sides chose the same candidates, with the same ROUGE to 1e-12."""
-    same = int((plain["choices"] == ours["choices"]).sum())
+    same = sum(map(operator.eq, plain["summaries"], ours["summaries"]))
     difference = max(np.abs(plain[name] - ours[name]).max() for name in ("generator", "SimCLS"))
     print(
-        f"{same} of {len(ours['choices'])} choices are the same; ROUGE differs by at most {difference:.1e}", flush=True
+        f"{same} of {len(ours['summaries'])} choices are the same; ROUGE differs by at most {difference:.1e}",
+        flush=True,
     )
-    if same < len(ours["choices"]) or not difference <= 1e-12:
+    if same < len(ours["summaries"]) or not difference <= 1e-12:
         sys.exit(1)
 
 
