@@ -12,6 +12,7 @@ before the summaries (Zhu et al., 2021, Leveraging Lead Bias for Zero-shot Abstr
 
 import argparse
 import contextlib
+import copy
 import json
 import os
 import shutil
@@ -33,6 +34,7 @@ from harness.recording import describe_machine, output_lock, publish, staging, w
 from harness.resume import check_arguments, stop_requests
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # Of torchrun.
+STATE_FILES = ("model*", "optimizer.pt", "scheduler.pt", "rng_state*")  # Of the Trainer, besides trainer_state.json.
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeLsum")
 
 
@@ -225,14 +227,14 @@ class StopAndSave(transformers.TrainerCallback):
 def last_checkpoint(folder):
     """The newest whole state that the Trainer has saved in `folder`, as a str; None when there is none.
 
-    What a killed run was still writing is removed: the Trainer writes trainer_state.json last.
+    What a killed run was still writing, or removing, is removed: the Trainer writes trainer_state.json last.
     """
     for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        try:
+        with contextlib.suppress(OSError, ValueError):
             json.loads((path / "trainer_state.json").read_bytes())
-            return str(path)
-        except (OSError, ValueError):
-            shutil.rmtree(path, ignore_errors=True)  # Every process of a job is here.
+            if all(any(path.glob(pattern)) for pattern in STATE_FILES):
+                return str(path)
+        shutil.rmtree(path, ignore_errors=True)  # Every process of a job is here.
     return None
 
 
@@ -258,12 +260,14 @@ def plain_arguments(args):
 
 def finetune(args, model, tokenizer, splits, dtype):
     """Train, and leave the best model, its tokenizer and the record of the run in args.save_dir."""
-    checkpoints = args.save_dir / "checkpoints"
+    checkpoints, finished = args.save_dir / "checkpoints", args.save_dir / ".finished"
+    shutil.rmtree(finished, ignore_errors=True)  # Which a killed run was removing.
     if args.resume and not checkpoints.is_dir() and (args.save_dir / "finetune.json").is_file():
         print(f"{args.save_dir / 'finetune.json'} is finished; nothing to resume")
         return
     last = state_to_resume(args, checkpoints)
     trainer = make_trainer(args, model, tokenizer, splits, dtype, checkpoints)
+    generation_config = copy.deepcopy(model.generation_config)  # Validation fills it up.
     started = time.perf_counter()
     # Many processes would stop at different steps, and wait for each other.
     with stop_requests(enabled=trainer.args.world_size == 1) as stop:
@@ -272,11 +276,14 @@ def finetune(args, model, tokenizer, splits, dtype):
     seconds = time.perf_counter() - started
     trainer.accelerator.wait_for_everyone()  # All have read the best state before it is removed.
     if trainer.is_world_process_zero():
+        trainer.model.generation_config = generation_config
         with staging(args.save_dir) as stage:
             trainer.save_model(stage)
             write_json(stage / "finetune.json", record(args, trainer, seconds))
             publish(stage, args.save_dir)
-        shutil.rmtree(checkpoints)
+        # At once, since half a state would be gone on from.
+        checkpoints.rename(finished)
+        shutil.rmtree(finished)
         print(f"best epoch's mean ROUGE on validation: {trainer.state.best_metric:.4f}; saved in {args.save_dir}")
 
 
@@ -284,7 +291,6 @@ def make_trainer(args, model, tokenizer, splits, dtype, checkpoints):
     # The other stages cut documents and end summaries where training did.
     tokenizer.model_max_length = args.max_source_length
     model.generation_config.max_length = args.max_target_length
-    # The Trainer's first validation does this; a run that is resumed after its last one has none.
     model.generation_config._from_model_config = False
     lengths = args.max_source_length, args.max_target_length
     train_set = SummaryDataset(splits["train"], tokenizer, *lengths)
@@ -306,6 +312,9 @@ def make_trainer(args, model, tokenizer, splits, dtype, checkpoints):
 
 def training_arguments(args, checkpoints, num_samples, dtype):
     """The Trainer's settings: an epoch ends with validation and a saved state; the best and the last are kept."""
+    # Its older name warns where the newer exists.
+    fields = transformers.Seq2SeqTrainingArguments.__dataclass_fields__
+    recomputation = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
     updates = args.max_steps or -(-num_samples // args.batch_size) * args.num_epoch
     return transformers.Seq2SeqTrainingArguments(
         output_dir=str(checkpoints),
@@ -318,7 +327,7 @@ def training_arguments(args, checkpoints, num_samples, dtype):
         label_smoothing_factor=args.label_smoothing,
         fp16=dtype == torch.float16,
         bf16=dtype == torch.bfloat16,
-        gradient_checkpointing=args.gradient_checkpointing,
+        **{recomputation: args.gradient_checkpointing},
         train_sampling_strategy="group_by_length",  # less padding
         predict_with_generate=True,
         generation_max_length=args.max_target_length,

@@ -97,6 +97,7 @@ def train(args, world, precision, run):
                         parallel_scorer.require_backward_grad_sync = ends_update  # Of DistributedDataParallel.
                         scores, gold_scores = parallel_scorer(batch)
                         loss = loss_of(args, scores, gold_scores, batch)
+                    run.facts.setdefault("saved_activation_bytes", saved.bytes)  # Of the run's first batch.
                     with phase("backward"):
                         scaler.scale(loss * batches.weight(step)).backward()
                     with phase("optimizer"):
@@ -116,8 +117,6 @@ def train(args, world, precision, run):
                             break
                 timing = phase.end_epoch()
             bar.close()
-            if saved.bytes is not None:
-                run.facts.setdefault("saved_activation_bytes", saved.bytes)  # Of the run's first batch.
             if phase.steps_done == args.max_steps:
                 run.finish_profiling(timing)
                 return

@@ -173,6 +173,8 @@ class ScorerRun(Run):
         if best:
             self.best = rouge
         if self.world.is_main:
+            # That of an earlier run, whose weights go now; with it, --resume would take this run for finished.
+            self.path(".json").unlink(missing_ok=True)
             for name in ("scorer.bin", "model.bin") if best else ("model.bin",):
                 save_scorer(self.folder / name, scorer, description)
 

@@ -109,7 +109,8 @@ def test_a_gpu_that_is_not_there(place, folders):
 def test_an_interrupted_run_is_not_overwritten(place, folders):
     state = place / "tuned/checkpoints/checkpoint-6"
     state.mkdir(parents=True)
-    (state / "trainer_state.json").write_text("{}")
+    for name in ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
+        (state / name).write_text("{}")
     assert "add --resume" in refused("SimCLS/finetune_model.py", "", place, folders)
     (state.parent / "arguments.json").write_text(json.dumps({"lr": 5}))
     assert "--lr 5 (now 0.0003)" in refused("SimCLS/finetune_model.py", "--resume", place, folders)
