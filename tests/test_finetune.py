@@ -1,11 +1,8 @@
 """Making models from scratch and fine-tuning them, as a user does: by command."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -122,46 +119,3 @@ def test_training_keeps_the_best_model_and_a_record(workplace, run_script):
     assert not (workplace / "tuned" / "checkpoints").exists()
     assert transformers.AutoTokenizer.from_pretrained(workplace / "tuned").model_max_length == 24
     assert weights(workplace / "tuned")["shared.weight"].isfinite().all()
-
-
-def test_killed_and_resumed_equals_uninterrupted(workplace, run_script):
-    subprocess.run(train_command("whole"), cwd=workplace, check=True, capture_output=True, timeout=300)
-    process = subprocess.Popen(
-        train_command("cut"), cwd=workplace, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    state = workplace / "cut" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not any(state.glob("checkpoint-*/trainer_state.json")) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    if not state.exists():
-        pytest.skip("the run ended before it could be killed")
-    refused = subprocess.run(train_command("cut"), cwd=workplace, capture_output=True, text=True, timeout=120)
-    assert refused.returncode == 2
-    assert "add --resume" in refused.stderr
-    subprocess.run(train_command("cut", "--resume"), cwd=workplace, check=True, capture_output=True, timeout=300)
-    whole, cut = weights(workplace / "whole"), weights(workplace / "cut")
-    assert all(torch.equal(whole[name], cut[name]) for name in whole)
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (("--pt_model", "no/such-model"), "no/such-model"),
-        (("--doc_col_name", "body"), "no column 'body'"),
-        (("--half_precision", "int8"), "int8"),
-        (("--half_precision", "float16"), "needs a GPU"),
-    ],
-)
-def test_bad_input_is_one_line_and_exit_code_2(workplace, arguments, message):
-    if message == "needs a GPU" and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    result = subprocess.run(
-        train_command("bad", *arguments), cwd=workplace, capture_output=True, text=True, timeout=120
-    )
-    last = result.stderr.strip().splitlines()[-1]
-    assert result.returncode == 2, result.stderr
-    assert message in last
-    assert "Traceback" not in result.stderr
-    assert not (workplace / "bad" / "config.json").exists()

@@ -2,9 +2,7 @@
 
 import json
 import os
-import signal
 import subprocess
-import sys
 import time
 
 import pytest
@@ -119,24 +117,6 @@ def start(folder, *args):
     return subprocess.Popen(command, cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-@pytest.mark.parametrize(("line", "number"), [("update 3", signal.SIGKILL), ("update 5", signal.SIGTERM)])
-def test_stopped_and_resumed_is_bit_equal(run_script, tiny, baseline, tmp_path, line, number):
-    process = start(tmp_path, *tiny)
-    for printed in process.stdout:
-        if printed.startswith(line):
-            break
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=60)
-    if number == signal.SIGTERM:
-        assert process.returncode == 143, errors
-        assert len(errors.splitlines()) == 1
-    state = torch.load(tmp_path / "cache" / NAME / f"{NAME}.state", weights_only=True)["parts"]
-    assert state["epoch"] * 11 + state["step"] in range(6, 22)
-    run_script(MAIN, *tiny, "--resume", cwd=tmp_path)
-    assert_same_results(baseline[0], tmp_path)
-    assert "nothing to resume" in run_script(MAIN, *tiny, "--resume", cwd=tmp_path).stdout
-
-
 def test_second_run_and_other_arguments_are_refused(run_script, tiny, tmp_path):
     process = start(tmp_path, *tiny, "--num_epoch", 200)
     while not process.stdout.readline().startswith("epoch 1/200"):
@@ -163,52 +143,6 @@ def test_two_processes_learn_as_one(run_script, tiny, encoders, tmp_path):
             assert other[key] == pytest.approx(epoch[key], rel=2e-3)
         assert [update for update, _ in other["losses"]] == [update for update, _ in epoch["losses"]]
     assert result.stdout.count("epoch 2/2") == 1
-
-
-# ------------------------------------------------------------------------------------------------------ bad input
-
-BAD_INPUT = [
-    (["--dataset", "nowhere"], "nowhere/train"),
-    (["--model_type", "nowhere"], "no encoder can be loaded from 'nowhere'"),
-    (["--cuda"], "no CUDA GPU"),
-    (["--gpuid", "0", "0"], "twice"),
-    (["--model_pt", "../x.bin"], "leaves the folder cache"),
-    (["--model_pt", "run/x.bin"], "there are no weights cache/run/x.bin"),
-    (["-e"], "name them by --model_pt"),
-    (["--run_name", "../x"], "no plain folder name"),
-    (["--lr", "0"], "a number above 0"),
-    (["--dropout", "1"], "not below 1"),
-    (["--half_precision", "int8"], "neither float16 nor bfloat16"),
-]
-
-
-@pytest.mark.parametrize(("change", "wanted"), BAD_INPUT, ids=[" ".join(change) for change, _ in BAD_INPUT])
-@pytest.mark.skipif(torch.cuda.is_available(), reason="--cuda is no bad input here")
-def test_bad_input_is_one_line(tiny, tmp_path, monkeypatch, capsys, change, wanted):
-    import main
-
-    from harness import command_line
-
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "argv", ["main.py", *map(str, tiny), *change])
-    handler = signal.getsignal(signal.SIGTERM)
-    with pytest.raises(SystemExit) as end:
-        command_line.run(main.main)
-    signal.signal(signal.SIGTERM, handler)
-    assert end.value.code == 2
-    errors = capsys.readouterr().err
-    assert wanted in errors
-    assert errors.count("\n") == 1
-    assert not list(tmp_path.glob("cache/*/*.bin"))
-
-
-def test_bad_sample_ends_the_script_with_one_line(run_script, tiny, sample_folder, tmp_path):
-    (tmp_path / "data" / "train").mkdir(parents=True)
-    (tmp_path / "data" / "train" / "3.json").write_text("{}")
-    (tmp_path / "data" / "val").symlink_to(sample_folder / "val")
-    result = run_script(MAIN, *tiny, "--dataset", tmp_path / "data", cwd=tmp_path, code=2)
-    assert result.stderr.count("\n") == 1
-    assert "3.json lacks the key 'article'" in result.stderr
 
 
 def test_runs_from_any_folder_as_a_script_of_its_own(run_script, tmp_path):

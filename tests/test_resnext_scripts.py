@@ -1,12 +1,8 @@
 """resnext.py and resnext_checkpoint.py, run as a user runs them."""
 
 import json
-import os
-import random
-import signal
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -158,39 +154,6 @@ def test_nvtx_ranges(tiny, tmp_path):
 def start(tmp_path, *args):
     command = script_command(BASELINE, *args, "--output_dir", tmp_path)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-
-
-@pytest.mark.parametrize("trial", range(2))
-def test_killed_and_resumed_is_bit_equal(run_script, tiny, baseline, tmp_path, trial):
-    process = start(tmp_path, *tiny)
-    # From before the first state to the last file: a run takes about a second after its start-up.
-    deadline = time.time() + 60
-    while not (tmp_path / f"{NAME}.lock").exists() and time.time() < deadline:
-        time.sleep(0.02)
-    time.sleep(random.Random(os.getpid() + trial).uniform(0, 3))
-    process.kill()
-    process.wait()
-    run_script(BASELINE, *tiny, "--resume", "--output_dir", tmp_path)
-    assert_same_results(baseline[0] / "model_history", tmp_path)
-    assert not list(tmp_path.glob("*.state"))
-    assert "nothing to resume" in run_script(BASELINE, *tiny, "--resume", "--output_dir", tmp_path).stdout
-
-
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_save_the_step_and_resume_from_it(run_script, tiny, tmp_path, number, code):
-    long = [*tiny[:-4], "--num_epoch", 40, "--lr", 0.002]
-    process = start(tmp_path, *long)
-    assert process.stdout.readline().startswith("epoch 1/40")
-    process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
-    assert process.returncode == code, errors
-    assert len(errors.splitlines()) == 1
-    state = torch.load(tmp_path / f"{NAME}.state", weights_only=True)
-    assert 1 <= state["parts"]["epoch"] < 40
-
-    refused = run_script(BASELINE, *tiny, "--resume", "--output_dir", tmp_path, code=2)
-    assert refused.stderr.count("\n") == 1
-    assert "--num_epoch 40 (now 2)" in refused.stderr
 
 
 STOP_IN_STEP = """
