@@ -32,7 +32,7 @@ TABLES = (
     "evaluation",
     "phases",
     "benchmarks",
-    "benchmark-tables",
+    *(f"benchmark-{name}" for name in benchmarks.WITH_TABLES),
     "published",
     "glossary",
 )
@@ -95,7 +95,8 @@ def sections(runs, evaluations, benchmark_dir, with_cpu_times):
     parts["evaluation"] = ("SimCLS before and after", overview.evaluations(evaluations))
     parts["phases"] = ("Phases of a step", overview.step_phases(runs, with_cpu_times))
     parts["benchmarks"] = ("Benchmarks", benchmarks.render(benchmark_dir))
-    parts["benchmark-tables"] = ("Tables of benchmarks", benchmarks.render_tables(benchmark_dir))
+    for name in benchmarks.WITH_TABLES:
+        parts[f"benchmark-{name}"] = (f"Benchmark {name}", benchmarks.render_tables(benchmark_dir, name))
     parts["published"] = ("The original study", overview.original_study())
     parts["glossary"] = ("What the figures mean", GLOSSARY.read_text(encoding="utf-8").strip())
     return parts

@@ -9,6 +9,7 @@ from reporting.records import warn
 from reporting.tables import markdown
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "benchmarks"
+WITH_TABLES = ("fast", "layout", "memory")
 
 
 def render(folder):
@@ -24,14 +25,14 @@ def render(folder):
     return "\n\n".join(parts)
 
 
-def render_tables(folder):
-    """Markdown: the tables that the records bring along."""
+def render_tables(folder, benchmark):
+    """Markdown: the tables that the records of `benchmark`, one of WITH_TABLES, bring along."""
     parts = []
     for hardware, benchmarks in by_hardware(folder).items():
         for record in benchmarks:
-            for name, table in _tables(record):
-                words = [f"`{record['benchmark']}`", "" if name == "rows" else name, record.get("model")]
-                parts += [f"{', '.join(filter(None, words))}; {hardware}:", table]
+            if record["benchmark"] == benchmark:
+                for _, table in _tables(record):
+                    parts += [f"{', '.join(filter(None, [record.get('model'), hardware]))}:", table]
     return "\n\n".join(parts)
 
 
@@ -91,8 +92,11 @@ def _cell(key, value):
     header = key.replace("_", " ")
     if key.endswith("bytes"):
         header, value = header.removesuffix("bytes") + "MiB", value and value / 2**20
+    header = header.replace("mib", "MiB")
     if value is None:
         return header, None
+    if isinstance(value, bool):
+        return header, "yes" if value else "no"
     return header, number(value) if isinstance(value, float) else str(value)
 
 
