@@ -21,15 +21,21 @@ def draw_frontier(benchmark_folder, folder):
     Returns the paths written: [] when there is no record.
     """
     records = [record for group in by_hardware(benchmark_folder).values() for record in group]
-    records = [record for record in records if record["benchmark"] == "memory" and record.get("rows")]
+    records = [record for record in records if record["benchmark"] == "memory" and is_whole(record)]
     if not records:
         return []
-    record = min(records, key=lambda record: record["machine"]["device"] == "cpu")
+    record = min(records, key=lambda record: record["machine"].get("device") == "cpu")
     with plt.rc_context(STYLE):
         figure = draw(record)
     save(figure, folder / NAME)
     plt.close(figure)
     return [folder / NAME]
+
+
+def is_whole(record):
+    """Whether a record has what the figure shows."""
+    rows = record.get("rows")
+    return bool(rows) and "model" in record and all({"policy", "share", "extra"} <= row.keys() for row in rows)
 
 
 def draw(record):

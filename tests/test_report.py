@@ -66,17 +66,20 @@ def test_the_whole_report(run_script, run_folder):
     (run_folder.parent / "benchmarks" / "cpu").mkdir(parents=True)
     ratio = {"median": 12.34, "low": 11, "high": 13.5}
     record = {"benchmark": "rouge", "machine": {"hardware": "CPU"}, "results": {"titles": {"ratio": ratio}}}
-    record["rows"] = [{"policy": "none", "saved_bytes": 2**21}]
     (run_folder.parent / "benchmarks" / "cpu" / "rouge.json").write_text(json.dumps(record))
+    rows = [{"policy": "none", "saved_bytes": 2**21, "planned": False}]
+    record |= {"benchmark": "memory", "results": {}, "rows": rows}  # Without what the figure needs.
+    (run_folder.parent / "benchmarks" / "cpu" / "memory.json").write_text(json.dumps(record))
     result = run_script("report.py", run_folder, *options(run_folder))
     headings = re.findall(r"^## (.*)", result.stdout, flags=re.MULTILINE)
     assert headings == [
         "Runs", "Data loader", "Mixed precision", "Activation checkpointing", "Phases of a step", "Benchmarks",
-        "Tables of benchmarks", "The original study", "What the figures mean",
+        "Benchmark memory", "The original study", "What the figures mean",
     ]  # fmt: skip
     assert re.search(r"`rouge` \| titles \| 12.3 \| 11.0 to 13.5 \|", result.stdout)
     assert "- `rouge`: fast_rouge.py" in result.stdout
-    assert "| none | 2.00 |" in result.stdout
+    assert "| policy | saved MiB | planned |" in result.stdout
+    assert "| none | 2.00 | no |" in result.stdout
     assert "| resnext | resnext29_4x64d | cifar10 | 128 | 0 workers | fp32 |" in result.stdout
     skipped = [line for line in result.stderr.splitlines() if "skipped" in line]
     assert [line.split(":")[1].rpartition("/")[2] for line in skipped] == [
