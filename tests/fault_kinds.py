@@ -26,16 +26,19 @@ def at_change(number):
 """
 OUT_OF_MEMORY = """
 import torch
-calls, forward = 0, torch.nn.Linear.forward
+from torch.overrides import TorchFunctionMode
 
-def failing(self, *args):
-    global calls
-    calls += 1
-    if calls == {call}:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    return forward(self, *args)
+class Full(TorchFunctionMode):
+    products = 0
 
-torch.nn.Linear.forward = failing
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if getattr(function, "__name__", "").strip("_") in ("linear", "conv2d", "matmul", "bmm", "mm", "baddbmm"):
+            self.products += 1
+            if self.products == {number}:
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return function(*args, **(kwargs or dict()))
+
+Full().__enter__()
 """
 
 
@@ -239,11 +242,9 @@ def killed_with_workers(trial):
 
 
 def out_of_gpu_memory(trial):
-    """torch.OutOfMemoryError, as a full GPU raises it, in a random step."""
-    for call in (trial.random.randint(2, 30), 2):
-        script = trial.start(before=OUT_OF_MEMORY.format(call=call))
-        if script.wait() != 0:  # Else it has no such step.
-            break
+    """torch.OutOfMemoryError, as a full GPU raises it, in one of the first matrix products or convolutions."""
+    script = trial.start(before=OUT_OF_MEMORY.format(number=trial.random.randint(1, 30)))
+    script.wait()
     said_in_one_line(script, 2, "--batch_size.*half_precision.*resnext_checkpoint.py")
     trial.goes_on()
 

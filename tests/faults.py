@@ -104,15 +104,17 @@ def main():
     with tempfile.TemporaryDirectory(prefix="faults-") as folder:
         trials = Trials(Path(folder), args.scripts, args.seed)
         planned = plan(args, trials.experiments)
-        for number, (fault, function, experiment) in enumerate(planned, 1):
-            lost = trials.run(fault, function, experiment)
-            seconds = time.monotonic() - started
-            progress = f"{number} of {len(planned)}, {seconds:.0f} s: {fault}, {experiment.name}: lost {lost}"
-            print(progress, file=sys.stderr, flush=True)
-    rows = [{"fault": fault, "script": script, **row} for (fault, script), row in trials.rows.items()]
-    print(table(rows))
-    if args.output:
-        write_record(args.output, rows)
+        try:
+            for number, (fault, function, experiment) in enumerate(planned, 1):
+                lost = trials.run(fault, function, experiment)
+                seconds = time.monotonic() - started
+                progress = f"{number} of {len(planned)}, {seconds:.0f} s: {fault}, {experiment.name}: lost {lost}"
+                print(progress, file=sys.stderr, flush=True)
+        finally:  # What was tried until an interruption counts too.
+            rows = [{"fault": fault, "script": script, **row} for (fault, script), row in trials.rows.items()]
+            print(table(rows), flush=True)
+            if args.output:
+                write_record(args.output, rows)
     if any(row["survived"] < row["tried"] for row in rows):
         sys.exit(1)
 
