@@ -126,6 +126,14 @@ def test_a_plan_keeps_its_budget_and_predicts_what_is_measured(budget):
     assert plan.peak_bytes >= plan.held_bytes
 
 
+def test_a_plan_for_many_pictures_predicts_their_bytes():
+    plain, checkpointed = models("chain")
+    images, labels = (torch.cat([part] * 8) for part in next(batches(1)))
+    with SavedBytes(plain) as saved:
+        F.cross_entropy(plain(images), labels).backward()
+    assert checkpointed.plan(0.9, len(images)).plain_bytes == pytest.approx(saved.bytes, rel=0.001)
+
+
 def test_planning_leaves_the_model_as_it_was():
     _, checkpointed = models("chain")
     before = copy.deepcopy(checkpointed.state_dict())
