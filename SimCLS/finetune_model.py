@@ -27,6 +27,7 @@ import transformers
 from documents import find_dataset, read_documents, split_documents, take_percent
 from pretrained import load_tokenizer
 from rouge_score import rouge_scorer
+from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from harness import command_line, determinism, torchvision_compat  # noqa: F401
 from harness.command_line import UserError
@@ -189,6 +190,27 @@ class Rouge:
         return self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
 
 
+class EpochSampler(LengthGroupedSampler):
+    """Groups samples of like length in an order that follows from `seed` and the epoch alone.
+
+    The Trainer's own draws it from the global generator as the epoch begins, and a run that goes on within an epoch
+    would get another order.
+    """
+
+    def __init__(self, batch_size, lengths, seed):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+
+    def set_epoch(self, epoch):
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
+class Trainer(transformers.Seq2SeqTrainer):
+    def _get_train_sampler(self, train_dataset=None):
+        lengths = [len(sample["input_ids"]) for sample in self.train_dataset.samples]
+        return EpochSampler(self.args.train_batch_size, lengths, self.args.seed)
+
+
 class PlainProgress(transformers.TrainerCallback):
     """One line a logging step or validation, for a log file where a progress bar would be noise."""
 
@@ -294,7 +316,7 @@ def make_trainer(args, model, tokenizer, splits, dtype, checkpoints):
     model.generation_config._from_model_config = False
     lengths = args.max_source_length, args.max_target_length
     train_set = SummaryDataset(splits["train"], tokenizer, *lengths)
-    trainer = transformers.Seq2SeqTrainer(
+    trainer = Trainer(
         model,
         training_arguments(args, checkpoints, len(train_set), dtype),
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, model, pad_to_multiple_of=8 if dtype else None),
@@ -328,7 +350,6 @@ def training_arguments(args, checkpoints, num_samples, dtype):
         fp16=dtype == torch.float16,
         bf16=dtype == torch.bfloat16,
         **{recomputation: args.gradient_checkpointing},
-        train_sampling_strategy="group_by_length",  # less padding
         predict_with_generate=True,
         generation_max_length=args.max_target_length,
         generation_num_beams=args.num_beams,

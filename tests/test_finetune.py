@@ -107,6 +107,19 @@ def test_lead_and_dropout_are_as_asked(workplace):
         assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {expected}
 
 
+def test_order_of_an_epoch_follows_from_its_number_alone():
+    from finetune_model import EpochSampler
+
+    orders = []
+    for epoch in (0, 1, 1):
+        torch.rand(epoch + 3)  # Whatever the global generator has given before.
+        sampler = EpochSampler(4, [5] * 40, seed=7)
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+    assert orders[1] == orders[2] != orders[0]
+    assert sorted(orders[0]) == list(range(40))
+
+
 def test_training_keeps_the_best_model_and_a_record(workplace, run_script):
     subprocess.run(train_command("tuned"), cwd=workplace, check=True, capture_output=True, timeout=300)
     record = json.loads((workplace / "tuned" / "finetune.json").read_text())
