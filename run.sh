@@ -68,7 +68,7 @@ short() {
 digits() {
     local common="--dataset digits --model resnext29_2x4d --batch_size 32 --lr 0.0005"
     # Half precision may change the result, which takes some epochs to see.
-    local long="$common --num_epoch ${EPOCHS:-4} --output_dir runs/digits/results"
+    local long="$common --num_epoch ${EPOCHS:-6} --output_dir runs/digits/results"
     # The rest change times and memory, and no result (tests/test_resnext_scripts.py): two epochs are enough.
     local short="$common --num_epoch 2 --output_dir runs/digits/times"
     for seed in $SEEDS; do
@@ -120,7 +120,7 @@ samples() {
 chain() (
     samples $short_percent
     seed=0
-    train $simcls/main.py --dataset samples --model_type $simcls/demo --run_name short --num_epoch 3 --lr 5e-4 --total_len 64 \
+    train $simcls/main.py --dataset samples --model_type $simcls/demo --run_name short --num_epoch 1 --lr 3e-4 --total_len 96 \
         --max_len 32 --num_workers 2 $cuda
     once cache/short/evaluation.json python3 $simcls/evaluate_model.py --generator_name $simcls/demo \
         --dataset_percent 50 --num_cands 8 --cand_gen_batch 32 --scorer_path cache/short/scorer.bin
