@@ -69,6 +69,8 @@ def train(args, world, precision, run):
     phase, saved = PhaseTimer(device), SavedBytes(scorer)
     state = {"scorer": scorer, "optimizer": optimizer, "scaler": scaler, "metrics": metrics, "run": run}
     first_epoch, first_step = run.resume(**state) if args.resume else (0, 0)
+    if not world.is_main:
+        metrics.totals.zero_()  # The first process has resumed the sums of all.
 
     with run.begin(scorer, schedule), nvtx_range("training simcls"), stop_requests(world.size == 1) as stop:
         for epoch in range(first_epoch, args.num_epoch):
@@ -85,6 +87,7 @@ def train(args, world, precision, run):
                         if stop:
                             break
                         run.add_validation(epoch, step, result, scorer, description)
+                        metrics.gather(world)
                         run.save(epoch, step, **state)
                     # ---------------------------------------------------------- the training step
                     seed_step(args.seed, epoch, step, world.rank)

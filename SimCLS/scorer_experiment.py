@@ -221,6 +221,11 @@ class Metrics:
         self.totals[row] = 0
         return [value / documents for value in sums]
 
+    def gather(self, world):
+        """Move the sums of all processes to the first one, whose state is what is saved."""
+        totals = world.sum(self.totals.clone())
+        self.totals.copy_(totals if world.is_main else torch.zeros_like(totals))
+
     def state_dict(self):
         return {"totals": self.totals}
 
