@@ -1,16 +1,15 @@
-"""The scorer: its loss, its token ids and batches, its weights."""
+"""The scorer: its loss, its token ids and batches, its learning. Its weight files: test_scorer_weights.py."""
 
 import json
 import os
-import pickle
 import random
 
 import numpy as np
 import pytest
 import torch
 from data_utils import LengthBatches, SampleSet, TextEncoding, load_samples, read_sample, sample_files, tokenize_samples
-from model import Scorer, load_encoder, load_scorer, longest_input, ranking_loss, save_scorer, score_samples
-from scorer_experiment import Metrics, Schedule, cached_path, get_args_parser, validate
+from model import Scorer, load_encoder, load_scorer, longest_input, ranking_loss, score_samples
+from scorer_experiment import Metrics, Schedule, get_args_parser, validate
 from scorer_run import CollapseWatch
 
 from harness.command_line import UserError
@@ -140,6 +139,14 @@ def test_batched_scores_equal_one_by_one(encoders, sample_folder, kind):
 @torch.inference_mode()
 def state_of(scorer, ids):
     return scorer.encoder(input_ids=torch.tensor([ids])).last_hidden_state[0, 0]
+
+
+def test_scorer_keeps_the_states_of_the_first_tokens(encoders):
+    scorer = Scorer(load_encoder(encoders["bert"])[0]).eval()
+    ids = torch.tensor([[5, 6, 7], [5, 8, 0]])
+    states = scorer.encode_texts([ids], [torch.tensor([3, 2])])
+    alone = scorer.encode_texts([ids[1:, :2]], [None])
+    torch.testing.assert_close(states[1], alone[0], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("kind", ["t5", "bert", "roberta"])
@@ -358,6 +365,18 @@ def test_metrics_are_means_over_documents():
     assert metrics.report(world)[0] == 4.0
 
 
+def test_a_saved_state_has_the_sums_of_all_processes():
+    class Both(World):
+        def sum(self, totals):
+            return totals + torch.full_like(totals, 2.0)  # What the other process has.
+
+    for rank, expected in ((0, 5.0), (1, 0.0)):
+        metrics = Metrics(CPU, margin=0.01)
+        metrics.totals.fill_(3.0)
+        metrics.gather(Both(rank, 2, CPU))
+        assert (metrics.state_dict()["totals"] == expected).all()
+
+
 @pytest.mark.parametrize("every", [1, 20, 50])
 def test_collapse_is_seen_within_100_updates(every):
     def seen(spread_at, until=400):
@@ -375,71 +394,3 @@ def test_collapse_is_seen_within_100_updates(every):
     assert seen(lambda update: min(1e-4 * 1.02**update, 0.05)) == []
     collapses = seen(lambda update: 1e-6 if update < 150 or update >= 250 else 0.05)
     assert len(collapses) == 2
-
-
-# ------------------------------------------------------------------------------------------------------ weights
-
-
-def test_weights_of_another_encoder_are_refused(encoders, tmp_path):
-    scorer, _, description = load_scorer(encoders["t5"], total_len=60, max_len=20)
-    path = tmp_path / "scorer.bin"
-    save_scorer(path, scorer, description)
-    again, encoding, _ = load_scorer(weights=path)
-    assert (encoding.total_len, encoding.max_len) == (60, 20)
-    assert all(torch.equal(one, other) for one, other in zip(scorer.parameters(), again.parameters(), strict=True))
-    with pytest.raises(UserError) as error:
-        load_scorer(encoders["bert"], path)
-    assert str(encoders["t5"]) in str(error.value)
-    assert str(encoders["bert"]) in str(error.value)
-    (tmp_path / "scorer.json").unlink()
-    with pytest.raises(UserError, match="holds no weights"):
-        load_scorer(encoders["bert"], path)
-
-
-def test_published_weights_load(encoders, tmp_path):
-    scorer = load_scorer(encoders["roberta"])[0]
-    extra = {"encoder.pooler.dense.weight": torch.ones(3), "encoder.embeddings.position_ids": torch.arange(4)}
-    torch.save(scorer.state_dict() | extra, tmp_path / "model_cnndm.bin")
-    load_scorer(encoders["roberta"], tmp_path / "model_cnndm.bin")
-
-
-class Hostile:
-    def __init__(self, mark):
-        self.mark = mark
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.mark),)
-
-
-def test_hostile_weights_do_not_run(encoders, tmp_path):
-    path = tmp_path / "scorer.bin"
-    torch.save({"encoder": Hostile(tmp_path / "mark")}, path)
-    with pytest.raises(UserError):
-        load_scorer(encoders["t5"], path)
-    path.write_bytes(pickle.dumps(Hostile(tmp_path / "mark")))
-    with pytest.raises(UserError):
-        load_scorer(encoders["t5"], path)
-    assert not (tmp_path / "mark").exists()
-
-
-@pytest.mark.parametrize("name", ["../secret.bin", "/etc/hostname", "run/../../secret.bin", "run/none.bin"])
-def test_weights_outside_the_cache_are_refused(tmp_path, monkeypatch, name):
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "cache" / "run").mkdir(parents=True)
-    (tmp_path / "cache" / "run" / "scorer.bin").write_bytes(b"")
-    (tmp_path / "secret.bin").write_bytes(b"")
-    with pytest.raises(UserError, match=r"run/scorer\.bin"):
-        cached_path(name)
-
-
-def test_encoder_that_is_none(tmp_path):
-    with pytest.raises(UserError, match=r"create_model\.py"):
-        load_encoder(str(tmp_path))
-
-
-def test_scorer_keeps_the_states_of_the_first_tokens(encoders):
-    scorer = Scorer(load_encoder(encoders["bert"])[0]).eval()
-    ids = torch.tensor([[5, 6, 7], [5, 8, 0]])
-    states = scorer.encode_texts([ids], [torch.tensor([3, 2])])
-    alone = scorer.encode_texts([ids[1:, :2]], [None])
-    torch.testing.assert_close(states[1], alone[0], atol=1e-5, rtol=0)
