@@ -9,7 +9,8 @@
 #   bash run.sh test      every test; further arguments go to pytest
 #
 # SEEDS="0 1 2" repeats the runs with each seed. A run that was interrupted goes on, and one that is finished is not run
-# again, unless AGAIN=1. DRY=1 prints the commands, and does nothing.
+# again, unless AGAIN=1. A training run that fails, for lack of memory perhaps, is named, and the others go on. DRY=1
+# prints the commands, and does nothing.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -20,6 +21,7 @@ SEEDS=${SEEDS:-0}
 resume=$([ -n "${AGAIN:-}" ] || echo --resume)
 cuda=$(nvidia-smi -L >/dev/null 2>&1 && echo --cuda || true)
 short_percent=15
+failed=0  # The exit code of the last training run that failed.
 
 setup() {
     [ -z "${DRY:-}" ] || return 0
@@ -53,7 +55,13 @@ once() {
 
 # --resume goes on with an interrupted run, and ends at once when the run is finished.
 train() {
-    show python3 "$@" --seed "$seed" $resume
+    local code=0
+    show python3 "$@" --seed "$seed" $resume || code=$?
+    case $code in
+        0) ;;
+        130 | 143) exit $code ;;  # Stopped on purpose.
+        *) failed=$code; echo "# failed, exit code $code: $*" >&2 ;;
+    esac
 }
 
 # The models of the short study are too small to share a step between two cores: one thread is faster.
@@ -138,18 +146,19 @@ simcls() (
     done
     once cache/simcls_4_worker/evaluation.json python3 $simcls/evaluate_model.py --samples samples/test \
         --scorer_path cache/simcls_4_worker/scorer.bin
+    exit $failed  # Of this subshell.
 )
 
 profile() {
-    local small="--model resnext29_2x4d --batch_size 32"
-    [ -z "$cuda" ] || small=
-    show bash reporting/profile.sh runs/profile/resnext resnext/resnext.py --dataset digits $small --output_dir runs/profile
-    show python3 report.py --phases runs/profile/resnext_*_"$STEPS"_steps.json
+    local size="--model resnext29_2x4d --batch_size 32" name=resnext_2_worker_32_resnext29_2x4d_digits
+    [ -z "$cuda" ] || size= name=resnext_2_worker_128_digits
+    show bash reporting/profile.sh runs/profile/resnext resnext/resnext.py --dataset digits $size --output_dir runs/profile
+    show python3 report.py --phases runs/profile/${name}_"$STEPS"_steps.json
     samples $short_percent
     show bash ../../../reporting/profile.sh ../../profile/simcls $simcls/main.py --dataset samples \
         --model_type $simcls/demo --total_len 96 $cuda
     show cd ../../..
-    show python3 report.py --phases runs/simcls/${short_percent}_percent/cache/simcls_4_worker_"$STEPS"_steps/*_steps.json
+    show python3 report.py --phases runs/simcls/${short_percent}_percent/cache/simcls_4_worker_"$STEPS"_steps/simcls_4_worker_"$STEPS"_steps.json
 }
 
 case "${1:-}" in
@@ -159,3 +168,4 @@ case "${1:-}" in
     test) setup; show python3 -m pytest -n 2 "${@:2}" ;;
     *) echo "run.sh: unknown job '$1'; jobs are: (none) resnext simcls profile report test" >&2; exit 2 ;;
 esac
+exit $failed

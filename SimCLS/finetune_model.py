@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import copy
 import json
+import logging
 import os
 import shutil
 import sys
@@ -37,6 +38,9 @@ from harness.resume import check_arguments, stop_requests
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # Of torchrun.
 STATE_FILES = ("model*", "optimizer.pt", "scheduler.pt", "rng_state*")  # Of the Trainer, besides trainer_state.json.
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeLsum")
+
+# The Trainer takes two states saved within a second for a file system without a clock, and says so.
+logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime" not in record.getMessage())
 
 
 def get_args_parser():

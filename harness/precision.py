@@ -5,6 +5,10 @@ import dataclasses
 
 import torch
 
+from harness.recording import multiplies_bfloat16
+
+NO_INSTRUCTIONS = "; this one has no instructions for it, so that it saves memory and costs time"
+
 
 def half_precision_type(text):
     """An argparse type for `--half_precision [float16|bfloat16|True|False]`; None means single precision.
@@ -40,9 +44,9 @@ def choose_precision(half_precision, device, true_fp32=False, say=print):
     half_precision: None, "float16" or "bfloat16". CPUs have fast bfloat16 at best, so float16 becomes bfloat16 there,
     and `say` tells. true_fp32: switches TensorFloat-32 off, for convolutions and for matrix products.
     """
-    if half_precision == "float16" and device.type == "cpu":
-        say("half precision on a CPU is bfloat16")
+    if half_precision and device.type == "cpu":
         half_precision = "bfloat16"
+        say("half precision on a CPU is bfloat16" + NO_INSTRUCTIONS * (not multiplies_bfloat16()))
     if device.type == "cuda" and true_fp32:
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False

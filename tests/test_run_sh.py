@@ -98,9 +98,20 @@ def test_what_is_finished_is_not_done_again(copy_of_run_sh):
     assert "--resume" not in made
 
 
-def test_a_failing_run_ends_the_job(copy_of_run_sh):
-    (copy_of_run_sh / ".venv" / "bin" / "python3").write_text("#!/bin/sh\nexit 2\n")
-    assert run_job("resnext", folder=copy_of_run_sh, code=2) == []
+def test_a_failing_run_is_named_and_the_others_go_on(copy_of_run_sh):
+    failing = f'#!/bin/sh\necho "$@" >>{copy_of_run_sh}/calls.txt\ncase "$*" in *896*) exit 2 ;; esac\n'
+    (copy_of_run_sh / ".venv" / "bin" / "python3").write_text(failing)
+    lines = run_job("resnext", folder=copy_of_run_sh, code=2)
+    assert len(lines) == 4
+    assert all(line.startswith("# failed, exit code 2: resnext/") and "896" in line for line in lines)
+    assert "resnext_fast.py" in (copy_of_run_sh / "calls.txt").read_text()
+
+
+def test_an_interrupted_run_ends_the_job(copy_of_run_sh):
+    interrupted = f'#!/bin/sh\necho "$@" >>{copy_of_run_sh}/calls.txt\nexit 130\n'
+    (copy_of_run_sh / ".venv" / "bin" / "python3").write_text(interrupted)
+    assert run_job("resnext", folder=copy_of_run_sh, code=130) == []
+    assert len((copy_of_run_sh / "calls.txt").read_text().splitlines()) == 1
 
 
 def test_an_old_python_is_one_line(copy_of_run_sh):
