@@ -11,6 +11,9 @@ import re
 import signal
 import sys
 
+# A learning rate above it leaves float32 within one update of Adam, which divides it by 1 - 0.9.
+LARGEST_LEARNING_RATE = 1e37
+
 
 class UserError(Exception):
     """Something the user can put right; its text is the one line that they see."""
@@ -43,6 +46,26 @@ def positive_float(text):
 def non_negative_float(text):
     """An argparse type: a finite float of at least 0."""
     return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
+
+
+def learning_rate(text):
+    """An argparse type: a float above 0 and at most LARGEST_LEARNING_RATE."""
+    wanted = f"a number above 0 and at most {LARGEST_LEARNING_RATE:g}"
+    return _number(text, float, lambda value: 0 < value <= LARGEST_LEARNING_RATE, wanted)
+
+
+def workers(text):
+    """An argparse type: a number of worker processes, from 0 to 8 a usable core, or to 64 where that is more.
+
+    Far more are a slip of the pen, and would take the machine down before anything could be said about them.
+    """
+    most = max(64, 8 * usable_cores())
+    return _number(text, int, lambda value: 0 <= value <= most, f"a whole number from 0 to {most}")
+
+
+def usable_cores():
+    """How many processor cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def fraction(text):
@@ -86,12 +109,15 @@ class OneLineParser(argparse.ArgumentParser):
 def run(main):
     """Call `main()` and end the process as a user of the shell expects.
 
-    UserError, a full disk, a folder that cannot be written and an exhausted GPU end with one line and exit code
-    2; SIGINT with 130; SIGTERM with 143. Any other exception is a defect of ours, and keeps its traceback.
+    UserError, a full disk, a folder that cannot be written, an exhausted GPU, a model that cannot be compiled and
+    the end of another process of the job end with one line and exit code 2; SIGINT with 130; SIGTERM with 143. Any
+    other exception is a defect of ours, and keeps its traceback.
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
         main()
+        # The work is done, and how its data workers end no matter: torch raises when one of them is killed.
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     except KeyboardInterrupt:
         _end(130, "interrupted")
     except Terminated:
@@ -107,6 +133,11 @@ def run(main):
         _end(2, line)
 
 
+def is_out_of_gpu_memory(error):
+    """Whether an exception says that a GPU has not enough memory."""
+    return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _OUT_OF_GPU_MEMORY)
+
+
 def explain(error):
     """The one line for an error that the user can put right, or None for a defect of ours."""
     if isinstance(error, UserError):
@@ -120,13 +151,20 @@ def explain(error):
         return f"cannot write the output: {os.strerror(int(number[1]))}; {_DISK_ERRORS[int(number[1])]}"
     if "PytorchStreamWriter failed" in text:
         return "cannot write the output: its disk is full or has failed; free some space and run the same command again"
-    if type(error).__name__ == "OutOfMemoryError":
+    if is_out_of_gpu_memory(error):
         return (
             "the GPU is out of memory; use a smaller --batch_size, add --half_precision, or recompute activations "
             "(resnext_checkpoint.py, or --use_checkpoint for SimCLS)"
         )
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
         return "the machine is out of memory; use a smaller --batch_size, or a smaller model"
+    if type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.", "triton.")):
+        return (
+            f"torch.compile failed ({_reason(text)}); is there a C++ compiler on this machine? --compile False does "
+            "without"
+        )
+    if "RANK" in os.environ and any(words in text for words in _PEER_IS_GONE):
+        return "another process of this job has ended; its own line says why"
     if text.startswith("DataLoader worker (pid"):
         return (
             "a process that loads data was killed; is memory or /dev/shm short? Try fewer --num_worker (--num_workers "
@@ -135,6 +173,22 @@ def explain(error):
     return None
 
 
+def _reason(text):
+    """The first line of a compiler's error that says something: before it stand names of its stages alone."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    telling = [line for line in lines if not line.endswith("raised:")]
+    return (telling or lines or ["it does not say why"])[0].rstrip(".")
+
+
+# PyTorch's own allocator raises OutOfMemoryError; what else needs memory on the GPU tells in words alone.
+_OUT_OF_GPU_MEMORY = (
+    "CUDA error: out of memory",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+)
+# Of gloo, where the process that it waits for is there no more.
+_PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer")
 _DISK_ERRORS = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some of your quota and run the same command again",

@@ -12,11 +12,19 @@ from torch.nn.parallel import DistributedDataParallel
 
 from harness.command_line import UserError
 
+# Of the collectives of training: a process that has not come by then hangs.
+TRAINING_TIMEOUT = datetime.timedelta(minutes=10)
+# Of waiting for a process that works alone: it may download, or tokenize a large data set.
+PATIENCE = datetime.timedelta(days=1)
+
 
 class World(NamedTuple):
+    """patient: the process group, of gloo, in which processes wait for one that works alone; None for one process."""
+
     rank: int
     size: int
     device: torch.device
+    patient: dist.ProcessGroup | None = None
 
     @property
     def is_main(self):
@@ -39,7 +47,13 @@ class World(NamedTuple):
         """`model` under DistributedDataParallel when there are many processes, else as it is."""
         if self.size == 1:
             return model
-        return DistributedDataParallel(model, device_ids=[self.device] if self.device.type == "cuda" else None)
+        return DistributedDataParallel(
+            model,
+            device_ids=[self.device] if self.device.type == "cuda" else None,
+            # Training reads no buffer; `broadcast_buffers` gives the main process's to all before they are used.
+            broadcast_buffers=False,
+            gradient_as_bucket_view=True,  # No second copy of all gradients.
+        )
 
     def sum(self, tensor):
         """Add `tensor` up over all processes, in place; every process gets the sum."""
@@ -65,17 +79,25 @@ class World(NamedTuple):
         if self.size > 1:
             dist.barrier()
 
-    @contextlib.contextmanager
-    def first_on_machine(self):
-        """The block runs in one process of each machine first (it downloads, say), then in the others.
+    def main_first(self):
+        """A context: the block runs in the main process first, then in the others.
 
         Where it fails, that process tells why, and the others end quietly with exit code 2.
         """
-        if int(os.environ.get("LOCAL_RANK", 0)) == 0:
+        return self._first(self.is_main)
+
+    def first_on_machine(self):
+        """As `main_first`, but with one process of each machine before its others: it downloads, say."""
+        return self._first(int(os.environ.get("LOCAL_RANK", 0)) == 0)
+
+    @contextlib.contextmanager
+    def _first(self, is_first):
+        if is_first:
             try:
                 yield
             except BaseException:
-                self._all(False)
+                with contextlib.suppress(RuntimeError):  # The others are gone: still, the reason is told.
+                    self._all(False)
                 raise
             if not self._all(True):
                 sys.exit(2)
@@ -85,11 +107,11 @@ class World(NamedTuple):
             yield
 
     def _all(self, good):
-        """Whether `good` is true in every process."""
+        """Whether `good` is true in every process. Waits as long as `patient` does."""
         if self.size == 1:
             return good
-        least = torch.tensor(int(good), device=self.device)
-        dist.all_reduce(least, dist.ReduceOp.MIN)
+        least = torch.tensor(int(good))
+        dist.all_reduce(least, dist.ReduceOp.MIN, group=self.patient)
         return bool(least)
 
 
@@ -110,9 +132,10 @@ def world(device=None):
     if "RANK" not in os.environ:
         yield World(0, 1, device)
         return
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
-    try:
-        yield World(rank, size, device)
-    finally:
-        dist.destroy_process_group()
+    on_cuda = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_cuda else "gloo", timeout=TRAINING_TIMEOUT, device_id=device if on_cuda else None
+    )
+    yield World(rank, size, device, dist.new_group(backend="gloo", timeout=PATIENCE))
+    # Not after an error: NCCL would wait for the others, which may wait for this process.
+    dist.destroy_process_group()

@@ -7,13 +7,15 @@ be redone together; it is solved exactly, group by group (a group is a block of 
 every plan that no other beats in both bytes and cost.
 """
 
+import contextlib
 import itertools
 from typing import NamedTuple
 
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.command_line import UserError
-from harness.profiling import SavedBytes
+from harness.profiling import LiveBytes, SavedBytes
 from harness.recompute import Tape
 
 # What moving a byte costs, in floating-point operations: about the balance of a current CPU. It makes the cheapest
@@ -61,6 +63,64 @@ class Plan(NamedTuple):
             f"keeps {held:.1f} of {plain:.1f} MiB ({held / plain:.3f}), peak {peak:.1f} MiB with gradients, "
             f"{extra:+.2f} % FLOPs, redoes {len(self.redo)} steps"
         )
+
+    def compared_with(self, held_bytes, peak_bytes, extra_flops):
+        """The measured bytes and FLOPs of a training step in words, each beside what was planned."""
+        held, peak, planned, planned_peak = (
+            f"{size / 2**20:.1f}" for size in (held_bytes, peak_bytes, self.held_bytes, self.peak_bytes)
+        )
+        extra, planned_extra = (f"{100 * flops / self.plain_flops:+.2f}" for flops in (extra_flops, self.extra_flops))
+        return (
+            f"keeps {held} MiB (planned {planned}), peak {peak} MiB (planned {planned_peak}), "
+            f"{extra} % FLOPs (planned {planned_extra})"
+        )
+
+
+class StepCost:
+    """Measures what a Plan predicts of a training step besides what it holds, in the first step alone.
+
+    with cost.first_forward():
+        loss = criterion(model(images), labels)
+    with cost.first_backward():
+        loss.backward()
+    cost.peak_bytes, cost.redone_flops
+
+    peak_bytes: of forward and backward, above what was there before. On CUDA it is the allocator's (PhaseTimer has
+    reset it when the epoch began), with the gradients of the weights and what cuDNN works in; elsewhere it is of the
+    tensors that operators return, without those gradients. redone_flops: of the forward convolutions that backward ran.
+    Both are None before the first step, and with enabled=False.
+    """
+
+    def __init__(self, model, device, enabled=True):
+        self._device, self._on_cuda = device, device.type == "cuda"
+        self._enabled = enabled
+        self._live = contextlib.nullcontext() if self._on_cuda else LiveBytes(model)
+        self._before = 0
+        self.peak_bytes = self.redone_flops = None
+
+    @contextlib.contextmanager
+    def first_forward(self):
+        if not self._is_due():
+            yield
+            return
+        if self._on_cuda:
+            self._before = torch.cuda.memory_allocated(self._device)
+        with self._live:
+            yield
+
+    @contextlib.contextmanager
+    def first_backward(self):
+        if not self._is_due():
+            yield
+            return
+        with self._live, FlopCounterMode(display=False) as counter:
+            yield
+        peak = torch.cuda.max_memory_allocated(self._device) if self._on_cuda else self._live.peak
+        self.peak_bytes = peak - self._before
+        self.redone_flops = counter.get_flop_counts()["Global"].get(torch.ops.aten.convolution, 0)
+
+    def _is_due(self):
+        return self._enabled and self.redone_flops is None
 
 
 class MeasuringTape(Tape):

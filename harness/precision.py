@@ -10,17 +10,19 @@ from harness.recording import multiplies_bfloat16
 NO_INSTRUCTIONS = "; this one has no instructions for it, so that it saves memory and costs time"
 
 
-def half_precision_type(text):
+def half_precision_type(text, unnamed="float16"):
     """An argparse type for `--half_precision [float16|bfloat16|True|False]`; None means single precision.
 
-    Use it with `nargs="?", const="float16", default=None`.
+    unnamed: the result where no type is named. Use it with `nargs="?", const="float16", default=None`.
     """
-    names = {"true": "float16", "float16": "float16", "fp16": "float16", "bfloat16": "bfloat16", "bf16": "bfloat16"}
-    if text.lower() in ("false", "none"):
+    text = text.lower()
+    if text in ("false", "none", "no", "0"):
         return None
-    if text.lower() not in names:
+    names = dict.fromkeys(("true", "yes", "1", "auto"), unnamed)
+    names |= {"float16": "float16", "fp16": "float16", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+    if text not in names:
         raise argparse.ArgumentTypeError(f"{text!r} is neither float16 nor bfloat16")
-    return names[text.lower()]
+    return names[text]
 
 
 @dataclasses.dataclass
@@ -41,8 +43,9 @@ class Precision:
 def choose_precision(half_precision, device, true_fp32=False, say=print):
     """The Precision of a run on `device`.
 
-    half_precision: None, "float16" or "bfloat16". CPUs have fast bfloat16 at best, so float16 becomes bfloat16 there,
-    and `say` tells. true_fp32: switches TensorFloat-32 off, for convolutions and for matrix products.
+    half_precision: None, "float16", "bfloat16", or "auto", which is float16. CPUs have fast bfloat16 at best, so
+    float16 becomes bfloat16 there, and `say` tells. true_fp32: switches TensorFloat-32 off, for convolutions and for
+    matrix products.
     """
     if half_precision and device.type == "cpu":
         half_precision = "bfloat16"
@@ -50,7 +53,7 @@ def choose_precision(half_precision, device, true_fp32=False, say=print):
     if device.type == "cuda" and true_fp32:
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
-    dtype = {None: None, "float16": torch.float16, "bfloat16": torch.bfloat16}[half_precision]
+    dtype = {None: None, "auto": torch.float16, "float16": torch.float16, "bfloat16": torch.bfloat16}[half_precision]
     scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
     return Precision(_label(dtype, device), dtype, scaler, device.type)
 

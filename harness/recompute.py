@@ -11,7 +11,7 @@ Redoing is exact: it runs the same operations on the same numbers, and leaves Ba
 import torch
 import torch.nn.functional as F
 
-from harness.profiling import count_saved
+from harness.profiling import count_saved, overlook_weight
 
 
 class Tape:
@@ -65,6 +65,7 @@ class Tape:
         return F.batch_norm(x, None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
 
     def _pack(self, tensor):
+        overlook_weight(tensor)
         # Detached: an operation that saves its own output would otherwise hold itself, out of the collector's sight.
         saved = _Saved(tensor.detach())
         self._saved.append(saved)

@@ -54,16 +54,30 @@ def load_state(path, arguments):
     return state["parts"]
 
 
+def saved_arguments(path):
+    """The arguments that save_state wrote to `path`, read without the tensors; None when it is no training state."""
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return dict(state["arguments"])
+    except Exception:  # As above.
+        return None
+
+
 def no_state(path):
     return UserError(f"{path} is not a whole training state of this program; delete it to start the run afresh")
 
 
 def check_arguments(path, saved, arguments):
     """UserError naming each argument that the run of `path` had otherwise: two dicts of plain values."""
-    changed = [name for name in sorted({*saved, *arguments}) if saved.get(name) != arguments.get(name)]
-    if changed:
-        was = ", ".join(f"--{name} {saved.get(name)} (now {arguments.get(name)})" for name in changed)
+    was = changes(saved, arguments)
+    if was:
         raise UserError(f"{path} was saved with {was}; resume with the same arguments, or start without --resume")
+
+
+def changes(saved, arguments):
+    """ "--lr 0.1 (now 0.2), ...": what differs between two dicts of plain values; "" when nothing does."""
+    changed = [name for name in sorted({*saved, *arguments}) if saved.get(name) != arguments.get(name)]
+    return ", ".join(f"--{name} {saved.get(name)} (now {arguments.get(name)})" for name in changed)
 
 
 class StopRequest:

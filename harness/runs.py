@@ -4,8 +4,9 @@ import contextlib
 import json
 from pathlib import Path
 
+from harness.command_line import UserError
 from harness.recording import describe_machine, output_lock, write_json
-from harness.resume import check_arguments, load_state, no_state, save_state
+from harness.resume import changes, load_state, no_state, save_state, saved_arguments
 
 FORMAT = 1
 
@@ -17,6 +18,9 @@ class Run:
     and how long a process runs, and not what it computes. facts: what else the record says of the run; more may be
     put in while it goes. `epochs` is the history, one dict an epoch, as the record has it.
     """
+
+    elsewhere = "output folder"  # What to choose another of where a name is taken.
+    only_of_records = ("max_steps",)  # Of `not_results`, what tells finished runs apart all the same.
 
     def __init__(self, experiment, folder, name, args, world, not_results=(), **facts):
         self.experiment, self.folder, self.name = experiment, Path(folder), name
@@ -31,14 +35,31 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self):
-        """Hold the run's name, so that no second run writes the same files; UserError when one does."""
-        if not self.world.is_main:
+        """Hold the run's name, so that no second run writes the same files.
+
+        UserError when one does, and when files of that name are those of a run with other arguments.
+        """
+        with contextlib.ExitStack() as held:
+            with self.world.main_first():  # Where it is refused, every process ends.
+                if self.world.is_main:
+                    held.enter_context(output_lock(self.path(".lock")))
+                    self._refuse_to_replace()
+                    for abandoned in self.temporary_files():
+                        abandoned.unlink()
             yield
-            return
-        with output_lock(self.path(".lock")):
-            for abandoned in self.temporary_files():
-                abandoned.unlink()
-            yield
+
+    def _refuse_to_replace(self):
+        """UserError when this run would replace the state or the finished record of one with other arguments."""
+        args = vars(self.args)
+        own = {} if args.get("resume") else {name: args.get(name) for name in self.only_of_records}
+        saved = {
+            self.path(".state"): (saved_arguments(self.path(".state")), self.arguments),
+            self.path(".json"): (self._finished_arguments(), self.arguments | own),
+        }
+        for path, (theirs, ours) in saved.items():
+            was = theirs and changes({name: theirs.get(name) for name in ours}, ours)
+            if was:
+                raise UserError(f"{path} is of a run with {was}; choose another {self.elsewhere}, or delete it")
 
     def temporary_files(self):
         """The Paths of what a killed run of this name was writing."""
@@ -46,16 +67,17 @@ class Run:
 
     @property
     def finished(self):
-        """Whether the record is there, and no state; UserError when its run had other arguments."""
-        if self.path(".state").exists():
-            return False
+        """Whether the record is there, and no state; `lock` has seen to it that it is of the same arguments."""
+        return not self.path(".state").exists() and self._finished_arguments() is not None
+
+    def _finished_arguments(self):
+        """The arguments in the record, a dict; None when there is none, and when --max_steps cut its run short."""
         try:
             record = json.loads(self.path(".json").read_text(encoding="utf-8"))
-            saved = record["arguments"] | {"precision": record.get("precision")}
+            arguments = record["arguments"] | {"precision": record.get("precision")}
         except (OSError, ValueError, KeyError, TypeError):
-            return False
-        check_arguments(self.path(".json"), {key: saved.get(key) for key in self.arguments}, self.arguments)
-        return True
+            return None
+        return None if arguments.get("max_steps") else arguments
 
     def resume(self, **parts):
         """Load the saved state into `parts`, name -> object with load_state_dict.

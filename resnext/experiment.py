@@ -14,31 +14,32 @@ from harness.command_line import (
     OneLineParser,
     UserError,
     boolean,
-    non_negative_int,
-    positive_float,
+    learning_rate,
     positive_int,
     seed,
+    workers,
 )
+from harness.loading import EpochBatches
 from harness.precision import half_precision_type
 from harness.profiling import nvtx_range
 from harness.recording import atomic_write
 from harness.runs import Run
-from images import evaluation_batches
+from images import evaluation_batches, loading_of, training_loader
 from models.resnext import parse_name
 
 # They choose where and how long a process runs, not what it computes: a resumed run may change them.
 NOT_RESULTS = ("resume", "output_dir", "data_dir")
 
 
-def get_args_parser(description):
-    parser = OneLineParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+def get_args_parser(description, kind=OneLineParser):
+    parser = kind(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     add = parser.add_argument
-    add("--num_worker", type=non_negative_int, default=2, help="processes that load pictures; 0 loads in this one")
+    add("--num_worker", type=workers, default=2, help="processes that load pictures; 0 loads in this one")
     add("--half_precision", type=half_precision_type, nargs="?", const="float16", metavar="float16|bfloat16",
         help="autocast, in float16 with loss scaling when no type is named; on a CPU always in bfloat16")  # fmt: skip
     add("--num_epoch", type=positive_int, default=200)
     add("--batch_size", type=positive_int, default=128, help="pictures a step, over all processes")
-    add("--lr", type=positive_float, default=0.01, help="learning rate; where it follows a schedule, its peak")
+    add("--lr", type=learning_rate, default=0.01, help="learning rate")
     add("--model", type=model_name, default="resnext29_4x64d", help="resnext29_{cardinality}x{width}d")
     add("--dataset", choices=("cifar10", "digits", "folder"), default="cifar10",
         help="cifar10 is downloaded when absent; digits comes with scikit-learn; folder is train/<class>/* and "
@@ -88,6 +89,18 @@ def run_name(args, suffix=""):
     if args.max_steps:
         parts.append(f"{args.max_steps}_steps")
     return "_".join(parts) + suffix
+
+
+def training_batches(args, world, data, run, **layout):
+    """(the EpochBatches of this process, the loader that yields their pictures); the record says which loader it is,
+    since the device may have no room for that of --loader.
+
+    layout: memory_format and dtype of the pictures, where they are not the usual ones.
+    """
+    batches = EpochBatches(len(data.train_labels), args.batch_size, args.seed, world.rank, world.size)
+    loader = training_loader(args.loader, data, args.seed, batches, args.num_worker, world.device, world.say, **layout)
+    run.facts["loading"] = loading_of(loader)
+    return batches, loader
 
 
 class Metrics:
@@ -145,8 +158,25 @@ def evaluate(model, data, precision, world, batch_size, stop):
 class ImageRun(Run):
     """A Run under --output_dir that ends with the weights (.pt), the curves (.npz) and the record (.json)."""
 
+    elsewhere = "--output_dir"
+
     def __init__(self, experiment, suffix, args, world, **facts):
+        if args.dataset == "folder":
+            # Such a data set is known by its place alone, though a run may be resumed when it has moved.
+            self.only_of_records = (*self.only_of_records, "data_dir")
         super().__init__(experiment, args.output_dir, run_name(args, suffix), args, world, NOT_RESULTS, **facts)
+
+    def is_done(self):
+        """Whether --resume has nothing left to do, which is told."""
+        done = self.args.resume and self.finished
+        if done:
+            self.world.say(f"{self.path('.json')} is finished; nothing to resume")
+        return done
+
+    def note_saved(self, size):
+        """Put the bytes that forward saved for backward into the record: of the run's first step, once it is done."""
+        if size is not None:
+            self.facts.setdefault("saved_activation_bytes", size)
 
     def add_epoch(self, epoch, loss, acc, test_acc, timing, samples):
         """Append an epoch (from 0) to the history; UserError when its loss is not finite.

@@ -13,13 +13,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import nn
 
-from experiment import ImageRun, Metrics, evaluate, get_args_parser
+from experiment import ImageRun, Metrics, evaluate, get_args_parser, training_batches
 from harness import command_line, determinism, distributed
-from harness.loading import EpochBatches
 from harness.precision import choose_precision
 from harness.profiling import PhaseTimer, SavedBytes, nvtx_range
 from harness.resume import stop_requests
-from images import load_images, training_loader
+from images import load_images
 from models.resnext import ResNeXt, parse_name
 
 
@@ -31,35 +30,36 @@ def main():
         precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
         run = ImageRun("resnext", "", args, world, precision=precision.label)
         with run.lock():
-            train(args, world, precision, run)
+            if not run.is_done():
+                train(args, world, precision, run)
+
+
+def load_parts(args, world, run):
+    """(the ImageData, the model on this process's device)"""
+    with world.first_on_machine():
+        data = load_images(args.dataset, args.data_dir)
+    torch.manual_seed(args.seed)
+    model = ResNeXt(*parse_name(args.model), num_classes=len(data.classes))
+    run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
+    return data, model.to(world.device)
 
 
 def train(args, world, precision, run):
     device = world.device
-    if args.resume and run.finished:
-        world.say(f"{run.path('.json')} is finished; nothing to resume")
-        return
-    with world.first_on_machine():
-        data = load_images(args.dataset, args.data_dir)
-    torch.manual_seed(args.seed)
-    model = ResNeXt(*parse_name(args.model), num_classes=len(data.classes)).to(device)
+    data, model = load_parts(args, world, run)
     parallel_model = world.wrap(model)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=5e-4, fused=device.type == "cuda")
-    scaler = precision.scaler
-    batches = EpochBatches(len(data.train_labels), args.batch_size, args.seed, world.rank, world.size)
-    loader = training_loader(args.loader, data, args.seed, batches, args.num_worker, device, world.say)
-    metrics = Metrics(device)
+    batches, loader = training_batches(args, world, data, run)
+    scaler, metrics = precision.scaler, Metrics(device)
     phase, saved = PhaseTimer(device), SavedBytes(model)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler, "metrics": metrics}
     first_epoch, first_step = run.resume(**state) if args.resume else (0, 0)
-    run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
 
     with nvtx_range("training resnext"), stop_requests(enabled=world.size == 1) as stop:
         for epoch in range(first_epoch, args.num_epoch):
             batches.start(epoch, first_step)
-            step = first_step - 1
-            bar = run.progress_bar(epoch, batches.samples_from(first_step))
+            step, bar = first_step - 1, run.progress_bar(epoch, batches.samples_from(first_step))
             with nvtx_range(f"epoch {epoch + 1}"):
                 phase.start_epoch()
                 # --------------------------------------------------------------- the training step
@@ -84,8 +84,7 @@ def train(args, world, precision, run):
                 # ---------------------------------------------------------------------------------
                 timing = phase.end_epoch()
             bar.close()
-            if saved.bytes is not None:
-                run.facts.setdefault("saved_activation_bytes", saved.bytes)
+            run.note_saved(saved.bytes)
             if phase.steps_done == args.max_steps:
                 run.finish_profiling(timing)
                 return

@@ -14,13 +14,13 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import torch
 from torch import nn
 
-from experiment import ImageRun, Metrics, evaluate, get_args_parser
+from experiment import ImageRun, Metrics, evaluate, get_args_parser, training_batches
 from harness import command_line, determinism, distributed
-from harness.loading import EpochBatches
+from harness.planning import StepCost
 from harness.precision import choose_precision
-from harness.profiling import PhaseTimer, SavedBytes, nvtx_range, peak_memory
+from harness.profiling import PhaseTimer, SavedBytes, nvtx_range
 from harness.resume import stop_requests
-from images import load_images, training_loader
+from images import load_images
 from models.resnext import parse_name
 from models.resnext_checkpoint import DEFAULT_POLICY, POLICIES, CheckpointResNeXt
 
@@ -43,51 +43,60 @@ def main():
         suffix = "_checkpoint" if policy == DEFAULT_POLICY else f"_checkpoint_{policy}"
         run = ImageRun("resnext_checkpoint", suffix, args, world, precision=precision.label, policy=policy)
         with run.lock():
-            train(args, world, precision, run)
+            if not run.is_done():
+                train(args, world, precision, run)
 
 
-def peak_line(device):
-    peak = peak_memory(device)
-    return f", {peak['allocated_bytes'] / 2**20:.1f} MiB allocated at the peak, with weights" if peak else ""
+def load_parts(args, world, run):
+    """(the ImageData, the model on this process's device)"""
+    with world.first_on_machine():
+        data = load_images(args.dataset, args.data_dir)
+    torch.manual_seed(args.seed)
+    model = CheckpointResNeXt(*parse_name(args.model), num_classes=len(data.classes), policy=args.policy)
+    run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
+    return data, model.to(world.device)
 
 
 def plan_memory(model, args, world, precision, run):
-    """Give `model` the plan for --memory_budget, and print it."""
+    """Give `model` the plan for --memory_budget, print it, and return it; None without a budget."""
+    if not args.memory_budget:
+        return None
     with precision.autocast():
         plan = model.plan(args.memory_budget, args.batch_size // world.size)
     model.policy = plan.redo
     run.facts["plan"] = plan._asdict() | {"redo": sorted(plan.redo)}
     world.say(f"plan: {plan}")
+    return plan
+
+
+def compare_with_plan(plan, saved, cost, run):
+    """Put what the run's first step took into the record, and print it beside the plan, if there is one."""
+    if plan and saved.bytes is not None and "measured" not in run.facts:
+        run.facts["measured"] = {
+            "held_bytes": saved.bytes,
+            "peak_bytes": cost.peak_bytes,
+            "extra_flops": cost.redone_flops,
+        }
+        run.world.say(f"measured: {plan.compared_with(**run.facts['measured'])}")
 
 
 def train(args, world, precision, run):
     device = world.device
-    if args.resume and run.finished:
-        world.say(f"{run.path('.json')} is finished; nothing to resume")
-        return
-    with world.first_on_machine():
-        data = load_images(args.dataset, args.data_dir)
-    torch.manual_seed(args.seed)
-    model = CheckpointResNeXt(*parse_name(args.model), num_classes=len(data.classes), policy=args.policy).to(device)
-    if args.memory_budget:
-        plan_memory(model, args, world, precision, run)
+    data, model = load_parts(args, world, run)
+    plan = plan_memory(model, args, world, precision, run)
     parallel_model = world.wrap(model)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=5e-4, fused=device.type == "cuda")
-    scaler = precision.scaler
-    batches = EpochBatches(len(data.train_labels), args.batch_size, args.seed, world.rank, world.size)
-    loader = training_loader(args.loader, data, args.seed, batches, args.num_worker, device, world.say)
-    metrics = Metrics(device)
-    phase, saved = PhaseTimer(device), SavedBytes(model)
+    batches, loader = training_batches(args, world, data, run)
+    scaler, metrics = precision.scaler, Metrics(device)
+    phase, saved, cost = PhaseTimer(device), SavedBytes(model), StepCost(model, device, enabled=plan is not None)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler, "metrics": metrics}
     first_epoch, first_step = run.resume(**state) if args.resume else (0, 0)
-    run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
 
     with nvtx_range("training resnext"), stop_requests(enabled=world.size == 1) as stop:
         for epoch in range(first_epoch, args.num_epoch):
             batches.start(epoch, first_step)
-            step = first_step - 1
-            bar = run.progress_bar(epoch, batches.samples_from(first_step))
+            step, bar = first_step - 1, run.progress_bar(epoch, batches.samples_from(first_step))
             with nvtx_range(f"epoch {epoch + 1}"):
                 phase.start_epoch()
                 # --------------------------------------------------------------- the training step
@@ -97,10 +106,10 @@ def train(args, world, precision, run):
                         labels = labels.to(device, non_blocking=True)
                     with phase("zero grad"):
                         optimizer.zero_grad(set_to_none=True)
-                    with phase("forward"), precision.autocast(), saved.first_time():
+                    with phase("forward"), precision.autocast(), saved.first_time(), cost.first_forward():
                         output = parallel_model(images)
                         loss = criterion(output, labels)
-                    with phase("backward"):
+                    with phase("backward"), cost.first_backward():
                         scaler.scale(loss * batches.weight(step)).backward()
                     with phase("optimizer"):
                         scaler.step(optimizer)
@@ -112,10 +121,8 @@ def train(args, world, precision, run):
                 # ---------------------------------------------------------------------------------
                 timing = phase.end_epoch()
             bar.close()
-            if saved.bytes is not None:
-                run.facts.setdefault("saved_activation_bytes", saved.bytes)
-                if args.memory_budget and epoch == first_epoch:
-                    world.say(f"measured: {saved.bytes / 2**20:.1f} MiB kept for backward{peak_line(device)}")
+            run.note_saved(saved.bytes)
+            compare_with_plan(plan, saved, cost, run)
             if phase.steps_done == args.max_steps:
                 run.finish_profiling(timing)
                 return

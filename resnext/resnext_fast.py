@@ -2,9 +2,9 @@
 """Train ResNeXt on small pictures with everything on: the loop of resnext.py, and the techniques that pay together.
 
 Pictures are augmented on the device, in the layout and type of the model; convolutions run channels last; on CUDA the
-model is compiled and runs in bfloat16; SGD with Nesterov momentum follows one cycle to zero, with label smoothing and
-no weight decay on BatchNorm and biases. Each can be switched off, down to the way of resnext.py:
---loader workers --half_precision False --channels_last False --compile False --optimizer adam --lr 0.01
+model is compiled and runs in bfloat16 (float16 on GPUs before Ampere); SGD with Nesterov momentum follows one cycle to
+zero, with label smoothing and no weight decay on BatchNorm and biases. Each can be switched off, down to the way of
+resnext.py: --loader workers --half_precision False --channels_last False --compile False --optimizer adam
 --label_smoothing 0.
 
 Measured by benchmarks/fast.py on a CPU (AMD EPYC, 2 cores; torch 2.13.0; resnext29_2x16d, batch 128, float32; n = 16
@@ -22,26 +22,43 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from experiment import ImageRun, Metrics, evaluate, get_args_parser
+from experiment import ImageRun, Metrics, evaluate, get_args_parser, training_batches
 from harness import command_line, determinism, distributed
-from harness.command_line import boolean, fraction, share
-from harness.loading import EpochBatches
+from harness.command_line import OneLineParser, boolean, fraction, learning_rate, share
 from harness.precision import choose_precision
 from harness.profiling import PhaseTimer, SavedBytes, nvtx_range
 from harness.resume import stop_requests
-from images import load_images, training_loader
+from images import load_images
 from models.resnext import ResNeXt, parse_name
 
 WARMUP = 0.2  # The share of training in which the learning rate rises.
+LEARNING_RATES = {"sgd": 0.1, "adam": 0.01}  # Where --lr names none.
 SWITCHES = ("channels_last", "compile", "cuda_graphs", "optimizer", "label_smoothing", "ema")
 
 
+class FastParser(OneLineParser):
+    """A OneLineParser that knows which arguments depend on each other, and replaces those that are added again."""
+
+    def __init__(self, **more):
+        super().__init__(conflict_handler="resolve", **more)
+
+    def parse_known_args(self, *texts):
+        args, unknown = super().parse_known_args(*texts)
+        if args.cuda_graphs and not args.compile:
+            self.error("--cuda_graphs launches what --compile makes; add --compile")
+        if args.lr is None:
+            args.lr = LEARNING_RATES[args.optimizer]
+        return args, unknown
+
+
 def get_fast_args_parser():
-    parser = get_args_parser(__doc__)
+    parser = get_args_parser(__doc__, FastParser)
     on_cuda = torch.cuda.is_available()
-    parser.set_defaults(loader="device", num_epoch=30, lr=0.1, half_precision="bfloat16" if on_cuda else None)
+    parser.set_defaults(loader="device", num_epoch=30, half_precision=fast_type() if on_cuda else None)
     switch = {"type": boolean, "nargs": "?", "const": True}
     add = parser.add_argument
+    rates = " and ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
+    add("--lr", type=learning_rate, help=f"peak learning rate of sgd, or adam's constant one; by default {rates}")
     add("--channels_last", **switch, default=True, help="lay pictures and convolutions out as NHWC")
     add("--compile", **switch, default=on_cuda, help="torch.compile the model")
     add("--cuda_graphs", **switch, default=False, help="with --compile, launch its kernels as CUDA graphs")
@@ -52,15 +69,23 @@ def get_fast_args_parser():
     return parser
 
 
+def fast_type():
+    """The half precision that this machine's GPUs are fast in: products of bfloat16 came with Ampere."""
+    capabilities = [torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())]
+    return "float16" if capabilities and min(capabilities) < (8, 0) else "bfloat16"
+
+
 def main():
     args = get_fast_args_parser().parse_args()
     determinism.apply(args)
+    torch.backends.cudnn.benchmark = not args.deterministic
     with distributed.world() as world:
         world.share(args.batch_size)
         precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
         run = ImageRun("resnext_fast", suffix(args), args, world, precision=precision.label)
         with run.lock():
-            train(args, world, precision, run)
+            if not run.is_done():
+                train(args, world, precision, run)
 
 
 def suffix(args):
@@ -93,6 +118,12 @@ def one_cycle(step, steps):
     return min(done / WARMUP, (1 - done) / (1 - WARMUP))
 
 
+def set_rate(optimizer, args, step, steps):
+    """Give `optimizer` the learning rate of step `step` of `steps`: sgd's follows one cycle, adam's is constant."""
+    for group in optimizer.param_groups:
+        group["lr"] = args.lr * one_cycle(step, steps) if args.optimizer == "sgd" else args.lr
+
+
 def compiled(model, args):
     """`model` under torch.compile. Batches have two sizes, the last of an epoch being smaller: each is compiled for."""
     # Left alone, Inductor gives up channels last for a training graph that holds a grouped convolution.
@@ -100,38 +131,37 @@ def compiled(model, args):
     return torch.compile(model, dynamic=False, options=options)
 
 
-def train(args, world, precision, run):
-    device = world.device
-    if args.resume and run.finished:
-        world.say(f"{run.path('.json')} is finished; nothing to resume")
-        return
+def load_parts(args, world, run, memory_format):
+    """(the ImageData, the model on this process's device, the AveragedModel of --ema or None)"""
     with world.first_on_machine():
         data = load_images(args.dataset, args.data_dir)
-    torch.backends.cudnn.benchmark = not args.deterministic
     torch.manual_seed(args.seed)
-    layout = layout_of(args, precision)
-    model = ResNeXt(*parse_name(args.model), num_classes=len(data.classes)).to(device)
-    model.to(memory_format=layout["memory_format"])
+    model = ResNeXt(*parse_name(args.model), num_classes=len(data.classes)).to(world.device)
+    model.to(memory_format=memory_format)
+    run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
+    if not args.ema:
+        return data, model, None
+    return data, model, AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+
+
+def train(args, world, precision, run):
+    device, layout = world.device, layout_of(args, precision)
+    data, model, average = load_parts(args, world, run, layout["memory_format"])
+    judged = average.module if args.ema else model
     fast_model = compiled(world.wrap(model), args) if args.compile else world.wrap(model)
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
     optimizer = make_optimizer(model, args.optimizer, args.lr, device)
-    scaler = precision.scaler
-    batches = EpochBatches(len(data.train_labels), args.batch_size, args.seed, world.rank, world.size)
-    loader = training_loader(args.loader, data, args.seed, batches, args.num_worker, device, world.say, **layout)
-    steps = len(batches)
-    metrics = Metrics(device)
+    batches, loader = training_batches(args, world, data, run, **layout)
+    scaler, metrics, steps = precision.scaler, Metrics(device), len(batches)
     phase, saved = PhaseTimer(device), SavedBytes(model)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler, "metrics": metrics}
-    if args.ema:
-        state["average"] = average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+    state |= {"average": average} if args.ema else {}
     first_epoch, first_step = run.resume(**state) if args.resume else (0, 0)
-    run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
 
     with nvtx_range("training resnext"), stop_requests(enabled=world.size == 1) as stop:
         for epoch in range(first_epoch, args.num_epoch):
             batches.start(epoch, first_step)
-            step = first_step - 1
-            bar = run.progress_bar(epoch, batches.samples_from(first_step))
+            step, bar = first_step - 1, run.progress_bar(epoch, batches.samples_from(first_step))
             with nvtx_range(f"epoch {epoch + 1}"):
                 phase.start_epoch()
                 # --------------------------------------------------------------- the training step
@@ -147,9 +177,7 @@ def train(args, world, precision, run):
                     with phase("backward"):
                         scaler.scale(loss * batches.weight(step)).backward()
                     with phase("optimizer"):
-                        if args.optimizer == "sgd":
-                            for group in optimizer.param_groups:
-                                group["lr"] = args.lr * one_cycle(epoch * steps + step, args.num_epoch * steps)
+                        set_rate(optimizer, args, epoch * steps + step, args.num_epoch * steps)
                         scaler.step(optimizer)
                         scaler.update()
                         if args.ema:
@@ -161,12 +189,10 @@ def train(args, world, precision, run):
                 # ---------------------------------------------------------------------------------
                 timing = phase.end_epoch()
             bar.close()
-            if saved.bytes is not None:
-                run.facts.setdefault("saved_activation_bytes", saved.bytes)
+            run.note_saved(saved.bytes)
             if phase.steps_done == args.max_steps:
                 run.finish_profiling(timing)
                 return
-            judged = average.module if args.ema else model
             test_acc = evaluate(judged, data, precision, world, args.batch_size, stop)
             if stop:
                 if metrics.finite():
@@ -177,7 +203,7 @@ def train(args, world, precision, run):
             first_step = 0
             run.save(epoch + 1, 0, **state)
             world.say(run.line())
-    run.finish(average.module if args.ema else model)
+    run.finish(judged)
 
 
 if __name__ == "__main__":

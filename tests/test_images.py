@@ -18,6 +18,7 @@ from images import (
     augmentation,
     evaluation_batches,
     load_images,
+    loading_of,
     training_loader,
 )
 
@@ -169,4 +170,7 @@ def test_a_device_without_room_falls_back_to_workers(monkeypatch):
         "device", random_data(), 0, EpochBatches(40, 9, 0), 0, torch.device("cuda"), say=said.append
     )
     assert isinstance(loader, torch.utils.data.DataLoader)
+    assert loading_of(loader) == "workers"
     assert "do not fit on the device" in said[0]
+    fits = training_loader("device", random_data(), 0, EpochBatches(40, 9, 0), 0, CPU)
+    assert loading_of(fits) == "device"

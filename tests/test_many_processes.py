@@ -52,7 +52,7 @@ scorer_run.ScorerRun.add_validation = spy
 """
 
 
-def run_two(script, *args, cwd, **more):
+def run_two(script, *args, cwd, code=0, **more):
     """The two processes of a job, after they have ended."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -61,13 +61,48 @@ def run_two(script, *args, cwd, **more):
     ranks = [launch.Script(script, *args, cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank), **job, **more)
              for rank in range(2)]  # fmt: skip
     for rank in ranks:
-        assert rank.wait() == 0, rank.err
+        assert rank.wait() == code, rank.err
     return ranks
 
 
 def test_scorer_gradients_of_two_processes_are_those_of_one(encoders, sample_folder, tmp_path):
     (tmp_path / "check.py").write_text(SCORER_CHECK)
     run_two(tmp_path / "check.py", launch.ROOT, launch.ROOT / "SimCLS", encoders["t5"], sample_folder, cwd=tmp_path)
+
+
+LONG_WORK_ALONE = """
+import datetime, os, sys, time
+sys.path.insert(0, sys.argv[1])
+import torch
+from harness import command_line, distributed
+
+distributed.TRAINING_TIMEOUT = datetime.timedelta(seconds=3)
+
+def main():
+    with distributed.world(torch.device("cpu")) as world:
+        with world.first_on_machine():
+            if world.is_main:
+                time.sleep(6)
+        assert world.sum(torch.ones(1)) == 2
+        if "fail" in sys.argv:
+            if world.is_main:
+                raise command_line.UserError("the disk is full")
+            world.barrier()
+
+command_line.run(main)
+"""
+
+
+def test_the_others_wait_for_a_process_that_works_alone_longer_than_for_one_that_hangs(tmp_path):
+    (tmp_path / "check.py").write_text(LONG_WORK_ALONE)
+    run_two(tmp_path / "check.py", launch.ROOT, cwd=tmp_path)
+
+
+def test_where_the_main_process_fails_alone_the_others_end_in_one_line(tmp_path):
+    (tmp_path / "check.py").write_text(LONG_WORK_ALONE)
+    main, other = run_two(tmp_path / "check.py", launch.ROOT, "fail", cwd=tmp_path, code=2)
+    assert main.err == "check.py: the disk is full\n"
+    assert other.err == "check.py: another process of this job has ended; its own line says why\n"
 
 
 def test_scorers_of_two_processes_are_equal_and_validate_each_sample_once(encoders, sample_folder, tmp_path):

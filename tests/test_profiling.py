@@ -162,6 +162,27 @@ def test_saved_bytes_count_a_view_as_its_storage_once():
     assert saved.bytes == 4 * (10 * 2 + 10 * 10)
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_saved_bytes_leave_out_autocasts_copies_of_weights(dims):
+    """Saved are the cast input and the hidden layer, in half precision; the casts of the weights are no activations."""
+    model = nn.Sequential(nn.Linear(32, 64), nn.ReLU(), nn.Linear(64, 8))
+    images = torch.randn(16, 32) if dims == 2 else torch.randn(4, 4, 32)
+    with SavedBytes(model) as saved, torch.autocast("cpu", torch.bfloat16):
+        model(images)
+    assert saved.bytes == 2 * (16 * 32 + 16 * 64)
+    convolution = nn.Conv2d(3, 8, 3, bias=False)
+    with SavedBytes(convolution) as saved, torch.autocast("cpu", torch.bfloat16):
+        convolution(torch.randn(2, 3, 16, 16))
+    assert saved.bytes == 2 * (2 * 3 * 16 * 16)
+
+
+def test_saved_bytes_count_what_is_made_of_a_weight_and_is_no_copy():
+    model = nn.Linear(8, 8)
+    with SavedBytes(model) as saved:
+        model.weight.exp().sum()
+    assert saved.bytes == 4 * 8 * 8
+
+
 def test_saved_bytes_can_count_again():
     model = nn.Sequential(nn.Linear(32, 64), nn.ReLU())
     saved, counts = SavedBytes(model), []

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import planning
-from harness.planning import Step, _options, _undominated
+from harness.planning import Step, StepCost, _options, _undominated
 from harness.profiling import SavedBytes
 from harness.recompute import Tape
 from models.resnext import Block, ResNeXt, parse_name
@@ -126,6 +126,28 @@ def test_a_plan_keeps_its_budget_and_predicts_what_is_measured(budget):
     assert plan.peak_bytes >= plan.held_bytes
 
 
+@pytest.mark.parametrize("budget", [0.75, 0.35])
+def test_a_steps_cost_is_measured_beside_its_plan_and_changes_nothing(budget):
+    results, cpu = [], torch.device("cpu")
+    for measured in (True, False):
+        _, model = models("chain")
+        plan = model.plan(budget, 4)
+        model.policy = plan.redo
+        cost = StepCost(model, cpu, enabled=measured)
+        for images, labels in batches(2):  # Of which the first counts.
+            with cost.first_forward():
+                loss = F.cross_entropy(model(images), labels)
+            with cost.first_backward():
+                loss.backward()
+        results.append({**model.state_dict(), **{name: weight.grad for name, weight in model.named_parameters()}})
+        assert (cost.redone_flops, cost.peak_bytes is None) == ((plan.extra_flops, False) if measured else (None, True))
+        if measured:
+            assert cost.peak_bytes == pytest.approx(plan.peak_bytes, rel=0.2)
+            words = plan.compared_with(plan.held_bytes, cost.peak_bytes, cost.redone_flops)
+            assert words.count("planned") == 3
+    assert_equal(*results)
+
+
 def test_a_plan_for_many_pictures_predicts_their_bytes():
     plain, checkpointed = models("chain")
     images, labels = (torch.cat([part] * 8) for part in next(batches(1)))
@@ -139,6 +161,17 @@ def test_planning_leaves_the_model_as_it_was():
     before = copy.deepcopy(checkpointed.state_dict())
     planned(checkpointed, 0.5)
     assert_equal(before, checkpointed.state_dict())
+
+
+def test_half_precisions_copies_of_weights_are_no_saved_activations():
+    """On a Tape no more than elsewhere: where nothing is redone, both save the same."""
+    plain, checkpointed = models("segments")
+    checkpointed.policy = ()
+    sizes = []
+    for model in (plain, checkpointed):
+        with torch.autocast("cpu", torch.bfloat16):
+            sizes.append(saved_bytes(model))
+    assert sizes[0] == sizes[1]
 
 
 def test_the_knapsack_is_exact():

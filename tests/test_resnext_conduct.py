@@ -16,9 +16,12 @@ import torch
 from conftest import ROOT, script_command
 
 from experiment import Metrics, evaluate
+from harness.command_line import UserError
 from harness.distributed import World
 from harness.loading import EpochBatches, worker_loader
 from harness.precision import choose_precision
+from harness.recording import output_lock
+from harness.runs import Run
 from images import AugmentedImages, load_images
 from models.resnext import ResNeXt
 
@@ -52,7 +55,8 @@ def test_float16_is_scaled_and_others_are_not():
     assert not choose_precision(None, CPU).scaler.is_enabled()
     said = []
     assert choose_precision("float16", CPU, say=said.append).label == "bf16"
-    assert said[0].startswith("half precision on a CPU is bfloat16") and len(said) == 1
+    assert len(said) == 1
+    assert said[0].startswith("half precision on a CPU is bfloat16")
 
 
 def test_worker_loading_is_persistent_prefetched_and_pinned_for_cuda(pictures):
@@ -171,3 +175,53 @@ def test_bad_data_under_torchrun_is_told_once_and_without_a_traceback_of_ours(ti
     assert result.returncode == 1
     assert result.stderr.count("there is no folder") == 1
     assert "RuntimeError" not in result.stderr
+
+
+def test_a_name_that_is_taken_is_told_once_under_torchrun(tiny, tmp_path):
+    """Only the main process has the lock, and the others end with it, quietly."""
+    with output_lock(tmp_path / f"{NAME}.lock"):
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
+                   ROOT / "resnext/resnext.py", *tiny, "--output_dir", tmp_path]  # fmt: skip
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    assert result.returncode == 1
+    assert result.stderr.count("another run is writing") == 1
+    assert "RuntimeError" not in result.stderr
+    assert "resnext.py: another process" not in result.stderr
+
+
+def test_a_finished_run_is_replaced_by_the_same_command_alone(run_script, tiny, pictures, tmp_path):
+    def again(*more, code=0):
+        return run_script("resnext/resnext.py", *tiny, *more, "--output_dir", tmp_path, code=code)
+
+    again("--max_steps", 2)
+    (tmp_path / f"{NAME}_2_steps.json").rename(tmp_path / f"{NAME}.json")
+    again("--lr", 0.003, "--resume")  # A record of a profiled run is neither finished nor worth keeping.
+    finished = (tmp_path / f"{NAME}.pt").read_bytes()
+    record = json.loads((tmp_path / f"{NAME}.json").read_text())
+    assert (record["arguments"]["max_steps"], record["loading"]) == (None, "workers")
+    for more, change in (
+        (["--lr", 0.001], "--lr 0.003 (now 0.001)"),
+        (["--lr", 0.003, "--num_epoch", 2], "--num_epoch 1 (now 2)"),
+        (["--lr", 0.003, "--data_dir", f"{pictures}/../{pictures.name}"], f"--data_dir {pictures} (now "),
+    ):
+        line = again(*more, code=2).stderr
+        assert line.count("\n") == 1
+        assert f"{NAME}.json is of a run with {change}" in line
+        assert "choose another --output_dir, or delete it" in line
+    assert (tmp_path / f"{NAME}.pt").read_bytes() == finished
+    again("--lr", 0.003)
+    moved = again("--lr", 0.003, "--resume", "--data_dir", f"{pictures}/../{pictures.name}")
+    assert "nothing to resume" in moved.stdout
+
+
+def test_another_runs_state_is_not_replaced(tmp_path):
+    args = SimpleNamespace(lr=0.1, resume=False)
+    Run("resnext", tmp_path, "name", args, World(0, 1, CPU)).save(0, 3)
+    with Run("resnext", tmp_path, "name", args, World(0, 1, CPU)).lock():
+        pass
+    args.lr = 0.2
+    with pytest.raises(UserError, match=r"name\.state is of a run with --lr 0\.1 \(now 0\.2\); choose another"):
+        Run("resnext", tmp_path, "name", args, World(0, 1, CPU)).lock().__enter__()
+    (tmp_path / "name.state").write_text("no state")
+    with Run("resnext", tmp_path, "name", args, World(0, 1, CPU)).lock():
+        pass

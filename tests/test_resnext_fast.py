@@ -153,6 +153,27 @@ def test_names_tell_what_was_switched(monkeypatch):
     assert args.half_precision == "bfloat16"
     assert args.compile
     assert args.channels_last
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (9 - 2 * gpu, 0))
+    assert get_fast_args_parser().parse_args([]).half_precision == "float16"  # The second is a Volta.
+
+
+def test_the_learning_rate_is_the_optimizers_own_unless_it_is_named():
+    def rate(*flags):
+        return get_fast_args_parser().parse_args(list(flags)).lr
+
+    assert [rate(), rate("--optimizer", "sgd"), rate("--optimizer", "adam")] == [0.1, 0.1, 0.01]
+    assert rate("--lr", "0.5", "--optimizer", "adam") == 0.5
+
+
+def test_without_a_compiler_it_is_one_line_that_says_how_to_do_without(run_script, tiny, tmp_path):
+    no_compiler = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    errors = run_script(SCRIPT, *tiny, "--compile", "--output_dir", tmp_path, code=2, **no_compiler).stderr
+    (line,) = (line for line in errors.splitlines() if line.startswith("resnext_fast.py"))
+    assert "torch.compile failed (" in line
+    assert "No working C++ compiler found" in line
+    assert "--compile False" in line
+    assert "Traceback" not in errors
 
 
 def test_compiled_it_computes_the_same(monkeypatch):
