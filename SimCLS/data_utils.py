@@ -165,6 +165,11 @@ class SampleSet(torch.utils.data.Dataset):
         first = self._arrays["sample_start"][:-1]
         return self._arrays["text_start"][first + 1] - self._arrays["text_start"][first]
 
+    @property
+    def most_candidates(self):
+        """Candidates of the sample that has most."""
+        return int(np.diff(self._arrays["candidate_start"]).max())
+
     def scores(self, number):
         """The candidates' scores as the sample file has them, float32 [candidates]."""
         return self._of_candidates("score", number)

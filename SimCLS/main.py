@@ -23,6 +23,7 @@ from scorer_experiment import (
     cached_path,
     clip_gradients,
     evaluate,
+    fill_in_lengths,
     get_args_parser,
     loss_of,
     seed_step,
@@ -47,30 +48,28 @@ def main():
         world.share(args.batch_size)
         # TensorFloat-32 is off: in this model it would be for the matrix products, where PyTorch leaves it off too.
         precision = choose_precision(args.half_precision, device, true_fp32=True, say=world.say)
+        with world.first_on_machine():
+            fill_in_lengths(args)
         if args.evaluate:
             evaluate(args, world, precision)
             return
         run = ScorerRun(args, world, precision=precision.label)
         with run.lock():
-            train(args, world, precision, run)
+            if not run.is_done():
+                train(args, world, precision, run)
 
 
 def train(args, world, precision, run):
     device = world.device
-    if args.resume and run.finished:
-        world.say(f"{run.path('.json')} is finished; nothing to resume")
-        return
     scorer, description, train_set, val_set = load_parts(args, world)
     parallel_scorer = world.wrap(scorer)
     batches, loader = training_batches(args, world, train_set)
     optimizer = torch.optim.Adam(scorer.parameters(), fused=True)
     schedule = Schedule.of_run(args, optimizer, description["hidden_size"], batches.updates)
-    scaler, metrics = precision.scaler, Metrics(device, args.margin)
+    scaler, metrics = precision.scaler, Metrics(device)
     phase, saved = PhaseTimer(device), SavedBytes(scorer)
     state = {"scorer": scorer, "optimizer": optimizer, "scaler": scaler, "metrics": metrics, "run": run}
     first_epoch, first_step = run.resume(**state) if args.resume else (0, 0)
-    if not world.is_main:
-        metrics.totals.zero_()  # The first process has resumed the sums of all.
 
     with run.begin(scorer, schedule), nvtx_range("training simcls"), stop_requests(world.size == 1) as stop:
         for epoch in range(first_epoch, args.num_epoch):
@@ -86,9 +85,7 @@ def train(args, world, precision, run):
                             result = validate(scorer, val_set, args, precision, world, stop)
                         if stop:
                             break
-                        run.add_validation(epoch, step, result, scorer, description)
-                        metrics.gather(world)
-                        run.save(epoch, step, **state)
+                        run.keep_within_epoch(epoch, step, result, description, **state)
                     # ---------------------------------------------------------- the training step
                     seed_step(args.seed, epoch, step, world.rank)
                     with phase("data copy"):
@@ -125,12 +122,10 @@ def train(args, world, precision, run):
                 return
             result = validate(scorer, val_set, args, precision, world, stop)
             if stop:
-                run.save(epoch, next_step, **state)
+                run.save_unless_diverged(epoch, next_step, **state)
                 stop.leave()
-            run.add_validation(epoch, next_step, result, scorer, description)
-            run.add_epoch(epoch, metrics.epoch_loss(world), timing, batches.samples_from(first_step))
+            run.end_epoch(epoch, next_step, result, description, timing, batches.samples_from(first_step), **state)
             first_step = 0
-            run.save(epoch + 1, 0, **state)
     run.finish()
 
 
@@ -138,15 +133,27 @@ def load_parts(args, world):
     """(scorer on its device, its description, training SampleSet, validation SampleSet)"""
     weights = args.model_pt and cached_path(args.model_pt)
     torch.manual_seed(args.seed)
-    scorer, encoding, description = load_scorer(args.model_type, weights, args.total_len, args.max_len, args.dropout)
     with world.first_on_machine():
-        train_set = load_samples(
-            Path(args.dataset) / "train", encoding, args.max_num, False, world.device.type, world.say
+        scorer, encoding, description = load_scorer(
+            args.model_type, weights, args.total_len, args.max_len, args.dropout
         )
-        val_set = load_samples(Path(args.dataset) / "val", encoding, args.max_num, True, world.device.type, world.say)
-    if args.use_checkpoint:
-        scorer.recompute_activations()
+        if args.use_checkpoint:
+            recompute_activations(scorer, description)
+        folder, to_load = Path(args.dataset), {"device_type": world.device.type, "say": world.say}
+        train_set = load_samples(folder / "train", encoding, args.max_num, with_rouge=False, **to_load)
+        val_set = load_samples(folder / "val", encoding, args.max_num, with_rouge=True, **to_load)
+    description["candidates"] = train_set.most_candidates
     return scorer.to(world.device), description, train_set, val_set
+
+
+def recompute_activations(scorer, description):
+    try:
+        scorer.recompute_activations()
+    except ValueError:  # Of transformers, some of whose models keep all activations.
+        raise UserError(
+            f"--use_checkpoint: transformers cannot recompute the activations of the encoder {description['encoder']} "
+            f"({description['architecture']}); leave it out"
+        ) from None
 
 
 def training_batches(args, world, train_set):

@@ -9,7 +9,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 from data_utils import ROUGE, load_samples
-from model import MARGIN, MAX_LEN, TOTAL_LEN, load_scorer, ranking_loss, score_samples
+from model import MARGIN, MAX_LEN, TOTAL_LEN, load_scorer, ranking_loss, read_description, score_samples
 
 from harness import determinism
 from harness.command_line import (
@@ -17,10 +17,13 @@ from harness.command_line import (
     UserError,
     boolean,
     fraction,
+    learning_rate,
     non_negative_float,
     non_negative_int,
     positive_float,
     positive_int,
+    seed,
+    workers,
 )
 from harness.precision import half_precision_type
 from harness.profiling import nvtx_range
@@ -28,9 +31,11 @@ from harness.profiling import nvtx_range
 CACHE = Path("cache")
 
 
+FLAG = {"type": boolean, "nargs": "?", "const": True, "default": False}
+
+
 def get_args_parser(description):
     parser = OneLineParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    flag = {"type": boolean, "nargs": "?", "const": True, "default": False}
     add = parser.add_argument
     add("--dataset", default="samples", help="folder with the sample folders train, val and test")
     add("--model_type", help="encoder to start from: a folder, or a name on the hub; by default that of "
@@ -39,60 +44,63 @@ def get_args_parser(description):
     add("-e", "--evaluate", action="store_true", help="score the test samples by --model_pt instead of training")
     add("-l", "--log", action="store_true", help="write log.txt and TensorBoard events beside the weights")
     add("--run_name", type=run_name_type, help="folder below ./cache; by default named by the settings")
-    add("--resume", **flag, help="go on where an interrupted run with the same arguments stopped")
-    add("--max_steps", type=positive_int, help="stop after so many steps, for profiling; writes the timings alone")
-    add("--seed", type=non_negative_int, default=0, help=" ")
+    add("--resume", **FLAG, help="go on where an interrupted run with the same arguments stopped")
+    add("--max_steps", type=positive_int, help="stop after so many steps, for profiling; writes the timings alone, "
+        "below a name that ends with _{max_steps}_steps")  # fmt: skip
+    add("--seed", type=seed, default=0, help=" ")
+    add_machine_arguments(parser.add_argument_group("machine"))
+    add_learning_arguments(parser.add_argument_group("learning"))
+    add_loss_arguments(parser.add_argument_group("loss"))
+    add_data_arguments(parser.add_argument_group("lengths, in tokens, and counts"))
+    progress = parser.add_argument_group("progress")
+    progress.add_argument(
+        "--eval_freq", type=positive_int, default=1000, help="updates between validations, besides each epoch's end"
+    )
+    return parser
 
-    machine = parser.add_argument_group("machine")
-    add = machine.add_argument
+
+def add_machine_arguments(group):
+    add = group.add_argument
     add("--cuda", action="store_true", help="train on GPUs")
     add("--gpuid", type=non_negative_int, nargs="+", default=[0],
         help="numbers of the GPUs, one process each; without --cuda as many processes on the CPU")  # fmt: skip
     add("-p", "--port", type=positive_int, help="TCP port at which the processes meet; by default a free one")
-    add("--num_workers", type=non_negative_int, default=4, help="processes that make batches; 0 makes them in this one")
+    add("--num_workers", type=workers, default=4, help="processes that make batches; 0 makes them in this one")
     add("--half_precision", type=half_precision_type, nargs="?", const="float16", metavar="float16|bfloat16",
         help="autocast, in float16 with loss scaling when no type is named; on a CPU always in bfloat16")  # fmt: skip
-    add("--use_checkpoint", **flag, help="recompute the activations of each encoder layer in backward")
-    determinism.add_argument(machine)
+    add("--use_checkpoint", **FLAG, help="recompute the activations of each encoder layer in backward")
+    determinism.add_argument(group)
 
-    learning = parser.add_argument_group("learning")
-    add = learning.add_argument
+
+def add_learning_arguments(group):
+    add = group.add_argument
     add("--num_epoch", type=positive_int, default=5, help=" ")
     add("--batch_size", type=positive_int, default=8, help="documents a step, over all processes")
     add("--accumulate_step", type=positive_int, default=2, help="steps whose gradients make one update")
-    add("--lr", type=positive_float, help="peak learning rate of Adam; by default 3e-5 for an encoder of width 768, "
+    add("--lr", type=learning_rate, help="peak learning rate of Adam; by default 3e-5 for an encoder of width 768, "
         "more for a narrower one")  # fmt: skip
     add("--warmup", type=fraction, default=0.1, help="share of the updates in which the rate rises to its peak, from "
         "which it falls to 0")  # fmt: skip
     add("--dropout", type=dropout_type, default=0.0, help="of the encoder; it blurs differences as small as the margin")
     add("--grad_norm", type=non_negative_float, default=1.0, help="clip gradients to this norm; 0 does not clip")
 
-    loss = parser.add_argument_group("loss")
-    add = loss.add_argument
-    add(
-        "--margin",
-        type=positive_float,
-        default=MARGIN,
-        help="score difference of candidates that are neighbours in ROUGE",
-    )
-    add(
-        "--gold_margin",
-        type=non_negative_float,
-        default=0.0,
-        help="how far the reference has to score above candidates",
-    )
+
+def add_loss_arguments(group):
+    add = group.add_argument
+    add("--margin", type=positive_float, default=MARGIN, help="score difference of candidates that are neighbours in "
+        "ROUGE")  # fmt: skip
+    add("--gold_margin", type=non_negative_float, default=0.0, help="how far the reference has to score above "
+        "candidates")  # fmt: skip
     add("--gold_weight", type=non_negative_float, default=1.0, help="weight of the reference's part")
 
-    data = parser.add_argument_group("lengths, in tokens, and counts")
-    add = data.add_argument
-    add("--total_len", type=positive_int, default=TOTAL_LEN, help="of a document; longer ones are cut")
-    add("--max_len", type=positive_int, default=MAX_LEN, help="of a candidate or a reference; longer ones are cut")
-    add("--max_num", type=positive_int, default=16, help="candidates a document, the first ones")
 
-    progress = parser.add_argument_group("progress")
-    add = progress.add_argument
-    add("--eval_freq", type=positive_int, default=1000, help="updates between validations, besides each epoch's end")
-    return parser
+def add_data_arguments(group):
+    add = group.add_argument
+    add("--total_len", type=positive_int, help="of a document; longer ones are cut; by default as in the training of "
+        f"--model_pt, else {TOTAL_LEN}")  # fmt: skip
+    add("--max_len", type=positive_int, help="of a candidate or a reference; longer ones are cut; by default as in the "
+        f"training of --model_pt, else {MAX_LEN}")  # fmt: skip
+    add("--max_num", type=positive_int, default=16, help="candidates a document, the first ones")
 
 
 def dropout_type(text):
@@ -109,12 +117,16 @@ def run_name_type(text):
 
 
 def run_name(args):
-    """The name of a run's folder and files: --run_name, or the workers, then whatever of these is asked for.
+    """The name of a run's folder and files: --run_name, or the workers and whatever of these is asked for; then the
+    steps of --max_steps, so that profiling never takes the name of a run that is trained to its end.
 
-    simcls_4_worker, simcls_0_worker_fp16_checkpoint, ...
+    simcls_4_worker, simcls_0_worker_fp16_checkpoint, mine_100_steps, ...
     """
-    if args.run_name:
-        return args.run_name
+    name = args.run_name or name_by_settings(args)
+    return f"{name}_{args.max_steps}_steps" if args.max_steps else name
+
+
+def name_by_settings(args):
     parts = [f"simcls_{args.num_workers}_worker"]
     if args.half_precision:
         parts.append({"float16": "fp16", "bfloat16": "bf16"}[args.half_precision])
@@ -124,8 +136,6 @@ def run_name(args):
         parts.append(f"seed{args.seed}")
     if args.deterministic:
         parts.append("deterministic")
-    if args.max_steps:
-        parts.append(f"{args.max_steps}_steps")
     return "_".join(parts)
 
 
@@ -140,6 +150,14 @@ def cached_path(name):
         there = sorted(str(path.relative_to(CACHE)) for path in CACHE.glob("*/*.bin"))
         raise UserError(f"there are no weights {path}; below {CACHE} there are: {', '.join(there) or 'none'}")
     return path
+
+
+def fill_in_lengths(args):
+    """Set --total_len and --max_len, where they are not given, to those of --model_pt's training, else to the defaults;
+    so that a record, and the state to resume from, tell those that were used."""
+    trained = (args.model_pt and read_description(cached_path(args.model_pt))) or {}
+    args.total_len = args.total_len or trained.get("total_len", TOTAL_LEN)
+    args.max_len = args.max_len or trained.get("max_len", MAX_LEN)
 
 
 def default_rate(width):
@@ -188,23 +206,21 @@ def clip_gradients(model, norm):
 class Metrics:
     """Sums over the documents of an epoch, and of a report, on the device: nothing waits for them until one ends."""
 
-    def __init__(self, device, margin):
-        self.margin = margin
-        # [epoch, report] x [documents, loss, loss if all scores were equal, spread of the scores]
-        self.totals = torch.zeros(2, 4, dtype=torch.float64, device=device)
+    def __init__(self, device):
+        # [epoch, report] x [documents, loss, spread of the scores]
+        self.totals = torch.zeros(2, 3, dtype=torch.float64, device=device)
+        self._last = None
 
     @torch.no_grad()
     def add(self, loss, scores, batch, weight):
         """loss: the batch's mean, a scalar; scores: of its candidates, float [documents, candidates]. weight: 0 leaves
         the batch out."""
+        self._last = batch
         if not weight:
             return
-        flat = ranking_loss(
-            torch.zeros_like(scores), scores.new_zeros(len(scores)), batch.rouge, batch.present, self.margin
-        )
         highest = scores.masked_fill(~batch.present, -2).amax(1)
         lowest = scores.masked_fill(~batch.present, 2).amin(1)
-        means = torch.stack([torch.ones_like(loss), loss, flat, (highest - lowest).mean()])
+        means = torch.stack([torch.ones_like(loss), loss, (highest - lowest).mean()])
         self.totals += len(scores) * means.double()
 
     def epoch_loss(self, world):
@@ -212,9 +228,18 @@ class Metrics:
         return self._take(0, world)[0]
 
     def report(self, world):
-        """(loss, loss if all scores were equal, spread) since the last report, the spread being the mean over documents
-        of highest less lowest score; the report's sums begin anew."""
+        """(loss, spread) since the last report, the spread being the mean over documents of highest less lowest score;
+        the report's sums begin anew."""
         return self._take(1, world)
+
+    def flat_loss(self, args):
+        """What the loss of this process's last batch would be if all scores were equal."""
+        zeros = torch.zeros_like(self._last.rouge)
+        return float(loss_of(args, zeros, zeros[:, 0], self._last))
+
+    def finite(self, world):
+        """Whether no loss of the epoch so far was NaN or infinite in any process."""
+        return bool(world.sum(self.totals.clone()).isfinite().all())
 
     def _take(self, row, world):
         documents, *sums = world.sum(self.totals[row].clone()).tolist()
@@ -261,8 +286,8 @@ def evaluate(args, world, precision):
     """Print the ROUGE on the test samples of the candidates that --model_pt chooses, of the first and of the best."""
     if not args.model_pt:
         raise UserError("-e evaluates trained weights: name them by --model_pt, such as run/scorer.bin")
-    scorer, encoding, _ = load_scorer(args.model_type, cached_path(args.model_pt))
     with world.first_on_machine():
+        scorer, encoding, _ = load_scorer(args.model_type, cached_path(args.model_pt), args.total_len, args.max_len)
         samples = load_samples(Path(args.dataset) / "test", encoding, args.max_num, True, world.device.type, world.say)
     result = validate(scorer.to(world.device), samples, args, precision, world)
     every = [samples.rouge(number) for number in range(len(samples))]

@@ -61,8 +61,11 @@ class ScorerRun(Run):
     """A Run in ./cache/<name>/: the best weights (scorer.bin), the last (model.bin), scorer.json that says what they
     are for, config.json, the record, and on `-l` log.txt and TensorBoard events.
 
-    `validations` and `losses` are the history within the epoch: dicts, and [update, loss] points.
+    `validations` and `losses` are the history within the epoch: dicts, and [update, loss] points. A state that is saved
+    has the parts "scorer", "optimizer", "scaler", "metrics" and "run".
     """
+
+    elsewhere = "--run_name"
 
     def __init__(self, args, world, **facts):
         name = run_name(args)
@@ -83,6 +86,19 @@ class ScorerRun(Run):
         self._watch.load_state_dict(state["watch"])
         if state["collapsed"]:
             self.facts["collapsed"] = state["collapsed"]
+
+    def is_done(self):
+        """Whether --resume has nothing left to do, which is told."""
+        done = self.args.resume and self.finished
+        if done:
+            self.world.say(f"{self.path('.json')} is finished; nothing to resume")
+        return done
+
+    def resume(self, **parts):
+        place = super().resume(**parts)
+        if not self.world.is_main:
+            parts["metrics"].totals.zero_()  # The first process has resumed the sums of all.
+        return place
 
     @contextlib.contextmanager
     def begin(self, scorer, schedule):
@@ -141,7 +157,8 @@ class ScorerRun(Run):
         update = self._update(epoch, step)
         if update % self._report_freq:
             return
-        loss, flat, spread = metrics.report(self.world)
+        loss, spread = metrics.report(self.world)
+        self._check_loss(epoch, "loss", loss)
         rate = float(schedule.rate)
         self.losses.append([update, loss])
         if len(self.losses) > POINTS_PER_EPOCH:
@@ -156,12 +173,57 @@ class ScorerRun(Run):
             self.facts.setdefault("collapsed", []).append(update)
             self.say(
                 f"update {update}: the scores have collapsed: all candidates of a document score the same (spread "
-                f"{spread:.1e}), where the loss stays near {flat:.2f} whatever the text; stop, and train with a lower "
-                f"--lr (the peak is {schedule.peak:.1e}) or a larger --warmup (now {self.args.warmup})"
+                f"{spread:.1e}), where the loss stays near {metrics.flat_loss(self.args):.2f} whatever the text; stop, "
+                f"and train with a lower --lr (the peak is {schedule.peak:.1e}) or a larger --warmup (now "
+                f"{self.args.warmup})"
             )
 
+    def _check_loss(self, epoch, what, value):
+        """UserError when the `value` of a loss in `epoch` (from 0) is not finite."""
+        if np.isfinite(value):
+            return
+        every = [each for past in self.epochs for each in past["validations"]] + self.validations
+        kept = f"keeps what there was at update {every[-1]['update']}" if every else "has no weights of this run"
+        single = ", or with bfloat16 or single precision" if self.facts["precision"] == "fp16" else ""
+        raise UserError(
+            f"the {what} became {value} in epoch {epoch + 1}: {self.folder} {kept}; train anew, with another "
+            f"--run_name and a smaller --lr (the peak is {self.facts['peak_rate']:.1e}){single}"
+        )
+
+    def keep_within_epoch(self, epoch, step, result, description, **state):
+        """Take down a validation before step `step`, and save the state; UserError, with nothing written, when a loss
+        is not finite: the epoch's mean could not become so again.
+
+        result: as from `validate`. description: as from `load_scorer`.
+        """
+        metrics = state["metrics"]
+        self._check_loss(epoch, "loss", 0.0 if metrics.finite(self.world) else float("nan"))
+        self.add_validation(epoch, step, result, state["scorer"], description)
+        metrics.gather(self.world)
+        self.save(epoch, step, **state)
+
+    def end_epoch(self, epoch, step, result, description, timing, samples, **state):
+        """Take down a whole epoch (from 0) of `step` steps and the validation after it, and save the state; UserError,
+        with nothing written, when a loss is not finite.
+
+        timing: as from PhaseTimer. samples: as for `add_epoch`.
+        """
+        loss = state["metrics"].epoch_loss(self.world)
+        self._check_loss(epoch, "loss", loss)
+        self.add_validation(epoch, step, result, state["scorer"], description)
+        self.add_epoch(epoch, loss, timing, samples)
+        self.save(epoch + 1, 0, **state)
+
+    def save_unless_diverged(self, epoch, step, **state):
+        """Save the state, on a stop request, unless no run could go on from it."""
+        weights = state["scorer"].parameters()
+        if state["metrics"].finite(self.world) and all(bool(weight.isfinite().all()) for weight in weights):
+            self.save(epoch, step, **state)
+
     def add_validation(self, epoch, step, result, scorer, description):
-        """Take down what `validate` found, and keep the weights: as the last, and as the best when they are."""
+        """Take down what `validate` found, and keep the weights: as the last, and as the best when they are. UserError,
+        with nothing written, when the validation loss is not finite."""
+        self._check_loss(epoch, "validation loss", result["val_loss"])
         update = self._update(epoch, step)
         self.validations.append({"update": update, **result})
         rouge = mean_rouge(result)
@@ -179,15 +241,10 @@ class ScorerRun(Run):
                 save_scorer(self.folder / name, scorer, description)
 
     def add_epoch(self, epoch, loss, timing, samples):
-        """Append an epoch (from 0), validated, to the history; UserError when its loss is not finite.
+        """Append an epoch (from 0), validated, to the history.
 
         samples: how many the epoch trained on in this process's time; fewer than an epoch has after a resume.
         """
-        if not np.isfinite(loss):
-            raise UserError(
-                f"the loss became {loss} in epoch {epoch + 1}; the state before it is kept. "
-                "Use a smaller --lr, or bfloat16 or single precision instead of float16"
-            )
         validation = timing["phases"].get("validation")
         seconds = timing["seconds"] - (validation["host_ms"]["total"] / 1e3 if validation else 0)
         self.epochs.append(

@@ -5,7 +5,9 @@ import os
 import subprocess
 import time
 
+import launch
 import pytest
+import tiny_inputs
 import torch
 from conftest import script_command
 
@@ -103,10 +105,56 @@ def test_weights_go_on_and_are_evaluated(run_script, tiny, baseline, sample_fold
     assert list(rows) == ["first candidate", "SimCLS", "best candidate"]
     rows = {name: [float(figure) for figure in figures] for name, figures in rows.items()}
     assert rows["best candidate"] > rows["SimCLS"] > [0, 0, 0]
-    again = run_script(
-        MAIN, *tiny, "--model_pt", f"{NAME}/model.bin", "--run_name", "again", "--max_steps", 1, cwd=folder
+    again = run_script(MAIN, *tiny, "--model_pt", f"{NAME}/model.bin", "--run_name", NAME, "--max_steps", 1, cwd=folder)
+    assert f"stopped after 1 steps: cache/{NAME}_1_steps/{NAME}_1_steps.json" in again.stdout
+    assert len(record_of(folder)["epochs"]) == 2  # Profiling has not touched it.
+
+
+def test_lengths_of_the_weights_are_those_of_what_follows(tiny, baseline, sample_folder, encoders):
+    folder, weights = baseline[0], ["--model_pt", f"{NAME}/scorer.bin"]
+    more = ["--dataset", sample_folder, "--num_workers", 0, "--max_steps", 1, "--run_name", "more"]
+    assert launch.run(MAIN, *more, *weights, "--max_len", 30, cwd=folder).code == 0
+    arguments = record_of(folder, "more_1_steps")["arguments"]
+    assert (arguments["total_len"], arguments["max_len"]) == (60, 30)
+    scored = ["-e", "--dataset", sample_folder, *weights]
+    (own, same, shorter) = (
+        launch.run(MAIN, *scored, *lengths, cwd=folder).out.splitlines()[-4:]
+        for lengths in ([], ["--total_len", 60, "--max_len", 20], ["--total_len", 10, "--max_len", 5])
     )
-    assert "stopped after 1 steps" in again.stdout
+    assert own == same != shorter
+    description = json.loads((folder / f"cache/{NAME}/scorer.json").read_text())
+    assert description["candidates"] == 6
+
+
+def test_a_diverged_run_keeps_no_weights_that_are_not_finite(tiny, tmp_path):
+    ended = launch.run(MAIN, *tiny, "--lr", 1e30, cwd=tmp_path)
+    assert ended.code == 2
+    (line,) = ended.err.splitlines()
+    assert "the loss became nan in epoch 1" in line
+    assert "smaller --lr (the peak is 1.0e+30)" in line
+    left = {path.name for path in (tmp_path / "cache" / NAME).iterdir()}
+    assert left == {"config.json", f"{NAME}.lock"}
+
+
+def test_an_encoder_that_keeps_all_activations(tiny, tmp_path):
+    from transformers import AlbertConfig, AlbertModel
+
+    size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    AlbertModel(AlbertConfig(vocab_size=400, embedding_size=16, **size)).save_pretrained(tmp_path / "albert")
+    tiny_inputs.make_tokenizer("bert").save_pretrained(tmp_path / "albert")
+    ended = launch.run(MAIN, *tiny, "--model_type", "albert", "--use_checkpoint", cwd=tmp_path)
+    assert ended.code == 2
+    (line,) = ended.err.splitlines()
+    assert "--use_checkpoint: transformers cannot recompute the activations of the encoder" in line
+    assert "making token ids" not in ended.out
+
+
+def test_each_batch_can_be_an_update(tiny, tmp_path):
+    ended = launch.run(MAIN, *tiny, "--accumulate_step", 1, "--eval_freq", 7, cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    first, second = record_of(tmp_path)["epochs"]
+    assert [each["update"] for each in (*first["validations"], *second["validations"])] == [7, 11, 14, 21, 22]
+    assert [update for update, _ in second["losses"]] == list(range(12, 23))
 
 
 # ------------------------------------------------------------------------------------------ stopping and going on

@@ -350,7 +350,7 @@ def test_recomputation_changes_no_gradient_and_keeps_less(encoders, val_set):
 
 
 def test_metrics_are_means_over_documents():
-    metrics, world = Metrics(CPU, margin=0.01), World(0, 1, CPU)
+    metrics, world = Metrics(CPU), World(0, 1, CPU)
 
     class Batch:
         rouge = torch.tensor([[0.3, 0.2, 0.1], [0.5, 0.1, 0]])
@@ -358,11 +358,14 @@ def test_metrics_are_means_over_documents():
 
     metrics.add(torch.tensor(1.0), torch.tensor([[0.5, 0.2, 0.1], [0.3, 0.2, -1.0]]), Batch, 1.0)
     metrics.add(torch.tensor(7.0), torch.zeros(2, 3), Batch, 0.0)
-    loss, flat, spread = metrics.report(world)
-    assert (loss, flat, spread) == pytest.approx((1.0, (0.03 + 0.01) / 2, 0.25))
+    assert metrics.report(world) == pytest.approx([1.0, 0.25])
+    assert metrics.flat_loss(get_args_parser("").parse_args([])) == pytest.approx((0.03 + 0.01) / 2)
     metrics.add(torch.tensor(4.0), torch.zeros(2, 3), Batch, 1.0)
     assert metrics.epoch_loss(world) == pytest.approx(2.5)
     assert metrics.report(world)[0] == 4.0
+    assert metrics.finite(world)
+    metrics.add(torch.tensor(float("nan")), torch.zeros(2, 3), Batch, 1.0)
+    assert not metrics.finite(world)
 
 
 def test_a_saved_state_has_the_sums_of_all_processes():
@@ -371,7 +374,7 @@ def test_a_saved_state_has_the_sums_of_all_processes():
             return totals + torch.full_like(totals, 2.0)  # What the other process has.
 
     for rank, expected in ((0, 5.0), (1, 0.0)):
-        metrics = Metrics(CPU, margin=0.01)
+        metrics = Metrics(CPU)
         metrics.totals.fill_(3.0)
         metrics.gather(Both(rank, 2, CPU))
         assert (metrics.state_dict()["totals"] == expected).all()

@@ -6,9 +6,13 @@ import pickle
 import pytest
 import torch
 from model import load_encoder, load_scorer, save_scorer
-from scorer_experiment import cached_path
+from scorer_experiment import cached_path, fill_in_lengths, get_args_parser
+from scorer_run import ScorerRun
 
 from harness.command_line import UserError
+from harness.distributed import World
+
+CPU = torch.device("cpu")
 
 
 def test_weights_of_another_encoder_are_refused(encoders, tmp_path):
@@ -32,6 +36,83 @@ def test_published_weights_load(encoders, tmp_path):
     extra = {"encoder.pooler.dense.weight": torch.ones(3), "encoder.embeddings.position_ids": torch.arange(4)}
     torch.save(scorer.state_dict() | extra, tmp_path / "model_cnndm.bin")
     load_scorer(encoders["roberta"], tmp_path / "model_cnndm.bin")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lengths"),
+    [([], (512, 120)), (["--model_pt", "run/scorer.bin"], (60, 20)),
+     (["--model_pt", "run/scorer.bin", "--max_len", "30"], (60, 30))],
+)  # fmt: skip
+def test_lengths_are_those_of_the_weights_unless_they_are_given(encoders, tmp_path, monkeypatch, arguments, lengths):
+    monkeypatch.chdir(tmp_path)
+    scorer, _, description = load_scorer(encoders["t5"], total_len=60, max_len=20)
+    save_scorer(tmp_path / "cache/run/scorer.bin", scorer, description)
+    args = get_args_parser("").parse_args(arguments)
+    fill_in_lengths(args)
+    assert (args.total_len, args.max_len) == lengths
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """A run, begun, that has validated at update 3."""
+    monkeypatch.chdir(tmp_path)
+    scorer = torch.nn.Linear(2, 2)
+    run = ScorerRun(get_args_parser("").parse_args(["--run_name", "x"]), World(0, 1, CPU), precision="fp32")
+    run._updates_an_epoch, run.facts["peak_rate"] = 10, 1.0
+    run.add_validation(0, 6, result_of(1.0), scorer, {"encoder": "x"})
+    return run, scorer
+
+
+def result_of(loss):
+    return {"val_loss": loss, "val_rouge1": 0.3, "val_rouge2": 0.2, "val_rougeL": 0.3}
+
+
+class Sums:
+    """Metrics whose losses are all finite, or not."""
+
+    def __init__(self, good):
+        self.good = good
+
+    def finite(self, world):
+        return self.good
+
+    def epoch_loss(self, world):
+        return 1.0 if self.good else float("nan")
+
+    def gather(self, world):
+        pass
+
+    def state_dict(self):
+        return {}
+
+
+def files(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(("loss", "good_sums"), [(float("nan"), True), (float("inf"), True), (1.0, False)])
+def test_a_diverged_run_leaves_the_files_as_they_were(run, loss, good_sums):
+    run, scorer = run
+    (run.folder / "x.json").write_text("of an earlier run")
+    before, state = files(run.folder), {"scorer": scorer, "metrics": Sums(good_sums)}
+    for keep in (
+        lambda: run.keep_within_epoch(0, 8, result_of(loss), {"encoder": "x"}, **state),
+        lambda: run.end_epoch(0, 20, result_of(loss), {"encoder": "x"}, None, 8, **state),
+    ):
+        with pytest.raises(UserError, match=r"loss became (nan|inf) in epoch 1: cache/x keeps .* at update 3; .* --lr"):
+            keep()
+        assert files(run.folder) == before
+
+
+def test_a_stopped_run_saves_only_what_it_can_go_on_from(run):
+    run, scorer = run
+    run.save_unless_diverged(0, 8, scorer=scorer, metrics=Sums(False))
+    broken = torch.nn.Linear(2, 2)
+    broken.weight.data[0, 0] = float("nan")
+    run.save_unless_diverged(0, 8, scorer=broken, metrics=Sums(True))
+    assert not run.path(".state").exists()
+    run.save_unless_diverged(0, 8, scorer=scorer, metrics=Sums(True))
+    assert run.path(".state").exists()
 
 
 class Hostile:
