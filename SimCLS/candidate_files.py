@@ -19,7 +19,8 @@ FILES = ("source", "target", "out", "source.tokenized", "target.tokenized", "out
 class CandidateFiles:
     """The files of one split in `folder`, for one process of `world`.
 
-    settings: dict of plain JSON values, all that the candidates depend on. Batches made with others are not used.
+    settings: dict of plain JSON values, all that the candidates depend on, which leaves out how many documents are made
+    together. Candidates made with others are not used.
     """
 
     def __init__(self, folder, split, settings, world):
@@ -29,14 +30,14 @@ class CandidateFiles:
 
     def complete(self):
         """Whether all files are there, made with these settings."""
-        found = _read_json(self.settings_path) == self.settings
+        found = self._read_settings() == self.settings
         return found and all((self.folder / f"{self.split}.{name}").is_file() for name in FILES)
 
     def prepare(self):
-        """In the main process: remove batches that were made with other settings, and leftovers of killed writes."""
+        """In the main process: remove what was made with other settings, and leftovers of killed writes."""
         for leftover in self.folder.glob(f".{self.split}.*.tmp"):
             leftover.unlink()
-        changed = _changed(_read_json(self.settings_path), self.settings)
+        changed = _changed(self._read_settings(), self.settings)
         if changed:
             self.settings_path.unlink()
         for path in self._partials():
@@ -47,9 +48,9 @@ class CandidateFiles:
         if changed:
             self.world.say(f"{self.split}: starting over, since candidates there were made with other {changed}")
 
-    def finished_batches(self):
-        """The numbers of the batches that any process has finished: a set of int."""
-        return {record["batch"] for record in self._records()}
+    def finished(self):
+        """The places of the documents whose candidates any process has made: a set of int."""
+        return {place for record in self._records() for place in record["places"]}
 
     def open(self):
         """The file that `add` writes to, opened for appending behind the last whole line."""
@@ -62,11 +63,12 @@ class CandidateFiles:
             _append(file, self.settings)
         return file
 
-    def add(self, file, number, documents, candidates):
-        """Write one batch. documents: list of Document; candidates: for each a list of str, best first."""
+    def add(self, file, places, documents, candidates):
+        """Write one batch. places: those of its documents in the split; documents: list of Document; candidates: for
+        each a list of str, best first."""
         candidates = [[clean(candidate) for candidate in some] for some in candidates]
         record = {
-            "batch": number,
+            "places": places,
             "source.tokenized": [[ptb_tokenize(document.text)] for document in documents],
             "target.tokenized": [[ptb_tokenize(document.summary)] for document in documents],
             "out": candidates,
@@ -74,31 +76,35 @@ class CandidateFiles:
         }
         _append(file, record)
 
-    def publish(self, documents, batches):
-        """Write the text files of all documents from the batches, and remove these.
-
-        documents: list of Document; batches: for each batch the places of its documents in that list.
-        """
+    def publish(self, documents):
+        """Write the text files of all documents, a list of Document, from the batches, and remove these."""
         self.settings_path.unlink(missing_ok=True)
         plain = {"source": [[document.text] for document in documents]}
         plain["target"] = [[document.summary] for document in documents]
         for name in FILES:
             # One file at a time, for the batches of a large data set are large.
-            lines = plain.get(name) or self._collect(name, len(documents), batches)
+            lines = plain.get(name) or self._collect(name, len(documents))
             with atomic_write(self.folder / f"{self.split}.{name}", "w") as file:
                 file.writelines(f"{line}\n" for some in lines for line in some)
         write_json(self.settings_path, self.settings)
         for path in self._partials():
             path.unlink()
 
-    def _collect(self, name, documents, batches):
+    def _collect(self, name, documents):
         lines = [None] * documents
         for record in self._records():
-            for place, some in zip(batches[record["batch"]], record[name], strict=True):
+            for place, some in zip(record["places"], record[name], strict=True):
                 lines[place] = some
         if None in lines:
             raise UserError(f"{self.folder}: a batch of {self.split} has gone while the run ended; run it again")
         return lines
+
+    def _read_settings(self):
+        """The settings of a finished split, or None. Older ones name the batch size, too."""
+        settings = _read_json(self.settings_path)
+        if isinstance(settings, dict):
+            settings.pop("cand_gen_batch", None)
+        return settings
 
     def _partials(self):
         return sorted(self.folder.glob(f"{self.split}.rank*.partial"))

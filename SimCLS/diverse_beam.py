@@ -206,9 +206,8 @@ class Beams:
         Returns the beam that each beam now continues, int64 [documents * num_beams]; always one of its own group.
         """
         search = self.search
-        tops, top_tokens, top_parents, nexts = self._choose(scores, tokens, length)
+        tops, top_tokens, ends, top_parents, nexts = self._choose(scores, tokens, length)
         groups = self.tokens.unflatten(1, (search.num_groups, search.group_size))
-        ends = torch.isin(top_tokens, search.end_tokens)
         for rank in range(search.group_size):
             hypothesis = take(groups, top_parents[:, :, rank : rank + 1]).squeeze(2)
             score = tops[:, :, rank].double() / search.divisors[length]
@@ -229,30 +228,34 @@ class Beams:
     def _choose(self, scores, tokens, length):
         """Let the groups choose in turn.
 
-        Returns the best continuations of each group, best first: scores, tokens and parents (places within the
-        group), each [documents, groups, offers]; and which of them its beams take, [documents, groups, group size].
+        Returns the best continuations of each group, best first: scores, tokens, whether these end, and parents (places
+        within the group), each [documents, groups, offers]; and which of them its beams take, [documents, groups, group
+        size].
         """
         search = self.search
         documents, size = len(self.tokens), search.group_size
         scores, tokens = (x.view(documents, search.num_groups, size, -1) for x in (scores, tokens))
         penalty = 0 if search.forced.get(length) else search.diversity_penalty
+        # All that does not depend on what earlier groups choose is done for all groups at once.
+        beam_scores = self.scores.view(documents, search.num_groups, size, 1)
+        flat_tokens = tokens.flatten(2)
+        flat_ends = torch.isin(flat_tokens, search.end_tokens)
         taken = tokens.new_empty(documents, 0)
         chosen = []
         for group in range(search.num_groups):
-            group_scores, group_tokens = scores[:, group], tokens[:, group]
+            group_scores = scores[:, group]
             if group and penalty:
-                times_taken = (group_tokens.unsqueeze(-1) == taken[:, None, None]).sum(-1)
+                times_taken = (tokens[:, group].unsqueeze(-1) == taken[:, None, None]).sum(-1)
                 group_scores = group_scores - penalty * times_taken
-            group_scores = group_scores + self.scores[:, group * size : (group + 1) * size, None]
-            top, place = group_scores.flatten(1).topk(search.offers)
-            top_tokens = group_tokens.flatten(1).gather(1, place)
-            # A stable sort that puts the tokens that end behind the others, both still best first.
-            ends = torch.isin(top_tokens, search.end_tokens)
-            nexts = ends.byte().argsort(dim=1, stable=True)[:, :size]
-            next_tokens = top_tokens.gather(1, nexts).masked_fill(self.done[:, group, None], search.pad_token)
-            taken = torch.cat([taken, next_tokens], dim=1)
-            chosen.append((top, top_tokens, place // scores.shape[-1], nexts))
-        return (torch.stack(parts, dim=1) for parts in zip(*chosen, strict=True))
+            top, place = (group_scores + beam_scores[:, group]).flatten(1).topk(search.offers)
+            top_tokens, ends = flat_tokens[:, group].gather(1, place), flat_ends[:, group].gather(1, place)
+            nexts = _first_open(ends, size)
+            chosen.append((top, top_tokens, ends, place, nexts))
+            if penalty:
+                next_tokens = top_tokens.gather(1, nexts).masked_fill(self.done[:, group, None], search.pad_token)
+                taken = torch.cat([taken, next_tokens], dim=1)
+        tops, top_tokens, ends, places, nexts = (torch.stack(parts, dim=1) for parts in zip(*chosen, strict=True))
+        return tops, top_tokens, ends, places // scores.shape[-1], nexts
 
     def _cannot_improve(self, best, length):
         search = self.search
@@ -312,6 +315,13 @@ class LibraryDecoder:
     def keep(self, rows):
         self.cache.batch_select_indices(rows)
         self.hidden, self.mask = self.hidden[rows], self.mask[rows]
+
+
+def _first_open(ends, count):
+    """The places of the first `count` False of each row of `ends`, then of the first True: int64 [rows, count]."""
+    if count == 1:
+        return ends.byte().argmin(dim=1, keepdim=True)
+    return ends.byte().argsort(dim=1, stable=True)[:, :count]
 
 
 def forbid_repeats(scores, history, size):

@@ -3,10 +3,12 @@
 
     python3 evaluate_model.py --generator_name models/t5_covid --dataset_name clean_covid.csv --scorer_path cache/run/scorer.bin
     python3 evaluate_model.py --samples samples/test --scorer_path cache/run/scorer.bin
-    python3 evaluate_model.py --summaries chosen.txt --references test.target
+    python3 evaluate_model.py --summaries chosen.txt --references test.target --sources test.source
 
 The last scores files, one summary a line. ROUGE-1, -2 and -Lsum are mean F-measures, stemmed, of tokenized, lower-cased
-text, as in the samples of preprocess.py. The random candidate's is the mean over a document's candidates; the worst and
+text, as in the samples of preprocess.py. Sentences, which matter to ROUGE-Lsum, are split by NLTK's English data when
+it is installed, else by what Punkt learns from the test documents, as preprocess.py does for the test split: with
+--summaries from those of --sources, and without it by a short list of abbreviations. The random candidate's is the mean over a document's candidates; the worst and
 the best are those by the mean of the three.
 
 Intervals hold 95 % of the means of 10,000 bootstrap samples of the documents (percentiles). The p-value is that of a
@@ -21,16 +23,27 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
-import torch
 from data_utils import ROUGE, SampleSet, read_sample, sample_files, tokenize_samples
 from documents import clean, find_dataset, read_documents, split_documents, take_percent
+from fast_rouge import RougeReference
+from gen_candidate import (
+    CANDIDATES,
+    CandidateGenerator,
+    add_search_arguments,
+    check_groups,
+    generator_dtype,
+    half_precision_or_auto,
+    length_batches,
+    load_generator,
+    search_settings,
+)
 from model import load_scorer, score_samples
-from preprocess import Lines, build_sample
+from preprocess import Lines, score_sample
 from utils import SentenceSplitter, progress, ptb_tokenize, read_lines
 
 from harness import command_line, distributed
-from harness.command_line import UserError, non_negative_float, positive_float, positive_int
-from harness.precision import choose_precision, half_precision_type
+from harness.command_line import UserError, positive_float, positive_int
+from harness.precision import choose_precision
 from harness.recording import describe_machine, write_json
 from harness.runs import FORMAT
 
@@ -45,8 +58,11 @@ def get_args_parser():
     add = parser.add_argument
     add("--scorer_path", type=Path, help="trained scorer, such as cache/run/scorer.bin")
     add("--model_type", help="its encoder, a folder or a hub name (default: that of scorer.json beside the scorer)")
-    add("--half_precision", type=half_precision_type, nargs="?", const="float16", metavar="float16|bfloat16",
-        help="generate and score in float16 or bfloat16")  # fmt: skip
+    add("--total_len", type=positive_int, help="tokens of a document that it reads (default: as in its training)")
+    add("--max_len", type=positive_int, help="tokens of a summary that it reads (default: as in its training)")
+    add("--half_precision", type=half_precision_or_auto, nargs="?", const="auto", metavar="float16|bfloat16",
+        help="generate and score in float16 when no type is named; on a CPU, and for a generator of the T5 family, "
+             "bfloat16")  # fmt: skip
     add("--batch_size", type=positive_int, default=16, help="documents scored together (default: %(default)s)")
     add(
         "--output",
@@ -60,15 +76,13 @@ def get_args_parser():
     add("--dataset_percent", type=positive_float, default=100, help="share of the test split (default: 100)")
     add("--doc_col_name", default="abstract", help="column of the documents (default: %(default)s)")
     add("--sum_col_name", default="title", help="column of the summaries (default: %(default)s)")
-    add("--num_cands", type=positive_int, default=16, help="candidates a document (default: %(default)s)")
-    add("--diversity_penalty", type=non_negative_float, default=1.0, help="default: %(default)s")
-    add("--decoder_max_len", type=positive_int, help="most tokens of a candidate (default: the generator's)")
-    add("--max_source_length", type=positive_int, help="tokens of a document (default: the tokenizer's)")
-    add("--cand_gen_batch", type=positive_int, default=16, help="documents generated together (default: %(default)s)")
+    add_search_arguments(parser)
+    parser.set_defaults(num_cands=None)  # With --samples a number has to be theirs.
     files = parser.add_argument_group("instead: prepared samples, or summaries")
     files.add_argument("--samples", type=Path, help="folder of test samples, as preprocess.py makes them")
     files.add_argument("--summaries", type=Path, help="text file, one summary a line")
     files.add_argument("--references", type=Path, help="text file, one reference a line")
+    files.add_argument("--sources", type=Path, help="text file of the documents, from which Punkt learns (optional)")
     return parser
 
 
@@ -77,12 +91,14 @@ def main():
     check_arguments(args)
     with distributed.world() as world:
         if args.summaries:
-            systems = {"summaries": score_files(args.summaries, args.references)}
+            systems = {"summaries": score_files(args.summaries, args.references, args.sources)}
             default_output = args.summaries.with_name("evaluation.json")
         else:
             precision = choose_precision(args.half_precision, world.device, true_fp32=True)
-            scorer, encoding, _ = load_scorer(args.model_type, args.scorer_path)
+            lengths = {"total_len": args.total_len, "max_len": args.max_len}
+            scorer, encoding, description = load_scorer(args.model_type, args.scorer_path, **lengths)
             samples = load_test_samples(args, world, precision)
+            compare_counts(samples, args.num_cands, description.get("candidates"))
             systems, choices = compare(scorer.to(world.device), encoding, samples, args.batch_size, world, precision)
             show_documents(samples, choices)
             default_output = args.scorer_path.with_name("evaluation.json")
@@ -100,6 +116,11 @@ def check_arguments(args):
         raise UserError("name one of --generator_name, --samples, and --summaries with --references")
     if bool(args.summaries) != bool(args.references):
         raise UserError("--summaries and --references go together")
+    if args.sources and not args.summaries:
+        raise UserError("--sources goes with --summaries; the other candidates come with their documents")
+    if args.generator_name:
+        args.num_cands = args.num_cands or CANDIDATES
+        check_groups(args)
     if not args.summaries and not args.scorer_path:
         raise UserError(f"--{sources[0]} needs --scorer_path, a scorer that main.py trained")
 
@@ -107,51 +128,72 @@ def check_arguments(args):
 # --------------------------------------------------------------------------------------------------- the figures
 
 
-def score_files(summaries, references):
-    """The ROUGE of each line of `summaries` against that of `references`: float64 [lines, 3]."""
+def score_files(summaries, references, sources=None):
+    """The ROUGE of each line of `summaries` against that of `references`: float64 [lines, 3].
+
+    sources: file of the documents, from which Punkt learns where sentences end.
+    """
     texts, targets = list(read_lines(summaries)), list(read_lines(references))
     if len(texts) != len(targets) or not texts:
         raise UserError(f"{summaries} has {len(texts)} lines, {references} {len(targets)}; they need the same, and one")
-    split = SentenceSplitter(targets).split
+    split = SentenceSplitter(read_lines(sources) if sources else None).split
     sample_of = (as_sample("", target, [text], split) for text, target in zip(texts, targets, strict=True))
-    return np.array([rouge_of(sample)[0] for sample in sample_of])
+    return np.array([sample["rouge"][0] for sample in sample_of])
 
 
 def rouge_of(sample):
     """The candidates' ROUGE-1, -2 and -Lsum F-measure, float64 [candidates, 3]."""
-    from fast_rouge import RougeReference
-
+    if "rouge" in sample:
+        return sample["rouge"]
     reference = RougeReference(sample["abstract"])
-    scores = [reference.score(sentences) for sentences, _ in sample["candidates"]]
+    return _figures(reference.score(sentences) for sentences, _ in sample["candidates"])
+
+
+def _figures(scores):
     return np.array([[each.rouge1.fmeasure, each.rouge2.fmeasure, each.rougeLsum.fmeasure] for each in scores])
 
 
 def as_sample(document, summary, candidates, split):
-    """The sample that gen_candidate.py and preprocess.py would make. split: text -> list of sentences."""
+    """The sample that gen_candidate.py and preprocess.py would make, and under "rouge" what `rouge_of` returns.
+
+    split: text -> list of sentences.
+    """
     plain = Lines(document, summary, candidates)
     tokenized = Lines(ptb_tokenize(document), ptb_tokenize(summary), [ptb_tokenize(text) for text in candidates])
-    return build_sample(plain, tokenized, split)
+    sample, scores = score_sample(plain, tokenized, split)
+    return sample | {"rouge": _figures(scores)}
 
 
 def load_test_samples(args, world, precision):
     """The test samples, a list: those of --samples, or generated ones of the test documents, in their order."""
     if args.samples:
         return [read_sample(path) for path in sample_files(args.samples)]
-    from gen_candidate import CandidateGenerator, load_generator, search_settings
-
     documents = read_documents(find_dataset(args.dataset_name), args.doc_col_name, args.sum_col_name)
     documents = take_percent(split_documents(documents)["test"], args.dataset_percent)
-    model, tokenizer = load_generator(args.generator_name, precision.dtype or torch.float32)
-    args.num_groups = args.num_cands
+    model, tokenizer = load_generator(args.generator_name, generator_dtype(args.half_precision, precision))
     settings = search_settings(args, model.generation_config)
     generator = CandidateGenerator(model.to(world.device), tokenizer, settings, args.max_source_length)
     return generate_samples(generator, documents, args.cand_gen_batch)
 
 
+def compare_counts(samples, wanted, trained):
+    """UserError where documents have other numbers of candidates than `wanted`, if that is said; a line where they
+    differ among documents, or from those that the scorer was trained on.
+
+    wanted, trained: candidates a document, or None. A scorer of a published release does not tell.
+    """
+    counts = sorted({len(sample["candidates"]) for sample in samples})
+    found = "-".join(map(str, {counts[0]: 0, counts[-1]: 0}))
+    if wanted and counts != [wanted]:
+        raise UserError(f"the samples have {found} candidates a document, not the {wanted} of --num_cands")
+    if len(counts) > 1:
+        print(f"the documents have {found} candidates; are they of one run?")
+    if trained and counts[-1] != trained:
+        print(f"the scorer was trained on {trained} candidates a document, and chooses among {found} here")
+
+
 def generate_samples(generator, documents, batch_size):
     """A list of the samples of `documents` with the candidates of a gen_candidate.CandidateGenerator."""
-    from gen_candidate import length_batches
-
     sources = generator.tokenize([document.text for document in documents])
     batches = length_batches(sources, batch_size)
     candidates = [None] * len(documents)

@@ -13,8 +13,10 @@ before the summaries (Zhu et al., 2021, Leveraging Lead Bias for Zero-shot Abstr
 import argparse
 import contextlib
 import copy
+import functools
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -25,13 +27,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch
 import transformers
-from documents import find_dataset, read_documents, split_documents, take_percent
-from pretrained import load_tokenizer
-from rouge_score import rouge_scorer
+from documents import clean, find_dataset, read_documents, split_documents, take_percent
+from fast_rouge import RougeReference
+from preprocess import split_lower
+from pretrained import check_length, half_precision_dtype, load
 from transformers.trainer_pt_utils import LengthGroupedSampler
+from utils import SentenceSplitter, ptb_tokenize
 
 from harness import command_line, determinism, torchvision_compat  # noqa: F401
 from harness.command_line import UserError
+from harness.precision import choose_precision, half_precision_type
 from harness.recording import describe_machine, output_lock, publish, staging, write_json
 from harness.resume import check_arguments, stop_requests
 
@@ -72,8 +77,9 @@ def get_args_parser():
                           help="default: %(default)s")  # fmt: skip
     training.add_argument("--dropout", type=command_line.non_negative_float, help="default: that of --pt_model")
     training.add_argument(
-        "--half_precision", nargs="?", const="auto", default="False", metavar="DTYPE",
-        help="float16 or bfloat16 autocast; without a value float16 on CUDA, bfloat16 on a CPU")  # fmt: skip
+        "--half_precision", type=functools.partial(half_precision_type, unnamed="auto"), nargs="?", const="auto",
+        metavar="float16|bfloat16",
+        help="autocast, in float16 when no type is named; on a CPU, and for the T5 family, in bfloat16")  # fmt: skip
     training.add_argument("--gradient_checkpointing", **_flag("recompute activations in the backward pass"))
     determinism.add_argument(training)
 
@@ -98,32 +104,23 @@ def main():
             raise UserError(f"--{name} {getattr(args, name)} is not below 1")
     if args.batch_size % PROCESSES:
         raise UserError(f"--batch_size {args.batch_size} is shared out over {PROCESSES} processes; make it a multiple")
+    if args.seed >= 2**32:  # NumPy's generator, which the Trainer seeds too, takes no more.
+        raise UserError(f"--seed {args.seed} is not a whole number from 0 to 2**32 - 1")
     determinism.apply(args)
+    is_main = int(os.environ.get("RANK", 0)) == 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = half_precision_dtype(args.half_precision, device)
+    precision = choose_precision(args.half_precision, device, say=print if is_main else lambda line: None)
     documents = read_documents(find_dataset(args.data_file), args.doc_col_name, args.sum_col_name)
     splits = {split: take_percent(part, args.dataset_percent) for split, part in split_documents(documents).items()}
     if args.lead_words:
         splits = {split: [with_lead(each, args.lead_words) for each in part] for split, part in splits.items()}
     model, tokenizer = load_generator(args.pt_model, args.dropout)
+    for name in ("max_source_length", "max_target_length"):
+        check_length(f"--{name}", getattr(args, name), len(tokenizer("")["input_ids"]))
     transformers.set_seed(args.seed)
-    is_main = int(os.environ.get("RANK", 0)) == 0
+    dtype = half_precision_dtype(model.config, args.half_precision, precision)
     with output_lock(args.save_dir / "finetune.lock") if is_main else contextlib.nullcontext():
         finetune(args, model, tokenizer, splits, dtype)
-
-
-def half_precision_dtype(value, device):
-    """The autocast dtype that `--half_precision value` asks for on `device`, or None for single precision."""
-    value = value.lower()
-    if value in ("false", "no", "0"):
-        return None
-    if value in ("auto", "true", "yes", "1"):
-        return torch.float16 if device.type == "cuda" else torch.bfloat16
-    if value not in ("float16", "bfloat16"):
-        raise UserError(f"--half_precision {value} is none of float16, bfloat16, True and False")
-    if value == "float16" and device.type == "cpu":
-        raise UserError("--half_precision float16 needs a GPU; use bfloat16 on a CPU")
-    return getattr(torch, value)
 
 
 def with_lead(document, words):
@@ -136,23 +133,16 @@ def load_generator(name, dropout=None):
 
     dropout: the share dropped in place of the model's own.
     """
-    try:
-        safely = {"trust_remote_code": False}
-        if not sys.stderr.isatty():
-            transformers.utils.logging.disable_progress_bar()
-        config = transformers.AutoConfig.from_pretrained(name, **safely)
-        if dropout is not None:
-            # The one is T5's name, the other BART's and Pegasus'.
-            setattr(config, "dropout_rate" if hasattr(config, "dropout_rate") else "dropout", dropout)
-        # Weights are trained in single precision, however they were saved.
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name, config=config, dtype=torch.float32, **safely)
-        return model, load_tokenizer(name)
-    except Exception as error:  # What damaged folders raise is an open set.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"--pt_model {name!r} is no folder with a sequence-to-sequence model and its tokenizer, and no such model "
-            f"can be had from the hub ({reason}); make one with create_model.py, or use demo/"
-        ) from None
+    return load(
+        name,
+        transformers.AutoModelForSeq2SeqLM,
+        problem=f"--pt_model {name!r} is no folder with a sequence-to-sequence model and its tokenizer, and no such "
+        "model can be had from the hub",
+        advice="make one with create_model.py, or use demo/",
+        dtype=torch.float32,  # In which weights are trained, however they were saved.
+        # The one is T5's name, the other BART's and Pegasus'.
+        **({} if dropout is None else {"dropout_rate": dropout, "dropout": dropout}),
+    )
 
 
 class SummaryDataset(torch.utils.data.Dataset):
@@ -176,22 +166,33 @@ class SummaryDataset(torch.utils.data.Dataset):
 
 
 class Rouge:
-    """Turns the Trainer's predictions into mean F of ROUGE-1, -2, -Lsum (stemmed, 0 to 1) and their mean, `rouge`."""
+    """Turns the Trainer's predictions into mean F of ROUGE-1, -2, -Lsum (stemmed, 0 to 1) and their mean, `rouge`.
 
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.scorer = rouge_scorer.RougeScorer(ROUGE_TYPES, use_stemmer=True)
+    They are tokenized and split into sentences as preprocess.py does, so that they compare with evaluate_model.py's.
+
+    tokenizer: the generator's. references: the summaries of the documents that are predicted, in their order.
+    split: text -> list of sentences.
+    """
+
+    def __init__(self, tokenizer, references, split):
+        self.tokenizer, self.split = tokenizer, split
+        self.references = [RougeReference(self._sentences(reference)) for reference in references]
 
     def __call__(self, prediction):
-        """`predictions` and `label_ids` are int arrays (documents, tokens), padded with -100."""
-        summaries, references = self._decode(prediction.predictions), self._decode(prediction.label_ids)
-        scores = [self.scorer.score(*pair) for pair in zip(references, summaries, strict=True)]
-        means = {name: sum(score[name].fmeasure for score in scores) / len(scores) for name in ROUGE_TYPES}
+        """`predictions`: int array (documents, tokens), padded with -100."""
+        token_ids = [[token for token in row if token >= 0] for row in prediction.predictions.tolist()]
+        summaries = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+        # Many processes repeat the first documents behind the last ones, so that each of them has as many.
+        summaries = summaries[: len(self.references)]
+        scores = [
+            reference.score(self._sentences(clean(summary)))
+            for reference, summary in zip(self.references, summaries, strict=True)
+        ]
+        means = {name: sum(getattr(score, name).fmeasure for score in scores) / len(scores) for name in ROUGE_TYPES}
         return {**means, "rouge": sum(means.values()) / len(means)}
 
-    def _decode(self, token_ids):
-        token_ids = [[token for token in row if token >= 0] for row in token_ids.tolist()]
-        return self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+    def _sentences(self, text):
+        return split_lower(ptb_tokenize(text), self.split)
 
 
 class EpochSampler(LengthGroupedSampler):
@@ -300,6 +301,7 @@ def finetune(args, model, tokenizer, splits, dtype):
         trainer.add_callback(StopAndSave(stop))
         trainer.train(resume_from_checkpoint=last)
     seconds = time.perf_counter() - started
+    check_finite(trainer.state, checkpoints)
     trainer.accelerator.wait_for_everyone()  # All have read the best state before it is removed.
     if trainer.is_world_process_zero():
         trainer.model.generation_config = generation_config
@@ -313,21 +315,32 @@ def finetune(args, model, tokenizer, splits, dtype):
         print(f"best epoch's mean ROUGE on validation: {trainer.state.best_metric:.4f}; saved in {args.save_dir}")
 
 
+def check_finite(state, checkpoints):
+    """UserError when training has diverged. state: the TrainerState; the saved one in `checkpoints` stays."""
+    loss = next(entry["eval_loss"] for entry in reversed(state.log_history) if "eval_loss" in entry)
+    if not (math.isfinite(loss) and math.isfinite(state.best_metric)):
+        raise UserError(
+            f"training has diverged: the validation loss is {loss}, the best ROUGE {state.best_metric}; the last state "
+            f"is kept in {checkpoints}; start again with a smaller --lr and another --save_dir"
+        )
+
+
 def make_trainer(args, model, tokenizer, splits, dtype, checkpoints):
     # The other stages cut documents and end summaries where training did.
     tokenizer.model_max_length = args.max_source_length
     model.generation_config.max_length = args.max_target_length
     model.generation_config._from_model_config = False
     lengths = args.max_source_length, args.max_target_length
-    train_set = SummaryDataset(splits["train"], tokenizer, *lengths)
+    train_set, validated = SummaryDataset(splits["train"], tokenizer, *lengths), splits["val"][: args.eval_limit]
+    split = SentenceSplitter(document.text for document in splits["val"]).split
     trainer = Trainer(
         model,
         training_arguments(args, checkpoints, len(train_set), dtype),
         data_collator=transformers.DataCollatorForSeq2Seq(tokenizer, model, pad_to_multiple_of=8 if dtype else None),
         train_dataset=train_set,
-        eval_dataset=SummaryDataset(splits["val"][: args.eval_limit], tokenizer, *lengths),
+        eval_dataset=SummaryDataset(validated, tokenizer, *lengths),
         processing_class=tokenizer,
-        compute_metrics=Rouge(tokenizer),
+        compute_metrics=Rouge(tokenizer, [document.summary for document in validated], split),
     )
     if not sys.stderr.isatty():
         trainer.remove_callback(transformers.PrinterCallback)
@@ -378,7 +391,15 @@ def record(args, trainer, seconds):
         "parameters": trainer.model.num_parameters(),
         "train_seconds": seconds,
         "best_rouge": trainer.state.best_metric,
-        "history": trainer.state.log_history,
+        "history": [plain_figures(each) for each in trainer.state.log_history],
+    }
+
+
+def plain_figures(figures):
+    """`figures` with None for NaN and infinity, such as the gradient's norm in a step that float16 skips."""
+    return {
+        name: None if isinstance(value, float) and not math.isfinite(value) else value
+        for name, value in figures.items()
     }
 
 

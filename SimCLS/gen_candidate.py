@@ -29,7 +29,7 @@ import transformers
 from candidate_files import CandidateFiles
 from diverse_beam import DiverseBeamSearch
 from documents import find_dataset, read_documents, safe_name, split_documents, take_percent
-from pretrained import load_tokenizer
+from pretrained import check_length, half_precision_dtype, load
 from tqdm import tqdm
 
 from harness.command_line import UserError
@@ -39,13 +39,14 @@ from harness.recording import output_lock
 
 # For a generator whose tokenizer or generation config names no length.
 SOURCE_LENGTH, SUMMARY_LENGTH = 512, 64
+CANDIDATES = 16
 TOKENIZED_TOGETHER = 1000
+half_precision_or_auto = functools.partial(half_precision_type, unnamed="auto")
 SECONDS_BETWEEN_LINES = 20
 
 
 def get_args_parser():
     parser = command_line.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    integer, number = command_line.positive_int, command_line.non_negative_float
     parser.add_argument("--generator_name", required=True, help="a folder, or a name on the hub")
     parser.add_argument("--dataset_name", default="sample", help="CSV file or data set name (default: %(default)s)")
     parser.add_argument("--doc_col_name", default="abstract", help="column of the documents (default: %(default)s)")
@@ -56,16 +57,20 @@ def get_args_parser():
     parser.add_argument(
         "--output_dir", type=Path, default=Path("candidates"), help="parent of the new folder (default: %(default)s)"
     )
-    parser.add_argument("--cand_gen_batch", type=integer, default=16, help="documents a batch (default: %(default)s)")
-    parser.add_argument(
-        "--half_precision",
-        type=half_precision_type,
-        nargs="?",
-        const="float16",
-        help="float16 or bfloat16; True is float16 on a GPU and bfloat16 on a CPU",
+    parser.add_argument("--half_precision", type=half_precision_or_auto, nargs="?", const="auto",
+        metavar="float16|bfloat16", help="float16 when no type is named; on a CPU, and for the T5 family, which "
+        "overflows in float16, bfloat16")  # fmt: skip
+    add_search_arguments(parser)
+    return parser
+
+
+def add_search_arguments(parser):
+    """The arguments of the search, in a group of their own; `search_settings` reads them."""
+    integer, number = command_line.positive_int, command_line.non_negative_float
+    search = parser.add_argument_group("search for candidates; defaults marked * are those of the generation config")
+    search.add_argument(
+        "--num_cands", type=integer, default=CANDIDATES, help=f"candidates a document (default: {CANDIDATES})"
     )
-    search = parser.add_argument_group("search; defaults marked * are the generator's own generation config")
-    search.add_argument("--num_cands", type=integer, default=16, help="candidates a document (default: %(default)s)")
     search.add_argument("--num_groups", type=integer, help="groups of beams (default: one a candidate)")
     search.add_argument("--diversity_penalty", type=number, default=1.0, help="default: %(default)s")
     search.add_argument("--length_penalty", type=float, help="exponent of the length that scores are divided by *")
@@ -75,20 +80,18 @@ def get_args_parser():
     search.add_argument(
         "--max_source_length", type=integer, help="tokens of a document, cut there (default: the tokenizer's)"
     )
-    return parser
+    search.add_argument("--cand_gen_batch", type=integer, default=16, help="documents a batch (default: %(default)s)")
 
 
 def main():
     args = get_args_parser().parse_args()
-    args.num_groups = args.num_groups or args.num_cands
-    if args.num_cands % args.num_groups:
-        raise UserError(f"--num_groups {args.num_groups} does not divide --num_cands {args.num_cands}")
+    check_groups(args)
     documents = read_documents(find_dataset(args.dataset_name), args.doc_col_name, args.sum_col_name)
     splits = {split: take_percent(part, args.dataset_percent) for split, part in split_documents(documents).items()}
     with join_world() as world:
-        dtype = choose_precision(args.half_precision, world.device, say=world.say).dtype
+        precision = choose_precision(args.half_precision, world.device, say=world.say)
         with world.first_on_machine():
-            model, tokenizer = load_generator(args.generator_name, dtype or torch.float32)
+            model, tokenizer = load_generator(args.generator_name, generator_dtype(args.half_precision, precision))
         generator = CandidateGenerator(
             model.to(world.device),
             tokenizer,
@@ -105,6 +108,12 @@ def main():
         world.say(f"written: {folder}")
 
 
+def check_groups(args):
+    """UserError unless --num_groups, where it is given, divides --num_cands."""
+    if args.num_groups and args.num_cands % args.num_groups:
+        raise UserError(f"--num_groups {args.num_groups} does not divide --num_cands {args.num_cands}")
+
+
 def search_settings(args, config):
     """The arguments of DiverseBeamSearch: the user's, else those of the generation config, else neutral ones."""
 
@@ -118,7 +127,7 @@ def search_settings(args, config):
     own_length = config.max_length if config.max_length not in (None, 20) else SUMMARY_LENGTH
     return {
         "num_beams": args.num_cands,
-        "num_groups": args.num_groups,
+        "num_groups": args.num_groups or args.num_cands,
         "diversity_penalty": args.diversity_penalty,
         "max_length": args.decoder_max_len or own_length,
         "min_length": choose("min_length", 0),
@@ -128,23 +137,24 @@ def search_settings(args, config):
     }
 
 
+def generator_dtype(half_precision, precision):
+    """The dtype of the generator's weights as `load_generator` takes it. precision: chosen by `half_precision`."""
+    return lambda config: half_precision_dtype(config, half_precision, precision) or torch.float32
+
+
 def load_generator(name, dtype):
-    """(model in eval mode, tokenizer) of a folder or a hub name. Raises UserError when it cannot be loaded."""
-    is_folder = Path(name).is_dir()
-    if not sys.stderr.isatty():
-        transformers.utils.logging.disable_progress_bar()
-    try:
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(
-            name, dtype=dtype, local_files_only=is_folder, trust_remote_code=False
-        )
-        tokenizer = load_tokenizer(name, local_files_only=is_folder)
-    except Exception as error:  # Of damaged folders come OSError, ValueError, KeyError, SafetensorError and more.
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        where = "in this folder" if is_folder else "under this name, neither as a folder nor on the hub"
-        raise UserError(
-            f"--generator_name {name!r}: no sequence-to-sequence model with its tokenizer can be loaded {where} "
-            f"({reason}); give a folder that finetune_model.py or create_model.py wrote"
-        ) from None
+    """(model in eval mode, tokenizer) of a folder or a hub name. Raises UserError when it cannot be loaded.
+
+    dtype: of the weights, or a function from the model's config to it.
+    """
+    where = "in this folder" if Path(name).is_dir() else "under this name, neither as a folder nor on the hub"
+    model, tokenizer = load(
+        name,
+        transformers.AutoModelForSeq2SeqLM,
+        problem=f"--generator_name {name!r}: no sequence-to-sequence model with its tokenizer can be loaded {where}",
+        advice="give a folder that finetune_model.py or create_model.py wrote",
+        dtype=dtype,
+    )
     return model.eval(), tokenizer
 
 
@@ -167,6 +177,7 @@ class CandidateGenerator:
         ):
             if length > positions:
                 raise UserError(f"{argument} {length} is more than the {positions} positions of this generator")
+        check_length("--max_source_length", self.max_source_length, len(tokenizer("")["input_ids"]))
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             raise UserError(f"the tokenizer has {len(tokenizer)} tokens, more than the generator's embeddings")
         try:
@@ -222,7 +233,6 @@ def generate_split(generator, folder, split, documents, batch_size, world):
         "generator": generator.fingerprint,
         "documents": hashlib.sha256(json.dumps(documents).encode()).hexdigest(),
         "max_source_length": generator.max_source_length,
-        "cand_gen_batch": batch_size,
     }
     files = CandidateFiles(folder, split, settings, world)
     complete = files.complete()
@@ -233,22 +243,26 @@ def generate_split(generator, folder, split, documents, batch_size, world):
         world.say(f"{split}: the candidates of {len(documents)} documents are there already")
         return
     sources = generator.tokenize([document.text for document in documents])
-    batches = length_batches(sources, batch_size)
-    finished = files.finished_batches()
+    finished = files.finished()
     world.barrier()  # All have read what is finished, before any of them adds to it.
-    todo = [number for number in range(len(batches)) if number not in finished]
     if finished:
-        world.say(f"{split}: going on after {len(finished)} of {len(batches)} batches")
-    share = todo[world.rank :: world.size]
-    with files.open() as file, Progress(split, sum(len(batches[number]) for number in share), world) as progress:
-        for number in share:
-            places = batches[number]
+        world.say(f"{split}: going on after {len(finished)} of {len(documents)} documents")
+    share = unfinished_batches(sources, batch_size, finished)[world.rank :: world.size]
+    with files.open() as file, Progress(split, sum(map(len, share)), world) as progress:
+        for places in share:
             candidates = generator.generate([sources[place] for place in places])
-            files.add(file, number, [documents[place] for place in places], candidates)
+            files.add(file, places, [documents[place] for place in places], candidates)
             progress.add(len(places))
     world.barrier()
     if world.is_main:
-        files.publish(documents, batches)
+        files.publish(documents)
+
+
+def unfinished_batches(sources, size, finished):
+    """The `length_batches` without the places in the set `finished`: a run that goes on makes the batches that it would
+    have made, so that sums are rounded alike, unless the size has changed."""
+    batches = [[place for place in batch if place not in finished] for batch in length_batches(sources, size)]
+    return [batch for batch in batches if batch]
 
 
 class Progress:

@@ -22,9 +22,8 @@ from harness.command_line import UserError
 from harness.recording import atomic_write, write_json
 
 # isort: split
-from pretrained import load_tokenizer
-from transformers import AutoConfig, AutoModelForTextEncoding
-from transformers.utils import logging
+from pretrained import check_length, load
+from transformers import AutoModelForTextEncoding
 
 MARGIN = 0.01  # Of the published scorers, as are 512 tokens of a document and 120 of a summary.
 TOTAL_LEN, MAX_LEN = 512, 120
@@ -127,23 +126,15 @@ def load_encoder(name, dropout=0.0):
 
     UserError when there is none, or it is no text encoder.
     """
-    logging.set_verbosity_error()  # A generator's decoder is left behind on purpose.
-    logging.disable_progress_bar()
-    try:
-        # The default is the precision of the file, in which small updates would be lost.
-        safely = {"trust_remote_code": False}
-        config = AutoConfig.from_pretrained(name, **safely)
-        for key in DROPOUT_KEYS:
-            if hasattr(config, key):
-                setattr(config, key, dropout)
-        encoder = AutoModelForTextEncoding.from_pretrained(name, config=config, dtype=torch.float32, **safely)
-        tokenizer = load_tokenizer(name)
-    except Exception as error:  # What damaged folders raise is an open set.
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(
-            f"no encoder can be loaded from {name!r}, as a folder or as a name on the hub ({reason}); "
-            "create_model.py makes one from scratch"
-        ) from None
+    # In the precision of the file, which is the library's default, small updates would be lost.
+    encoder, tokenizer = load(
+        name,
+        AutoModelForTextEncoding,
+        problem=f"no encoder can be loaded from {name!r}, as a folder or as a name on the hub",
+        advice="create_model.py makes one from scratch",
+        dtype=torch.float32,
+        **dict.fromkeys(DROPOUT_KEYS, dropout),
+    )
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # Nothing uses it, so it would never get a gradient.
     return encoder.train(), tokenizer  # from_pretrained switches dropout off.
@@ -165,15 +156,22 @@ def load_scorer(name=None, weights=None, total_len=None, max_len=None, dropout=0
     weights: path of a trained scorer, or None for the encoder as it is. total_len, max_len: tokens of a document and of
     a summary; None for those of the training. An encoder that reads less has its own limit. dropout: in training.
 
-    UserError when the encoder or the weights cannot be loaded, or do not belong together.
+    UserError when the encoder or the weights cannot be loaded, or do not belong together, and for lengths without room
+    for a text.
     """
     trained = (weights and read_description(weights)) or {}
     name = name or trained.get("encoder", "roberta-base")
     encoder, tokenizer = load_encoder(name, dropout)
     limit = longest_input(encoder, tokenizer)
-    lengths = [total_len or trained.get("total_len", TOTAL_LEN), max_len or trained.get("max_len", MAX_LEN)]
-    encoding = TextEncoding(tokenizer, *(min(length, limit) for length in lengths))
+    encoding = TextEncoding(tokenizer, TOTAL_LEN, MAX_LEN)
+    special = len(encoding.summaries([""])[0])
+    encoding.total_len = min(total_len or trained.get("total_len", TOTAL_LEN), limit)
+    encoding.max_len = min(max_len or trained.get("max_len", MAX_LEN), limit)
+    check_length("--total_len", encoding.total_len, special)
+    check_length("--max_len", encoding.max_len, special)
     scorer, description = Scorer(encoder), _describe(name, encoder, encoding)
+    if "candidates" in trained:  # How many a document had in training.
+        description["candidates"] = trained["candidates"]
     if weights:
         load_weights(weights, scorer, description)
     return scorer, encoding, description

@@ -10,7 +10,8 @@ sample a line, the --cand_num candidates of a document on neighbouring lines of 
     candidates_untok                    [[sentences, score], ...] in the order of generation
     article, abstract, candidates       the same of the tokenized, lower-cased text
 
-score: mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-Lsum, stemmed, of the tokenized candidate and abstract.
+score: mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-Lsum, stemmed, of the tokenized candidate and abstract. Sentences
+are split by what Punkt learns from the split's own documents, unless NLTK's English data is installed.
 
 When it ends, the folder holds the samples of this input and no others: those of an earlier run are replaced, files
 of other names are left alone. Until then the new samples lie in `{tgt_dir}/.unfinished` and the old ones stay as they
@@ -155,28 +156,36 @@ def write_sample(job):
 
 
 def build_sample(plain, tokenized, split):
-    """The sample of one document as a dict of JSON values.
+    """The sample of one document as a dict of JSON values; see `score_sample`."""
+    return score_sample(plain, tokenized, split)[0]
+
+
+def score_sample(plain, tokenized, split):
+    """(the sample of one document as a dict of JSON values, the RougeScores of its candidates)
 
     plain, tokenized: Lines. split: text -> list of sentences. Only white space between sentences is lost of the
-    plain text. The tokenized text is split before it is lower-cased: capitals tell where sentences begin.
+    plain text.
     """
-
-    def split_lower(text):
-        return [sentence.lower() for sentence in split(text)]
-
-    abstract = split_lower(tokenized.target)
+    abstract = split_lower(tokenized.target, split)
     reference = RougeReference(abstract)
-    candidates = [split_lower(text) for text in tokenized.candidates]
-    scores = [reference.score(sentences).mean for sentences in candidates]
+    candidates = [split_lower(text, split) for text in tokenized.candidates]
+    rouge = [reference.score(sentences) for sentences in candidates]
+    scores = [each.mean for each in rouge]
     candidates_untok = [split(text) for text in plain.candidates]
-    return {
-        "article": split_lower(tokenized.source),
+    sample = {
+        "article": split_lower(tokenized.source, split),
         "abstract": abstract,
         "candidates": list(zip(candidates, scores, strict=True)),
         "article_untok": split(plain.source),
         "abstract_untok": split(plain.target),
         "candidates_untok": list(zip(candidates_untok, scores, strict=True)),
     }
+    return sample, rouge
+
+
+def split_lower(text, split):
+    """The sentences of a tokenized text, lower-cased after the split: capitals tell where sentences begin."""
+    return [sentence.lower() for sentence in split(text)]
 
 
 if __name__ == "__main__":

@@ -132,16 +132,11 @@ class T5Decoder:
     def _encode(self, tokens, lengths):
         """Encode documents that lie end to end. tokens: int64 [sum of lengths]. Returns [sum of lengths, d_model]."""
         bias = self.encoder_bias(max(lengths), max(lengths))
+        attend = ENCODER_ATTENTION.get(tokens.device.type, PaddedAttention)(lengths, bias)
         hidden = F.embedding(tokens, self.embedding)
         for self_attention, feed_forward in self.encoder_layers:
             heads = self_attention.query_key_value(self._norm(hidden, self_attention.norm))
-            heads = heads.view(1, -1, 3, self.heads, self.head_size).transpose(1, 3)
-            mixed = []
-            for part, length in zip(heads.split(lengths, dim=3), lengths, strict=True):
-                mask = bias[:, :, :length, :length]
-                mixed.append(F.scaled_dot_product_attention(*part.unbind(2), attn_mask=mask, scale=1.0))
-            mixed = torch.cat(mixed, dim=2).transpose(1, 2).flatten(2).squeeze(0)
-            hidden += self_attention.output(mixed)
+            hidden += self_attention.output(attend(heads.view(-1, 3, self.heads, self.head_size)))
             hidden += self._feed_forward(hidden, feed_forward)
         return self._norm(hidden, self.encoder_norm)
 
@@ -170,6 +165,46 @@ class T5Decoder:
 
     def _feed_forward(self, hidden, layer):
         return layer.output(layer.inner(self._norm(hidden, layer.norm)))
+
+
+class SeparateAttention:
+    """Self-attention within documents that lie end to end, one document after another.
+
+    lengths: list of int. bias: [1, heads, longest, longest], added to the logits. A call takes query, key and value of
+    all tokens, [sum of lengths, 3, heads, head size], and returns [sum of lengths, heads * head size].
+    """
+
+    def __init__(self, lengths, bias):
+        self.lengths, self.bias = lengths, bias
+
+    def __call__(self, heads):
+        parts = heads.unsqueeze(0).transpose(1, 3).split(self.lengths, dim=3)
+        mixed = []
+        for part, length in zip(parts, self.lengths, strict=True):
+            mask = self.bias[:, :, :length, :length]
+            mixed.append(F.scaled_dot_product_attention(*part.unbind(2), attn_mask=mask, scale=1.0))
+        return torch.cat(mixed, dim=2).transpose(1, 2).flatten(2).squeeze(0)
+
+
+class PaddedAttention:
+    """The same for all documents in one call, padded to one length: for a GPU, where many small calls take longer."""
+
+    def __init__(self, lengths, bias):
+        present = torch.arange(bias.shape[-1]) < torch.tensor(lengths).unsqueeze(1)  # [documents, longest]
+        self.shape = present.shape
+        # Made on the host, which knows the lengths: nothing waits for the device.
+        self.places = present.flatten().nonzero().squeeze(1).to(bias.device)
+        self.mask = bias.masked_fill(~present[:, None, None].to(bias.device), float("-inf"))
+
+    def __call__(self, heads):
+        padded = heads.new_zeros(self.shape.numel(), *heads.shape[1:]).index_copy_(0, self.places, heads)
+        query_key_value = padded.unflatten(0, self.shape).permute(2, 0, 3, 1, 4)
+        mixed = F.scaled_dot_product_attention(*query_key_value, attn_mask=self.mask, scale=1.0)
+        return mixed.transpose(1, 2).flatten(2).flatten(0, 1)[self.places]
+
+
+# By device; on all others PaddedAttention. On a CPU padding costs more than calls.
+ENCODER_ATTENTION = {"cpu": SeparateAttention}
 
 
 class Memory:

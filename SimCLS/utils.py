@@ -13,7 +13,7 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
 from nltk.tokenize import NLTKWordTokenizer
-from nltk.tokenize.punkt import PunktSentenceTokenizer, PunktTokenizer, PunktTrainer
+from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer, PunktTokenizer, PunktTrainer
 from tqdm import tqdm
 
 from harness.command_line import UserError
@@ -44,20 +44,28 @@ def ptb_tokenize(text):
 class SentenceSplitter:
     """Punkt (Kiss and Strunk 2006): NLTK's English parameters when installed, else learnt from `texts`.
 
-    Nothing is ever downloaded. The same texts in the same order give the same sentences on every run.
+    Nothing is ever downloaded. The same texts in the same order give the same sentences on every run. So that all
+    stages split alike, the texts are the documents of the split that is worked on.
 
-    texts: an iterable of str, read up to PUNKT_SAMPLE_CHARACTERS, and not at all when NLTK's data is installed.
+    texts: an iterable of str, read up to PUNKT_SAMPLE_CHARACTERS, and not at all when NLTK's data is installed. None
+    where there are no documents: then the abbreviations are _TITLES.
     """
 
     def __init__(self, texts):
         try:
             self._punkt = PunktTokenizer("english")
         except LookupError:
-            self._punkt = PunktSentenceTokenizer(_learn_punkt(texts))
+            self._punkt = PunktSentenceTokenizer(_titles() if texts is None else _learn_punkt(texts))
 
     def split(self, text):
         """The sentences of `text` as a list of str; only the white space between them is left out."""
         return [sentence for sentence in self._punkt.tokenize(text.strip()) if sentence]
+
+
+def _titles():
+    parameters = PunktParameters()
+    parameters.abbrev_types.update(_TITLES.lower().split("|"))
+    return parameters
 
 
 def _learn_punkt(texts):

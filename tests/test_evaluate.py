@@ -3,8 +3,13 @@
 import csv
 import itertools
 import json
+import sys
+from pathlib import Path
 
+import evaluate_model
+import gen_candidate
 import numpy as np
+import preprocess
 import pytest
 import torch
 from conftest import WORDS
@@ -13,7 +18,9 @@ from evaluate_model import bootstrap_interval, permutation_test, summarise
 from model import load_scorer, save_scorer
 from rouge_score.rouge_scorer import RougeScorer
 from scorer_experiment import get_args_parser, validate
+from utils import SentenceSplitter
 
+from harness.command_line import UserError
 from harness.distributed import World
 from harness.precision import choose_precision
 
@@ -103,6 +110,85 @@ def test_generated_candidates_are_those_of_the_chain(run_script, encoders, score
     assert one["documents"] == 6
     assert one["systems"] == two["systems"]
     assert one["p_value"] == two["p_value"]
+
+
+SENTENCES = [
+    "The dose was 5 mg. per day.",
+    "It worked.",
+    "Dr. No took 9 mg. of it.",
+    "They slept.",
+    "We came at 5 p.m. sharp.",
+]
+
+
+def test_generated_samples_are_those_of_gen_candidate_and_preprocess(encoders, tmp_path, monkeypatch):
+    """Sentence by sentence, with the abbreviations that Punkt learns from the documents."""
+    monkeypatch.setenv("NLTK_DATA", "/nowhere")
+    monkeypatch.chdir(tmp_path)
+    random = np.random.default_rng(0)
+    with open("data.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["abstract", "title"])
+        for number in range(80):
+            rows.writerow(
+                [f"Text {number}. {' '.join(random.choice(SENTENCES, 9))}", " ".join(random.choice(SENTENCES, 2))]
+            )
+    words = (
+        f"--generator_name {encoders['t5']} --dataset_name data.csv --dataset_percent 75 --num_cands 4 --num_groups 2 "
+    )
+    words += "--decoder_max_len 12 --no_repeat_ngram_size 2 --min_length 5 --length_penalty 0.5 --cand_gen_batch 5"
+    args = evaluate_model.get_args_parser().parse_args(words.split())
+    cpu = torch.device("cpu")
+    made = evaluate_model.load_test_samples(args, World(0, 1, cpu), choose_precision(None, cpu))
+
+    monkeypatch.setattr(sys, "argv", ["gen_candidate.py", *words.split()])
+    gen_candidate.main()
+    (folder,) = (path for path in Path("candidates").iterdir() if path.is_dir())
+    words = f"--src_dir {folder} --tgt_dir test --split test --cand_num 4 --workers 1"
+    monkeypatch.setattr(sys, "argv", ["preprocess.py", *words.split()])
+    preprocess.main()
+    read = [read_sample(path) for path in sample_files("test")]
+    assert len(read) == 6
+    assert any("5 mg. per day" in " ".join(sample["article_untok"]) for sample in read)
+    for one, two in zip(made, read, strict=True):
+        assert json.loads(json.dumps({key: value for key, value in one.items() if key != "rouge"})) == two
+        assert evaluate_model.rouge_of(one).tolist() == evaluate_model.rouge_of(two).tolist()
+
+
+def test_sources_make_sentences_those_of_the_samples(tmp_path, monkeypatch):
+    monkeypatch.setenv("NLTK_DATA", "/nowhere")
+    texts = [" ".join(SENTENCES)] * 50
+    (tmp_path / "sources").write_text("\n".join(texts))
+    (tmp_path / "references").write_text("It worked. The dose was 5 mg. per day.\n")
+    (tmp_path / "summaries").write_text("The dose was 5 mg. per week. It did.\n")
+    split = SentenceSplitter(texts).split
+    sample = evaluate_model.as_sample(
+        "", "It worked. The dose was 5 mg. per day.", ["The dose was 5 mg. per week. It did."], split
+    )
+    files = tmp_path / "summaries", tmp_path / "references"
+    assert evaluate_model.score_files(*files, tmp_path / "sources").tolist() == sample["rouge"].tolist()
+    assert evaluate_model.score_files(*files).shape == (1, 3)
+
+
+def test_counts_of_candidates_that_differ_are_told(capsys):
+    samples = [{"candidates": [0] * 6}, {"candidates": [0] * 6}]
+    evaluate_model.compare_counts(samples, 6, 6)
+    evaluate_model.compare_counts(samples, None, None)
+    assert capsys.readouterr().out == ""
+    evaluate_model.compare_counts(samples, None, 16)
+    assert "trained on 16 candidates a document, and chooses among 6 here" in capsys.readouterr().out
+    with pytest.raises(UserError, match="have 6 candidates a document, not the 4"):
+        evaluate_model.compare_counts(samples, 4, None)
+    evaluate_model.compare_counts([*samples, {"candidates": [0] * 5}], None, None)
+    assert "the documents have 5-6 candidates" in capsys.readouterr().out
+
+
+def test_lengths_of_a_scorer_without_a_description_can_be_named(encoders, scorer_path, tmp_path):
+    (tmp_path / "scorer.bin").write_bytes(scorer_path.read_bytes())
+    _, encoding, _ = load_scorer(encoders["bert"], tmp_path / "scorer.bin", total_len=40, max_len=12)
+    assert (encoding.total_len, encoding.max_len) == (40, 12)
+    with pytest.raises(UserError, match="--max_len 2 leaves no room for a text; this model needs 3 tokens"):
+        load_scorer(encoders["bert"], max_len=2)
 
 
 def test_files_are_scored_as_rouge_score_does(run_script, tmp_path):

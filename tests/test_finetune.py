@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -107,6 +108,46 @@ def test_lead_and_dropout_are_as_asked(workplace):
         assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {expected}
 
 
+def test_validation_is_scored_as_the_samples_are(workplace):
+    from finetune_model import Rouge
+    from preprocess import Lines, build_sample
+    from utils import SentenceSplitter, ptb_tokenize
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(workplace / "t5")
+    split = SentenceSplitter(["One is here. Two are there."]).split
+    references = ["Alpha beta. It's the beta of gamma.", "Delta. Kappa (mu) iota."]
+    summaries = ["beta of gamma. Alpha.", "It's kappa iota. Delta. mu"]
+    predictions = tokenizer(summaries, padding=True, return_tensors="np")["input_ids"]
+    predictions[predictions == tokenizer.pad_token_id] = -100
+    means = Rouge(tokenizer, references, split)(SimpleNamespace(predictions=predictions))
+    scores = []
+    for reference, tokens in zip(references, predictions, strict=True):
+        lines = Lines("", reference, [tokenizer.decode(tokens[tokens >= 0], skip_special_tokens=True)])
+        tokenized = Lines("", ptb_tokenize(reference), [ptb_tokenize(lines.candidates[0])])
+        scores.append(build_sample(lines, tokenized, split)["candidates"][0][1])
+    assert means["rouge"] == pytest.approx(sum(scores) / 2)
+    assert means["rouge1"] > means["rouge2"] > 0
+
+
+def test_figures_that_json_has_no_word_for_are_none():
+    from finetune_model import plain_figures
+
+    figures = {"loss": 1.5, "grad_norm": float("inf"), "eval_loss": float("nan"), "step": 3}
+    assert plain_figures(figures) == {"loss": 1.5, "grad_norm": None, "eval_loss": None, "step": 3}
+
+
+def test_training_that_diverges_is_one_line_and_keeps_its_state(workplace):
+    result = subprocess.run(
+        train_command("diverged", "--lr", "1e30", "--num_epoch", "1"),
+        cwd=workplace, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert "training has diverged: the validation loss is nan" in result.stderr
+    assert list((workplace / "diverged" / "checkpoints").glob("checkpoint-*/trainer_state.json"))
+    assert not (workplace / "diverged" / "finetune.json").exists()
+
+
 def test_order_of_an_epoch_follows_from_its_number_alone():
     from finetune_model import EpochSampler
 
@@ -121,7 +162,8 @@ def test_order_of_an_epoch_follows_from_its_number_alone():
 
 
 def test_training_keeps_the_best_model_and_a_record(workplace, run_script):
-    subprocess.run(train_command("tuned"), cwd=workplace, check=True, capture_output=True, timeout=300)
+    result = subprocess.run(train_command("tuned"), cwd=workplace, check=True, capture_output=True, timeout=300)
+    assert result.stderr == b""
     record = json.loads((workplace / "tuned" / "finetune.json").read_text())
     epochs = [entry for entry in record["history"] if "eval_rouge" in entry]
     assert len(epochs) == 3

@@ -2,11 +2,13 @@
 
 import csv
 import fcntl
+import json
 import os
 import random
 import shutil
 import subprocess
 import sys
+import time
 from types import SimpleNamespace
 
 import candidate_files
@@ -20,6 +22,7 @@ from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGene
 from utils import ptb_tokenize, read_lines
 
 from harness.command_line import UserError
+from harness.precision import Precision
 
 SPLITS = ("train", "val", "test")
 SETTINGS = ["--num_cands", "4", "--decoder_max_len", "7", "--cand_gen_batch", "3"]
@@ -167,15 +170,80 @@ def test_work_of_two_processes_is_finished_by_one(tiny, whole, tmp_path, monkeyp
     search = {key: settings[key] for key in ("num_beams", "num_groups", "diversity_penalty", "max_length")}
     generator = gen_candidate.CandidateGenerator(model, tokenizer, search)
     sources = generator.tokenize([document.text for document in documents])
+    made = []
     for rank, number in ((0, 4), (1, 9)):
         files = candidate_files.CandidateFiles(folder, "train", settings, SimpleNamespace(rank=rank))
         places = gen_candidate.length_batches(sources, 3)[number]
         with files.open() as file:
             candidates = generator.generate([sources[place] for place in places])
-            files.add(file, number, [documents[place] for place in places], candidates)
-    assert files.finished_batches() == {4, 9}
+            files.add(file, places, [documents[place] for place in places], candidates)
+        made += places
+    assert files.finished() == set(made)
     run_here(monkeypatch, *arguments(tiny, tmp_path))
     assert contents(tmp_path) == contents(whole)
+
+
+@pytest.mark.parametrize("size", [1, 2, 5, 48])
+def test_another_batch_size_goes_on_with_what_is_made(tiny, whole, tmp_path, monkeypatch, capsys, size):
+    """As after an end for lack of memory: whole splits and finished documents stay."""
+    append = candidate_files._append
+    written = []
+
+    def failing_append(file, value):
+        if len(written) == 19:  # Settings and 16 batches of train, settings and one of val's two.
+            raise MemoryError
+        written.append(value)
+        append(file, value)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(candidate_files, "_append", failing_append)
+        with pytest.raises(MemoryError):
+            run_here(patch, *arguments(tiny, tmp_path))
+    capsys.readouterr()
+    run_here(monkeypatch, *arguments(tiny, tmp_path, "--cand_gen_batch", size))
+    out = capsys.readouterr().out
+    assert "train: the candidates of 48 documents are there already" in out
+    assert "going on after 3 of 6 documents" in out
+    assert "starting over" not in out
+    assert contents(tmp_path) == contents(whole)
+
+
+def test_finished_candidates_whose_settings_name_a_batch_size_stay(tiny, whole, tmp_path, monkeypatch, capsys):
+    folder = tmp_path / only_folder(whole).name
+    shutil.copytree(only_folder(whole), folder)
+    path = folder / "val.settings.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"cand_gen_batch": 16}))
+    run_here(monkeypatch, *arguments(tiny, tmp_path))
+    assert "val: the candidates of 6 documents are there already" in capsys.readouterr().out
+
+
+def test_a_hub_that_cannot_be_reached_is_one_line_and_soon(tiny, tmp_path, run_script):
+    started = time.monotonic()
+    result = run_script(
+        "SimCLS/gen_candidate.py", *arguments(tiny, tmp_path, "--generator_name", "some/model"), code=2,
+        HF_HUB_OFFLINE="0", HF_ENDPOINT="http://127.0.0.1:9", HF_HOME=str(tmp_path / "hub"),
+    )  # fmt: skip
+    assert len(result.stderr.splitlines()) == 1, result.stderr
+    assert (
+        "'some/model': no sequence-to-sequence model with its tokenizer can be loaded under this name" in result.stderr
+    )
+    assert time.monotonic() - started < 35, "the library's own tries alone take 40 s"
+
+
+def test_half_precision_that_names_no_type_is_bfloat16_for_the_t5_family():
+    from transformers import BartConfig
+
+    on_cuda = Precision("fp16", torch.float16, None, "cuda")
+    for value, t5, bart in (
+        ("auto", torch.bfloat16, torch.float16),
+        ("float16", torch.float16, torch.float16),
+    ):
+        dtype = gen_candidate.generator_dtype(value, on_cuda)
+        assert (dtype(T5Config()), dtype(BartConfig())) == (t5, bart)
+    assert gen_candidate.generator_dtype(None, Precision("fp32", None, None, "cuda"))(T5Config()) == torch.float32
+    parse = gen_candidate.get_args_parser().parse_args
+    for words, value in (([], "auto"), (["True"], "auto"), (["1"], "auto"), (["fp16"], "float16"), (["no"], None)):
+        assert parse(["--generator_name", "x", "--half_precision", *words]).half_precision == value
 
 
 def test_a_complete_run_is_left_alone(tiny, whole, monkeypatch, capsys):

@@ -21,17 +21,16 @@ PROCESS, MAIN, AUTOGRAD = 77, 77 << 24 | 77, 77 << 24 | 78
 MS = 1_000_000
 
 
-def assert_agree(trace, record):
-    """Host times within 5 %, or 5 microseconds, which is what pushing and popping a range takes."""
+def assert_agree(trace, record, figures=("median", "p95", "total")):
+    """Host times within 5 %, or 5 microseconds a step, which is what pushing and popping a range takes."""
     assert set(trace["phases"]) == set(record["phases"]) >= {"forward", "backward", "step"}
     assert (trace["steps"], trace["warmup_steps"]) == (record["steps"], record["warmup_steps"])
     for name, phase in record["phases"].items():
         found = trace["phases"][name]
         assert found["count"] == phase["count"]
-        for key in ("median", "p95"):
-            assert found["host_ms"][key] == pytest.approx(phase["host_ms"][key], rel=0.05, abs=5e-3), (name, key)
-        steps = record["steps"]
-        assert found["host_ms"]["total"] == pytest.approx(phase["host_ms"]["total"], rel=0.05, abs=5e-3 * steps), name
+        for key in figures:
+            slack = 5e-3 * (record["steps"] if key == "total" else 1)
+            assert found["host_ms"][key] == pytest.approx(phase["host_ms"][key], rel=0.05, abs=slack), (name, key)
 
 
 @pytest.fixture
@@ -158,6 +157,45 @@ def test_profile_without_nsys_says_how_to_get_it(tmp_path):
     assert "developer.nvidia.com" in result.stderr
 
 
+@pytest.fixture
+def fake_nsys(tmp_path):
+    """fake_nsys(lines of shell): profile.sh with an nsys that writes a report, and runs these lines for an export."""
+
+    def run(export):
+        (tmp_path / "bin").mkdir()
+        nsys = tmp_path / "bin" / "nsys"
+        profile = f'echo a report >"{tmp_path}/trace.nsys-rep"'
+        nsys.write_text(f'#!/bin/sh\ncase "$1" in\nprofile) {profile} ;;\nexport) {export} ;;\nesac\n')
+        nsys.chmod(0o755)
+        command = ["bash", str(ROOT / "reporting" / "profile.sh"), str(tmp_path / "trace"), "script.py"]
+        environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("export", "reason"),
+    [
+        ("echo Processing; echo 'Failed: the report is corrupt' >&2; echo; exit 1", "Failed: the report is corrupt"),
+        ("exit 3", "it gives no reason"),
+    ],
+)
+def test_an_export_that_fails_is_one_line_with_its_reason(fake_nsys, tmp_path, export, reason):
+    result = fake_nsys(export)
+    assert result.returncode == 2
+    assert result.stderr == f"profile.sh: nsys export of {tmp_path}/trace.nsys-rep failed: {reason}\n"
+    assert result.stdout == ""
+
+
+def test_what_nsys_exports_is_printed(fake_nsys, real_trace, tmp_path):
+    exported = real_trace.rename(tmp_path / "exported.sqlite")
+    result = fake_nsys(f'echo Processing; cp "{exported}" "{tmp_path}/trace.sqlite"')
+    assert result.returncode == 0, result.stderr
+    assert "20 steps" in result.stdout
+    assert "Processing" not in result.stdout
+
+
 @pytest.mark.skipif(shutil.which("nsys") is None, reason="Nsight Systems is not installed")
 def test_a_live_trace_agrees_with_the_runs_own_record(tmp_path, pictures):
     command = [
@@ -168,10 +206,11 @@ def test_a_live_trace_agrees_with_the_runs_own_record(tmp_path, pictures):
     ]
     options = ["--dataset", "folder", "--data_dir", str(pictures), "--model", "resnext29_1x4d", "--num_worker", "0"]
     options += ["--batch_size", "4", "--output_dir", str(tmp_path)]
-    environment = os.environ | {"PYTHON": sys.executable, "STEPS": "9"}
+    environment = os.environ | {"PYTHON": sys.executable, "STEPS": "45"}
     result = subprocess.run([*command, *options], capture_output=True, text=True, env=environment, timeout=200)
     assert result.returncode == 0, result.stderr
-    assert "| backward | 4 |" in result.stdout
+    assert "| backward | 40 |" in result.stdout
     (record,) = tmp_path.glob("*.json")
     ((_, timings),) = read_trace(tmp_path / "trace.sqlite").items()
-    assert_agree(combine(timings), Run(record, json.loads(record.read_text())).timing())
+    # The medians alone: single steps differ by what happens between a range and the clock beside it.
+    assert_agree(combine(timings), Run(record, json.loads(record.read_text())).timing(), figures=("median",))

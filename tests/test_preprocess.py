@@ -248,6 +248,14 @@ def test_learnt_sentences_do_not_depend_on_the_process():
     assert "'We gave 7 mg. of it.'" in results.pop()
 
 
+def test_without_documents_a_short_list_of_abbreviations_splits():
+    code = SPLIT.replace("(texts)", "(None)").format(path=sys.path)
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"NLTK_DATA": "/x"}, check=True
+    )
+    assert result.stdout == "['We gave 7 mg.', 'of it.', 'Dr. No came!', 'Why?']\n"
+
+
 def test_installed_nltk_data_is_used(tmp_path):
     folder = tmp_path / "tokenizers" / "punkt_tab" / "english"
     folder.mkdir(parents=True)

@@ -90,9 +90,9 @@ def write_candidates(folder, split, documents, candidates):
     order = sorted(range(len(documents)), key=lambda place: -len(documents[place].text))
     batches = [order[start : start + 2] for start in range(0, len(order), 2)]
     with files.open() as file:
-        for number, places in enumerate(batches):
-            files.add(file, number, [documents[place] for place in places], [candidates[place] for place in places])
-    files.publish(documents, batches)
+        for places in batches:
+            files.add(file, places, [documents[place] for place in places], [candidates[place] for place in places])
+    files.publish(documents)
     lines = {name: list(read_lines(folder / f"{split}.{name}")) for name in ("source", "target", "out")}
     assert lines["source"] == [document.text for document in documents]
     assert lines["target"] == [document.summary for document in documents]

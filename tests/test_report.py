@@ -63,13 +63,15 @@ def call_report(monkeypatch, capsys):
 
 
 def test_the_whole_report(run_script, run_folder):
-    (run_folder.parent / "benchmarks" / "cpu").mkdir(parents=True)
+    folder = run_folder.parent / "benchmarks" / "cpu"
+    folder.mkdir(parents=True)
     ratio = {"median": 12.34, "low": 11, "high": 13.5}
     record = {"benchmark": "rouge", "machine": {"hardware": "CPU"}, "results": {"titles": {"ratio": ratio}}}
-    (run_folder.parent / "benchmarks" / "cpu" / "rouge.json").write_text(json.dumps(record))
-    rows = [{"policy": "none", "saved_bytes": 2**21, "planned": False}]
+    (folder / "rouge.json").write_text(json.dumps(record))
+    rows = [{"policy": "none", "bytes": 2**21, "planned": False}]
     record |= {"benchmark": "memory", "results": {}, "rows": rows}  # Without what the figure needs.
-    (run_folder.parent / "benchmarks" / "cpu" / "memory.json").write_text(json.dumps(record))
+    (folder / "memory.json").write_text(json.dumps(record))
+    (folder / "broken.json").write_text("{")
     result = run_script("report.py", run_folder, *options(run_folder))
     headings = re.findall(r"^## (.*)", result.stdout, flags=re.MULTILINE)
     assert headings == [
@@ -77,13 +79,12 @@ def test_the_whole_report(run_script, run_folder):
         "Benchmark memory", "The original study", "What the figures mean",
     ]  # fmt: skip
     assert re.search(r"`rouge` \| titles \| 12.3 \| 11.0 to 13.5 \|", result.stdout)
-    assert "- `rouge`: fast_rouge.py" in result.stdout
-    assert "| policy | saved MiB | planned |" in result.stdout
+    assert "| policy | saved, MiB | planned |" in result.stdout
     assert "| none | 2.00 | no |" in result.stdout
     assert "| resnext | resnext29_4x64d | cifar10 | 128 | 0 workers | fp32 |" in result.stdout
     skipped = [line for line in result.stderr.splitlines() if "skipped" in line]
     assert [line.split(":")[1].rpartition("/")[2] for line in skipped] == [
-        "cut.json", "empty.json", "foreign.json", "hollow.json", "later.json",
+        "cut.json", "empty.json", "foreign.json", "hollow.json", "later.json", "broken.json",
     ]  # fmt: skip
     # Every figure that there are records for, not blank and not large.
     figures = sorted((run_folder.parent / "image").iterdir())
@@ -97,7 +98,7 @@ def test_the_whole_report(run_script, run_folder):
 
 
 def assert_drawn(path):
-    """At README width, with at least three colours besides black, white and greys."""
+    """At README width, with at least two colours besides black, white and greys."""
     from PIL import Image
 
     picture = Image.open(path).convert("RGB")
@@ -141,6 +142,67 @@ def test_a_missing_folder_is_one_line(run_script, tmp_path):
     result = run_script("report.py", tmp_path / "absent", code=2)
     assert len(result.stderr.splitlines()) == 1
     assert "absent" in result.stderr
+
+
+def without(record, *path):
+    """A copy of `record` that lacks the value at `path`, names and places."""
+    record = json.loads(json.dumps(record))
+    *way, last = path
+    part = record
+    for name in way:
+        part = part[name]
+    del part[last]
+    return record
+
+
+INTERVAL = {"mean": 0.3, "low": 0.2, "high": 0.4}
+EVALUATION = {
+    "format": 1, "experiment": "simcls_evaluation", "arguments": {}, "machine": {"hardware": "CPU"},
+    "systems": {"generator": {"rouge1": INTERVAL}, "SimCLS": {"rouge1": INTERVAL}},
+}  # fmt: skip
+CHECKPOINTED = make_record(experiment="resnext_checkpoint", policy="chain")
+
+
+@pytest.mark.parametrize(
+    ("record", "reason"),
+    [
+        *((without(make_record(), "arguments", name), f"without the argument {name}")
+          for name in ("model", "dataset", "batch_size", "num_worker", "half_precision")),
+        (without(CHECKPOINTED, "arguments", "policy"), "without the argument policy"),
+        (make_record(experiment="simcls"), "without the argument num_workers"),
+        (without(make_record(), "machine"), "without machine"),
+        *((without(make_record(), "epochs", 1, "timing", name), "no whole timing")
+          for name in ("seconds", "steps", "warmup_steps", "unphased_seconds", "phases")),
+        *((without(make_record(), "epochs", 1, "timing", "phases", "step", name), "no whole timing")
+          for name in ("count", "share", "host_ms", "device_ms")),
+        (without(EVALUATION, "systems", "SimCLS", "rouge1", "low"), "lacks its ROUGE"),
+    ],
+)  # fmt: skip
+def test_a_record_that_lacks_something_is_named_and_left_out(tmp_path, capsys, record, reason):
+    (tmp_path / "lacking.json").write_text(json.dumps(record))
+    assert records.read_folders([tmp_path]) == ([], [])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "lacking.json" in line
+    assert reason in line
+
+
+def test_the_report_goes_on_without_a_record_that_lacks_something(call_report, run_folder):
+    before = call_report(run_folder).out
+    (run_folder / "lacking.json").write_text(json.dumps(without(CHECKPOINTED, "arguments", "policy")))
+    assert call_report(run_folder).out == before
+
+
+def test_a_record_that_lacks_what_is_not_needed_is_shown(call_report, tmp_path):
+    """What old versions did not write: flags that came later, the command, the versions."""
+    old = without(make_record(), "arguments", "true_fp32")
+    old = without(without(old, "arguments", "loader"), "machine", "versions")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "old.json").write_text(json.dumps(old))
+    (tmp_path / "runs" / "evaluation.json").write_text(json.dumps(EVALUATION))
+    result = call_report(tmp_path / "runs")
+    assert "skipped" not in result.err
+    assert section(result.out, "Runs")[0]["Loading"] == "2 workers"
+    assert section(result.out, "SimCLS before and after")[0]["ROUGE-1, %"] == "30.00 (20.00 to 40.00)"
 
 
 def test_phases_of_one_record(run_script, run_folder):

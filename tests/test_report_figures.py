@@ -77,11 +77,15 @@ def test_samples_and_noise():
         (1.6, "1.60"),
         (9.996, "10.0"),
         (104.2, "104"),
-        (8934, "8930"),
+        (8934, "8934"),
+        (1024.4, "1024"),
+        (1143.96, "1144"),
+        (99.96, "100"),
+        (float("nan"), "nan"),
         (-2.5, "-2.50"),
     ],
 )
-def test_numbers_have_three_digits(value, text):
+def test_numbers_have_three_digits_and_all_before_the_point(value, text):
     assert number(value) == text
 
 

@@ -37,6 +37,49 @@ def test_mixed_precision_table():
     assert rows["fp32"]["A100: step, ms"] == "–"  # The original never ran it.
 
 
+def test_the_same_arithmetic_by_other_flags_is_no_repeat():
+    """On a CPU --true_fp32 changes nothing, and every half precision is bfloat16: they are rows of their own."""
+    cpu = {"device": "cpu", "precision": "fp32"}
+    half = {"device": "cpu", "precision": "bf16"}
+    runs = [
+        make_run(1.0, **cpu),
+        make_run(1.2, **cpu, true_fp32=True),
+        make_run(0.5, **half, half_precision="float16"),
+        make_run(0.6, **half, half_precision="bfloat16"),
+        make_run(0.7, **half, half_precision="bfloat16", seed=1),
+    ]
+    rows = rows_of(MIXED_PRECISION, runs)
+    assert {name: (row["Runs"], row["Step, ms"]) for name, row in rows.items()} == {
+        "fp32 (baseline)": ("1", "100"),
+        "fp32 (--true_fp32 True)": ("1", "120"),
+        "bf16 (--half_precision float16)": ("1", "50.0"),
+        "bf16 (--half_precision bfloat16)": ("2", "65.0 ± 7.1"),
+    }
+
+
+def test_workers_beside_the_device_loader_make_no_repeat():
+    rows = rows_of(DATA_LOADER, [make_run(), *(make_run(loader="device", num_worker=number) for number in (0, 2))])
+    assert list(rows) == ["2 workers (baseline)", "device (--num_worker 0)", "device (--num_worker 2)"]
+
+
+def test_a_device_loader_that_fell_back_to_workers_is_called_so_and_is_no_baseline():
+    fallen_back = make_run(1.1, loader="device")
+    fallen_back.record["loading"] = "workers"
+    rows = rows_of(DATA_LOADER, [fallen_back, make_run(), make_run(num_worker=0)])
+    assert list(rows) == ["2 workers (baseline)", "0 workers", "2 workers (--loader device)"]
+    assert rows["2 workers (--loader device)"]["Step, ×"] == "1.10"
+
+
+def test_of_several_runs_with_one_seed_the_latest_counts():
+    runs = [make_run(), make_run(0.9, num_worker=0), make_run(0.5, num_worker=0), make_run(0.7, num_worker=0, seed=1)]
+    for run, date in zip(runs, ("2026-01-01", "2026-01-03", "2026-01-02", "2026-01-01"), strict=True):
+        run.machine["date"] = date
+    row = rows_of(DATA_LOADER, runs)["0 workers"]
+    assert (row["Runs"], row["Step, ms"]) == ("2", "80.0 ± 14.1")
+    listed = read_table(overview.every_run(runs))
+    assert [row["Runs"] for row in listed] == ["1", "2"]
+
+
 def test_checkpointing_table_has_a_baseline_for_each_batch_size():
     redo = {"experiment": "resnext_checkpoint", "memory_budget": None}
     runs = [
@@ -48,7 +91,7 @@ def test_checkpointing_table_has_a_baseline_for_each_batch_size():
         make_run(9.0, saved=2**32, batch_size=896, policy="nested", **redo),
     ]
     table = read_table(tables.render(CHECKPOINTING, runs))
-    rows = {(row["Batch size"], row["Redone in backward"]): row for row in table}
+    rows = {(row["Batch size"], row["Recomputed in backward"]): row for row in table}
     assert list(rows) == [
         ("128", "none (baseline)"), ("128", "nested"), ("128", "budget 0.25"),
         ("512", "none (baseline)"), ("512", "chain"), ("896", "nested"),
