@@ -70,13 +70,14 @@ def report(args):
         records.warn("no runs found; bash run.sh makes some")
     from reporting import figures, frontier  # After the folders are known to be good: matplotlib takes a second.
 
-    parts = sections(runs, evaluations, args.benchmark_dir, with_cpu_times=args.readme is None)
+    measured = benchmarks.read(args.benchmark_dir)
+    parts = sections(runs, evaluations, measured, with_cpu_times=args.readme is None)
     if args.readme:
         rewrite(args.readme, {name: body for name, (_, body) in parts.items()})
     else:
         shown = [parts[name] for name in args.only or TABLES]
         print("\n\n".join(f"## {title}\n\n{body}" for title, body in shown if body))
-    drawn = [*figures.draw_all(runs, args.image_dir), *frontier.draw_frontier(args.benchmark_dir, args.image_dir)]
+    drawn = [*figures.draw_all(runs, args.image_dir), *frontier.draw_frontier(measured, args.image_dir)]
     for path in drawn:
         print(f"drawn: {path}", file=sys.stderr)
 
@@ -87,16 +88,19 @@ def default_folders(published):
     return [ROOT / name for name in FOLDERS if (ROOT / name).is_dir()]
 
 
-def sections(runs, evaluations, benchmark_dir, with_cpu_times):
-    """Name of TABLES -> (title, Markdown), with "" where there are no records for it."""
+def sections(runs, evaluations, measured, with_cpu_times):
+    """Name of TABLES -> (title, Markdown), with "" where there are no records for it.
+
+    measured: the benchmarks' records, as benchmarks.read gives them.
+    """
     parts = {"runs": ("Runs", overview.every_run(runs, with_cpu_times))}
     for study in STUDIES:
         parts[study.name] = (study.title, tables.render(study, runs, with_cpu_times))
     parts["evaluation"] = ("SimCLS before and after", overview.evaluations(evaluations))
     parts["phases"] = ("Phases of a step", overview.step_phases(runs, with_cpu_times))
-    parts["benchmarks"] = ("Benchmarks", benchmarks.render(benchmark_dir))
+    parts["benchmarks"] = ("Benchmarks", benchmarks.render(measured))
     for name in benchmarks.WITH_TABLES:
-        parts[f"benchmark-{name}"] = (f"Benchmark {name}", benchmarks.render_tables(benchmark_dir, name))
+        parts[f"benchmark-{name}"] = (f"Benchmark {name}", benchmarks.render_tables(measured, name))
     parts["published"] = ("The original study", overview.original_study())
     parts["glossary"] = ("What the figures mean", GLOSSARY.read_text(encoding="utf-8").strip())
     return parts

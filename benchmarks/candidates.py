@@ -1,4 +1,4 @@
-"""Claim: candidates come many times faster than from transformers 4.56.2, with equal tokens.
+"""How many times faster candidates come than from transformers 4.56.2, with equal tokens. Targets: TARGETS.
 
     python3 benchmarks/candidates.py --data pubmed_abstracts.csv.gz --reference_python /path/of/venv/bin/python
 
@@ -17,8 +17,6 @@ plain restatement of its algorithm over this version's modules. First every arm 
 """
 
 import argparse
-import json
-import subprocess
 import sys
 import tempfile
 import time
@@ -32,7 +30,7 @@ from harness import torchvision_compat  # noqa: F401  # isort: skip (before tran
 import torch
 import transformers
 from candidates_reference import DIVERSITY_PENALTY
-from common import ratio_summary, results_path
+from common import Reference, interleaved, ratio_summary, results_path, verdict
 from diverse_beam import DiverseBeamSearch
 from documents import find_dataset, read_documents, split_documents
 from gen_candidate import length_batches
@@ -43,6 +41,15 @@ from harness.recording import describe_machine, write_json
 
 LONGEST = 512
 PAD, END = 0, 1
+NEEDS = "torch and transformers 4.56.2"
+CPU = torch.device("cpu")
+TARGETS = {
+    "cpu": {
+        "t5-small shape, original": ("at least", 8.0),
+        "t5-small shape, sorted": ("at least", 2.5),
+        "bart kind, sorted": ("at least", 1.0),
+    }
+}
 
 
 def get_args_parser():
@@ -68,14 +75,15 @@ def main():
     args = get_args_parser().parse_args()
     documents = split_documents(read_documents(find_dataset(args.data)))
     texts = [document.text for document in documents["test"][: args.documents]]
-    with tempfile.TemporaryDirectory() as folder, Reference(args.reference_python) as reference:
+    reference = Reference(args.reference_python, "candidates_reference.py", needs=NEEDS)
+    with tempfile.TemporaryDirectory() as folder, reference:
         print(f"reference: {reference.name}; {torch.get_num_threads()} threads", flush=True)
         results = {}
         for name, model_folder, sources in make_cases(args, documents["train"], texts, Path(folder)):
             results[name] = time_case(name, model_folder, sources, reference, args)
         record = {
             "benchmark": "candidates",
-            "machine": describe_machine(torch.device("cpu")),
+            "machine": describe_machine(CPU),
             "reference": reference.name,
             "candidates": args.num_cands,
             "decoder_max_len": args.decoder_max_len,
@@ -83,7 +91,7 @@ def main():
             "documents": len(texts),
             "results": results,
         }
-    path = args.output or results_path("candidates", torch.device("cpu"))
+    path = args.output or results_path("candidates", CPU)
     write_json(path, record)
     print(f"written: {path}")
 
@@ -135,8 +143,8 @@ def time_case(name, model_folder, sources, reference, args):
     as_they_come = batches_of(range(len(sources)), args.original_batch)
     by_length = length_batches(sources, args.reference_batch)
     arms = {
-        "original": lambda: reference.run(sources, as_they_come, request | {"pad_to": LONGEST}),
-        "sorted": lambda: reference.run(sources, by_length, request | {"pad_to": None}),
+        "original": lambda: run_reference(reference, sources, as_they_come, request | {"pad_to": LONGEST}),
+        "sorted": lambda: run_reference(reference, sources, by_length, request | {"pad_to": None}),
         "ours": lambda: run_ours(search, sources, args.batch),
     }
     outputs = {arm: run()[1] for arm, run in arms.items()}
@@ -145,10 +153,8 @@ def time_case(name, model_folder, sources, reference, args):
         print(f"{name}: tokens of {equal} of {len(sources)} documents equal those of {arm}", flush=True)
         if equal < len(sources):
             sys.exit(1)
-    seconds = {arm: [] for arm in arms}
-    for index in range(args.rounds):
-        for arm in list(arms) if index % 2 == 0 else reversed(arms):
-            seconds[arm].append(arms[arm]()[0])
+    # Of the reference, the seconds inside its process.
+    seconds = interleaved({arm: lambda run=run: run()[0] for arm, run in arms.items()}, args.rounds)
     lengths = [len(candidate) for some in outputs["ours"] for candidate in some]
     result = {
         "mean_source_tokens": sum(map(len, sources)) / len(sources),
@@ -158,7 +164,8 @@ def time_case(name, model_folder, sources, reference, args):
         "ratios": {arm: ratio_summary(seconds[arm], seconds["ours"]) for arm in ("original", "sorted")},
     }
     for arm, ratio in result["ratios"].items():
-        print(f"{name}: {ratio['median']:.2f} x {arm} ({ratio['low']:.2f} to {ratio['high']:.2f})", flush=True)
+        ending = verdict(TARGETS, CPU, f"{name}, {arm}", ratio)
+        print(f"{name}: {ratio['median']:.2f} x {arm} ({ratio['low']:.2f} to {ratio['high']:.2f}){ending}", flush=True)
     return result
 
 
@@ -186,38 +193,15 @@ def strip(candidates, pad):
             for candidate in candidates]  # fmt: skip
 
 
-class Reference:
-    """The process that runs candidates_reference.py."""
+def run_reference(reference, sources, batches, request):
+    """(seconds, for each document its candidates without padding), from candidates_reference.py.
 
-    def __init__(self, python):
-        command = [python, str(ROOT / "benchmarks" / "candidates_reference.py")]
-        self.process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-        )
-        self.name = self._read()["name"]
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.process.stdin.close()
-        self.process.wait()
-
-    def run(self, sources, batches, request):
-        """(seconds, for each document its candidates without padding). batches: lists of places in `sources`."""
-        order = [place for places in batches for place in places]
-        texts = [[sources[place] for place in places] for places in batches]
-        self.process.stdin.write(json.dumps(request | {"batches": texts}) + "\n")
-        self.process.stdin.flush()
-        answer = self._read()
-        tokens = dict(zip(order, answer["tokens"], strict=True))
-        return answer["seconds"], [strip(tokens[place], PAD) for place in range(len(sources))]
-
-    def _read(self):
-        line = self.process.stdout.readline()
-        if not line:
-            raise command_line.UserError("the reference ended; --reference_python needs torch and transformers 4.56.2")
-        return json.loads(line)
+    batches: lists of places in `sources`; request: the rest of what that script asks for.
+    """
+    order = [place for places in batches for place in places]
+    answer = reference.ask(request | {"batches": [[sources[place] for place in places] for places in batches]})
+    tokens = dict(zip(order, answer["tokens"], strict=True))
+    return answer["seconds"], [strip(tokens[place], PAD) for place in range(len(sources))]
 
 
 if __name__ == "__main__":

@@ -1,13 +1,18 @@
-"""What every benchmark shares: where its figures go, and fair timing of two or more arms in one run."""
+"""What every benchmark shares: where its figures go, fair timing of two or more arms in one run, and its targets."""
 
+import contextlib
+import json
 import re
 import statistics
+import subprocess
 import time
 from pathlib import Path
 
+from harness.command_line import UserError
 from harness.recording import hardware_name
 
-RESULTS = Path(__file__).resolve().parent / "results"
+HERE = Path(__file__).resolve().parent
+RESULTS = HERE / "results"
 
 
 def results_path(benchmark_name, device):
@@ -23,7 +28,8 @@ def interleaved(arms, rounds):
     """Run every arm once a round, and return each arm's wall-clock seconds by round: dict[str, list[float]].
 
     Odd rounds go through the arms backwards, so that a machine that slows down or speeds up favours none. Warm up
-    before. An arm that works on a GPU has to synchronise before it returns.
+    before. An arm that works on a GPU has to synchronise before it returns. An arm of which only a part is to be timed
+    takes the time itself, and returns those seconds, a float.
 
     arms: dict[str, callable without arguments].
     """
@@ -32,8 +38,8 @@ def interleaved(arms, rounds):
         order = list(arms) if index % 2 == 0 else list(reversed(arms))
         for name in order:
             start = time.perf_counter()
-            arms[name]()
-            seconds[name].append(time.perf_counter() - start)
+            own = arms[name]()
+            seconds[name].append(own if isinstance(own, float) else time.perf_counter() - start)
     return seconds
 
 
@@ -44,3 +50,58 @@ def ratio_summary(base, new):
     """
     ratios = [slow / fast for slow, fast in zip(base, new, strict=True)]
     return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+
+
+def verdict(targets, device, case, ratio):
+    """ "; target at least 8: reached", of the ratio_summary `ratio`; "" where there is no target for `case`.
+
+    targets: TARGETS of a benchmark, {"cpu" or "cuda": {case: ("at least" or "at most", ratio)}}, which report.py reads
+    too; a case is named as the Case column of its table does. device: torch.device.
+    """
+    if case not in targets.get(device.type, {}):
+        return ""
+    bound, limit = targets[device.type][case]
+    reached = ratio["median"] <= limit if bound == "at most" else ratio["median"] >= limit
+    return f"; target {bound} {limit:g}: {'reached' if reached else 'missed'}"
+
+
+class Reference:
+    """A script of this folder that runs in another interpreter, which has another version of some package.
+
+    It answers a line of JSON with a line of JSON, and starts with {"name"}. needs: the packages, in words, for the
+    UserError when it does not start, or ends.
+    """
+
+    def __init__(self, python, script, *arguments, needs):
+        self._error = f"--reference_python {python}: cannot run {script} there; it needs {needs}"
+        command = [python, str(HERE / script), *map(str, arguments)]
+        try:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
+        except OSError:
+            raise UserError(self._error) from None
+        self.name = self._answer()["name"]
+
+    def ask(self, request):
+        """The answer to `request`; both are whatever JSON can hold."""
+        try:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+        except OSError:
+            raise UserError(self._error) from None
+        return self._answer()
+
+    def _answer(self):
+        line = self._process.stdout.readline()
+        if not line:
+            raise UserError(self._error)
+        return json.loads(line)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        with contextlib.suppress(OSError):  # What it ended without reading is still to be written.
+            self._process.stdin.close()
+        self._process.wait()

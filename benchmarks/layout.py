@@ -26,6 +26,7 @@ import torch
 import torch.nn.functional as F
 from common import interleaved, results_path
 
+from experiment import model_name
 from harness import command_line
 from harness.recording import describe_machine, write_json
 from models.resnext import ResNeXt, parse_name
@@ -74,7 +75,7 @@ def get_args_parser():
     on_cuda = torch.cuda.is_available()
     parser = command_line.OneLineParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--models", nargs="+", default=["resnext29_4x64d", "resnext29_2x16d"])
+    add("--models", type=model_name, nargs="+", default=["resnext29_4x64d", "resnext29_2x16d"])
     add("--batch_size", type=command_line.positive_int, default=128 if on_cuda else 16)
     add("--precision", choices=DTYPES, nargs="+", default=["tf32", "bf16", "fp16"] if on_cuda else ["fp32", "bf16"])
     add("--rounds", type=command_line.positive_int, default=10)

@@ -6,8 +6,8 @@ repository. Where compare-mt is missing it takes `rouge-score`, of which compare
     python rouge_reference.py WORKERS
 
 Reads one JSON line a task from stdin, [[reference sentences, [candidate sentences, ...]], ...]; writes one JSON line
-{"seconds", "scores"}, the scores as F-measures [document][candidate][rouge1, rouge2, rougeLsum]. The first line, before
-any task, names the scorer.
+{"seconds", "scores"}, the scores as F-measures [document][candidate][rouge1, rouge2, rougeLsum]. The first line out is
+{"name"}, the scorer's.
 """
 
 import json
@@ -38,7 +38,7 @@ def score_document(document):
 
 def main():
     workers = int(sys.argv[1])
-    print(json.dumps(NAME), flush=True)
+    print(json.dumps({"name": NAME}), flush=True)
     for line in sys.stdin:
         documents = json.loads(line)
         start = time.perf_counter()

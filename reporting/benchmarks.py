@@ -1,7 +1,9 @@
-"""The records of benchmarks/, each a claim with both of its sides measured in one run."""
+"""The records of benchmarks/: how much faster each found the new way, and which of its targets that reaches."""
 
 import ast
+import functools
 import json
+import math
 from pathlib import Path
 
 from reporting.comparison import number
@@ -10,101 +12,184 @@ from reporting.tables import markdown
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "benchmarks"
 WITH_TABLES = ("fast", "layout", "memory")
+TITLES = {
+    ("fast", "ablation"): "Training speed, technique by technique",
+    ("fast", "limits"): "What the hardware allows, against resnext_fast.py",
+    ("fast", "accuracy"): "Accuracy",
+    ("layout", "totals"): "The grouped convolutions by form and layout",
+    ("memory", "rows"): "Activation memory and recomputation",
+    ("memory", "training"): "Training steps with recomputation",
+}
+MIB = 2**20
+COLUMNS = {  # What a record calls a figure -> its header with the unit, and the factor into that unit.
+    "bytes": ("saved, MiB", 1 / MIB),
+    "share": ("of plain, %", 100),
+    "extra": ("FLOPs recomputed, %", 100),
+    "peak_bytes": ("peak, MiB", 1 / MIB),
+    "predicted_bytes": ("predicted saved, MiB", 1 / MIB),
+    "predicted_peak_bytes": ("predicted peak, MiB", 1 / MIB),
+    "batch_size": ("batch", 1),
+    "step_times_plain": ("step, × plain", 1),
+    "step_low": ("lowest", 1),
+    "step_high": ("highest", 1),
+    "peak_allocated_bytes": ("peak allocated, MiB", 1 / MIB),
+    "peak_share": ("peak, % of plain", 100),
+    "largest_batch": ("largest batch", 1),
+    "pictures_per_second": ("pictures/s, median round", 1),
+    "times_original": ("× original, median of the rounds' ratios", 1),
+    "times_original_low": ("lowest", 1),
+    "times_original_high": ("highest", 1),
+    "tflops_per_second": ("TFLOP/s", 1),
+    "saved_mib": ("saved, MiB", 1),
+    "peak_allocated_mib": ("peak allocated, MiB", 1),
+    "pflop_an_epoch": ("PFLOP an epoch", 1),
+    "matmul_tflops_per_second": ("matrix product, TFLOP/s", 1),
+    "copy_gb_per_second": ("copy, GB/s", 1),
+    "epoch_seconds": ("epoch, s", 1),
+    "arithmetic_floor_seconds": ("epoch by arithmetic alone, s", 1),
+    "bytes_floor_seconds": ("epoch by memory traffic alone, s", 1),
+    "times_the_larger_floor": ("epoch, × the larger of both", 1),
+    "test_acc_mean": ("test accuracy, %", 1),
+    "test_acc_deviation": ("deviation over seeds, points", 1),
+    "training_seconds": ("training, s", 1),
+    "seconds_to_94_percent": ("training to 94 %, s", 1),
+    "load_share_of_step": ("load, % of step", 100),
+    "forward_ms": ("forward, ms", 1),
+    "backward_ms": ("backward, ms", 1),
+    "times_faster": ("speed, × groups in NCHW", 1),
+}
 
 
-def render(folder):
-    """Markdown: for each hardware a table of ratios, old way over new, and what each benchmark claims."""
-    parts = []
-    for hardware, benchmarks in by_hardware(folder).items():
-        rows = [row for record in benchmarks for row in _ratio_rows(record)]
-        if rows:
-            names = dict.fromkeys(row["Benchmark"].strip("`") for row in rows)
-            claims = [f"- `{name}`: {claim}" for name in names if (claim := _claim(name))]
-            heading = f"{hardware}, both sides of a row in one run, interleaved:"
-            parts += [heading, markdown(rows), *["\n".join(claims)] * bool(claims)]
-    return "\n\n".join(parts)
-
-
-def render_tables(folder, benchmark):
-    """Markdown: the tables that the records of `benchmark`, one of WITH_TABLES, bring along."""
-    parts = []
-    for hardware, benchmarks in by_hardware(folder).items():
-        for record in benchmarks:
-            if record["benchmark"] == benchmark:
-                for _, table in _tables(record):
-                    parts += [f"{', '.join(filter(None, [record.get('model'), hardware]))}:", table]
-    return "\n\n".join(parts)
-
-
-def by_hardware(folder):
+def read(folder):
     """{hardware: [record, ...]} of the whole records `folder`/*/*.json; others are named on stderr."""
     found = {}
     for path in sorted(Path(folder).glob("*/*.json")):
         try:
             record = json.loads(path.read_bytes())
-            found.setdefault(record["machine"]["hardware"], []).append(record | {"benchmark": record["benchmark"]})
         except (OSError, ValueError) as error:
             warn(f"skipped {path}: not whole JSON ({type(error).__name__}); run its benchmark again, or delete it")
-        except (KeyError, TypeError):
-            warn(f"skipped {path}: no record of a benchmark")
+            continue
+        fault = _fault(record)
+        if fault is None:
+            found.setdefault(record["machine"]["hardware"], []).append(record)
+        else:
+            warn(f"skipped {path}: {fault}")
     return found
 
 
+def _fault(record):
+    """What keeps `record` from being a benchmark's, or None."""
+    machine = record.get("machine") if isinstance(record, dict) else None
+    if not isinstance(machine, dict) or not all(map(_is_text, (record.get("benchmark"), machine.get("hardware")))):
+        return "no record of a benchmark"
+    for case, ratio in _ratios("", record):
+        figures = [ratio["median"], ratio["low"], ratio["high"], *(ratio.get("interval") or ())]
+        if not all(map(is_figure, figures)):
+            return f"a ratio without its figures ({case or 'the only one'})"
+    return None
+
+
+def _is_text(value):
+    return isinstance(value, str)
+
+
+def is_figure(value):
+    """Whether `value` is a finite number, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def render(found):
+    """Markdown: for each hardware a table of ratios. found: the records, as `read` gives them."""
+    parts = []
+    for hardware, records in found.items():
+        rows = [row for record in records for row in _ratio_rows(record)]
+        if rows:
+            parts += [f"{hardware}; both sides of a row took turns in one run:", markdown(rows)]
+    return "\n\n".join(parts)
+
+
+def render_tables(found, benchmark):
+    """Markdown: the tables that the records of `benchmark`, one of WITH_TABLES, bring along. found: as for `render`."""
+    parts = []
+    for records in found.values():
+        for record in records:
+            if record["benchmark"] == benchmark:
+                for name, rows in _tables(record):
+                    parts += [_caption(record, name, rows), markdown([_cells(row, rows) for row in rows])]
+    return "\n\n".join(parts)
+
+
 def _ratio_rows(record):
-    for case, found in _ratios("", record):
-        yield {
+    targets = _targets(record["benchmark"]).get(record["machine"].get("device"), {})
+    for case, ratio in _ratios("", record):
+        case = ", ".join(filter(None, [record.get("model"), case]))
+        bound, limit = targets.get(case, (None, None))
+        row = {
             "Benchmark": f"`{record['benchmark']}`",
-            "Case": ", ".join(filter(None, [record.get("model"), case])) or None,
-            "Ratio": number(found["median"]),
-            "95 % interval": " to ".join(map(number, found["interval"])) if "interval" in found else None,
-            "Lowest to highest": f"{number(found['low'])} to {number(found['high'])}",
+            "Case": case + " (a cost)" * (bound == "at most") or None,
+            "Ratio": number(ratio["median"]),
+            "95 % interval": " to ".join(map(number, ratio["interval"])) if ratio.get("interval") else None,
+            "Lowest to highest": f"{number(ratio['low'])} to {number(ratio['high'])}",
         }
+        if bound:
+            reached = ratio["median"] <= limit if bound == "at most" else ratio["median"] >= limit
+            row |= {"Target": f"{bound} {limit:g}", "Reached": "yes" if reached else "no"}
+        yield row
+
+
+@functools.cache
+def _targets(benchmark):
+    """TARGETS of the script of `benchmark`, {device: {case: ("at least" or "at most", ratio)}}; {} without any."""
+    try:
+        script = ast.parse((SCRIPTS / f"{benchmark}.py").read_text(encoding="utf-8"))
+    except (OSError, ValueError, SyntaxError):
+        return {}
+    for statement in script.body:
+        if isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0]) == "TARGETS":
+            return ast.literal_eval(statement.value)
+    return {}
 
 
 def _ratios(name, value):
-    """Yield (where, ratio) for every {"median", "low", "high"} in a record, as benchmarks.common makes them."""
+    """Yield (where, ratio) for every {"median", "low", "high"} in a record, as benchmarks/common.py makes them."""
     if not isinstance(value, dict):
         return
     if {"median", "low", "high"} <= value.keys():
         yield name, value
         return
     for key, part in value.items():
-        # "results" and "ratio" say nothing that the heading does not.
-        words = [name, "" if key in ("results", "ratio", "ratios") else key.replace("_", " ")]
-        yield from _ratios(", ".join(filter(None, words)), part)
+        # These say nothing that the heading does not.
+        word = "" if key in ("results", "ratio", "ratios") else key
+        yield from _ratios(", ".join(filter(None, [name, word])), part)
 
 
 def _tables(record):
-    """Yield (name, Markdown) for every list of flat dicts in a record: rows to be shown as they are."""
+    """Yield (name, rows) for every list of dicts in a record: tables, whose plain values are shown as they are."""
     for name, value in record.items():
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
-            headers = dict.fromkeys(key for row in value for key in row)
-            plain = [key for key in headers if all(_is_plain(row.get(key)) for row in value)]
-            yield name, markdown([dict(_cell(key, row.get(key)) for key in plain) for row in value])
+            yield name, value
 
 
-def _is_plain(value):
-    return value is None or isinstance(value, (str, int, float))
+def _caption(record, name, rows):
+    """ "Activation memory: resnext29_4x64d, AMD EPYC, 2 cores, batch 4:"; what a column tells is left out."""
+    title = TITLES.get((record["benchmark"], name), f"{record['benchmark']}, {name}")
+    facts = {"model": "{}", "batch_size": "batch {}"}
+    words = {key: text.format(record[key]) for key, text in facts.items() if key in record and key not in rows[0]}
+    words = [words.get("model"), record["machine"]["hardware"], words.get("batch_size")]
+    return f"{title}: {', '.join(filter(None, words))}:"
+
+
+def _cells(row, rows):
+    """A row of a table, header -> text or None, of those figures of its that are plain in all `rows`."""
+    names = dict.fromkeys(key for each in rows for key in each)
+    plain = [key for key in names if all(isinstance(each.get(key), (str, int, float, type(None))) for each in rows)]
+    return dict(_cell(key, row.get(key)) for key in plain)
 
 
 def _cell(key, value):
-    """(header, text or None) of a figure; bytes are given in MiB."""
-    header = key.replace("_", " ")
-    if key.endswith("bytes"):
-        header, value = header.removesuffix("bytes") + "MiB", value and value / 2**20
-    header = header.replace("mib", "MiB")
-    if value is None:
-        return header, None
+    header, factor = COLUMNS.get(key, (key.replace("_", " "), 1))
     if isinstance(value, bool):
         return header, "yes" if value else "no"
-    return header, number(value) if isinstance(value, float) else str(value)
-
-
-def _claim(benchmark):
-    """What the script says that it shows, in the paragraph of its docstring that begins with "Claim:"; else None."""
-    try:
-        docstring = ast.get_docstring(ast.parse((SCRIPTS / f"{benchmark}.py").read_text(encoding="utf-8")))
-    except (OSError, SyntaxError):
-        return None
-    paragraphs = [paragraph.replace("\n", " ") for paragraph in (docstring or "").split("\n\n")]
-    return next((text.removeprefix("Claim:").strip() for text in paragraphs if text.startswith("Claim:")), None)
+    if value is None or isinstance(value, str):
+        return header, value
+    return header, str(value) if factor == 1 and isinstance(value, int) else number(factor * value)

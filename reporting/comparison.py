@@ -61,14 +61,18 @@ def _note(new, base):
 
 
 def number(value, digits=3):
-    """`value` with `digits` significant digits, never as a power of ten: 0.0012, 1.60, 104, 8930."""
+    """`value` with `digits` significant digits, more where it has more before the point: 0.0012, 1.60, 104, 8934."""
     if value == 0:
         return "0"
-    places = digits - 1 - math.floor(math.log10(abs(value)))
-    rounded = round(value, places)
+    if not math.isfinite(value):
+        return str(value)
+    rounded = round(value, _decimals(value, digits))
     # Rounding up may have won a digit: 9.996 is 10.0.
-    places = digits - 1 - math.floor(math.log10(abs(rounded)))
-    return f"{rounded:.{max(0, places)}f}"
+    return f"{rounded:.{_decimals(rounded, digits)}f}"
+
+
+def _decimals(value, digits):
+    return max(0, digits - 1 - math.floor(math.log10(abs(value))))
 
 
 def quantity(sample, places=None):

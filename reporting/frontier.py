@@ -1,8 +1,9 @@
-"""The figure of benchmarks/memory.py: what each way of checkpointing holds for backward, against what it redoes."""
+"""The figure of benchmarks/memory.py: the memory that each way of checkpointing saves, against what that costs."""
 
 import matplotlib.pyplot as plt
+from matplotlib.ticker import PercentFormatter
 
-from reporting.benchmarks import by_hardware
+from reporting.benchmarks import is_figure
 from reporting.figures import MARKERS, STYLE, WIDTH, save
 
 NAME = "memory-frontier.png"
@@ -13,14 +14,18 @@ FAMILIES = {  # The start of a policy's name -> what the legend calls its family
     "nested": "the original study's nested scheme",
     "": "our policies, and plain",
 }
+# Where names stand, in points from theirs, so that those of different families keep apart where their points meet.
+ABOVE_RIGHT, BELOW_RIGHT, BELOW_LEFT = ({"xytext": (5, 6)}, {"xytext": (5, -13)}, {"xytext": (-5, -13), "ha": "right"})
+PLACES = {"": BELOW_RIGHT, "compile": BELOW_LEFT}
 
 
-def draw_frontier(benchmark_folder, folder):
+def draw_frontier(found, folder):
     """Write `folder`/memory-frontier.png from the record of the memory benchmark, one from a GPU before one from a CPU.
 
-    Returns the paths written: [] when there is no record.
+    found: the benchmarks' records, as reporting.benchmarks.read gives them. Returns the paths written: [] when there
+    is no such record.
     """
-    records = [record for group in by_hardware(benchmark_folder).values() for record in group]
+    records = [record for group in found.values() for record in group]
     records = [record for record in records if record["benchmark"] == "memory" and is_whole(record)]
     if not records:
         return []
@@ -34,35 +39,51 @@ def draw_frontier(benchmark_folder, folder):
 
 def is_whole(record):
     """Whether a record has what the figure shows."""
-    rows = record.get("rows")
-    return bool(rows) and "model" in record and all({"policy", "share", "extra"} <= row.keys() for row in rows)
+    return "model" in record and len(points(record, "rows", "share", "extra")) > 1
+
+
+def points(record, table, x, y):
+    """The rows of a record's `table`, a list of dicts, that have a policy and both figures: [(policy, x, y), ...]."""
+    rows = record[table] if isinstance(record.get(table), list) else []
+    found = [(row.get("policy"), row.get(x), row.get(y)) for row in rows if isinstance(row, dict)]
+    return [point for point in found if isinstance(point[0], str) and all(map(is_figure, point[1:]))]
 
 
 def draw(record):
-    figure, panel = plt.subplots(figsize=(WIDTH, 5), layout="constrained")
-    for index, (start, title) in enumerate(FAMILIES.items()):
-        rows = [row for row in record["rows"] if family(row["policy"]) == start]
-        if not rows:
-            continue
-        rows.sort(key=lambda row: row["share"])
-        shares, extras = [row["share"] for row in rows], [100 * row["extra"] for row in rows]
-        line = "--" if start in ("budget", "compile") else "none"
-        panel.plot(shares, extras, linestyle=line, marker=MARKERS[index], color=f"C{index}", markersize=8, label=title)
-        below = start == ""  # So that a policy and a budget that hold the same keep their names apart.
-        for row, x, y in zip(rows, shares, extras, strict=True):
-            name = row["policy"].removeprefix("budget ").removeprefix("compile ")
-            if start not in ("torch.utils", "nested"):
-                offset = (5, -13) if below else (5, 6)
-                panel.annotate(name, (x, y), xytext=offset, textcoords="offset points", fontsize=8)
-    panel.set(
-        xlabel="bytes held for backward, share of the plain run's",
-        ylabel="FLOPs more, % of forward and backward",
-        xlim=(0, 1.08),
+    """The FLOPs recomputed against the memory saved; below, where steps were timed, their time against their peak."""
+    timed = points(record, "training", "peak_share", "step_times_plain")
+    rows = 1 + bool(timed)
+    figure, panels = plt.subplots(rows, 1, figsize=(WIDTH, 1 + 4.4 * rows), layout="constrained", squeeze=False)
+    counted, *others = panels[:, 0]
+    draw_families(counted, points(record, "rows", "share", "extra"))
+    counted.set(
+        xlabel="activation memory saved for backward, share of plain",
+        ylabel="FLOPs recomputed, of those of forward and backward",
     )
-    panel.set_ylim(bottom=-0.1 * panel.get_ylim()[1])
-    panel.legend()
+    counted.yaxis.set_major_formatter(PercentFormatter(1.0))
+    for panel in others:
+        draw_families(panel, timed)
+        panel.set(xlabel="peak memory allocated in a step, share of plain", ylabel="time of a step, × plain")
+    figure.legend(*counted.get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.suptitle(f"Memory against work: {record['model']}; {record['machine']['hardware']}", fontsize=11)
     return figure
+
+
+def draw_families(panel, rows):
+    """Draw [(policy, x, y), ...] with their names, and a line through each family of budgets."""
+    for index, (start, title) in enumerate(FAMILIES.items()):
+        members = sorted((x, y, policy) for policy, x, y in rows if family(policy) == start)
+        if not members:
+            continue
+        xs, ys, names = zip(*members, strict=True)
+        line = "--" if start in ("budget", "compile") else "none"
+        panel.plot(xs, ys, linestyle=line, marker=MARKERS[index], color=f"C{index}", markersize=8, label=title)
+        for x, y, name in members:
+            place = PLACES.get(start, ABOVE_RIGHT)
+            panel.annotate(name.removeprefix("budget "), (x, y), textcoords="offset points", fontsize=8, **place)
+    panel.set_xlim(0, 1.1)
+    low, high = panel.get_ylim()
+    panel.set_ylim(low - 0.08 * (high - low), high + 0.04 * (high - low))
 
 
 def family(policy):

@@ -4,7 +4,7 @@ from reporting import published
 from reporting.comparison import Sample, number, quantity
 from reporting.records import Run
 from reporting.studies import loading_label, recomputation_label, test_accuracy
-from reporting.tables import CPU_NOTE, hardware, markdown, place, settings
+from reporting.tables import CPU_NOTE, hardware, markdown, one_a_seed, place, settings
 
 METRICS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 PHASES = ("data load", "data copy", "zero grad", "forward", "backward", "optimizer")
@@ -17,7 +17,7 @@ def by_place(runs):
         where, what = hardware(run), settings(run)
         _, repeats = places.setdefault(str(where), (where, {}))
         repeats.setdefault(str(sorted(what.items(), key=str)), []).append(run)
-    return [(where, list(repeats.values())) for where, repeats in places.values()]
+    return [(where, [one_a_seed(runs) for runs in repeats.values()]) for where, repeats in places.values()]
 
 
 def _tables(runs, cells, with_cpu_times):
@@ -42,7 +42,7 @@ def _description(repeats):
         "Batch": str(arguments["batch_size"]) if "batch_size" in arguments else None,
         "Loading": loading_label(run),
         "Precision": run.precision,
-        "Redone": None if recomputed == "none" else recomputed,
+        "Recomputed": None if recomputed == "none" else recomputed,
         "Steps": str(arguments["max_steps"]) if arguments.get("max_steps") else None,
         "Epochs": str(len(run.curve("loss"))) if run.curve("loss") else None,
         "Runs": str(len(repeats)),
@@ -156,16 +156,16 @@ def _evaluation(repeats):
             low, high = 100 * interval["low"], 100 * interval["high"]
             sample = Sample.of(100 * record["systems"][name][metric]["mean"] for record in repeats)
             range_text = f" ({low:.2f} to {high:.2f})" if len(repeats) == 1 else ""
-            cells[f"{METRICS[metric]}, %"] = quantity(sample, places=2) + range_text
+            cells[f"{METRICS.get(metric, metric)}, %"] = quantity(sample, places=2) + range_text
         rows.append(cells)
     if first.get("p_value"):
         worst = {metric: max(record["p_value"][metric] for record in repeats) for metric in first["p_value"]}
         rows.append({"Summary": "p, SimCLS against the generator"} | _p_values(worst))
     meaning = "95 % intervals" if len(repeats) == 1 else f"mean ± deviation over {len(repeats)} scorers, highest p"
     machine = first["machine"]
-    where = f"`{machine['command']}`; {machine.get('hardware', 'unknown hardware')}"
+    where = f"`{machine.get('command', 'unknown command')}`; {machine.get('hardware', 'unknown hardware')}"
     return f"{first.get('documents', 'unknown')} documents, {meaning}; {where}:\n\n{markdown(rows)}"
 
 
 def _p_values(values):
-    return {f"{METRICS[metric]}, %": f"{p:.2g}" for metric, p in values.items()}
+    return {f"{METRICS.get(metric, metric)}, %": f"{p:.2g}" for metric, p in values.items()}

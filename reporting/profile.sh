@@ -20,6 +20,17 @@ if ! command -v nsys >/dev/null; then
         "or on Debian: apt install nsight-systems (in non-free)" >&2
     exit 2
 fi
+
+# quietly WHAT COMMAND...: run the command without its output; when it fails, the last line of that is the reason.
+quietly() {
+    local said
+    said=$("${@:2}" 2>&1 </dev/null) || {
+        said=$(grep -v '^[[:space:]]*$' <<<"$said" | tail -n 1 || true)
+        echo "profile.sh: $1 failed: ${said:-it gives no reason}" >&2
+        exit 2
+    }
+}
+
 output=$1
 shift
 mkdir -p "$(dirname "$output")"
@@ -40,10 +51,11 @@ if [ ! -f "$output.nsys-rep" ]; then
         echo "profile.sh: nsys wrote no report $output.nsys-rep, and its QdstrmImporter is not there to make one" >&2
         exit 2
     fi
-    "$importer" -i "$output.qdstrm" >/dev/null
+    quietly "making a report of $output.qdstrm" "$importer" -i "$output.qdstrm"
     rm "$output.qdstrm"
 fi
-nsys export --type sqlite --force-overwrite true -o "$output.sqlite" "$output.nsys-rep" >/dev/null 2>&1
+quietly "nsys export of $output.nsys-rep" \
+    nsys export --type sqlite --force-overwrite true -o "$output.sqlite" "$output.nsys-rep"
 "$python" "$here/../report.py" --nsys "$output.sqlite"
 
 if [ "${what[1]}" = cuda,nvtx ]; then

@@ -13,8 +13,20 @@ from harness.runs import FORMAT
 
 NO_RECORD = re.compile(r"\d+\.json|\w+\.settings\.json")  # Samples and candidates of SimCLS.
 RECORD_START = re.compile(rb'\s*\{\s*"format"\s*:')
-TRAINING = ("resnext", "resnext_checkpoint", "resnext_fast", "simcls")
 EVALUATION = "simcls_evaluation"
+# The experiments, and the arguments without which a record of theirs says too little to be compared.
+OF_IMAGES = ("model", "dataset", "batch_size", "num_worker", "half_precision")
+ARGUMENTS = {
+    "resnext": OF_IMAGES,
+    "resnext_checkpoint": (*OF_IMAGES, "policy"),
+    "resnext_fast": OF_IMAGES,
+    "simcls": ("batch_size", "num_workers", "half_precision", "use_checkpoint"),
+    EVALUATION: (),
+}
+OF_EPOCH = {"epoch", "timing"}
+OF_TIMING = {"seconds", "steps", "warmup_steps", "unphased_seconds", "phases"}
+OF_PHASE = {"count", "share", "host_ms", "device_ms"}
+OF_INTERVAL = {"mean", "low", "high"}
 
 
 def warn(line):
@@ -70,23 +82,37 @@ def _fault(record):
     """What keeps `record` from being one of ours, or None."""
     if not isinstance(record, dict) or "experiment" not in record:
         return "no record of a run"
-    if record["experiment"] not in (*TRAINING, EVALUATION):
+    if record["experiment"] not in ARGUMENTS:
         return f"a record of the unknown experiment {record['experiment']!r}"
     if record.get("format") != FORMAT:
         return f"a record of format {record.get('format')!r}; this program reads {FORMAT}"
     parts = {"arguments": dict, "machine": dict}
-    parts |= {"epochs": list} if record["experiment"] in TRAINING else {"systems": dict}
+    parts |= {"systems": dict} if record["experiment"] == EVALUATION else {"epochs": list}
     for name, kind in parts.items():
         if not isinstance(record.get(name), kind):
             return f"a record without {name}"
-    if not all(_is_epoch(epoch) for epoch in record.get("epochs", ())):
-        return "a record with an epoch that has no timing"
+    for name in ARGUMENTS[record["experiment"]]:
+        if name not in record["arguments"]:
+            return f"a record without the argument {name}"
+    if not all(map(_is_epoch, record.get("epochs", ()))):
+        return "a record with an epoch that has no whole timing"
+    if not all(_holds(system, OF_INTERVAL) for system in record.get("systems", {}).values()):
+        return "a record with a system that lacks its ROUGE"
     return None
 
 
 def _is_epoch(epoch):
-    timing = epoch.get("timing") if isinstance(epoch, dict) else None
-    return isinstance(timing, dict) and isinstance(timing.get("phases"), dict) and "seconds" in timing
+    return _has(epoch, OF_EPOCH) and _has(epoch["timing"], OF_TIMING) and _holds(epoch["timing"]["phases"], OF_PHASE)
+
+
+def _has(value, names):
+    """Whether `value` is a dict with these names."""
+    return isinstance(value, dict) and names <= value.keys()
+
+
+def _holds(value, names):
+    """Whether `value` is a dict whose values are dicts with these names."""
+    return isinstance(value, dict) and all(_has(each, names) for each in value.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -168,7 +194,7 @@ class Run:
         return float(np.median(values[1:] or values)) if values else None
 
     def saved_mib(self):
-        """MiB that autograd holds for backward when forward ends."""
+        """MiB that autograd keeps from forward for backward."""
         saved = self.record.get("saved_activation_bytes")
         return None if saved is None else saved / 2**20
 
@@ -182,7 +208,7 @@ class Run:
         return None if peak is None else peak / 1e9
 
     def reserved_gb(self):
-        """Highest GPU memory that PyTorch held, in 1e9 bytes."""
+        """Highest GPU memory that PyTorch took, in 1e9 bytes."""
         peak = self._peak("reserved_bytes")
         return None if peak is None else peak / 1e9
 

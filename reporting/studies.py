@@ -15,8 +15,8 @@ def test_accuracy(run):
 
 
 def loading_label(run):
-    """ "2 workers", "1 worker" or "device"."""
-    if run.arguments.get("loader") == "device":
+    """ "2 workers", "1 worker" or "device": what ran, which is workers where the pictures did not fit on the device."""
+    if run.record.get("loading", run.arguments.get("loader")) == "device":
         return "device"
     workers = run.arguments["num_workers" if run.experiment == "simcls" else "num_worker"]
     return f"{workers} worker{'' if workers == 1 else 's'}"
@@ -37,7 +37,8 @@ def loading_arm(run):
     label = loading_label(run)
     workers = float("inf") if label == "device" else run.arguments["num_worker"]
     figures = _published(run, published.DATA_LOADER, (run.arguments["batch_size"], label))
-    return Arm(label, (workers,), label == "2 workers", figures)
+    is_baseline = label == "2 workers" and run.arguments.get("loader") != "device"
+    return Arm(label, (workers,), is_baseline, figures)
 
 
 def precision_arm(run):
@@ -62,7 +63,8 @@ def simcls_arm(run):
     if run.experiment != "simcls":
         return None
     arguments = run.arguments
-    extras = [run.precision] * bool(arguments["half_precision"]) + ["recomputation"] * bool(arguments["use_checkpoint"])
+    extras = [run.precision or "unknown"] * bool(arguments["half_precision"])
+    extras += ["recomputation"] * bool(arguments["use_checkpoint"])
     label = ", ".join([loading_label(run), *extras])
     return Arm(label, (extras, arguments["num_workers"]), label == "4 workers")
 
@@ -133,7 +135,7 @@ CHECKPOINTING = Study(
     "checkpointing",
     "Activation checkpointing",
     checkpointing_arm,
-    "Redone in backward",
+    "Recomputed in backward",
     RECOMPUTATION,
     (
         time("Optimizer, ms", Run.optimizer_ms),

@@ -64,12 +64,11 @@ def over_baseline(header, figure):
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A table: one row an arm, runs of the same arm and other seeds in it together.
+    """A table: one row for each setting of the arguments `varies`, with the runs that differ in their seeds alone.
 
     arm: Run -> Arm, or None for a run that has no place in this table. varies: the arguments that tell its arms
     apart; runs are compared only where everything else is the same, hardware and versions too. row_keys: arguments
-    that, besides the arm, make a row of their own; each value has its own baseline. published: header -> key of
-    Arm.published.
+    that make rows of their own besides; each value has its own baseline. published: header -> key of Arm.published.
     """
 
     name: str
@@ -84,8 +83,11 @@ class Study:
 
 @dataclasses.dataclass
 class Row:
+    """Runs of one arm. keys: the values of the study's row_keys; flags: its `varies` with their values, a dict."""
+
     arm: Arm
     keys: tuple
+    flags: dict
     runs: list
 
 
@@ -124,17 +126,40 @@ def groups(study, runs):
         arm = study.arm(run)
         if arm is None:
             continue
-        common = settings(run, (*study.varies, *study.row_keys))
+        everything, common = settings(run), settings(run, (*study.varies, *study.row_keys))
         group = found.setdefault(_key(common, hardware(run)), Group(common, hardware(run), []))
-        keys = tuple(run.arguments.get(name) for name in study.row_keys)
-        row = next((row for row in group.rows if (row.arm.label, row.keys) == (arm.label, keys)), None)
+        keys = tuple(everything.get(name) for name in study.row_keys)
+        flags = {name: everything.get(name) for name in study.varies}
+        row = next((row for row in group.rows if (row.flags, row.keys) == (flags, keys)), None)
         if row is None:
-            group.rows.append(row := Row(arm, keys, []))
+            group.rows.append(row := Row(arm, keys, flags, []))
         row.runs.append(run)
     kept = [group for group in found.values() if len(group.rows) > 1 and not all(_baselines(group))]
     for group in kept:
+        for row in group.rows:
+            row.runs = one_a_seed(row.runs)
+        _tell_apart(group.rows)
         group.rows.sort(key=lambda row: (row.keys, not row.arm.is_baseline, row.arm.order))
     return sorted(kept, key=lambda group: (-len(group.rows), _key(group.settings, group.machine)))
+
+
+def one_a_seed(runs):
+    """Of `runs`, all of one set-up, the latest with each seed: doing one again tells nothing of how seeds differ."""
+    in_time = sorted(runs, key=lambda run: run.machine.get("date") or "")
+    return list({run.arguments.get("seed"): run for run in in_time}.values())
+
+
+def _tell_apart(rows):
+    """Name the flags of rows that have one label: on a CPU --true_fp32 changes nothing, and every half precision is
+    bfloat16, but such runs are no repeats of each other."""
+    labels = []
+    for row in rows:
+        same = [other.flags for other in rows if (other.arm.label, other.keys) == (row.arm.label, row.keys)]
+        differing = [name for name in row.flags if any(flags[name] != row.flags[name] for flags in same)]
+        words = ", ".join(f"--{name} {row.flags[name]}" for name in differing)
+        labels.append(f"{row.arm.label} ({words})" if words and not row.arm.is_baseline else row.arm.label)
+    for row, label in zip(rows, labels, strict=True):
+        row.arm = dataclasses.replace(row.arm, label=label)
 
 
 def _baselines(group):
