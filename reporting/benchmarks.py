@@ -122,6 +122,8 @@ def render_tables(found, benchmark):
 def _ratio_rows(record):
     targets = _targets(record["benchmark"]).get(record["machine"].get("device"), {})
     for case, ratio in _ratios("", record):
+        if ratio["low"] == ratio["high"] == 1:
+            continue  # Of one side to itself.
         case = ", ".join(filter(None, [record.get("model"), case]))
         bound, limit = targets.get(case, (None, None))
         row = {

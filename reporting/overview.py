@@ -1,11 +1,14 @@
 """Tables that compare nothing: every run, the phases of a step, the original's figures."""
 
+import re
+
 from reporting import published
 from reporting.comparison import Sample, number, quantity
 from reporting.records import Run
 from reporting.studies import loading_label, recomputation_label, test_accuracy
 from reporting.tables import CPU_NOTE, hardware, markdown, one_a_seed, place, settings
 
+ABSOLUTE_FOLDER = re.compile(r"(?<=\s)/\S*/")
 METRICS = {"rouge1": "ROUGE-1", "rouge2": "ROUGE-2", "rougeL": "ROUGE-L"}
 PHASES = ("data load", "data copy", "zero grad", "forward", "backward", "optimizer")
 
@@ -163,7 +166,9 @@ def _evaluation(repeats):
         rows.append({"Summary": "p, SimCLS against the generator"} | _p_values(worst))
     meaning = "95 % intervals" if len(repeats) == 1 else f"mean ± deviation over {len(repeats)} scorers, highest p"
     machine = first["machine"]
-    where = f"`{machine.get('command', 'unknown command')}`; {machine.get('hardware', 'unknown hardware')}"
+    # Without the folders of the machine that made the record.
+    command = ABSOLUTE_FOLDER.sub("", machine.get("command", "unknown command"))
+    where = f"`{command}`; {machine.get('hardware', 'unknown hardware')}"
     return f"{first.get('documents', 'unknown')} documents, {meaning}; {where}:\n\n{markdown(rows)}"
 
 
