@@ -20,7 +20,7 @@ export STEPS=${STEPS:-30}
 SEEDS=${SEEDS:-0}
 resume=$([ -n "${AGAIN:-}" ] || echo --resume)
 cuda=$(nvidia-smi -L >/dev/null 2>&1 && echo --cuda || true)
-short_percent=15
+short_percent=10
 failed=0  # The exit code of the last training run that failed.
 
 setup() {
@@ -33,7 +33,8 @@ setup() {
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     # A stamp with the requirements in it: installed once, and again when they change.
     if ! cmp -s requirements.txt .venv/installed; then
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
+        # Compiling every module of every package takes a minute; those that are imported are compiled then.
+        .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
         cp requirements.txt .venv/installed
     fi
     export PATH="$PWD/.venv/bin:$PATH"
@@ -73,16 +74,20 @@ short() {
     echo "bash run.sh report prints all tables"
 }
 
+has_bfloat16() {
+    [ -n "$cuda" ] || grep -qw 'avx512_bf16\|amx_bf16\|bf16' /proc/cpuinfo 2>/dev/null
+}
+
 digits() {
     local common="--dataset digits --model resnext29_2x4d --batch_size 32 --lr 0.0005"
-    # Half precision may change the result, which takes some epochs to see; fewer where it takes three times as long.
-    local epochs=6
-    grep -qw 'avx512_bf16\|amx_bf16\|bf16' /proc/cpuinfo || [ -n "$cuda" ] || epochs=3
-    local long="$common --num_epoch ${EPOCHS:-$epochs} --output_dir runs/digits/results"
+    # Half precision may change the result, which takes some epochs to see.
+    local long="$common --num_epoch ${EPOCHS:-6} --output_dir runs/digits/results"
     # The rest change times and memory, and no result (tests/test_resnext_scripts.py): two epochs are enough.
     local short="$common --num_epoch 2 --output_dir runs/digits/times"
+    # A processor without instructions for bfloat16 would take minutes longer.
+    has_bfloat16 || long=$short
     for seed in $SEEDS; do
-        train resnext/resnext.py $long
+        ! has_bfloat16 || train resnext/resnext.py $long
         train resnext/resnext.py $long --half_precision
         train resnext/resnext.py $short
         train resnext/resnext.py $short --num_worker 0
@@ -130,7 +135,7 @@ samples() {
 chain() (
     samples $short_percent
     seed=0
-    train $simcls/main.py --dataset samples --model_type $simcls/demo --run_name short --num_epoch 1 --lr 3e-4 --total_len 96 \
+    train $simcls/main.py --dataset samples --model_type $simcls/demo --run_name short --num_epoch 1 --batch_size 4 --accumulate_step 1 --lr 3e-4 --total_len 96 \
         --max_len 32 --num_workers 2 $cuda
     once cache/short/evaluation.json python3 $simcls/evaluate_model.py --generator_name $simcls/demo \
         --dataset_percent 50 --num_cands 8 --cand_gen_batch 32 --scorer_path cache/short/scorer.bin
