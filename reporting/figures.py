@@ -17,7 +17,7 @@ from PIL import Image
 from harness.recording import atomic_write
 from reporting.comparison import Sample
 from reporting.overview import PHASES
-from reporting.records import Run
+from reporting.records import Run, combine
 from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCLS
 from reporting.tables import groups, hardware, place
 
@@ -252,9 +252,9 @@ def _arm_name(study, row):
 
 def _bars(name, row, base):
     """[(label, {phase: median length}), ...] of an arm: host, and GPU where that was timed."""
-    timing, scale = row.runs[0].timing(), 1.0
+    timing, scale = combine([run.timing() for run in row.runs if run.epochs]), 1.0
     if row.runs[0].on_cpu:
-        scale = base.runs[0].step_ms()
+        scale = combine([run.timing() for run in base.runs if run.epochs])["phases"]["step"]["host_ms"]["median"]
     bars = []
     for side, words in SIDES.items():
         times = {phase: found[f"{side}_ms"] for phase, found in timing["phases"].items()}
