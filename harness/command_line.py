@@ -115,9 +115,11 @@ def run(main):
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
-        main()
-        # The work is done, and how its data workers end no matter: torch raises when one of them is killed.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        try:
+            main()
+        finally:
+            # torch raises, wherever the process is, when a data worker is killed: not in what follows.
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     except KeyboardInterrupt:
         _end(130, "interrupted")
     except Terminated:
@@ -165,7 +167,8 @@ def explain(error):
         )
     if "RANK" in os.environ and any(words in text for words in _PEER_IS_GONE):
         return "another process of this job has ended; its own line says why"
-    if text.startswith("DataLoader worker (pid"):
+    # The second is what taking a tensor from a worker raises, when that was killed in between.
+    if text.startswith("DataLoader worker (pid") or isinstance(error, (ConnectionError, EOFError)):
         return (
             "a process that loads data was killed; is memory or /dev/shm short? Try fewer --num_worker (--num_workers "
             "for SimCLS); --resume goes on from the last epoch"

@@ -5,6 +5,7 @@ workers or processes, and a resumed run needs no saved loader.
 """
 
 import signal
+import sys
 
 import numpy as np
 import torch
@@ -79,3 +80,6 @@ def _start_worker(worker):
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     torch.set_num_threads(1)
+    # A thread here hands tensors to the main process; when that ends in between, it tells why, and not this.
+    usual = sys.excepthook
+    sys.excepthook = lambda kind, *more: None if issubclass(kind, ConnectionError) else usual(kind, *more)

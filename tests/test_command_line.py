@@ -77,3 +77,9 @@ def test_a_compiler_that_fails_is_one_line_with_its_reason():
     assert command_line._reason("backend='inductor' raised:\nInductorError: no gcc.\n\nSet TORCHDYNAMO_VERBOSE=1") == (
         "InductorError: no gcc"
     )
+
+
+@pytest.mark.parametrize("error", [ConnectionResetError(104, "Connection reset by peer"), EOFError(),
+                                   RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")])  # fmt: skip
+def test_a_killed_data_worker_is_one_line(error):
+    assert "a process that loads data was killed" in explain(error)
