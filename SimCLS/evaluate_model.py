@@ -8,8 +8,8 @@
 The last scores files, one summary a line. ROUGE-1, -2 and -Lsum are mean F-measures, stemmed, of tokenized, lower-cased
 text, as in the samples of preprocess.py. Sentences, which matter to ROUGE-Lsum, are split by NLTK's English data when
 it is installed, else by what Punkt learns from the test documents, as preprocess.py does for the test split: with
---summaries from those of --sources, and without it by a short list of abbreviations. The random candidate's is the mean over a document's candidates; the worst and
-the best are those by the mean of the three.
+--summaries from those of --sources, and without it by a short list of abbreviations. The random candidate's is the mean
+over a document's candidates; the worst and the best are those by the mean of the three.
 
 Intervals hold 95 % of the means of 10,000 bootstrap samples of the documents (percentiles). The p-value is that of a
 paired permutation test: in how many of 10,000 random exchanges of the two systems' figures within documents, this one
@@ -123,6 +123,8 @@ def check_arguments(args):
         check_groups(args)
     if not args.summaries and not args.scorer_path:
         raise UserError(f"--{sources[0]} needs --scorer_path, a scorer that main.py trained")
+    if args.scorer_path and not args.scorer_path.is_file():
+        raise UserError(f"--scorer_path {args.scorer_path} is no file; main.py writes cache/<run>/scorer.bin")
 
 
 # --------------------------------------------------------------------------------------------------- the figures

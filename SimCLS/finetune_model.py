@@ -15,7 +15,6 @@ import contextlib
 import copy
 import functools
 import json
-import logging
 import math
 import os
 import shutil
@@ -43,9 +42,6 @@ from harness.resume import check_arguments, stop_requests
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # Of torchrun.
 STATE_FILES = ("model*", "optimizer.pt", "scheduler.pt", "rng_state*")  # Of the Trainer, besides trainer_state.json.
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeLsum")
-
-# The Trainer takes two states saved within a second for a file system without a clock, and says so.
-logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime" not in record.getMessage())
 
 
 def get_args_parser():

@@ -67,7 +67,7 @@ def get_args_parser():
     parser.add_argument(
         "--workers",
         type=command_line.positive_int,
-        default=len(os.sched_getaffinity(0)),
+        default=command_line.usable_cores(),
         help="processes that score; by default one for each usable core",
     )
     return parser

@@ -14,7 +14,6 @@ import csv
 import importlib.util
 import io
 import multiprocessing
-import os
 import re
 import sys
 import sysconfig
@@ -114,7 +113,7 @@ def ensure_sample():
 def build_sample(path):
     """Write the CSV and return its number of pairs. Raises UserError when no docstring is to be found."""
     # Spawned, since a fork of a process that has started torch's threads may deadlock.
-    with multiprocessing.get_context("spawn").Pool(min(4, len(os.sched_getaffinity(0)))) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(4, command_line.usable_cores())) as pool:
         found = pool.map(file_pairs, list(python_files()), chunksize=20)
     pairs = list(without_repeats(pair for pairs in found for pair in pairs))
     if not pairs:

@@ -87,13 +87,6 @@ class ScorerRun(Run):
         if state["collapsed"]:
             self.facts["collapsed"] = state["collapsed"]
 
-    def is_done(self):
-        """Whether --resume has nothing left to do, which is told."""
-        done = self.args.resume and self.finished
-        if done:
-            self.world.say(f"{self.path('.json')} is finished; nothing to resume")
-        return done
-
     def resume(self, **parts):
         place = super().resume(**parts)
         if not self.world.is_main:

@@ -14,7 +14,7 @@ import time
 from importlib import metadata
 from pathlib import Path
 
-from harness.command_line import UserError
+from harness.command_line import UserError, usable_cores
 
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "nvtx")
 # Linux's names of a processor's abilities, x86's and ARM's: the first that is there, and any of the second line.
@@ -184,7 +184,7 @@ def hardware_name(device):
 
         return torch.cuda.get_device_name(device)
     name, flags = _processor()
-    words = [name, f"{len(os.sched_getaffinity(0))} cores"]
+    words = [name, f"{usable_cores()} cores"]
     words += next(([word] for flag, word in VECTOR_INSTRUCTIONS.items() if flag in flags), [])
     return ", ".join(words + ["bfloat16"] * multiplies_bfloat16())
 

@@ -70,6 +70,13 @@ class Run:
         """Whether the record is there, and no state; `lock` has seen to it that it is of the same arguments."""
         return not self.path(".state").exists() and self._finished_arguments() is not None
 
+    def is_done(self):
+        """Whether --resume has nothing left to do, which is told."""
+        done = self.args.resume and self.finished
+        if done:
+            self.world.say(f"{self.path('.json')} is finished; nothing to resume")
+        return done
+
     def _finished_arguments(self):
         """The arguments in the record, a dict; None when there is none, and when --max_steps cut its run short."""
         try:

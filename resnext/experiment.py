@@ -166,13 +166,6 @@ class ImageRun(Run):
             self.only_of_records = (*self.only_of_records, "data_dir")
         super().__init__(experiment, args.output_dir, run_name(args, suffix), args, world, NOT_RESULTS, **facts)
 
-    def is_done(self):
-        """Whether --resume has nothing left to do, which is told."""
-        done = self.args.resume and self.finished
-        if done:
-            self.world.say(f"{self.path('.json')} is finished; nothing to resume")
-        return done
-
     def note_saved(self, size):
         """Put the bytes that forward saved for backward into the record: of the run's first step, once it is done."""
         if size is not None:

@@ -185,6 +185,7 @@ TABLE = {
         ("--summaries mine/one.txt --references mine/two.txt", "one.txt has 1 lines, mine/two.txt 2"),
         ("--summaries none.txt --references mine/two.txt", "cannot read none.txt"),
         ("--summaries {bad}/candidates/latin/train.out --references mine/two.txt", "train.out, line 7"),
+        ("--generator_name x --scorer_path none/scorer.bin", "none/scorer.bin is no file; main.py writes"),
         ("--samples none --scorer_path cache/good/scorer.bin", "cannot read the sample folder none"),
         ("--samples {bad}/samples/key/train --scorer_path cache/good/scorer.bin", "3.json lacks the key"),
         ("--samples {good}/samples/test --scorer_path none.bin --model_type {good}/t5", "none.bin"),
