@@ -63,7 +63,7 @@ def get_args_parser():
         default=False,
         help="start t5 with attention that copies from the document (see copy_init)",
     )
-    parser.add_argument("--seed", type=command_line.non_negative_int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=command_line.numpy_seed, default=0, help="default: %(default)s")
     return parser
 
 
@@ -73,8 +73,6 @@ def main():
         raise UserError(f"--d_model {args.d_model} is not a multiple of --num_heads {args.num_heads}")
     if args.dropout >= 1:
         raise UserError(f"--dropout {args.dropout} is not below 1")
-    if args.seed >= 2**32:  # NumPy's generator, which transformers seeds too, takes no more.
-        raise UserError(f"--seed {args.seed} is not a whole number from 0 to 2**32 - 1")
     if args.vocab_size < 300:
         raise UserError(f"--vocab_size {args.vocab_size} is below 300: 256 bytes, the special tokens, and some merges")
     documents = read_documents(find_dataset(args.data_file), args.doc_col_name, args.sum_col_name)

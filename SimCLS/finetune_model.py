@@ -52,13 +52,11 @@ def get_args_parser():
     parser.add_argument("--doc_col_name", default="abstract", help="column of the documents (default: %(default)s)")
     parser.add_argument("--sum_col_name", default="title", help="column of the summaries (default: %(default)s)")
     parser.add_argument("--save_dir", type=Path, required=True, help="folder for the fine-tuned generator")
-    parser.add_argument(
-        "--dataset_percent", type=number, default=100, help="share of the splits (default: %(default)s)"
-    )
+    parser.add_argument("--dataset_percent", type=number, default=100, help="of each split (default: %(default)s)")
     parser.add_argument("--lead_words", type=integer, help="train on the first words of each document in place of its "
                         "summary: how many")  # fmt: skip
     parser.add_argument("--resume", **_flag("continue the interrupted run in --save_dir"))
-    parser.add_argument("--seed", type=command_line.non_negative_int, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=command_line.numpy_seed, default=0, help="default: %(default)s")
 
     training = parser.add_argument_group("training")
     training.add_argument("--num_epoch", type=integer, default=5, help="default: %(default)s")
@@ -100,8 +98,6 @@ def main():
             raise UserError(f"--{name} {getattr(args, name)} is not below 1")
     if args.batch_size % PROCESSES:
         raise UserError(f"--batch_size {args.batch_size} is shared out over {PROCESSES} processes; make it a multiple")
-    if args.seed >= 2**32:  # NumPy's generator, which the Trainer seeds too, takes no more.
-        raise UserError(f"--seed {args.seed} is not a whole number from 0 to 2**32 - 1")
     determinism.apply(args)
     is_main = int(os.environ.get("RANK", 0)) == 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -38,6 +38,11 @@ def seed(text):
     return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1")
 
 
+def numpy_seed(text):
+    """An argparse type: an int from 0 to 2**32 - 1, the seeds of NumPy's generator, which transformers seeds too."""
+    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
+
+
 def positive_float(text):
     """An argparse type: a finite float above 0."""
     return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
