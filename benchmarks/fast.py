@@ -47,6 +47,7 @@ from harness.precision import choose_precision
 from harness.profiling import SavedBytes, reset_peak_memory
 from harness.recording import describe_machine, write_json
 from images import load_images, training_loader
+from models.grouped_convolution import set_form
 from models.resnext import ResNeXt, parse_name
 
 SCRIPT = ROOT / "resnext" / "resnext_fast.py"
@@ -60,6 +61,8 @@ TECHNIQUES = {
     "bfloat16": "--half_precision bfloat16",
     "torch.compile": "--compile True",
     "CUDA graphs": "--compile True --cuda_graphs True",
+    "separate convolutions": "--grouped_convolution separate",
+    "dense convolutions": "--grouped_convolution dense",
     "SGD in one cycle": "--optimizer sgd --lr 0.1",
     "label smoothing": "--label_smoothing 0.1",
     "weight averaging": "--ema 0.99",
@@ -235,6 +238,7 @@ class Training:
         torch.manual_seed(0)
         model = ResNeXt(*parse_name(args.model), num_classes=len(data.classes)).to(device)
         self.model = model.to(memory_format=self.layout["memory_format"])
+        set_form(model, args.grouped_convolution)
         self.fast_model = compiled(model, args) if args.compile else model
         self.average = None
         if args.ema:

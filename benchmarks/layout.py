@@ -3,12 +3,7 @@
     python3 benchmarks/layout.py                              ResNeXt29_4x64d and a small one
     python3 benchmarks/layout.py --precision fp32 bf16        on CUDA also tf32 and fp16
 
-Forms of one and the same convolution (Xie et al. 2017, figure 3, shows the first two to be equal):
-
-    groups      one convolution with `groups`
-    separate    a convolution for each group, and their outputs side by side
-    dense       one convolution without groups, whose weight is block-diagonal: more FLOPs, in a form that is ordinary
-
+The forms are those of resnext/models/grouped_convolution.py.
 Each runs in NCHW and in NHWC (channels last), forward and backward apart, after its output and gradients have been
 checked against those of the first form in float64.
 """
@@ -23,12 +18,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "resnext")]
 
 import torch
-import torch.nn.functional as F
 from common import interleaved, results_path
 
 from experiment import model_name
 from harness import command_line
 from harness.recording import describe_machine, write_json
+from models.grouped_convolution import FORMS, GroupedConv2d, groups
 from models.resnext import ResNeXt, parse_name
 
 LAYOUTS = {"NCHW": torch.contiguous_format, "NHWC": torch.channels_last}
@@ -44,31 +39,13 @@ class Shape(NamedTuple):
     size: int
     stride: int
 
+    @property
+    def how(self):
+        """The arguments of a form besides picture and weight."""
+        return {"groups": self.groups, "stride": self.stride, "padding": 1}
+
     def __str__(self):
         return f"{self.channels} channels, {self.groups} groups, {self.size} x {self.size}, stride {self.stride}"
-
-
-def groups(x, weight, shape):
-    return F.conv2d(x, weight, stride=shape.stride, padding=1, groups=shape.groups)
-
-
-def separate(x, weight, shape):
-    parts = zip(x.chunk(shape.groups, 1), weight.chunk(shape.groups), strict=True)
-    return torch.cat([F.conv2d(part, each, stride=shape.stride, padding=1) for part, each in parts], 1)
-
-
-def dense(x, weight, shape):
-    each, inside, *kernel = weight.view(shape.groups, -1, *weight.shape[1:]).shape[1:]
-    blocks = weight.new_zeros(shape.groups, each, shape.groups, inside, *kernel)
-    diagonal = torch.arange(shape.groups, device=weight.device)
-    blocks[diagonal, :, diagonal] = weight.view(shape.groups, each, inside, *kernel)
-    whole = blocks.view(shape.channels, shape.channels, *kernel)
-    if x.is_contiguous(memory_format=torch.channels_last):
-        whole = whole.contiguous(memory_format=torch.channels_last)
-    return F.conv2d(x, whole, stride=shape.stride, padding=1)
-
-
-FORMS = {"groups": groups, "separate": separate, "dense": dense}
 
 
 def get_args_parser():
@@ -124,7 +101,7 @@ def count_shapes(name):
     with torch.device("meta"):
         model = ResNeXt(*parse_name(name))
         for layer in model.modules():
-            if isinstance(layer, torch.nn.Conv2d) and layer.kernel_size == (3, 3):
+            if isinstance(layer, GroupedConv2d):
                 layer.register_forward_pre_hook(note)
         model(torch.empty(2, 3, 32, 32))
     return found
@@ -157,7 +134,7 @@ def measure(shape, precision, args, device):
 def call_once(function, x, weight, shape):
     """(output, gradient of x, gradient of weight) for a fixed gradient of the output."""
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
-    out = function(x, weight, shape)
+    out = function(x, weight, **shape.how)
     return out.detach(), *torch.autograd.grad(out, (x, weight), gradient_like(out))
 
 
@@ -169,7 +146,7 @@ def gradient_like(out):
 
 def make_arms(name, function, operands, shape, repeats, device):
     operands = [each.detach().requires_grad_() for each in operands]
-    out = function(*operands, shape)
+    out = function(*operands, **shape.how)
     gradient = gradient_like(out)
 
     def repeated(call):
@@ -182,7 +159,7 @@ def make_arms(name, function, operands, shape, repeats, device):
         return arm
 
     return {
-        f"{name} forward": repeated(lambda: function(*operands, shape)),
+        f"{name} forward": repeated(lambda: function(*operands, **shape.how)),
         f"{name} backward": repeated(lambda: torch.autograd.grad(out, operands, gradient, retain_graph=True)),
     }
 

@@ -29,11 +29,12 @@ from harness.precision import choose_precision
 from harness.profiling import PhaseTimer, SavedBytes, nvtx_range
 from harness.resume import stop_requests
 from images import load_images
+from models.grouped_convolution import FORMS, set_form
 from models.resnext import ResNeXt, parse_name
 
 WARMUP = 0.2  # The share of training in which the learning rate rises.
 LEARNING_RATES = {"sgd": 0.1, "adam": 0.01}  # Where --lr names none.
-SWITCHES = ("channels_last", "compile", "cuda_graphs", "optimizer", "label_smoothing", "ema")
+SWITCHES = ("channels_last", "grouped_convolution", "compile", "cuda_graphs", "optimizer", "label_smoothing", "ema")
 
 
 class FastParser(OneLineParser):
@@ -60,6 +61,7 @@ def get_fast_args_parser():
     rates = " and ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
     add("--lr", type=learning_rate, help=f"peak learning rate of sgd, or adam's constant one; by default {rates}")
     add("--channels_last", **switch, default=True, help="lay pictures and convolutions out as NHWC")
+    add("--grouped_convolution", choices=FORMS, default="groups", help="form in which the grouped convolutions run")
     add("--compile", **switch, default=on_cuda, help="torch.compile the model")
     add("--cuda_graphs", **switch, default=False, help="with --compile, launch its kernels as CUDA graphs")
     add("--optimizer", choices=("sgd", "adam"), default="sgd", help="sgd in one cycle, or resnext.py's constant Adam")
@@ -138,6 +140,7 @@ def load_parts(args, world, run, memory_format):
     torch.manual_seed(args.seed)
     model = ResNeXt(*parse_name(args.model), num_classes=len(data.classes)).to(world.device)
     model.to(memory_format=memory_format)
+    set_form(model, args.grouped_convolution)
     run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
     if not args.ema:
         return data, model, None

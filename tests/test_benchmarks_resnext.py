@@ -58,7 +58,7 @@ def test_forms_of_a_grouped_convolution_are_one(form, stride):
     torch.manual_seed(0)
     shape = layout.Shape(12, 3, 8, stride)
     x, weight = torch.randn(2, 12, 8, 8, dtype=torch.float64), torch.randn(12, 4, 3, 3, dtype=torch.float64)
-    expected = layout.call_once(layout.groups, x, weight, shape)
+    expected = layout.call_once(layout.FORMS["groups"], x, weight, shape)
     for ours, right in zip(layout.call_once(form, x, weight, shape), expected, strict=True):
         assert torch.allclose(ours, right)
 

@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT
 from resnext_fast import get_fast_args_parser, make_optimizer, one_cycle, suffix
+from torch.utils.flop_counter import FlopCounterMode
 
+from models.grouped_convolution import set_form
 from models.resnext import ResNeXt
 
 SCRIPT = "resnext/resnext_fast.py"
@@ -138,6 +140,34 @@ def test_both_layouts_compute_the_same():
         loss.backward()
         results.append(torch.cat([loss.detach()[None], *(weight.grad.flatten() for weight in model.parameters())]))
     assert torch.allclose(*results, rtol=1e-6, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", ["separate", "dense"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_every_form_of_the_grouped_convolutions_computes_the_same(form, memory_format):
+    torch.manual_seed(0)
+    model = ResNeXt(2, 4).double().train().to(memory_format=memory_format)
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64).contiguous(memory_format=memory_format)
+    results, calls = [], []
+    for each in ("groups", form):
+        set_form(model, each)
+        model.zero_grad()
+        with FlopCounterMode(display=False) as counter:
+            loss = F.cross_entropy(model(images), torch.arange(4))
+        loss.backward()
+        results.append(torch.cat([loss.detach()[None], *(weight.grad.flatten() for weight in model.parameters())]))
+        calls.append(counter.get_total_flops())
+    assert torch.allclose(*results, rtol=1e-6, atol=1e-12)
+    assert (calls[1] > calls[0]) == (form == "dense")  # That another form did run.
+
+
+def test_a_form_is_an_argument_and_part_of_the_name(run_script, tiny, tmp_path):
+    flags = ["--grouped_convolution", "dense", "--ema", 0.9, "--num_epoch", 1]
+    run_script(SCRIPT, *tiny, *flags, "--output_dir", tmp_path)
+    assert (tmp_path / f"{NAME}_grouped_convolution_dense_ema_0.9.pt").is_file()
+    errors = run_script(SCRIPT, *tiny, "--grouped_convolution", "tall", code=2).stderr
+    assert errors.count("\n") == 1
+    assert "--grouped_convolution" in errors
 
 
 def test_names_tell_what_was_switched(monkeypatch):

@@ -9,6 +9,8 @@ import re
 import torch.nn.functional as F
 from torch import nn
 
+from models.grouped_convolution import GroupedConv2d
+
 EXPANSION = 2  # Output channels of a block for each channel of its grouped convolution.
 BLOCKS = (3, 3, 3)
 NAME = re.compile(r"resnext29_([1-9]\d{0,3})x([1-9]\d{0,3})d")
@@ -26,7 +28,7 @@ class Block(nn.Module):
         out_channels = EXPANSION * width
         self.conv1 = nn.Conv2d(in_channels, width, kernel_size=1, bias=False)
         self.bn1 = nn.BatchNorm2d(width)
-        self.conv2 = nn.Conv2d(width, width, kernel_size=3, stride=stride, padding=1, groups=cardinality, bias=False)
+        self.conv2 = GroupedConv2d(width, width, kernel_size=3, stride=stride, padding=1, groups=cardinality)
         self.bn2 = nn.BatchNorm2d(width)
         self.conv3 = nn.Conv2d(width, out_channels, kernel_size=1, bias=False)
         self.bn3 = nn.BatchNorm2d(out_channels)
