@@ -1,16 +1,18 @@
 #!/usr/bin/env bash
 # The list of experiments. Each prints the commands that it runs; any of them can be pasted into a shell.
 #
-#   bash run.sh           make .venv, install, then both models in short: tables, and figures in image/
-#   bash run.sh resnext   the study of ResNeXt on CIFAR-10 (EPOCHS=200; a GPU is wanted)
-#   bash run.sh simcls    the seven set-ups of the SimCLS scorer (EPOCHS=5, PERCENT=100 of the text; a GPU is wanted)
-#   bash run.sh profile   30 steps of both models under Nsight Systems (STEPS), their phases by trace and by record
-#   bash run.sh report    every table of the runs that are there, and the figures
-#   bash run.sh test      every test; further arguments go to pytest
+#   bash run.sh              make .venv, install, then both models in short: tables, and figures in image/
+#   bash run.sh resnext      the study of ResNeXt on CIFAR-10 (EPOCHS=200; a GPU is wanted)
+#   bash run.sh simcls       the seven set-ups of the SimCLS scorer (EPOCHS=5, PERCENT=100 of the text; a GPU is wanted)
+#   bash run.sh profile      30 steps of both models under Nsight Systems (STEPS), their phases by trace and by record
+#   bash run.sh benchmarks   those of benchmarks/ that need no other environment (ONLY="layout fast"), each for at most
+#                            LIMIT seconds, into a folder OUT instead of benchmarks/results/<hardware>
+#   bash run.sh report       every table of the runs that are there, and the figures
+#   bash run.sh test         every test; further arguments go to pytest
 #
 # SEEDS="0 1 2" repeats the runs with each seed. A run that was interrupted goes on, and one that is finished is not run
-# again, unless AGAIN=1. A training run that fails, for lack of memory perhaps, is named, and the others go on. DRY=1
-# prints the commands, and does nothing.
+# again, unless AGAIN=1. A training run or benchmark that fails, for lack of memory perhaps, is named, and the others go
+# on. NO_SETUP=1 installs nothing, and takes the python3 that is there. DRY=1 prints the commands, and does nothing.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -24,7 +26,7 @@ short_percent=10
 failed=0  # The exit code of the last training run that failed.
 
 setup() {
-    [ -z "${DRY:-}" ] || return 0
+    [ -z "${DRY:-}${NO_SETUP:-}" ] || return 0
     python=${PYTHON:-python3}
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
         echo "run.sh: $python is older than 3.11; name a newer one, as in PYTHON=python3.12 bash run.sh" >&2
@@ -168,11 +170,22 @@ profile() {
     show python3 report.py --phases runs/simcls/${short_percent}_percent/cache/simcls_4_worker_"$STEPS"_steps/simcls_4_worker_"$STEPS"_steps.json
 }
 
+# What matters most to know first: with a lent machine, the later ones may have no time left.
+benchmarks() {
+    local script code
+    for script in ${ONLY:-phase_overhead layout fast memory loading scorer}; do
+        code=0
+        show ${LIMIT:+timeout --foreground "$LIMIT"} python3 "benchmarks/$script.py" ${OUT:+--output "$OUT/$script.json"} || code=$?
+        [ $code = 0 ] || { failed=$code; echo "# exit code $code: $script" >&2; }
+        case $code in 130 | 143) exit $code ;; esac  # Stopped on purpose.
+    done
+}
+
 case "${1:-}" in
     "") setup; short ;;
-    resnext | simcls | profile) setup; "$1" ;;
+    resnext | simcls | profile | benchmarks) setup; "$1" ;;
     report) setup; show python3 report.py "${@:2}" ;;
     test) setup; show python3 -m pytest -n 2 "${@:2}" ;;
-    *) echo "run.sh: unknown job '$1'; jobs are: (none) resnext simcls profile report test" >&2; exit 2 ;;
+    *) echo "run.sh: unknown job '$1'; jobs are: (none) resnext simcls profile benchmarks report test" >&2; exit 2 ;;
 esac
 exit $failed

@@ -13,6 +13,7 @@ from model import MARGIN, MAX_LEN, TOTAL_LEN, load_scorer, ranking_loss, read_de
 
 from harness import determinism
 from harness.command_line import (
+    HelpWithDefaults,
     OneLineParser,
     UserError,
     boolean,
@@ -35,7 +36,7 @@ FLAG = {"type": boolean, "nargs": "?", "const": True, "default": False}
 
 
 def get_args_parser(description):
-    parser = OneLineParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = OneLineParser(description=description, formatter_class=HelpWithDefaults)
     add = parser.add_argument
     add("--dataset", default="samples", help="folder with the sample folders train, val and test")
     add("--model_type", help="encoder to start from: a folder, or a name on the hub; by default that of "

@@ -27,6 +27,15 @@ def results_path(benchmark_name, device):
 def interleaved(arms, rounds):
     """Run every arm once a round, and return each arm's wall-clock seconds by round: dict[str, list[float]].
 
+    As for `interleaved_rounds`, which see.
+    """
+    *_, seconds = interleaved_rounds(arms, rounds)
+    return seconds
+
+
+def interleaved_rounds(arms, rounds):
+    """Run every arm once a round, and yield each arm's wall-clock seconds by round so far: dict[str, list[float]].
+
     Odd rounds go through the arms backwards, so that a machine that slows down or speeds up favours none. Warm up
     before. An arm that works on a GPU has to synchronise before it returns. An arm of which only a part is to be timed
     takes the time itself, and returns those seconds, a float.
@@ -40,7 +49,7 @@ def interleaved(arms, rounds):
             start = time.perf_counter()
             own = arms[name]()
             seconds[name].append(own if isinstance(own, float) else time.perf_counter() - start)
-    return seconds
+        yield seconds
 
 
 def ratio_summary(base, new):

@@ -9,11 +9,12 @@ the last of those, is resnext_fast.py as it is. First each row's loss on the sam
 original's, then all rows train in turn, some steps a round. On CUDA the original's half precision is timed too.
 
 A round has more steps than the batches that worker processes load ahead, and starts by throwing those away: else the
-workers, which load while other rows are timed, would give the original's way its batches for nothing.
+workers, which load while other rows are timed, would give the original's way its batches for nothing. cuDNN's search
+for the fastest algorithms is on in all rows, in favour of the original's.
 
 How far the script is from the hardware's limit, hardware_limits.py measures.
 
---ablation_epochs trains every row, --fast_epochs the last alone, by resnext_fast.py; what is trained already in
+--ablation_epochs trains every row, --fast_epochs resnext_fast.py alone, over --seeds; what is trained already in
 --run_dir is not trained again, and what was interrupted goes on.
 """
 
@@ -32,7 +33,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "resnext")]
 
 import torch
 import torch.nn.functional as F
-from common import interleaved, ratio_summary, results_path, verdict
+from common import interleaved_rounds, ratio_summary, results_path, verdict
 from hardware_limits import distance, forward_work
 from resnext_fast import compiled, get_fast_args_parser, layout_of, make_optimizer, suffix
 from torch import nn
@@ -121,11 +122,15 @@ def main():
     rows = make_rows(args, device)
     record = {"benchmark": "fast", "machine": describe_machine(device)}
     record |= {name: getattr(args, name) for name in ("dataset", "model", "batch_size", "steps", "rounds")}
-    record |= time_rows(rows, args, device)
+    if args.dataset == "folder":
+        record["dataset"] = Path(args.data_dir).resolve().name
     path = args.output or results_path("fast", device)
-    write_json(path, record)  # Before hours of training, too.
-    record["accuracy"] = train_rows(rows, args)
-    write_json(path, record)
+    for part in time_rows(rows, args, device):  # Round by round, since a lent GPU may be taken back.
+        record |= part
+        write_json(path, record)
+    record["accuracy"] = []
+    for _ in train_rows(rows, record, args):
+        write_json(path, record)
     print(f"written: {path}")
 
 
@@ -163,7 +168,7 @@ def fast_row(rows, args):
 
 
 def time_rows(rows, args, device):
-    """The part of the record that tells speed and memory."""
+    """Yield the parts of the record that tell speed and memory: the same ones after every round, then the limits."""
     data = load_images(args.dataset, args.data_dir)
     if args.batch_size > len(data.train_labels):
         raise UserError(f"--batch_size {args.batch_size} is more than the {len(data.train_labels)} training pictures")
@@ -174,20 +179,35 @@ def time_rows(rows, args, device):
         loss, right = training.first_loss, trainings["original"].first_loss
         assert abs(loss / right - 1) <= TOLERANCES[training.precision.label], f"{row.label}: loss {loss}, not {right}"
         print(f"{row.label}: {training.precision.label}, first loss {loss:.6f}", flush=True)
-    seconds = interleaved(
-        {name: lambda each=each: each.run(args.steps) for name, each in trainings.items()}, args.rounds
-    )
-    ablation = [ablation_row(row, trainings[row.label], seconds, args) for row in rows]
-    own = fast_row(rows, args).label
+    arms = {name: lambda each=each: each.run(args.steps) for name, each in trainings.items()}
+    for seconds in interleaved_rounds(arms, args.rounds):
+        ablation = [ablation_row(row, trainings[row.label], seconds, args) for row in rows]
+        ratios = fast_ratios(seconds, fast_row(rows, args).label)
+        yield {"pictures": len(data.train_labels), "seconds": seconds, "ratios": ratios, "ablation": ablation}
+    show(ablation, ratios, args.model, device)
+    own = next(row for row in ablation if row["technique"] == fast_row(rows, args).label)
+    precision = trainings[own["technique"]].precision
+    yield {"limits": [distance(args.model, own["pictures_per_second"], precision, len(data.train_labels), device)]}
+
+
+def fast_ratios(seconds, own):
+    """{case: ratio_summary} of resnext_fast.py over the original's ways. own: the label of its row."""
     ratios = {f"{FAST} over the original": ratio_summary(seconds["original"], seconds[own])}
     if HALF in seconds:
         ratios[f"{FAST} over the original in float16"] = ratio_summary(seconds[HALF], seconds[own])
+    return ratios
+
+
+def show(ablation, ratios, model, device):
+    for row in ablation:
+        print(
+            f"{row['technique']}: {row['pictures_per_second']:.0f} pictures/s, {row['times_original']:.2f} x the "
+            f"original ({row['times_original_low']:.2f} to {row['times_original_high']:.2f}), "
+            f"{row['tflops_per_second']:.3f} TFLOP/s" + ("" if row["carried"] else ", not carried on")
+        )
     for case, ratio in ratios.items():
-        ending = verdict(TARGETS, device, f"{args.model}, {case}", ratio)
-        print(f"{case}: {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}){ending}")
-    rate = next(row["pictures_per_second"] for row in ablation if row["technique"] == own)
-    limits = distance(args.model, rate, trainings[own].precision, len(data.train_labels), device)
-    return {"seconds": seconds, "ratios": ratios, "ablation": ablation, "limits": [limits]}
+        ending = verdict(TARGETS, device, f"{model}, {case}", ratio)
+        print(f"{case}: {ratio['median']:.2f} ({ratio['low']:.2f} to {ratio['high']:.2f}){ending}", flush=True)
 
 
 def check_enough_steps(steps, loaded_ahead):
@@ -201,12 +221,6 @@ def ablation_row(row, training, seconds, args):
     """What was measured of the Row `row`, flat. seconds: of all rows, as `interleaved` returns them."""
     ratio = ratio_summary(seconds["original"], seconds[row.label])
     rate = args.steps * args.batch_size / statistics.median(seconds[row.label])
-    tflops = rate * 3 * forward_work(args.model)[0] / 1e12
-    print(
-        f"{row.label}: {rate:.0f} pictures/s, {ratio['median']:.2f} x the original ({ratio['low']:.2f} to "
-        f"{ratio['high']:.2f}), {tflops:.3f} TFLOP/s" + ("" if row.carried else ", not carried on"),
-        flush=True,
-    )
     return {
         "technique": row.label,
         "carried": row.carried,
@@ -216,7 +230,7 @@ def ablation_row(row, training, seconds, args):
         "times_original": ratio["median"],
         "times_original_low": ratio["low"],
         "times_original_high": ratio["high"],
-        "tflops_per_second": tflops,
+        "tflops_per_second": rate * 3 * forward_work(args.model)[0] / 1e12,
         "saved_mib": training.saved_bytes / 2**20,
         "peak_allocated_mib": training.peak_bytes and training.peak_bytes / 2**20,
     }
@@ -226,8 +240,8 @@ class Training:
     """The training step of resnext_fast.py with the arguments `args`, again and again over full batches.
 
     first_loss: the cross-entropy of the first batch, before any update. saved_bytes: for backward. peak_bytes: of
-    what a step needs, with the pictures of the device loader, weights and the optimizer's state; None without CUDA.
-    loaded_ahead: of its loader.
+    what a step needs, with the pictures of the device loader, weights and the optimizer's state; None without CUDA,
+    and with CUDA graphs. loaded_ahead: of its loader.
     """
 
     def __init__(self, args, data, device):
@@ -244,17 +258,20 @@ class Training:
         if args.ema:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
-        self.optimizer = make_optimizer(model, args.optimizer, args.lr / 100, device)  # Times need no progress.
-        batches = EpochBatches(len(data.train_labels), args.batch_size, seed=0)
+        # Times need no progress.
+        self.optimizer = make_optimizer(model, args.optimizer, args.lr / 100, device, self.precision.scaler)
+        batches = LongEpochs(len(data.train_labels), args.batch_size, seed=0)
         loader = training_loader(args.loader, data, 0, batches, args.num_worker, device, **self.layout)
         self.loaded_ahead = loaded_ahead(loader)
-        self.source = full_batches(loader, batches)
+        self.source = endless(loader, batches)
         output, labels = self.step(saved := SavedBytes(model))
         self.first_loss, self.saved_bytes = F.cross_entropy(output.float(), labels).item(), saved.bytes
         self.run(WARM_UP)
         reset_peak_memory(device)  # Not before: cuDNN tries algorithms in the first steps, some with much memory.
         self.run(1)
-        self.peak_bytes = None if before is None else torch.cuda.max_memory_allocated() - before
+        # The memory of CUDA graphs does not count as allocated.
+        known = before is not None and not args.cuda_graphs
+        self.peak_bytes = torch.cuda.max_memory_allocated() - before if known else None
 
     def step(self, forward_context=NO_CONTEXT):
         """One training step; returns the logits and the labels."""
@@ -289,31 +306,49 @@ def loaded_ahead(loader):
     return loader.num_workers * (loader.prefetch_factor or 0) if isinstance(loader, DataLoader) else 0
 
 
-def full_batches(loader, batches):
-    """The batches of epoch after epoch, without the smaller last ones."""
+class LongEpochs(EpochBatches):
+    """EpochBatches over `size` samples, again and again until an epoch is as long as CIFAR-10's; all are full.
+
+    As an epoch begins, nothing is loaded ahead: epochs of a few batches would charge that to every few steps.
+    """
+
+    def __init__(self, size, batch_size, seed):
+        self.samples = size
+        super().__init__(max(50_000, size) // batch_size * batch_size, batch_size, seed)
+
+    def order(self):
+        return super().order() % self.samples
+
+
+def endless(loader, batches):
+    """The batches of epoch after epoch."""
     for epoch in itertools.count():
         batches.start(epoch)
-        yield from (batch for batch in loader if len(batch[1]) == batches.batch_size)
+        yield from loader
 
 
 # ---------------------------------------------------------------------- accuracy
 
 
-def train_rows(rows, args):
-    """A flat row for each Row that is trained: accuracy over the seeds, and how long it took."""
-    wanted = [(row, args.ablation_epochs) for row in rows] if args.ablation_epochs else []
+def train_rows(rows, record, args):
+    """Put the accuracy of each Row into its row of the ablation, and what resnext_fast.py reaches into `accuracy`;
+    yield after each."""
+    if args.ablation_epochs:
+        for row, measured in zip(rows, record["ablation"], strict=True):
+            measured |= accuracy(row, args.ablation_epochs, args)
+            yield
     if args.fast_epochs:
-        wanted.append((Row(FAST, common_flags(args)), args.fast_epochs))
-    found = []
-    for row, epochs in wanted:
-        records = [train(row, epochs, seed, args.run_dir) for seed in args.seeds]
-        found.append(summary := {"technique": row.label, "epochs": epochs, "seeds": len(records)} | summarise(records))
-        print(
-            "  ".join(
-                f"{key} {each if not isinstance(each, float) else round(each, 3)}" for key, each in summary.items()
-            ),
-            flush=True,
-        )
+        row = Row(FAST, common_flags(args))
+        record["accuracy"].append({"technique": row.label} | accuracy(row, args.fast_epochs, args, whole=True))
+        yield
+
+
+def accuracy(row, epochs, args, whole=False):
+    """What training by the Row for `epochs` reaches over the seeds, flat; with `whole`, also how long it took."""
+    records = [train(row, epochs, seed, args.run_dir) for seed in args.seeds]
+    found = {"epochs": epochs, "seeds": len(records)} | summarise(records, whole)
+    words = (f"{key} {each if not isinstance(each, float) else round(each, 3)}" for key, each in found.items())
+    print(f"{row.label}: {'  '.join(words)}", flush=True)
     return found
 
 
@@ -326,15 +361,19 @@ def train(row, epochs, seed, folder):
     return json.loads((folder / f"{run_name(args, suffix(args))}.json").read_text(encoding="utf-8"))
 
 
-def summarise(records):
+def summarise(records, whole):
     accuracies = [record["epochs"][-1]["test_acc"] for record in records]
+    found = {
+        "test_acc_mean": statistics.mean(accuracies),
+        "test_acc_deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+    }
+    if not whole:
+        return found
     until = [seconds_until(GOAL, record["epochs"]) for record in records]
     totals = [sum(epoch["timing"]["seconds"] for epoch in record["epochs"]) for record in records]
     phases = [record["epochs"][-1]["timing"]["phases"] for record in records]
     loads = [phase["data load"]["share"] / phase["step"]["share"] for phase in phases]
-    return {
-        "test_acc_mean": statistics.mean(accuracies),
-        "test_acc_deviation": statistics.stdev(accuracies) if len(accuracies) > 1 else None,
+    return found | {
         "training_seconds": statistics.mean(totals),
         f"seconds_to_{GOAL:g}_percent": None if None in until else statistics.mean(until),
         "load_share_of_step": statistics.mean(loads),

@@ -52,7 +52,9 @@ def get_args_parser():
     on_cuda = torch.cuda.is_available()
     parser = command_line.OneLineParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
-    add("--models", type=model_name, nargs="+", default=["resnext29_4x64d", "resnext29_2x16d"])
+    # The small model's convolutions would take a GPU no longer than launching them.
+    models = ["resnext29_4x64d"] if on_cuda else ["resnext29_4x64d", "resnext29_2x16d"]
+    add("--models", type=model_name, nargs="+", default=models)
     add("--batch_size", type=command_line.positive_int, default=128 if on_cuda else 16)
     add("--precision", choices=DTYPES, nargs="+", default=["tf32", "bf16", "fp16"] if on_cuda else ["fp32", "bf16"])
     add("--rounds", type=command_line.positive_int, default=10)
@@ -65,28 +67,20 @@ def main():
     args = get_args_parser().parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
-    rows, totals = [], []
-    for model, precision in itertools.product(args.models, args.precision):
-        torch.backends.cudnn.allow_tf32 = precision == "tf32"
-        counted = count_shapes(model)
-        of_model = []
-        for shape, count in counted.items():
-            for row in measure(shape, precision, args, device):
-                of_model.append({"model": model, "precision": precision, "shape": str(shape), "count": count} | row)
-        rows += of_model
-        totals += sum_up(of_model)
-        show(totals[-len(FORMS) * len(LAYOUTS) :])
-    record = {
-        "benchmark": "layout",
-        "machine": describe_machine(device),
-        "batch_size": args.batch_size,
-        "rounds": args.rounds,
-        "repeats": args.repeats,
-        "totals": totals,
-        "by_shape": {"rows": rows},
-    }
+    record = {"benchmark": "layout", "machine": describe_machine(device), "totals": [], "by_shape": {"rows": []}}
+    record |= {name: getattr(args, name) for name in ("batch_size", "rounds", "repeats")}
     path = args.output or results_path("layout", device)
-    write_json(path, record)
+    for model in args.models:
+        rows = record["by_shape"]["rows"]
+        for shape, count in count_shapes(model).items():
+            facts = {"model": model, "shape": str(shape), "count": count}
+            rows += [facts | row for row in measure(shape, args, device)]
+            write_json(path, record)  # Already, since a lent GPU may be taken back.
+        for precision in args.precision:
+            totals = sum_up([row for row in rows if (row["model"], row["precision"]) == (model, precision)])
+            record["totals"] += totals
+            show(totals)
+        write_json(path, record)
     print(f"written: {path}")
 
 
@@ -107,27 +101,30 @@ def count_shapes(name):
     return found
 
 
-def measure(shape, precision, args, device):
-    """A row for each form and layout: median milliseconds of a call, and how many times faster than the baseline's."""
+def measure(shape, args, device):
+    """A row for each precision, form and layout: median milliseconds of a call."""
     torch.manual_seed(0)
     x = torch.randn(args.batch_size, shape.channels, shape.size, shape.size, device=device)
     weight = torch.randn(shape.channels, shape.channels // shape.groups, 3, 3, device=device) / shape.channels**0.5
     exact = call_once(groups, x.double(), weight.double(), shape)
-    arms = {}
-    for (form, function), (layout, memory_format) in itertools.product(FORMS.items(), LAYOUTS.items()):
-        operands = [each.to(DTYPES[precision], memory_format=memory_format) for each in (x, weight)]
-        for ours, right in zip(call_once(function, *operands, shape), exact, strict=True):
-            error = (ours.double() - right).abs().max() / right.abs().max()
-            assert error <= TOLERANCES[precision], f"{form} {layout} {precision} {shape}: off by {error:.1e}"
-        arms |= make_arms(f"{form} {layout}", function, operands, shape, args.repeats, device)
-    for arm in arms.values():
-        arm()  # Warm up.
-    seconds = interleaved(arms, args.rounds)
-    milliseconds = {name: 1e3 * statistics.median(values) / args.repeats for name, values in seconds.items()}
     rows = []
-    for form, layout in itertools.product(FORMS, LAYOUTS):
-        forward, backward = (milliseconds[f"{form} {layout} {side}"] for side in ("forward", "backward"))
-        rows.append({"form": form, "layout": layout, "forward_ms": forward, "backward_ms": backward})
+    for precision in args.precision:
+        torch.backends.cudnn.allow_tf32 = precision == "tf32"
+        arms = {}
+        for (form, function), (layout, memory_format) in itertools.product(FORMS.items(), LAYOUTS.items()):
+            operands = [each.to(DTYPES[precision], memory_format=memory_format) for each in (x, weight)]
+            for ours, right in zip(call_once(function, *operands, shape), exact, strict=True):
+                error = (ours.double() - right).abs().max() / right.abs().max()
+                assert error <= TOLERANCES[precision], f"{form} {layout} {precision} {shape}: off by {error:.1e}"
+            arms |= make_arms(f"{form} {layout}", function, operands, shape, args.repeats, device)
+        for arm in arms.values():
+            arm()  # Warm up.
+        seconds = interleaved(arms, args.rounds)
+        milliseconds = {name: 1e3 * statistics.median(values) / args.repeats for name, values in seconds.items()}
+        for form, layout in itertools.product(FORMS, LAYOUTS):
+            forward, backward = (milliseconds[f"{form} {layout} {side}"] for side in ("forward", "backward"))
+            row = {"precision": precision, "form": form, "layout": layout}
+            rows.append(row | {"forward_ms": forward, "backward_ms": backward})
     return rows
 
 
@@ -139,8 +136,8 @@ def call_once(function, x, weight, shape):
 
 
 def gradient_like(out):
-    generator = torch.Generator().manual_seed(1)
-    gradient = torch.randn(out.shape, generator=generator).to(out)
+    generator = torch.Generator(out.device).manual_seed(1)
+    gradient = torch.randn(out.shape, generator=generator, device=out.device)
     return torch.empty_like(out).copy_(gradient)  # In the layout that the next layer's backward would give.
 
 

@@ -41,8 +41,9 @@ def get_args_parser():
     parser.add_argument("--dataset", choices=("cifar10", "digits", "folder"), default="digits")
     parser.add_argument("--data_dir", default=str(ROOT / "resnext" / "data"))
     parser.add_argument("--batch_size", type=command_line.positive_int, default=128)
+    threads = [1] if torch.cuda.is_available() else [1, 2]
     parser.add_argument(
-        "--threads", type=command_line.positive_int, nargs="+", default=[1, 2], help="of the device loader"
+        "--threads", type=command_line.positive_int, nargs="+", default=threads, help="of the device loader on a CPU"
     )
     parser.add_argument("--rounds", type=command_line.positive_int, default=5)
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/loading.json")

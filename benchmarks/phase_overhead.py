@@ -34,8 +34,10 @@ PHASES = ("data copy", "zero grad", "forward", "backward", "optimizer")
 def get_args_parser():
     parser = command_line.OneLineParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--model", default="resnext29_1x4d")
-    parser.add_argument("--batch_size", type=command_line.positive_int, default=32)
+    # The smallest model has the shortest steps; on a GPU those would be of launches alone.
+    on_cuda = torch.cuda.is_available()
+    parser.add_argument("--model", default="resnext29_4x64d" if on_cuda else "resnext29_1x4d")
+    parser.add_argument("--batch_size", type=command_line.positive_int, default=128 if on_cuda else 32)
     parser.add_argument("--steps", type=command_line.positive_int, default=1, help="steps of each side in a round")
     parser.add_argument("--rounds", type=command_line.positive_int, default=200)
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/phase_overhead.json")

@@ -111,12 +111,20 @@ class OneLineParser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
 
 
+class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the defaults that say something: None and False are "left out", which --help need not spell."""
+
+    def _get_help_string(self, action):
+        silent = action.default is None or action.default is False
+        return action.help if silent else super()._get_help_string(action)
+
+
 def run(main):
     """Call `main()` and end the process as a user of the shell expects.
 
     UserError, a full disk, a folder that cannot be written, an exhausted GPU, a model that cannot be compiled and
     the end of another process of the job end with one line and exit code 2; SIGINT with 130; SIGTERM with 143. Any
-    other exception is a defect of ours, and keeps its traceback.
+    other exception is a defect of ours, and keeps its traceback, as all do where TRACEBACK=1 is set.
     """
     signal.signal(signal.SIGTERM, _terminate)
     try:
@@ -135,7 +143,7 @@ def run(main):
         sys.exit(1)
     except Exception as error:
         line = explain(error)
-        if line is None:
+        if line is None or os.environ.get("TRACEBACK"):
             raise
         _end(2, line)
 
@@ -168,7 +176,7 @@ def explain(error):
     if type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.", "triton.")):
         return (
             f"torch.compile failed ({_reason(text)}); is there a C++ compiler on this machine? --compile False does "
-            "without"
+            "without, TRACEBACK=1 shows where it failed"
         )
     if "RANK" in os.environ and any(words in text for words in _PEER_IS_GONE):
         return "another process of this job has ended; its own line says why"

@@ -117,10 +117,15 @@ class StepCost:
             yield
         peak = torch.cuda.max_memory_allocated(self._device) if self._on_cuda else self._live.peak
         self.peak_bytes = peak - self._before
-        self.redone_flops = counter.get_flop_counts()["Global"].get(torch.ops.aten.convolution, 0)
+        self.redone_flops = convolution_flops(counter)
 
     def _is_due(self):
         return self._enabled and self.redone_flops is None
+
+
+def convolution_flops(counter):
+    """The FLOPs of the forward convolutions that a FlopCounterMode has seen."""
+    return counter.get_flop_counts()["Global"].get(torch.ops.aten.convolution, 0)
 
 
 class MeasuringTape(Tape):

@@ -11,10 +11,18 @@ import weakref
 from collections import defaultdict
 
 import numpy as np
-import nvtx
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+try:
+    from nvtx import pop_range, push_range
+except ModuleNotFoundError:
+    # PyTorch's own ranges show the same, but on a CPU build they raise: there the package is needed.
+    if not torch.cuda.is_available():
+        raise
+    from torch.cuda.nvtx import range_pop as pop_range
+    from torch.cuda.nvtx import range_push as push_range
 
 WARMUP_STEPS = 5  # Of each process: allocator growth, cuDNN's choice of algorithm and worker start-up fall here.
 
@@ -22,11 +30,11 @@ WARMUP_STEPS = 5  # Of each process: allocator growth, cuDNN's choice of algorit
 @contextlib.contextmanager
 def nvtx_range(name):
     """An NVTX range alone, for what is looked at in a profiler but not timed: a run, an epoch, validation."""
-    nvtx.push_range(name)
+    push_range(name)
     try:
         yield
     finally:
-        nvtx.pop_range()
+        pop_range()
 
 
 class PhaseTimer:
@@ -58,7 +66,7 @@ class PhaseTimer:
 
     def start_epoch(self):
         self._host.clear()
-        self._events.clear()
+        self._spare(self._events)  # Of an epoch that was not summarised.
         self._epoch_warmup = 0
         self._warmup_samples.clear()
         reset_peak_memory(self._device)
@@ -125,13 +133,17 @@ class PhaseTimer:
         }
 
     def _resolve_events(self):
-        """Milliseconds of every phase by name; the events go back to be recorded again. Call after a synchronize."""
+        """Milliseconds of every phase by name. Call after a synchronize."""
         milliseconds = {}
         for name, pairs in self._events.items():
             milliseconds[name] = np.array([start.elapsed_time(end) for start, end in pairs])
-            self._spare_events.extend(event for pair in pairs for event in pair)
-        self._events.clear()
+        self._spare(self._events)
         return milliseconds
+
+    def _spare(self, events):
+        """Put the events of `events` back to be recorded again, and empty it."""
+        self._spare_events.extend(event for pairs in events.values() for pair in pairs for event in pair)
+        events.clear()
 
     def _record_event(self):
         event = self._spare_events.pop() if self._spare_events else torch.cuda.Event(enable_timing=True)
@@ -148,7 +160,7 @@ class _Phase:
         self._start = self._event = None
 
     def __enter__(self):
-        nvtx.push_range(self.range_name)
+        push_range(self.range_name)
         if self._timer._on_cuda:
             self._event = self._timer._record_event()
         self._start = time.perf_counter_ns()
@@ -159,7 +171,7 @@ class _Phase:
             self._timer._host[self._name].append(elapsed)
             if self._timer._on_cuda:
                 self._timer._events[self._name].append((self._event, self._timer._record_event()))
-        nvtx.pop_range()
+        pop_range()
 
 
 def summarise(samples, warmup=0):

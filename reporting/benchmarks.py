@@ -34,6 +34,7 @@ COLUMNS = {  # What a record calls a figure -> its header with the unit, and the
     "step_high": ("highest", 1),
     "peak_allocated_bytes": ("peak allocated, MiB", 1 / MIB),
     "peak_share": ("peak, % of plain", 100),
+    "reaches_goal": ("at most 60 % of the peak at 1.15 × the step", 1),
     "largest_batch": ("largest batch", 1),
     "pictures_per_second": ("pictures/s, median round", 1),
     "times_original": ("× original, median of the rounds' ratios", 1),
@@ -175,9 +176,9 @@ def _tables(record):
 def _caption(record, name, rows):
     """ "Activation memory: resnext29_4x64d, AMD EPYC, 2 cores, batch 4:"; what a column tells is left out."""
     title = TITLES.get((record["benchmark"], name), f"{record['benchmark']}, {name}")
-    facts = {"model": "{}", "batch_size": "batch {}"}
-    words = {key: text.format(record[key]) for key, text in facts.items() if key in record and key not in rows[0]}
-    words = [words.get("model"), record["machine"]["hardware"], words.get("batch_size")]
+    facts = {"model": "{model}", "pictures": "{dataset} ({pictures:,} pictures)", "batch_size": "batch {batch_size}"}
+    words = {key: text.format(**record) for key, text in facts.items() if key in record and key not in rows[0]}
+    words = [words.get("model"), words.get("pictures"), record["machine"]["hardware"], words.get("batch_size")]
     return f"{title}: {', '.join(filter(None, words))}:"
 
 

@@ -200,7 +200,9 @@ class Run:
 
     def _peak(self, name):
         peaks = [epoch["timing"].get("peak_memory") or epoch.get("peak_memory") for epoch in self.epochs]
-        return max((peak[name] for peak in peaks if peak), default=None)
+        peaks = [peak[name] for peak in peaks if peak]
+        # In the first epoch cuDNN may try algorithms that need more memory than the one it takes.
+        return max(peaks[1:] or peaks, default=None)
 
     def allocated_gb(self):
         """Highest GPU memory in tensors, in 1e9 bytes."""

@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from harness import determinism
 from harness.command_line import (
+    HelpWithDefaults,
     OneLineParser,
     UserError,
     boolean,
@@ -32,12 +33,12 @@ NOT_RESULTS = ("resume", "output_dir", "data_dir")
 
 
 def get_args_parser(description, kind=OneLineParser):
-    parser = kind(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = kind(description=description, formatter_class=HelpWithDefaults)
     add = parser.add_argument
     add("--num_worker", type=workers, default=2, help="processes that load pictures; 0 loads in this one")
     add("--half_precision", type=half_precision_type, nargs="?", const="float16", metavar="float16|bfloat16",
         help="autocast, in float16 with loss scaling when no type is named; on a CPU always in bfloat16")  # fmt: skip
-    add("--num_epoch", type=positive_int, default=200)
+    add("--num_epoch", type=positive_int, default=200, help="passes over the training pictures")
     add("--batch_size", type=positive_int, default=128, help="pictures a step, over all processes")
     add("--lr", type=learning_rate, default=0.01, help="learning rate")
     add("--model", type=model_name, default="resnext29_4x64d", help="resnext29_{cardinality}x{width}d")
@@ -49,9 +50,9 @@ def get_args_parser(description, kind=OneLineParser):
         help="load by worker processes, or augment whole batches where the model is")  # fmt: skip
     add("--true_fp32", type=boolean, nargs="?", const=True, default=False,
         help="no TensorFloat-32, which GPUs since Ampere use for single precision")  # fmt: skip
-    add("--seed", type=seed, default=0)
+    add("--seed", type=seed, default=0, help="of the weights, the order and the augmentation")
     determinism.add_argument(parser)
-    add("--output_dir", default="model_history")
+    add("--output_dir", default="model_history", help="where the run's files go")
     add("--resume", type=boolean, nargs="?", const=True, default=False,
         help="go on where an interrupted run with the same arguments stopped")  # fmt: skip
     add("--max_steps", type=positive_int,

@@ -103,15 +103,19 @@ def layout_of(args, precision):
     return {"memory_format": memory_format, "dtype": precision.dtype or torch.float32}
 
 
-def make_optimizer(model, name, lr, device):
-    """resnext.py's Adam, or SGD that leaves what has one dimension (BatchNorm and biases) undecayed."""
+def make_optimizer(model, name, lr, device, scaler):
+    """resnext.py's Adam, or SGD that leaves what has one dimension (BatchNorm and biases) undecayed.
+
+    scaler: the GradScaler that takes its steps.
+    """
     if name == "adam":
         return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=5e-4, fused=device.type == "cuda")
     groups = [
         {"params": [weight for weight in model.parameters() if weight.ndim > 1], "weight_decay": 5e-4},
         {"params": [weight for weight in model.parameters() if weight.ndim == 1], "weight_decay": 0.0},
     ]
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=True)
+    # Not with loss scaling: a first step that overflows is skipped, but leaves fused SGD a momentum of stray memory.
+    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=not scaler.is_enabled())
 
 
 def one_cycle(step, steps):
@@ -127,7 +131,7 @@ def set_rate(optimizer, args, step, steps):
 
 
 def compiled(model, args):
-    """`model` under torch.compile. Batches have two sizes, the last of an epoch being smaller: each is compiled for."""
+    """`model` under torch.compile, for batches of one size."""
     # Left alone, Inductor gives up channels last for a training graph that holds a grouped convolution.
     options = {"force_layout_optimization": args.channels_last, "triton.cudagraphs": args.cuda_graphs}
     return torch.compile(model, dynamic=False, options=options)
@@ -151,9 +155,11 @@ def train(args, world, precision, run):
     device, layout = world.device, layout_of(args, precision)
     data, model, average = load_parts(args, world, run, layout["memory_format"])
     judged = average.module if args.ema else model
-    fast_model = compiled(world.wrap(model), args) if args.compile else world.wrap(model)
+    plain_model = world.wrap(model)
+    fast_model = compiled(plain_model, args) if args.compile else plain_model
+    full_batch = args.batch_size // world.size
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
-    optimizer = make_optimizer(model, args.optimizer, args.lr, device)
+    optimizer = make_optimizer(model, args.optimizer, args.lr, device, precision.scaler)
     batches, loader = training_batches(args, world, data, run, **layout)
     scaler, metrics, steps = precision.scaler, Metrics(device), len(batches)
     phase, saved = PhaseTimer(device), SavedBytes(model)
@@ -175,7 +181,8 @@ def train(args, world, precision, run):
                     with phase("zero grad"):
                         optimizer.zero_grad(set_to_none=True)
                     with phase("forward"), precision.autocast(), saved.first_time():
-                        output = fast_model(images)
+                        # An epoch's last batch is smaller: to compile for it would take longer than it does.
+                        output = (fast_model if len(labels) == full_batch else plain_model)(images)
                         loss = criterion(output, labels)
                     with phase("backward"):
                         scaler.scale(loss * batches.weight(step)).backward()

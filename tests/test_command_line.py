@@ -27,6 +27,16 @@ def test_a_learning_rate_fits_into_float32():
             learning_rate(text)
 
 
+def test_help_shows_the_defaults_that_say_something():
+    parser = command_line.OneLineParser(formatter_class=command_line.HelpWithDefaults)
+    parser.add_argument("--size", type=int, default=7, help="of it")
+    parser.add_argument("--name", help="what it is called")
+    parser.add_argument("--loud", action="store_true", help="be heard")
+    text = parser.format_help()
+    assert "of it (default: 7)" in text
+    assert text.count("default") == 1
+
+
 @pytest.mark.parametrize("kind", ["adam", "sgd"])
 @pytest.mark.parametrize("foreach", [False, True])
 def test_the_largest_learning_rate_does_not_end_the_optimizer(kind, foreach):

@@ -49,7 +49,7 @@ def test_one_cycle_rises_linearly_and_falls_to_zero():
 
 def test_sgd_decays_neither_batch_norm_nor_biases():
     model = ResNeXt(1, 4)
-    optimizer = make_optimizer(model, "sgd", 0.1, CPU)
+    optimizer = make_optimizer(model, "sgd", 0.1, CPU, torch.amp.GradScaler("cpu", enabled=False))
     decay = {id(weight): group["weight_decay"] for group in optimizer.param_groups for weight in group["params"]}
     for layer in model.modules():
         for name, weight in layer.named_parameters(recurse=False):
@@ -57,6 +57,25 @@ def test_sgd_decays_neither_batch_norm_nor_biases():
             assert decay.pop(id(weight)) == (0.0 if spared else 5e-4)
     assert not decay
     assert all(group["nesterov"] and group["momentum"] == 0.9 for group in optimizer.param_groups)
+
+
+def test_a_first_step_that_overflows_leaves_no_stray_momentum():
+    """As loss scaling has it: fused SGD keeps memory that nothing wrote, and goes on with it."""
+    torch.manual_seed(0)
+    model = torch.nn.Linear(50, 50)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+    optimizer = make_optimizer(model, "sgd", 0.1, CPU, scaler)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.use_deterministic_algorithms(True)  # With both, such memory is NaN.
+    try:
+        for scale in (float("inf"), 1.0, 1.0):
+            optimizer.zero_grad()
+            scaler.scale(scale * model(torch.ones(2, 50)).square().mean()).backward()
+            scaler.step(optimizer)
+            scaler.update()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert all(weight.isfinite().all() for weight in model.parameters())
 
 
 def test_the_rate_of_every_step_follows_the_cycle(tiny, tmp_path):

@@ -6,10 +6,13 @@ import os
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from conftest import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
 
 
 def run_job(*words, code=0, folder=ROOT, **environment):
@@ -48,7 +51,7 @@ def check_arguments(monkeypatch):
     return check
 
 
-@pytest.mark.parametrize("job", ["", "resnext", "simcls", "profile", "report"])
+@pytest.mark.parametrize("job", ["", "resnext", "simcls", "profile", "benchmarks", "report"])
 def test_every_command_has_arguments_that_its_script_takes(job, check_arguments):
     commands = [shlex.split(line[2:]) for line in run_job(*job.split(), DRY="1") if line.startswith("$ ")]
     assert commands
@@ -105,6 +108,19 @@ def test_a_failing_run_is_named_and_the_others_go_on(copy_of_run_sh):
     assert len(lines) == 4
     assert all(line.startswith("# failed, exit code 2: resnext/") and "896" in line for line in lines)
     assert "resnext_fast.py" in (copy_of_run_sh / "calls.txt").read_text()
+
+
+def test_benchmarks_are_run_one_by_one_with_the_python_that_is_there(copy_of_run_sh):
+    folder, calls = copy_of_run_sh / ".venv" / "bin", copy_of_run_sh / "calls.txt"
+    (copy_of_run_sh / "requirements.txt").write_text("something new")  # Which is not installed.
+    failing = f'#!/bin/sh\necho "$@" >>{calls}\ncase "$*" in *layout*) exit 1 ;; esac\n'
+    (folder / "python3").write_text(failing)
+    environment = {"NO_SETUP": "1", "PATH": f"{folder}:{os.environ['PATH']}", "ONLY": "layout fast", "LIMIT": "60"}
+    lines = run_job("benchmarks", folder=copy_of_run_sh, code=1, OUT="there", **environment)
+    assert lines == ["# exit code 1: layout"]
+    assert calls.read_text().splitlines() == [
+        f"benchmarks/{name}.py --output there/{name}.json" for name in ("layout", "fast")
+    ]
 
 
 def test_an_interrupted_run_ends_the_job(copy_of_run_sh):
