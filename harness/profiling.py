@@ -291,13 +291,15 @@ class LiveBytes(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor) and tuple(tensor.shape) not in self._shapes:
-                self._follow(tensor.untyped_storage())
+            if isinstance(tensor, torch.Tensor):
+                self.follow(tensor)
         return result
 
-    def _follow(self, storage):
+    def follow(self, tensor):
+        """Count the storage of `tensor` from here on until it is freed."""
+        storage = tensor.untyped_storage()
         key = storage._cdata
-        if key in self._live:
+        if key in self._live or tuple(tensor.shape) in self._shapes:
             return
         self._live[key] = weakref.finalize(storage, self._forget, key, storage.nbytes())
         self.now += storage.nbytes()
