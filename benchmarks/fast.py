@@ -183,7 +183,8 @@ def time_rows(rows, args, device):
     for seconds in interleaved_rounds(arms, args.rounds):
         ablation = [ablation_row(row, trainings[row.label], seconds, args) for row in rows]
         ratios = fast_ratios(seconds, fast_row(rows, args).label)
-        yield {"pictures": len(data.train_labels), "seconds": seconds, "ratios": ratios, "ablation": ablation}
+        facts = {"pictures": len(data.train_labels), "rounds": len(seconds["original"])}
+        yield facts | {"seconds": seconds, "ratios": ratios, "ablation": ablation}
     show(ablation, ratios, args.model, device)
     own = next(row for row in ablation if row["technique"] == fast_row(rows, args).label)
     precision = trainings[own["technique"]].precision

@@ -50,23 +50,36 @@ def points(record, table, x, y):
 
 
 def draw(record):
-    """The FLOPs recomputed against the memory saved; below, where steps were timed, their time against their peak."""
-    timed = points(record, "training", "peak_share", "step_times_plain")
-    rows = 1 + bool(timed)
-    figure, panels = plt.subplots(rows, 1, figsize=(WIDTH, 1 + 4.4 * rows), layout="constrained", squeeze=False)
-    counted, *others = panels[:, 0]
-    draw_families(counted, points(record, "rows", "share", "extra"))
-    counted.set(
-        xlabel="activation memory saved for backward, share of plain",
-        ylabel="FLOPs recomputed, of those of forward and backward",
+    """The FLOPs recomputed against the memory that is saved, and against the peak; then the time of steps against
+    theirs. What the record does not know has no panel."""
+    redone = "FLOPs recomputed, of those of forward and backward"
+    wanted = (
+        (points(record, "rows", "share", "extra"), "activation memory saved for backward, share of plain", redone),
+        (peaks(record), "peak of activations and their gradients, share of plain", redone),
+        (
+            points(record, "training", "peak_share", "step_times_plain"),
+            "peak memory allocated in a step, share of plain",
+            "time of a step, × plain",
+        ),
     )
-    counted.yaxis.set_major_formatter(PercentFormatter(1.0))
-    for panel in others:
-        draw_families(panel, timed)
-        panel.set(xlabel="peak memory allocated in a step, share of plain", ylabel="time of a step, × plain")
-    figure.legend(*counted.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+    drawn = [panel for panel in wanted if len(panel[0]) > 1]
+    height = 1 + 4.4 * len(drawn)
+    figure, panels = plt.subplots(len(drawn), 1, figsize=(WIDTH, height), layout="constrained", squeeze=False)
+    for panel, (rows, x, y) in zip(panels[:, 0], drawn, strict=True):
+        draw_families(panel, rows)
+        panel.set(xlabel=x, ylabel=y)
+        if y == redone:
+            panel.yaxis.set_major_formatter(PercentFormatter(1.0))
+    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.suptitle(f"Memory against work: {record['model']}; {record['machine']['hardware']}", fontsize=11)
     return figure
+
+
+def peaks(record):
+    """[(policy, peak as a share of the plain model's, FLOPs recomputed), ...]; [] when that is not known."""
+    rows = points(record, "rows", "peak_bytes", "extra")
+    plain = next((peak for policy, peak, _ in rows if policy == "plain"), None)
+    return [(policy, peak / plain, extra) for policy, peak, extra in rows] if plain else []
 
 
 def draw_families(panel, rows):

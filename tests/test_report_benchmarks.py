@@ -177,12 +177,22 @@ def test_the_frontier_has_a_panel_of_times_where_they_and_the_peaks_are_known(tr
         assert (budget.get_xydata().tolist(), plain.get_xydata().tolist()) == ([[0.55, 1.12]], [[1.0, 1.0]])
 
 
+def test_the_frontier_has_a_panel_of_peaks_where_they_are_known():
+    rows = [MEMORY["rows"][0], MEMORY["rows"][1] | {"peak_bytes": 103 * MIB}]
+    figure = frontier.draw(record_of("memory", **MEMORY | {"rows": rows}))
+    assert len(figure.axes) == 2
+    budget, plain = figure.axes[1].lines
+    assert (budget.get_xydata().tolist(), plain.get_xydata().tolist()) == ([[0.5, 0.0132]], [[1.0, 0.0]])
+    assert "peak" in figure.axes[1].get_xlabel()
+
+
 def test_names_in_the_frontier_lie_apart():
     """Of the committed record: no two names overlap."""
     path = next((ROOT / "benchmarks/results").glob("*/memory.json"))
     figure = frontier.draw(json.loads(path.read_text()))
     figure.canvas.draw()
-    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
-    assert len(boxes) >= 12
-    for index, box in enumerate(boxes):
-        assert not any(box.overlaps(other) for other in boxes[:index]), figure.axes[0].texts[index].get_text()
+    for panel in figure.axes:
+        boxes = [text.get_window_extent() for text in panel.texts]
+        assert len(boxes) >= 12
+        for index, box in enumerate(boxes):
+            assert not any(box.overlaps(other) for other in boxes[:index]), panel.texts[index].get_text()

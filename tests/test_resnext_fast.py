@@ -13,7 +13,7 @@ from conftest import ROOT
 from resnext_fast import get_fast_args_parser, make_optimizer, one_cycle, suffix
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.grouped_convolution import set_form
+from models.grouped_convolution import GroupedConv2d, set_form
 from models.resnext import ResNeXt
 
 SCRIPT = "resnext/resnext_fast.py"
@@ -167,7 +167,7 @@ def test_every_form_of_the_grouped_convolutions_computes_the_same(form, memory_f
     torch.manual_seed(0)
     model = ResNeXt(2, 4).double().train().to(memory_format=memory_format)
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64).contiguous(memory_format=memory_format)
-    results, calls = [], []
+    results, flops = [], []
     for each in ("groups", form):
         set_form(model, each)
         model.zero_grad()
@@ -175,9 +175,10 @@ def test_every_form_of_the_grouped_convolutions_computes_the_same(form, memory_f
             loss = F.cross_entropy(model(images), torch.arange(4))
         loss.backward()
         results.append(torch.cat([loss.detach()[None], *(weight.grad.flatten() for weight in model.parameters())]))
-        calls.append(counter.get_total_flops())
+        flops.append(counter.get_total_flops())
     assert torch.allclose(*results, rtol=1e-6, atol=1e-12)
-    assert (calls[1] > calls[0]) == (form == "dense")  # That another form did run.
+    assert (flops[1] > flops[0]) == (form == "dense")
+    assert {layer.form for layer in model.modules() if isinstance(layer, GroupedConv2d)} == {form}
 
 
 def test_a_form_is_an_argument_and_part_of_the_name(run_script, tiny, tmp_path):
