@@ -7,7 +7,7 @@ zero, with label smoothing and no weight decay on BatchNorm and biases. Each can
 resnext.py: --loader workers --half_precision False --channels_last False --compile False --optimizer adam
 --label_smoothing 0.
 
-Measured by benchmarks/fast.py on a CPU (AMD EPYC, 2 cores, AVX2; torch 2.13.0, float32; n = 5 rounds, all arms in turn),
+Measured by benchmarks/fast.py on a CPU (AMD EPYC, 2 cores, AVX2; torch 2.13.0, float32; n = 5 rounds, arms in turn),
 pictures/s over that way: resnext29_2x16d, batch 128: 1.38 times (1.12 to 1.92); resnext29_2x4d, batch 64: 1.66 times
 (1.46 to 1.72), and 48.7 % against 35.5 % after 6 epochs on a tenth of CIFAR-10 (5 seeds, deviations 1.0 and 5.7);
 resnext29_4x64d, batch 8: 1.24 times (1.10 to 1.33). Not yet measured: a GPU, and accuracy at full length.
