@@ -23,7 +23,7 @@ SEEDS=${SEEDS:-0}
 resume=$([ -n "${AGAIN:-}" ] || echo --resume)
 cuda=$(nvidia-smi -L >/dev/null 2>&1 && echo --cuda || true)
 short_percent=10
-failed=0  # The exit code of the last training run that failed.
+failed=0  # The exit code of the last training run or benchmark that failed.
 
 setup() {
     [ -z "${DRY:-}${NO_SETUP:-}" ] || return 0

@@ -219,7 +219,7 @@ def check_enough_steps(steps, loaded_ahead):
 
 
 def ablation_row(row, training, seconds, args):
-    """What was measured of the Row `row`, flat. seconds: of all rows, as `interleaved` returns them."""
+    """What was measured of the Row `row`, flat. seconds: of all rows, as `interleaved_rounds` yields them."""
     ratio = ratio_summary(seconds["original"], seconds[row.label])
     rate = args.steps * args.batch_size / statistics.median(seconds[row.label])
     return {
@@ -357,7 +357,9 @@ def train(row, epochs, seed, folder):
     """The record of resnext_fast.py with the flags of `row`, from `folder` when it is there already."""
     flags = [*row.flags, "--num_epoch", str(epochs), "--seed", str(seed)]
     folder = folder / f"{epochs}_epochs"
-    subprocess.run([sys.executable, str(SCRIPT), *flags, "--output_dir", str(folder), "--resume"], check=True)
+    code = subprocess.run([sys.executable, str(SCRIPT), *flags, "--output_dir", str(folder), "--resume"]).returncode
+    if code:
+        raise UserError(f"training the row {row.label!r} ended with exit code {code}; its own line says why")
     args = get_fast_args_parser().parse_args(flags)
     return json.loads((folder / f"{run_name(args, suffix(args))}.json").read_text(encoding="utf-8"))
 
@@ -370,25 +372,38 @@ def summarise(records, whole):
     }
     if not whole:
         return found
-    until = [seconds_until(GOAL, record["epochs"]) for record in records]
-    totals = [sum(epoch["timing"]["seconds"] for epoch in record["epochs"]) for record in records]
-    phases = [record["epochs"][-1]["timing"]["phases"] for record in records]
-    loads = [phase["data load"]["share"] / phase["step"]["share"] for phase in phases]
     return found | {
-        "training_seconds": statistics.mean(totals),
-        f"seconds_to_{GOAL:g}_percent": None if None in until else statistics.mean(until),
-        "load_share_of_step": statistics.mean(loads),
+        "training_seconds": mean_or_none(seconds_until(None, record["epochs"]) for record in records),
+        f"seconds_to_{GOAL:g}_percent": mean_or_none(seconds_until(GOAL, record["epochs"]) for record in records),
+        "load_share_of_step": mean_or_none(load_share(record["epochs"][-1]["timing"]["phases"]) for record in records),
     }
 
 
+def mean_or_none(values):
+    """The mean of `values`; None when one of them is."""
+    values = list(values)
+    return None if None in values else statistics.mean(values)
+
+
+def load_share(phases):
+    """The median load time over the median step time of an epoch; None without a step after the warm-up."""
+    load, step = ((phases[name]["device_ms"] or phases[name]["host_ms"])["median"] for name in ("data load", "step"))
+    return load / step if step else None
+
+
 def seconds_until(accuracy, epochs):
-    """Training seconds until the end of the first epoch with that test accuracy; None when there is none."""
+    """Training seconds until the end of the first epoch with that test accuracy, or of the last epoch for None.
+
+    None when no epoch reaches it, and for a run resumed within an epoch, whose record has only the rest of that one.
+    """
+    if len({epoch["timing"]["steps"] for epoch in epochs}) > 1:
+        return None
     seconds = 0.0
     for epoch in epochs:
         seconds += epoch["timing"]["seconds"]
-        if epoch["test_acc"] >= accuracy:
+        if accuracy is not None and epoch["test_acc"] >= accuracy:
             return seconds
-    return None
+    return seconds if accuracy is None else None
 
 
 if __name__ == "__main__":

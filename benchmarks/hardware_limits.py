@@ -5,6 +5,7 @@ is that of moving each convolution's output five times (written, read by the nex
 written and read) at the rate of a large copy. Both rates are measured.
 """
 
+import functools
 import sys
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.resnext import ResNeXt, parse_name
 
 
+@functools.cache
 def forward_work(name):
     """(FLOPs, elements of all convolutions' outputs) of one picture's forward through the model `name`."""
     elements = []

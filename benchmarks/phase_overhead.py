@@ -21,6 +21,7 @@ import torch
 from common import interleaved, ratio_summary, results_path, verdict
 from torch import nn
 
+from experiment import model_name
 from harness import command_line
 from harness.profiling import PhaseTimer
 from harness.recording import describe_machine, write_json
@@ -34,10 +35,8 @@ PHASES = ("data copy", "zero grad", "forward", "backward", "optimizer")
 def get_args_parser():
     parser = command_line.OneLineParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
-    # The smallest model has the shortest steps; on a GPU those would be of launches alone.
-    on_cuda = torch.cuda.is_available()
-    parser.add_argument("--model", default="resnext29_4x64d" if on_cuda else "resnext29_1x4d")
-    parser.add_argument("--batch_size", type=command_line.positive_int, default=128 if on_cuda else 32)
+    parser.add_argument("--model", type=model_name, help="by default resnext29_1x4d; with cuda resnext29_4x64d")
+    parser.add_argument("--batch_size", type=command_line.positive_int, help="by default 32; with cuda 128")
     parser.add_argument("--steps", type=command_line.positive_int, default=1, help="steps of each side in a round")
     parser.add_argument("--rounds", type=command_line.positive_int, default=200)
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/phase_overhead.json")
@@ -47,6 +46,9 @@ def get_args_parser():
 def main():
     args = get_args_parser().parse_args()
     device = torch.device(args.device)
+    # The smallest model has the shortest steps, but on a GPU those would be of launches alone.
+    default = ("resnext29_4x64d", 128) if device.type == "cuda" else ("resnext29_1x4d", 32)
+    args.model, args.batch_size = args.model or default[0], args.batch_size or default[1]
     train = trainer(args, device)
     timers = {"on": PhaseTimer(device), "off": PhaseTimer(device, enabled=False)}
     arms = {name: functools.partial(train, timer) for name, timer in timers.items()}
@@ -65,6 +67,7 @@ def main():
     record = {
         "benchmark": "phase_overhead",
         "machine": describe_machine(device),
+        "settings": {name: getattr(args, name) for name in ("model", "batch_size", "steps", "rounds")},
         "results": {CASE: {"seconds": seconds, "ratio": ratio, "bare_share": bare}},
     }
     path = args.output or results_path("phase_overhead", device)

@@ -199,10 +199,13 @@ class Run:
         return None if saved is None else saved / 2**20
 
     def _peak(self, name):
-        peaks = [epoch["timing"].get("peak_memory") or epoch.get("peak_memory") for epoch in self.epochs]
-        peaks = [peak[name] for peak in peaks if peak]
-        # In the first epoch cuDNN may try algorithms that need more memory than the one it takes.
-        return max(peaks[1:] or peaks, default=None)
+        def peaks(epochs):
+            found = [epoch["timing"].get("peak_memory") or epoch.get("peak_memory") for epoch in epochs]
+            return [peak[name] for peak in found if peak]
+
+        # In a process' first epoch cuDNN may try algorithms that need more memory than the one it takes.
+        warm = [epoch for epoch in self.epochs if not epoch["timing"].get("warmup_steps")]
+        return max(peaks(warm) or peaks(self.epochs), default=None)
 
     def allocated_gb(self):
         """Highest GPU memory in tensors, in 1e9 bytes."""

@@ -139,29 +139,50 @@ def test_a_claim_that_does_not_hold_is_told():
     assert memory.broken_claims(row, 0.5, "resnext29_4x64d") == []
     bad = row | {"share": 0.51, "predicted_bytes": 104, "extra": 0.09}
     assert memory.broken_claims(bad, 0.5, "resnext29_4x64d") == [
-        "budget 0.5: keeps 0.510 of plain",
-        "budget 0.5: its prediction is 1.040 times what it keeps",
-        "budget 0.5: recomputes 9.0 % FLOPs",
+        "keeps 0.510 of plain",
+        "its prediction is 1.040 times what it keeps",
+        "recomputes 9.0 % FLOPs",
     ]
     assert len(memory.broken_claims(bad, 0.5, "resnext29_2x16d")) == 2  # The FLOPs are a claim of the large model.
 
 
-def test_wrong_gradients_are_told_and_the_other_arms_measured():
+def test_an_arm_that_is_wrong_or_fails_says_so_and_costs_no_other():
     class Wrong(ResNeXt):
         def forward(self, x):
             return super().forward(1.01 * x)
+
+    class Failing(ResNeXt):
+        def forward(self, x):
+            raise RuntimeError("the compiler is ill\nand tells much")
 
     def make(kind, batch_size, precision):
         torch.manual_seed(0)
         return kind(1, 4).train()
 
-    kinds = {"plain": ResNeXt, "wrong": Wrong, "plain again": ResNeXt}
+    kinds = {"plain": ResNeXt, "wrong": Wrong, "failing": Failing, "plain again": ResNeXt}
     arms = {name: functools.partial(make, kind) for name, kind in kinds.items()}
-    missed = []
-    rows = list(memory.count_all(arms, SimpleNamespace(batch_size=2), CPU, missed))
-    assert [row["policy"] for row in rows] == list(arms)
-    (line,) = missed
-    assert line.startswith("wrong: its gradients are off by ")
+    args = memory.get_args_parser().parse_args(["--batch_size", "2", "--timed_batch_size", "2", "--steps", "1"])
+    rows = {row["policy"]: row for row in memory.count_all(arms, args, CPU)}
+    assert list(rows) == list(kinds)
+    assert rows["wrong"]["missed"].startswith("gradients off by ")
+    assert rows["failing"] == {"policy": "failing", "missed": "the compiler is ill"}
+    assert "missed" not in rows["plain"] | rows["plain again"]
+    timed = {row["policy"]: row for row in memory.train_all(arms, args, CPU)}
+    assert timed["failing"] == rows["failing"]
+    assert timed["plain again"]["step_times_plain"] > 0
+    with pytest.raises(RuntimeError, match="ill"):
+        list(memory.count_all({"plain": arms["failing"]}, args, CPU))
+
+
+def test_memory_of_a_compiled_model(run_script, tmp_path):
+    args = ["--model", "resnext29_1x4d", "--batch_size", 2, "--compile_backend", "aot_eager", "--steps", 0]
+    record, _ = record_of(run_script, "memory", tmp_path / "record.json", *args, "--policies", "compile 0.5", "chain")
+    plain, chain, compiled = record["rows"]
+    assert [row["policy"] for row in record["rows"]] == ["plain", "chain", "compile 0.5"]
+    assert compiled["share"] <= 0.51
+    assert compiled["bytes"] < compiled["peak_bytes"] < plain["peak_bytes"]
+    errors = run_script("benchmarks/memory.py", *args, "--policies", "chains", code=2).stderr
+    assert "there is no 'chains'; there are plain, segments, chain" in errors
 
 
 @pytest.fixture(scope="module")
@@ -299,6 +320,21 @@ def test_the_peak_is_taken_after_the_warm_up(monkeypatch, pictures):
 
 
 def test_seconds_until_an_accuracy():
-    epochs = [{"timing": {"seconds": 2.0}, "test_acc": accuracy} for accuracy in (50.0, 94.0, 93.0)]
+    epochs = [{"timing": {"seconds": 2.0, "steps": 5}, "test_acc": accuracy} for accuracy in (50.0, 94.0, 93.0)]
     assert fast.seconds_until(94.0, epochs) == 4.0
     assert fast.seconds_until(95.0, epochs) is None
+    assert fast.seconds_until(None, epochs) == 6.0
+    epochs[1]["timing"]["steps"] = 3  # The rest of an epoch that was interrupted.
+    assert fast.seconds_until(94.0, epochs) is fast.seconds_until(None, epochs) is None
+
+
+def test_the_share_of_loading_is_of_medians_on_the_device_where_it_was_timed():
+    phases = {
+        "data load": {"device_ms": {"median": 1.0}, "host_ms": {"median": 9.0}},
+        "step": {"device_ms": {"median": 50.0}, "host_ms": {"median": 10.0}},
+    }
+    assert fast.load_share(phases) == 0.02
+    on_cpu = {name: phase | {"device_ms": None} for name, phase in phases.items()}
+    assert fast.load_share(on_cpu) == 0.9
+    assert fast.mean_or_none([1.0, None]) is None
+    assert fast.mean_or_none([1.0, 2.0]) == 1.5

@@ -26,6 +26,17 @@ def test_figures_of_a_run():
     assert make_run(device="cpu").allocated_gb() is None
 
 
+def test_the_peak_leaves_out_epochs_in_which_algorithms_are_tried():
+    record = make_record()
+    for epoch, (warmup, peak) in zip(record["epochs"], ((5, 9e9), (0, 6e9), (0, 7e9)), strict=True):
+        memory = {"allocated_bytes": int(peak), "reserved_bytes": int(peak)}
+        epoch["timing"] |= {"warmup_steps": warmup, "peak_memory": memory}
+    assert Run(Path("record.json"), record).allocated_gb() == 7
+    for epoch in record["epochs"]:
+        epoch["timing"]["warmup_steps"] = 5
+    assert Run(Path("record.json"), record).allocated_gb() == 9
+
+
 def test_an_epoch_that_was_cut_short_is_no_epoch_time():
     record = make_record()
     record["epochs"][2]["timing"] |= {"steps": 10, "seconds": 1.0}  # Resumed in its middle.

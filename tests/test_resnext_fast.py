@@ -13,7 +13,7 @@ from conftest import ROOT
 from resnext_fast import get_fast_args_parser, make_optimizer, one_cycle, suffix
 from torch.utils.flop_counter import FlopCounterMode
 
-from models.grouped_convolution import GroupedConv2d, set_form
+from models.grouped_convolution import set_form
 from models.resnext import ResNeXt
 
 SCRIPT = "resnext/resnext_fast.py"
@@ -163,11 +163,13 @@ def test_both_layouts_compute_the_same():
 
 @pytest.mark.parametrize("form", ["separate", "dense"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_every_form_of_the_grouped_convolutions_computes_the_same(form, memory_format):
+def test_every_form_of_the_grouped_convolutions_computes_the_same(form, memory_format, monkeypatch):
+    convolve, calls = F.conv2d, []
+    monkeypatch.setattr(F, "conv2d", lambda *args, **more: calls.append(1) or convolve(*args, **more))
     torch.manual_seed(0)
     model = ResNeXt(2, 4).double().train().to(memory_format=memory_format)
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64).contiguous(memory_format=memory_format)
-    results, flops = [], []
+    results, flops, counts = [], [], []
     for each in ("groups", form):
         set_form(model, each)
         model.zero_grad()
@@ -176,9 +178,12 @@ def test_every_form_of_the_grouped_convolutions_computes_the_same(form, memory_f
         loss.backward()
         results.append(torch.cat([loss.detach()[None], *(weight.grad.flatten() for weight in model.parameters())]))
         flops.append(counter.get_total_flops())
+        counts.append(len(calls))
+        calls.clear()
     assert torch.allclose(*results, rtol=1e-6, atol=1e-12)
+    # That it did run: dense does more work, and each of the nine grouped convolutions is two where they are separate.
     assert (flops[1] > flops[0]) == (form == "dense")
-    assert {layer.form for layer in model.modules() if isinstance(layer, GroupedConv2d)} == {form}
+    assert counts == [31, 40 if form == "separate" else 31]
 
 
 def test_a_form_is_an_argument_and_part_of_the_name(run_script, tiny, tmp_path):
@@ -224,6 +229,20 @@ def test_without_a_compiler_it_is_one_line_that_says_how_to_do_without(run_scrip
     assert "No working C++ compiler found" in line
     assert "--compile False" in line
     assert "Traceback" not in errors
+
+
+def test_only_full_batches_are_compiled_for(tiny, tmp_path, monkeypatch):
+    """44 pictures: five batches of 8, then one of 4."""
+    sizes = []
+
+    def spy(model, args):
+        return lambda images: sizes.append(len(images)) or model(images)
+
+    monkeypatch.setattr(resnext_fast, "compiled", spy)
+    args = [*tiny, "--compile", "--num_epoch", 1, "--output_dir", tmp_path]
+    monkeypatch.setattr(sys, "argv", [SCRIPT, *map(str, args)])
+    resnext_fast.main()
+    assert sizes == [8] * 5
 
 
 def test_compiled_it_computes_the_same(monkeypatch):

@@ -40,8 +40,8 @@ FORMS = {"groups": groups, "separate": separate, "dense": dense}
 class GroupedConv2d(nn.Conv2d):
     """A Conv2d without bias that runs in `form`, a key of FORMS; its weight has the shape and name of Conv2d's."""
 
-    def __init__(self, *sizes, **more):
-        super().__init__(*sizes, bias=False, **more)
+    def __init__(self, in_channels, out_channels, kernel_size, stride, padding, groups):
+        super().__init__(in_channels, out_channels, kernel_size, stride, padding, groups=groups, bias=False)
         self.form = "groups"
 
     def forward(self, x):
