@@ -85,7 +85,8 @@ def peaks(record):
 def draw_families(panel, rows):
     """Draw [(policy, x, y), ...] with their names, and a line through each family of budgets."""
     for index, (start, title) in enumerate(FAMILIES.items()):
-        members = sorted((x, y, policy) for policy, x, y in rows if family(policy) == start)
+        # In the record's order, from budget to budget: a plan that saves less may have the higher peak.
+        members = [(x, y, policy) for policy, x, y in rows if family(policy) == start]
         if not members:
             continue
         xs, ys, names = zip(*members, strict=True)
