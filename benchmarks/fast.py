@@ -47,7 +47,8 @@ from harness.loading import EpochBatches
 from harness.precision import choose_precision
 from harness.profiling import SavedBytes, reset_peak_memory
 from harness.recording import describe_machine, write_json
-from images import load_images, training_loader
+from image_loaders import training_loader
+from images import load_images
 from models.grouped_convolution import set_form
 from models.resnext import ResNeXt, parse_name
 

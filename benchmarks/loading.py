@@ -24,7 +24,8 @@ from torch.utils.data import DataLoader, Dataset
 from harness import command_line
 from harness.loading import EpochBatches
 from harness.recording import describe_machine, write_json
-from images import PADDING, SIZE, DeviceImages, augmentation, load_images
+from image_loaders import PADDING, DeviceImages, augmentation
+from images import SIZE, load_images
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 TARGETS = {
@@ -98,7 +99,7 @@ class OriginalImages(Dataset):
     def __init__(self, data):
         from torchvision import transforms  # After `images`, which makes it work beside a CPU-only torch.
 
-        mean, std = data.statistics()
+        mean, std = data.statistics
         flip = [transforms.RandomHorizontalFlip()] if data.flip else []
         crop = transforms.RandomCrop(SIZE, padding=PADDING)
         normalise = transforms.Normalize(mean.tolist(), std.tolist())
@@ -139,7 +140,7 @@ def largest_difference(data, batch_size, device):
     from torchvision.transforms import functional
 
     batches = EpochBatches(len(data.train_labels), batch_size, seed=0)
-    mean, std = (each.tolist() for each in data.statistics())
+    mean, std = (each.tolist() for each in data.statistics)
     largest = 0.0
     for index, (images, labels) in zip(batches.batches(), DeviceImages(data, 0, batches, device), strict=True):
         assert labels.tolist() == data.train_labels[index].tolist()

@@ -25,7 +25,7 @@ from harness.precision import half_precision_type
 from harness.profiling import nvtx_range
 from harness.recording import atomic_write
 from harness.runs import Run
-from images import evaluation_batches, loading_of, training_loader
+from image_loaders import evaluation_batches, loading_of, training_loader
 from models.resnext import parse_name
 
 # They choose where and how long a process runs, not what it computes: a resumed run may change them.

@@ -1,27 +1,18 @@
-"""The pictures: three data sets as arrays, and two ways to load augmented batches of them.
-
-All pictures are uint8 [N, 32, 32, 3], all labels int64 [N]. The worker loader augments picture by picture in worker
-processes with torchvision; the device loader augments a whole batch at once where the model is. Both draw the same
-offsets and flips from (seed, epoch, index), and give the same pixels.
-"""
+"""The pictures: three data sets as arrays. All pictures are uint8 [N, 32, 32, 3], all labels int64 [N]."""
 
 import dataclasses
+import functools
 import os
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
-from torch.utils.data import Dataset
 
 from harness import torchvision_compat  # noqa: F401  (before torchvision)
 from harness.command_line import UserError
-from harness.loading import worker_loader
 
 SIZE = 32
-PADDING = 4
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
 
 
@@ -36,6 +27,7 @@ class ImageData:
     classes: list
     flip: bool
 
+    @functools.cached_property
     def statistics(self):
         """Mean and standard deviation of each channel of the training pictures in [0, 1]; two float32 [3]."""
         # Histograms, since a float copy of CIFAR-10 would take 1.2 GB.
@@ -127,142 +119,3 @@ def _read_picture(path):
             return np.array(image)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"cannot decode the picture {path} ({type(error).__name__}); replace or remove it") from None
-
-
-def augmentation(seed, epoch, indices, flip):
-    """The random part of augmenting pictures `indices` (int [n]) in `epoch`.
-
-    Returns top and left, int64 [n], uniform in 0..2*PADDING, and flip, bool [n], uniform (all False without `flip`):
-    the crop's offsets in the padded picture, and whether the crop is mirrored. A function of its arguments alone, by
-    the SplitMix64 hash (Steele, Lea, Flood 2014).
-    """
-    counter = np.asarray(indices, dtype=np.uint64) + (np.uint64(epoch) << np.uint64(32))
-    with np.errstate(over="ignore"):
-        key = _splitmix64(np.array([seed], dtype=np.uint64))
-        bits = _splitmix64(counter ^ key)
-    span = np.uint64(2 * PADDING + 1)
-    top = (bits & np.uint64(0xFFFF)) * span >> np.uint64(16)
-    left = (bits >> np.uint64(16) & np.uint64(0xFFFF)) * span >> np.uint64(16)
-    mirrored = (bits >> np.uint64(32) & np.uint64(1)).astype(bool) & flip
-    return top.astype(np.int64), left.astype(np.int64), mirrored
-
-
-def _splitmix64(state):
-    state = state + np.uint64(0x9E3779B97F4A7C15)
-    state = (state ^ state >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ state >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
-    return state ^ state >> np.uint64(31)
-
-
-def normalise(images, mean, std):
-    """uint8 [..., 3, H, W] to float32 of the same shape, with `mean` and `std` float32 [3] taken out."""
-    from torchvision.transforms.v2 import functional
-
-    return functional.normalize(functional.to_dtype(images, torch.float32, scale=True), mean.tolist(), std.tolist())
-
-
-class AugmentedImages(Dataset):
-    """Training pictures one by one, for the worker loader: (epoch, index) -> (float32 [3, 32, 32], int)."""
-
-    def __init__(self, data, seed):
-        self.images = torch.from_numpy(data.train_images)
-        self.labels = data.train_labels
-        self.mean, self.std = data.statistics()
-        self.flip, self.seed = data.flip, seed
-
-    def __len__(self):
-        return len(self.labels)
-
-    def __getitem__(self, position):
-        from torchvision.transforms.v2 import functional
-
-        epoch, index = position
-        top, left, mirrored = (value[0] for value in augmentation(self.seed, epoch, [index], self.flip))
-        image = self.images[index].permute(2, 0, 1)
-        image = functional.pad(image, [PADDING] * 4)
-        image = functional.crop(image, int(top), int(left), SIZE, SIZE)
-        if mirrored:
-            image = functional.horizontal_flip(image)
-        return normalise(image, self.mean, self.std), int(self.labels[index])
-
-
-class DeviceImages:
-    """Loads and augments whole batches on `device`, where all training pictures lie as uint8.
-
-    Iterating yields (`dtype` [n, 3, 32, 32] in `memory_format`, int64 [n]) on the device, in the order of the
-    EpochBatches `batches`, with the pixels that AugmentedImages gives.
-    """
-
-    def __init__(self, data, seed, batches, device, memory_format=torch.contiguous_format, dtype=torch.float32):
-        padded = F.pad(torch.from_numpy(data.train_images).permute(0, 3, 1, 2), [PADDING] * 4)
-        # A mirrored crop is a crop of the mirrored picture. With these at hand, augmenting is one gather of windows.
-        pictures = torch.cat([padded, padded.flip(3)]) if data.flip else padded
-        pictures = pictures.contiguous(memory_format=memory_format).to(device)
-        self.windows = pictures.unfold(2, SIZE, 1).unfold(3, SIZE, 1)  # A view [pictures, 3, top, left, 32, 32].
-        self.labels = torch.from_numpy(data.train_labels).to(device)
-        # As large as a picture: on a CPU, broadcasting over the last of NHWC's dimensions is slow.
-        self.mean, self.std = (
-            torch.from_numpy(each)[:, None, None]
-            .expand(1, 3, SIZE, SIZE)
-            .contiguous(memory_format=memory_format)
-            .to(device)
-            for each in data.statistics()
-        )
-        self.flip, self.seed, self.batches = data.flip, seed, batches
-        self.device, self.dtype = device, dtype
-
-    @staticmethod
-    def bytes_needed(data):
-        return len(data.train_labels) * 3 * (SIZE + 2 * PADDING) ** 2 * (2 if data.flip else 1)
-
-    def __len__(self):
-        return len(self.batches)
-
-    def __iter__(self):
-        # One copy of an epoch's order and offsets; after it, the host only enqueues.
-        shares = list(self.batches.batches())
-        index = np.concatenate(shares) if shares else np.empty(0, dtype=np.int64)
-        top, left, mirrored = augmentation(self.seed, self.batches.epoch, index, self.flip)
-        epoch = torch.from_numpy(np.stack([index, top, left, mirrored])).to(self.device)
-        for index, top, left, mirrored in (part.unbind() for part in epoch.split([len(share) for share in shares], 1)):
-            yield self.augment(index, top, left, mirrored), self.labels[index]
-
-    def augment(self, index, top, left, mirrored):
-        """Pictures `index`, cropped at `top` and `left`, mirrored where `mirrored` is 1, normalised.
-
-        All int64 [n]; left is counted in the picture before mirroring. Returns `dtype` [n, 3, 32, 32].
-        """
-        left = torch.where(mirrored.bool(), 2 * PADDING - left, left)
-        pixels = self.windows[index + mirrored * len(self.labels), :, top, left]
-        return pixels.float().mul_(1 / 255).sub_(self.mean).div_(self.std).to(self.dtype)  # normalise(), in place.
-
-
-def loading_of(loader):
-    """What a loader of `training_loader` is: "device" or "workers"."""
-    return "device" if isinstance(loader, DeviceImages) else "workers"
-
-
-def training_loader(kind, data, seed, batches, num_workers, device, say=print, **layout):
-    """The loader of training batches: kind "workers" or "device"; falls back to workers where the device is full.
-
-    layout: memory_format and dtype, in which the device loader makes its batches; the worker loader knows one.
-    """
-    if kind == "device":
-        free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
-        needed = DeviceImages.bytes_needed(data)
-        if needed <= free / 2:
-            return DeviceImages(data, seed, batches, device, **layout)
-        say(f"the {needed / 1e9:.1f} GB of pictures do not fit on the device; loading by workers")
-    return worker_loader(AugmentedImages(data, seed), batches, num_workers, device)
-
-
-def evaluation_batches(data, batch_size, device, rank=0, world_size=1):
-    """Yield this process's share of the test pictures on `device`, normalised: (float32 [n, 3, 32, 32], int64 [n]).
-
-    The shares of all processes hold every test picture exactly once.
-    """
-    mean, std = data.statistics()
-    images, labels = data.test_images[rank::world_size], data.test_labels[rank::world_size]
-    for start in range(0, len(labels), batch_size):
-        batch = torch.from_numpy(images[start : start + batch_size]).to(device).permute(0, 3, 1, 2).contiguous()
-        yield normalise(batch, mean, std), torch.from_numpy(labels[start : start + batch_size]).to(device)

@@ -22,7 +22,8 @@ from harness.loading import EpochBatches, worker_loader
 from harness.precision import choose_precision
 from harness.recording import output_lock
 from harness.runs import Run
-from images import AugmentedImages, load_images
+from image_loaders import AugmentedImages
+from images import load_images
 from models.resnext import ResNeXt
 
 CPU = torch.device("cpu")

@@ -171,12 +171,12 @@ def spy(self, number):
 loading.EpochBatches.weight = spy
 """
 STOP_IN_EVALUATION = """
-import images
-batches = images.evaluation_batches
+import image_loaders
+batches = image_loaders.evaluation_batches
 def spy(*args):
     os.kill(os.getpid(), signal.SIGTERM)
     return batches(*args)
-images.evaluation_batches = spy
+image_loaders.evaluation_batches = spy
 """
 STOP_AFTER_LAST_SAVE = """
 from harness import runs
