@@ -17,8 +17,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 sys.path.insert(0, str(ROOT))
 
-from harness import command_line
-from harness.command_line import UserError
+from harness import arguments, endings
+from harness.endings import UserError
 from reporting import benchmarks, overview, records, studies, tables
 from reporting.readme import rewrite
 
@@ -39,7 +39,7 @@ TABLES = (
 
 
 def get_args_parser():
-    parser = command_line.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("folders", nargs="*", type=Path,
         help=f"folders with records; by default {', '.join(FOLDERS)}, and for --readme {PUBLISHED}")  # fmt: skip
@@ -122,4 +122,4 @@ def print_trace(path):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

@@ -8,7 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 
-from harness.recording import atomic_write
+from harness.files import atomic_write
 
 
 def write_arrays(path, fingerprint, arrays):

@@ -10,8 +10,8 @@ import json
 from documents import clean
 from utils import ptb_tokenize
 
-from harness.command_line import UserError
-from harness.recording import atomic_write, write_json
+from harness.endings import UserError
+from harness.files import atomic_write, write_json
 
 FILES = ("source", "target", "out", "source.tokenized", "target.tokenized", "out.tokenized")
 

@@ -19,9 +19,9 @@ import transformers
 from documents import find_dataset, read_documents, split_documents
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from harness import command_line, torchvision_compat  # noqa: F401
-from harness.command_line import UserError
-from harness.recording import publish, staging
+from harness import arguments, endings, torchvision_compat  # noqa: F401
+from harness.endings import UserError
+from harness.files import publish, staging
 
 SPECIAL_TOKENS = {
     "t5": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
@@ -37,14 +37,14 @@ TEMPLATES = {"t5": "$A </s>", "bert": "[CLS] $A [SEP]"}
 
 
 def get_args_parser():
-    parser = command_line.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=("t5", "bert"), default="t5", help="default: %(default)s")
     parser.add_argument("--data_file", default="sample", help="CSV file or data set name (default: %(default)s)")
     parser.add_argument("--doc_col_name", default="abstract", help="column of the documents (default: %(default)s)")
     parser.add_argument("--sum_col_name", default="title", help="column of the summaries (default: %(default)s)")
     parser.add_argument("--save_dir", type=Path, required=True, help="folder for the model and its tokenizer")
     size = parser.add_argument_group("size")
-    integer = command_line.positive_int
+    integer = arguments.positive_int
     size.add_argument("--vocab_size", type=integer, default=6000, help="tokens (default: %(default)s)")
     size.add_argument("--d_model", type=integer, default=256, help="width (default: %(default)s)")
     size.add_argument(
@@ -54,16 +54,16 @@ def get_args_parser():
     size.add_argument("--num_layers", type=integer, default=3, help="encoder layers (default: %(default)s)")
     size.add_argument("--num_decoder_layers", type=integer, default=2, help="of t5 (default: %(default)s)")
     size.add_argument("--max_positions", type=integer, default=512, help="of bert, in tokens (default: %(default)s)")
-    parser.add_argument("--dropout", type=command_line.non_negative_float, default=0.1, help="default: %(default)s")
+    parser.add_argument("--dropout", type=arguments.non_negative_float, default=0.1, help="default: %(default)s")
     parser.add_argument(
         "--copy_init",
-        type=command_line.boolean,
+        type=arguments.boolean,
         nargs="?",
         const=True,
         default=False,
         help="start t5 with attention that copies from the document (see copy_init)",
     )
-    parser.add_argument("--seed", type=command_line.numpy_seed, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=arguments.numpy_seed, default=0, help="default: %(default)s")
     return parser
 
 
@@ -187,4 +187,4 @@ def _orthonormal_rows(width, rows):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

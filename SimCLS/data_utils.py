@@ -21,7 +21,7 @@ import torch
 from array_file import read_arrays, write_arrays
 from tqdm import tqdm
 
-from harness.command_line import UserError
+from harness.endings import UserError
 from harness.loading import EpochBatches
 
 FORMAT = 1

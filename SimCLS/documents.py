@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness.command_line import UserError
+from harness.endings import UserError
 
 FOLDER = Path(__file__).resolve().parent
 SPLIT_SEED = 42

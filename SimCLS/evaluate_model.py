@@ -41,10 +41,12 @@ from model import load_scorer, score_samples
 from preprocess import Lines, score_sample
 from utils import SentenceSplitter, progress, ptb_tokenize, read_lines
 
-from harness import command_line, distributed
-from harness.command_line import UserError, positive_float, positive_int
+from harness import arguments, distributed, endings
+from harness.arguments import positive_float, positive_int
+from harness.endings import UserError
+from harness.files import write_json
+from harness.machine import describe_machine
 from harness.precision import choose_precision
-from harness.recording import describe_machine, write_json
 from harness.runs import FORMAT
 
 RESAMPLES = 10_000
@@ -54,7 +56,7 @@ SHOWN = 3
 
 
 def get_args_parser():
-    parser = command_line.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--scorer_path", type=Path, help="trained scorer, such as cache/run/scorer.bin")
     add("--model_type", help="its encoder, a folder or a hub name (default: that of scorer.json beside the scorer)")
@@ -310,4 +312,4 @@ def print_table(result):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

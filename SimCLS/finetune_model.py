@@ -33,10 +33,11 @@ from pretrained import check_length, half_precision_dtype, load
 from transformers.trainer_pt_utils import LengthGroupedSampler
 from utils import SentenceSplitter, ptb_tokenize
 
-from harness import command_line, determinism, torchvision_compat  # noqa: F401
-from harness.command_line import UserError
+from harness import arguments, determinism, endings, torchvision_compat  # noqa: F401
+from harness.endings import UserError
+from harness.files import output_lock, publish, staging, write_json
+from harness.machine import describe_machine
 from harness.precision import choose_precision, half_precision_type
-from harness.recording import describe_machine, output_lock, publish, staging, write_json
 from harness.resume import check_arguments, stop_requests
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # Of torchrun.
@@ -45,8 +46,8 @@ ROUGE_TYPES = ("rouge1", "rouge2", "rougeLsum")
 
 
 def get_args_parser():
-    parser = command_line.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    integer, number = command_line.positive_int, command_line.positive_float
+    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    integer, number = arguments.positive_int, arguments.positive_float
     parser.add_argument("--pt_model", required=True, help="generator to start from: a folder, or a name on the hub")
     parser.add_argument("--data_file", default="sample", help="CSV file or data set name (default: %(default)s)")
     parser.add_argument("--doc_col_name", default="abstract", help="column of the documents (default: %(default)s)")
@@ -56,7 +57,7 @@ def get_args_parser():
     parser.add_argument("--lead_words", type=integer, help="train on the first words of each document in place of its "
                         "summary: how many")  # fmt: skip
     parser.add_argument("--resume", **_flag("continue the interrupted run in --save_dir"))
-    parser.add_argument("--seed", type=command_line.numpy_seed, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=arguments.numpy_seed, default=0, help="default: %(default)s")
 
     training = parser.add_argument_group("training")
     training.add_argument("--num_epoch", type=integer, default=5, help="default: %(default)s")
@@ -64,12 +65,12 @@ def get_args_parser():
     training.add_argument("--batch_size", type=integer, default=16, help="documents a step, over all processes "
                           "(default: %(default)s)")  # fmt: skip
     training.add_argument("--lr", type=number, default=3e-4, help="peak learning rate of AdamW (default: %(default)s)")
-    training.add_argument("--warmup", type=command_line.fraction, default=0.05,
+    training.add_argument("--warmup", type=arguments.fraction, default=0.05,
                           help="share of the updates in which the rate rises to its peak, from which it falls to 0 "
                                "(default: %(default)s)")  # fmt: skip
-    training.add_argument("--label_smoothing", type=command_line.non_negative_float, default=0.1,
+    training.add_argument("--label_smoothing", type=arguments.non_negative_float, default=0.1,
                           help="default: %(default)s")  # fmt: skip
-    training.add_argument("--dropout", type=command_line.non_negative_float, help="default: that of --pt_model")
+    training.add_argument("--dropout", type=arguments.non_negative_float, help="default: that of --pt_model")
     training.add_argument(
         "--half_precision", type=functools.partial(half_precision_type, unnamed="auto"), nargs="?", const="auto",
         metavar="float16|bfloat16",
@@ -88,7 +89,7 @@ def get_args_parser():
 
 
 def _flag(text):
-    return {"type": command_line.boolean, "nargs": "?", "const": True, "default": False, "help": text}
+    return {"type": arguments.boolean, "nargs": "?", "const": True, "default": False, "help": text}
 
 
 def main():
@@ -261,15 +262,15 @@ def state_to_resume(args, checkpoints):
     """The state from which to go on, or None; UserError where that of another run would be lost or gone on from."""
     arguments_path = checkpoints / "arguments.json"
     last = last_checkpoint(checkpoints)
-    arguments = {name: value for name, value in plain_arguments(args).items() if name not in ("resume", "save_dir")}
+    settings = {name: value for name, value in plain_arguments(args).items() if name not in ("resume", "save_dir")}
     if last is None:
         if args.resume:
             print(f"no saved state in {checkpoints}; starting from the beginning", flush=True)
-        write_json(arguments_path, arguments)
+        write_json(arguments_path, settings)
     elif not args.resume:
         raise UserError(f"{args.save_dir} holds an interrupted run; add --resume, or choose another --save_dir")
     elif arguments_path.is_file():
-        check_arguments(last, json.loads(arguments_path.read_bytes()), arguments)
+        check_arguments(last, json.loads(arguments_path.read_bytes()), settings)
     return last
 
 
@@ -396,4 +397,4 @@ def plain_figures(figures):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

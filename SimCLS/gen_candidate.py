@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness import command_line, torchvision_compat  # noqa: F401  # isort: skip (before transformers)
+from harness import arguments, endings, torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
 import numpy as np
 import torch
@@ -32,10 +32,10 @@ from documents import find_dataset, read_documents, safe_name, split_documents, 
 from pretrained import check_length, half_precision_dtype, load
 from tqdm import tqdm
 
-from harness.command_line import UserError
 from harness.distributed import world as join_world
+from harness.endings import UserError
+from harness.files import output_lock
 from harness.precision import choose_precision, half_precision_type
-from harness.recording import output_lock
 
 # For a generator whose tokenizer or generation config names no length.
 SOURCE_LENGTH, SUMMARY_LENGTH = 512, 64
@@ -46,13 +46,13 @@ SECONDS_BETWEEN_LINES = 20
 
 
 def get_args_parser():
-    parser = command_line.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--generator_name", required=True, help="a folder, or a name on the hub")
     parser.add_argument("--dataset_name", default="sample", help="CSV file or data set name (default: %(default)s)")
     parser.add_argument("--doc_col_name", default="abstract", help="column of the documents (default: %(default)s)")
     parser.add_argument("--sum_col_name", default="title", help="column of the summaries (default: %(default)s)")
     parser.add_argument(
-        "--dataset_percent", type=command_line.positive_float, default=100, help="share of each split (default: 100)"
+        "--dataset_percent", type=arguments.positive_float, default=100, help="share of each split (default: 100)"
     )
     parser.add_argument(
         "--output_dir", type=Path, default=Path("candidates"), help="parent of the new folder (default: %(default)s)"
@@ -66,7 +66,7 @@ def get_args_parser():
 
 def add_search_arguments(parser):
     """The arguments of the search, in a group of their own; `search_settings` reads them."""
-    integer, number = command_line.positive_int, command_line.non_negative_float
+    integer, number = arguments.positive_int, arguments.non_negative_float
     search = parser.add_argument_group("search for candidates; defaults marked * are those of the generation config")
     search.add_argument(
         "--num_cands", type=integer, default=CANDIDATES, help=f"candidates a document (default: {CANDIDATES})"
@@ -74,8 +74,8 @@ def add_search_arguments(parser):
     search.add_argument("--num_groups", type=integer, help="groups of beams (default: one a candidate)")
     search.add_argument("--diversity_penalty", type=number, default=1.0, help="default: %(default)s")
     search.add_argument("--length_penalty", type=float, help="exponent of the length that scores are divided by *")
-    search.add_argument("--min_length", type=command_line.non_negative_int, help="tokens before the end *")
-    search.add_argument("--no_repeat_ngram_size", type=command_line.non_negative_int, help="0 allows repetition *")
+    search.add_argument("--min_length", type=arguments.non_negative_int, help="tokens before the end *")
+    search.add_argument("--no_repeat_ngram_size", type=arguments.non_negative_int, help="0 allows repetition *")
     search.add_argument("--decoder_max_len", type=integer, help=f"most tokens of a candidate (* or {SUMMARY_LENGTH})")
     search.add_argument(
         "--max_source_length", type=integer, help="tokens of a document, cut there (default: the tokenizer's)"
@@ -292,4 +292,4 @@ class Progress:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

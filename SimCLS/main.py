@@ -31,12 +31,13 @@ from scorer_experiment import (
 )
 from scorer_run import ScorerRun
 
-from harness import command_line, determinism, distributed
-from harness.command_line import UserError
+from harness import determinism, distributed, endings
+from harness.endings import UserError
 from harness.loading import worker_loader
+from harness.memory import SavedBytes
 from harness.precision import choose_precision
-from harness.profiling import PhaseTimer, SavedBytes, nvtx_range
 from harness.resume import stop_requests
+from harness.timing import PhaseTimer, nvtx_range
 
 
 def main():
@@ -193,4 +194,4 @@ def start_processes(args):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

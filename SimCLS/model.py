@@ -18,8 +18,8 @@ from data_utils import TextEncoding
 from torch import nn
 
 from harness import torchvision_compat  # noqa: F401
-from harness.command_line import UserError
-from harness.recording import atomic_write, write_json
+from harness.endings import UserError
+from harness.files import atomic_write, write_json
 
 # isort: split
 from pretrained import check_length, load

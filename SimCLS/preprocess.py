@@ -34,9 +34,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fast_rouge import RougeReference
 from utils import SentenceSplitter, count_lines, map_in_order, progress, read_lines
 
-from harness import command_line
-from harness.command_line import UserError
-from harness.recording import staging
+from harness import arguments, endings, machine
+from harness.endings import UserError
+from harness.files import staging
 
 # Documents that a worker process takes at a time: about 50 ms of work.
 CHUNK = 16
@@ -59,15 +59,15 @@ class Lines(NamedTuple):
 
 
 def get_args_parser():
-    parser = command_line.OneLineParser(description=__doc__.partition("\n")[0])
+    parser = arguments.OneLineParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--src_dir", type=Path, required=True, help="folder of the candidate text files")
     parser.add_argument("--tgt_dir", type=Path, required=True, help="folder for the samples of this split")
     parser.add_argument("--split", choices=("train", "val", "test"), required=True)
-    parser.add_argument("--cand_num", type=command_line.positive_int, default=16, help="candidates a document")
+    parser.add_argument("--cand_num", type=arguments.positive_int, default=16, help="candidates a document")
     parser.add_argument(
         "--workers",
-        type=command_line.positive_int,
-        default=command_line.usable_cores(),
+        type=arguments.positive_int,
+        default=machine.usable_cores(),
         help="processes that score; by default one for each usable core",
     )
     return parser
@@ -189,4 +189,4 @@ def split_lower(text, split):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

@@ -12,7 +12,7 @@ import torch
 from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
-from harness.command_line import UserError
+from harness.endings import UserError
 
 HUB_TIMEOUT = 5  # seconds
 # They overflow in float16.

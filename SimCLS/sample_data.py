@@ -22,9 +22,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from harness import command_line
-from harness.command_line import UserError
-from harness.recording import atomic_write
+from harness import arguments, endings, machine
+from harness.endings import UserError
+from harness.files import atomic_write
 
 SAMPLE = Path(__file__).resolve().parent / "sample.csv"
 
@@ -90,7 +90,7 @@ _MARKUP = [
 
 
 def get_args_parser():
-    parser = command_line.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", type=Path, default=SAMPLE, help="the CSV to write (default: %(default)s)")
     return parser
 
@@ -113,7 +113,7 @@ def ensure_sample():
 def build_sample(path):
     """Write the CSV and return its number of pairs. Raises UserError when no docstring is to be found."""
     # Spawned, since a fork of a process that has started torch's threads may deadlock.
-    with multiprocessing.get_context("spawn").Pool(min(4, command_line.usable_cores())) as pool:
+    with multiprocessing.get_context("spawn").Pool(min(4, machine.usable_cores())) as pool:
         found = pool.map(file_pairs, list(python_files()), chunksize=20)
     pairs = list(without_repeats(pair for pairs in found for pair in pairs))
     if not pairs:
@@ -259,4 +259,4 @@ def _letters(text):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

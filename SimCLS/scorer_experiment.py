@@ -12,10 +12,9 @@ from data_utils import ROUGE, load_samples
 from model import MARGIN, MAX_LEN, TOTAL_LEN, load_scorer, ranking_loss, read_description, score_samples
 
 from harness import determinism
-from harness.command_line import (
+from harness.arguments import (
     HelpWithDefaults,
     OneLineParser,
-    UserError,
     boolean,
     fraction,
     learning_rate,
@@ -26,8 +25,9 @@ from harness.command_line import (
     seed,
     workers,
 )
+from harness.endings import UserError
 from harness.precision import half_precision_type
-from harness.profiling import nvtx_range
+from harness.timing import nvtx_range
 
 CACHE = Path("cache")
 

@@ -12,8 +12,8 @@ from model import save_scorer
 from scorer_experiment import CACHE, run_name
 from tqdm import tqdm
 
-from harness.command_line import UserError
-from harness.recording import write_json
+from harness.endings import UserError
+from harness.files import write_json
 from harness.runs import Run
 
 # They choose where and how long a process runs, not what it computes: a resumed run may change them.

@@ -16,7 +16,7 @@ from nltk.tokenize import NLTKWordTokenizer
 from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer, PunktTokenizer, PunktTrainer
 from tqdm import tqdm
 
-from harness.command_line import UserError
+from harness.endings import UserError
 
 # Punkt learns from the start of the text: one second of work, and the same parameters however long the text is.
 PUNKT_SAMPLE_CHARACTERS = 500_000

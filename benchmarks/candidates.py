@@ -36,8 +36,9 @@ from documents import find_dataset, read_documents, split_documents
 from gen_candidate import length_batches
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from harness import command_line
-from harness.recording import describe_machine, write_json
+from harness import arguments, endings
+from harness.files import write_json
+from harness.machine import describe_machine
 
 LONGEST = 512
 PAD, END = 0, 1
@@ -53,8 +54,8 @@ TARGETS = {
 
 
 def get_args_parser():
-    parser = command_line.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    integer = command_line.positive_int
+    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    integer = arguments.positive_int
     parser.add_argument("--data", default="sample", help="CSV file or data set name (default: %(default)s)")
     parser.add_argument("--documents", type=integer, default=16, help="of the test split (default: %(default)s)")
     parser.add_argument("--model", help="also time this generator, a folder with its tokenizer")
@@ -205,4 +206,4 @@ def run_reference(reference, sources, batches, request):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

@@ -8,8 +8,8 @@ import subprocess
 import time
 from pathlib import Path
 
-from harness.command_line import UserError
-from harness.recording import hardware_name
+from harness.endings import UserError
+from harness.machine import hardware_name
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"

@@ -33,10 +33,11 @@ from model import load_scorer
 from rouge_score.rouge_scorer import RougeScorer
 from utils import SentenceSplitter
 
-from harness import command_line
+from harness import arguments, endings
 from harness.distributed import World
+from harness.files import write_json
+from harness.machine import describe_machine
 from harness.precision import choose_precision
-from harness.recording import describe_machine, write_json
 
 CANDIDATES = 16
 LONGEST = 512
@@ -46,13 +47,13 @@ TARGETS = {"cpu": {"": ("at least", 5.0)}}  # It has one case, without a name.
 
 
 def get_args_parser():
-    parser = command_line.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", default="sample", help="CSV file or data set name (default: %(default)s)")
     parser.add_argument("--generator_name", default=str(ROOT / "SimCLS" / "demo"), help="folder (default: SimCLS/demo)")
     parser.add_argument("--scorer_path", type=Path, help="trained scorer (default: the generator's encoder as it is)")
-    parser.add_argument("--documents", type=command_line.positive_int, default=32, help="default: %(default)s")
+    parser.add_argument("--documents", type=arguments.positive_int, default=32, help="default: %(default)s")
     parser.add_argument("--reference_python", default=sys.executable, help="interpreter that has transformers 4.56.2")
-    parser.add_argument("--rounds", type=command_line.positive_int, default=3, help="default: %(default)s")
+    parser.add_argument("--rounds", type=arguments.positive_int, default=3, help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/evaluation.json")
     return parser
 
@@ -165,4 +166,4 @@ def check_equal(plain, ours):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

@@ -41,12 +41,13 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from experiment import model_name, run_name
-from harness import command_line
-from harness.command_line import UserError
+from harness import arguments, endings
+from harness.endings import UserError
+from harness.files import write_json
 from harness.loading import EpochBatches
+from harness.machine import describe_machine
+from harness.memory import SavedBytes, reset_peak_memory
 from harness.precision import choose_precision
-from harness.profiling import SavedBytes, reset_peak_memory
-from harness.recording import describe_machine, write_json
 from image_loaders import training_loader
 from images import load_images
 from models.grouped_convolution import set_form
@@ -99,18 +100,18 @@ class Row:
 
 def get_args_parser():
     on_cuda = torch.cuda.is_available()
-    parser = command_line.OneLineParser(description=__doc__.partition("\n")[0])
+    parser = arguments.OneLineParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--dataset", choices=("cifar10", "digits", "folder"), default="digits")
     add("--data_dir", default=str(ROOT / "resnext" / "data"))
     add("--model", type=model_name, default="resnext29_4x64d" if on_cuda else "resnext29_2x16d")
-    add("--batch_size", type=command_line.positive_int, default=128)
-    add("--steps", type=command_line.positive_int, default=30 if on_cuda else 12, help="of a row in a round")
-    add("--rounds", type=command_line.positive_int, default=10 if on_cuda else 5)
+    add("--batch_size", type=arguments.positive_int, default=128)
+    add("--steps", type=arguments.positive_int, default=30 if on_cuda else 12, help="of a row in a round")
+    add("--rounds", type=arguments.positive_int, default=10 if on_cuda else 5)
     add("--techniques", nargs="*", choices=TECHNIQUES, default=list(TECHNIQUES), help="rows besides the original's")
-    add("--ablation_epochs", type=command_line.non_negative_int, default=0)
-    add("--fast_epochs", type=command_line.non_negative_int, default=0)
-    add("--seeds", type=command_line.seed, nargs="+", default=[0])
+    add("--ablation_epochs", type=arguments.non_negative_int, default=0)
+    add("--fast_epochs", type=arguments.non_negative_int, default=0)
+    add("--seeds", type=arguments.seed, nargs="+", default=[0])
     add("--run_dir", type=Path, default=ROOT / "runs" / "fast", help="where the records of the training runs go")
     add("--output", type=Path, help="by default benchmarks/results/<hardware>/fast.json")
     return parser
@@ -408,4 +409,4 @@ def seconds_until(accuracy, epochs):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

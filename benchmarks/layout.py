@@ -21,8 +21,9 @@ import torch
 from common import interleaved, results_path
 
 from experiment import model_name
-from harness import command_line
-from harness.recording import describe_machine, write_json
+from harness import arguments, endings
+from harness.files import write_json
+from harness.machine import describe_machine
 from models.grouped_convolution import FORMS, GroupedConv2d, groups
 from models.resnext import ResNeXt, parse_name
 
@@ -50,15 +51,15 @@ class Shape(NamedTuple):
 
 def get_args_parser():
     on_cuda = torch.cuda.is_available()
-    parser = command_line.OneLineParser(description=__doc__.partition("\n")[0])
+    parser = arguments.OneLineParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     # The small model's convolutions would take a GPU no longer than launching them.
     models = ["resnext29_4x64d"] if on_cuda else ["resnext29_4x64d", "resnext29_2x16d"]
     add("--models", type=model_name, nargs="+", default=models)
-    add("--batch_size", type=command_line.positive_int, default=128 if on_cuda else 16)
+    add("--batch_size", type=arguments.positive_int, default=128 if on_cuda else 16)
     add("--precision", choices=DTYPES, nargs="+", default=["tf32", "bf16", "fp16"] if on_cuda else ["fp32", "bf16"])
-    add("--rounds", type=command_line.positive_int, default=10)
-    add("--repeats", type=command_line.positive_int, default=20 if on_cuda else 1, help="calls of an arm in a round")
+    add("--rounds", type=arguments.positive_int, default=10)
+    add("--repeats", type=arguments.positive_int, default=20 if on_cuda else 1, help="calls of an arm in a round")
     add("--output", type=Path, help="by default benchmarks/results/<hardware>/layout.json")
     return parser
 
@@ -181,4 +182,4 @@ def show(totals):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

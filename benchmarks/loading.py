@@ -21,9 +21,10 @@ from common import interleaved, ratio_summary, results_path, verdict
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from harness import command_line
+from harness import arguments, endings
+from harness.files import write_json
 from harness.loading import EpochBatches
-from harness.recording import describe_machine, write_json
+from harness.machine import describe_machine
 from image_loaders import PADDING, DeviceImages, augmentation
 from images import SIZE, load_images
 
@@ -38,15 +39,15 @@ TOLERANCE = 1e-6  # Transforms v1 divide by 255 where v2, and we, multiply by 1 
 
 
 def get_args_parser():
-    parser = command_line.OneLineParser(description=__doc__.partition("\n")[0])
+    parser = arguments.OneLineParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--dataset", choices=("cifar10", "digits", "folder"), default="digits")
     parser.add_argument("--data_dir", default=str(ROOT / "resnext" / "data"))
-    parser.add_argument("--batch_size", type=command_line.positive_int, default=128)
+    parser.add_argument("--batch_size", type=arguments.positive_int, default=128)
     threads = [1] if torch.cuda.is_available() else [1, 2]
     parser.add_argument(
-        "--threads", type=command_line.positive_int, nargs="+", default=threads, help="of the device loader on a CPU"
+        "--threads", type=arguments.positive_int, nargs="+", default=threads, help="of the device loader on a CPU"
     )
-    parser.add_argument("--rounds", type=command_line.positive_int, default=5)
+    parser.add_argument("--rounds", type=arguments.positive_int, default=5)
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/loading.json")
     return parser
 
@@ -164,4 +165,4 @@ def assert_evenly_spread(pictures=200_000):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

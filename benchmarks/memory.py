@@ -34,12 +34,13 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiment import model_name
-from harness import command_line
-from harness.command_line import UserError
+from harness import arguments, endings
+from harness.endings import UserError
+from harness.files import write_json
+from harness.machine import describe_machine
+from harness.memory import LiveBytes, SavedBytes, reset_peak_memory
 from harness.planning import convolution_flops
 from harness.precision import choose_precision, half_precision_type
-from harness.profiling import LiveBytes, SavedBytes, reset_peak_memory
-from harness.recording import describe_machine, write_json
 from models.resnext import ResNeXt, parse_name
 from models.resnext_checkpoint import POLICIES, CheckpointResNeXt
 
@@ -56,20 +57,20 @@ NO_CONTEXT = contextlib.nullcontext()
 
 def get_args_parser():
     on_cuda = torch.cuda.is_available()
-    parser = command_line.OneLineParser(description=__doc__.partition("\n")[0])
+    parser = arguments.OneLineParser(description=__doc__.partition("\n")[0])
     add = parser.add_argument
     add("--model", type=model_name, default=CLAIMED)
     add(
         "--batch_size",
-        type=command_line.positive_int,
+        type=arguments.positive_int,
         default=4,
         help="of the pass that bytes and FLOPs are counted in",
     )
     add("--policies", nargs="+", help="of these arms alone, and plain, as the table names them")
     add("--compile_backend", choices=("inductor", "aot_eager", "none"), default="inductor")
-    add("--steps", type=command_line.non_negative_int, default=5 if on_cuda else 0, help="training steps in a round")
-    add("--rounds", type=command_line.positive_int, default=5)
-    add("--timed_batch_size", type=command_line.positive_int, default=128)
+    add("--steps", type=arguments.non_negative_int, default=5 if on_cuda else 0, help="training steps in a round")
+    add("--rounds", type=arguments.positive_int, default=5)
+    add("--timed_batch_size", type=arguments.positive_int, default=128)
     add("--half_precision", type=half_precision_type, nargs="?", const="float16", help="of the timed steps")
     add("--output", type=Path, help="by default benchmarks/results/<hardware>/memory.json")
     return parser
@@ -378,7 +379,7 @@ def largest_batch(make, args, device):
         try:
             return Trainer(make, args, device, batch_size).peak_bytes
         except RuntimeError as error:
-            if not command_line.is_out_of_gpu_memory(error):
+            if not endings.is_out_of_gpu_memory(error):
                 raise
             return None
 
@@ -403,4 +404,4 @@ def largest_batch(make, args, device):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

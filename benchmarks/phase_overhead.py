@@ -1,4 +1,4 @@
-"""What timing the phases of a training step (harness/profiling.py) costs. Target: at most 1 % of the step.
+"""What timing the phases of a training step (harness/timing.py) costs. Target: at most 1 % of the step.
 
     python3 benchmarks/phase_overhead.py
 
@@ -22,9 +22,10 @@ from common import interleaved, ratio_summary, results_path, verdict
 from torch import nn
 
 from experiment import model_name
-from harness import command_line
-from harness.profiling import PhaseTimer
-from harness.recording import describe_machine, write_json
+from harness import arguments, endings
+from harness.files import write_json
+from harness.machine import describe_machine
+from harness.timing import PhaseTimer
 from models.resnext import ResNeXt, parse_name
 
 CASE = "on over off"  # The time with phases over that without: a cost, where the other benchmarks have a gain.
@@ -33,12 +34,12 @@ PHASES = ("data copy", "zero grad", "forward", "backward", "optimizer")
 
 
 def get_args_parser():
-    parser = command_line.OneLineParser(description=__doc__.partition("\n")[0])
+    parser = arguments.OneLineParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", type=model_name, help="by default resnext29_1x4d; with cuda resnext29_4x64d")
-    parser.add_argument("--batch_size", type=command_line.positive_int, help="by default 32; with cuda 128")
-    parser.add_argument("--steps", type=command_line.positive_int, default=1, help="steps of each side in a round")
-    parser.add_argument("--rounds", type=command_line.positive_int, default=200)
+    parser.add_argument("--batch_size", type=arguments.positive_int, help="by default 32; with cuda 128")
+    parser.add_argument("--steps", type=arguments.positive_int, default=1, help="steps of each side in a round")
+    parser.add_argument("--rounds", type=arguments.positive_int, default=200)
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/phase_overhead.json")
     return parser
 
@@ -126,4 +127,4 @@ def bare_seconds(device, steps=2000):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

@@ -26,8 +26,9 @@ from common import Reference, interleaved, ratio_summary, results_path, verdict
 from rouge_score.rouge_scorer import RougeScorer
 from utils import SentenceSplitter, map_in_order, progress
 
-from harness import command_line
-from harness.recording import describe_machine, write_json
+from harness import arguments, endings
+from harness.files import write_json
+from harness.machine import describe_machine
 
 CANDIDATES = 16
 TOLERANCE = 1e-12
@@ -36,13 +37,13 @@ CPU = torch.device("cpu")
 
 
 def get_args_parser():
-    parser = command_line.OneLineParser(description=__doc__.partition("\n")[0])
+    parser = arguments.OneLineParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", default="sample", help="CSV file of documents, or sample")
-    parser.add_argument("--documents", type=command_line.positive_int, help="check the first ones only")
-    parser.add_argument("--timed_titles", type=command_line.positive_int, default=1500, help="documents a round")
-    parser.add_argument("--timed_paragraphs", type=command_line.positive_int, default=200, help="documents a round")
-    parser.add_argument("--rounds", type=command_line.positive_int, default=7)
-    parser.add_argument("--workers", type=command_line.positive_int, default=2)
+    parser.add_argument("--documents", type=arguments.positive_int, help="check the first ones only")
+    parser.add_argument("--timed_titles", type=arguments.positive_int, default=1500, help="documents a round")
+    parser.add_argument("--timed_paragraphs", type=arguments.positive_int, default=200, help="documents a round")
+    parser.add_argument("--rounds", type=arguments.positive_int, default=7)
+    parser.add_argument("--workers", type=arguments.positive_int, default=2)
     parser.add_argument("--reference_python", default=sys.executable, help="interpreter that has compare-mt")
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/rouge.json")
     return parser
@@ -136,4 +137,4 @@ def time_both(name, pairs, reference, args):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

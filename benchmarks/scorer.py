@@ -34,9 +34,10 @@ from model import Scorer, ranking_loss
 from torch.utils.data import DataLoader, Dataset
 from transformers import BertConfig, BertModel
 
-from harness import command_line
+from harness import arguments, endings
+from harness.files import write_json
 from harness.loading import worker_loader
-from harness.recording import describe_machine, write_json
+from harness.machine import describe_machine
 
 CANDIDATES = 16
 TOTAL_LEN, MAX_LEN = 512, 120
@@ -48,13 +49,13 @@ TARGETS = {"cpu": {"original": ("at least", 1.5)}, "cuda": {"original": ("at lea
 
 
 def get_args_parser():
-    parser = command_line.OneLineParser(description=__doc__.partition("\n")[0])
+    parser = arguments.OneLineParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", default="sample", help="CSV file of documents, or sample")
-    parser.add_argument("--updates", type=command_line.positive_int, default=2, help="in a timed epoch")
-    parser.add_argument("--rounds", type=command_line.positive_int, default=5)
-    parser.add_argument("--num_workers", type=command_line.non_negative_int, default=2, help="of each arm's loader")
-    parser.add_argument("--width", type=command_line.positive_int, default=256, help="of the encoder, 64 a head")
-    parser.add_argument("--layers", type=command_line.positive_int, default=4)
+    parser.add_argument("--updates", type=arguments.positive_int, default=2, help="in a timed epoch")
+    parser.add_argument("--rounds", type=arguments.positive_int, default=5)
+    parser.add_argument("--num_workers", type=arguments.non_negative_int, default=2, help="of each arm's loader")
+    parser.add_argument("--width", type=arguments.positive_int, default=256, help="of the encoder, 64 a head")
+    parser.add_argument("--layers", type=arguments.positive_int, default=4)
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/scorer.json")
     return parser
 
@@ -232,4 +233,4 @@ def largest_difference(arms):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

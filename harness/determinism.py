@@ -4,7 +4,7 @@ import os
 
 import torch
 
-from harness.command_line import boolean
+from harness.arguments import boolean
 
 
 def add_argument(parser):

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from harness.command_line import UserError
+from harness.endings import UserError
 
 # Of the collectives of training: a process that has not come by then hangs.
 TRAINING_TIMEOUT = datetime.timedelta(minutes=10)

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from harness.command_line import UserError
-from harness.profiling import LiveBytes, SavedBytes
+from harness.endings import UserError
+from harness.memory import LiveBytes, SavedBytes
 from harness.recompute import Tape
 
 # What moving a byte costs, in floating-point operations: about the balance of a current CPU. It makes the cheapest

@@ -5,7 +5,7 @@ import dataclasses
 
 import torch
 
-from harness.recording import multiplies_bfloat16
+from harness.machine import multiplies_bfloat16
 
 NO_INSTRUCTIONS = "; this one has no instructions for it, so that it saves memory and costs time"
 

@@ -11,7 +11,7 @@ Redoing is exact: it runs the same operations on the same numbers, and leaves Ba
 import torch
 import torch.nn.functional as F
 
-from harness.profiling import count_saved, overlook_weight
+from harness.memory import count_saved, overlook_weight
 
 
 class Tape:

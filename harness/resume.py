@@ -6,8 +6,8 @@ import signal
 
 import torch
 
-from harness.command_line import Terminated, UserError
-from harness.recording import atomic_write
+from harness.endings import Terminated, UserError
+from harness.files import atomic_write
 
 FORMAT = 1
 

@@ -4,8 +4,9 @@ import contextlib
 import json
 from pathlib import Path
 
-from harness.command_line import UserError
-from harness.recording import describe_machine, output_lock, write_json
+from harness.endings import UserError
+from harness.files import output_lock, write_json
+from harness.machine import describe_machine
 from harness.resume import changes, load_state, no_state, save_state, saved_arguments
 
 FORMAT = 1

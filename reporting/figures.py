@@ -14,7 +14,7 @@ from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from harness.recording import atomic_write
+from harness.files import atomic_write
 from reporting.comparison import Sample
 from reporting.overview import PHASES
 from reporting.records import Run, combine

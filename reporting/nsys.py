@@ -13,8 +13,8 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.command_line import UserError
-from harness.profiling import WARMUP_STEPS, summarise
+from harness.endings import UserError
+from harness.timing import WARMUP_STEPS, summarise
 
 STEP = re.compile(r".+ - step \d+")
 PUSH_POP_EVENTS = (59, 70)  # NvtxPushPopRange, and the same of imported NVTX text.

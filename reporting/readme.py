@@ -2,8 +2,8 @@
 
 import re
 
-from harness.command_line import UserError
-from harness.recording import atomic_write
+from harness.endings import UserError
+from harness.files import atomic_write
 from reporting.records import warn
 
 MARKER = re.compile(r"<!-- (?P<end>/?)report:(?P<name>[^ >]*) -->")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from harness.command_line import UserError
+from harness.endings import UserError
 from harness.runs import FORMAT
 
 NO_RECORD = re.compile(r"\d+\.json|\w+\.settings\.json")  # Samples and candidates of SimCLS.

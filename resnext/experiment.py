@@ -10,21 +10,13 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from harness import determinism
-from harness.command_line import (
-    HelpWithDefaults,
-    OneLineParser,
-    UserError,
-    boolean,
-    learning_rate,
-    positive_int,
-    seed,
-    workers,
-)
+from harness.arguments import HelpWithDefaults, OneLineParser, boolean, learning_rate, positive_int, seed, workers
+from harness.endings import UserError
+from harness.files import atomic_write
 from harness.loading import EpochBatches
 from harness.precision import half_precision_type
-from harness.profiling import nvtx_range
-from harness.recording import atomic_write
 from harness.runs import Run
+from harness.timing import nvtx_range
 from image_loaders import evaluation_batches, loading_of, training_loader
 from models.resnext import parse_name
 

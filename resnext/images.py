@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from harness import torchvision_compat  # noqa: F401  (before torchvision)
-from harness.command_line import UserError
+from harness.endings import UserError
 
 SIZE = 32
 PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}

@@ -14,10 +14,11 @@ import torch
 from torch import nn
 
 from experiment import ImageRun, Metrics, evaluate, get_args_parser, training_batches
-from harness import command_line, determinism, distributed
+from harness import determinism, distributed, endings
+from harness.memory import SavedBytes
 from harness.precision import choose_precision
-from harness.profiling import PhaseTimer, SavedBytes, nvtx_range
 from harness.resume import stop_requests
+from harness.timing import PhaseTimer, nvtx_range
 from images import load_images
 from models.resnext import ResNeXt, parse_name
 
@@ -102,4 +103,4 @@ def train(args, world, precision, run):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

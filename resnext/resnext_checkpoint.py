@@ -15,11 +15,12 @@ import torch
 from torch import nn
 
 from experiment import ImageRun, Metrics, evaluate, get_args_parser, training_batches
-from harness import command_line, determinism, distributed
+from harness import arguments, determinism, distributed, endings
+from harness.memory import SavedBytes
 from harness.planning import StepCost
 from harness.precision import choose_precision
-from harness.profiling import PhaseTimer, SavedBytes, nvtx_range
 from harness.resume import stop_requests
+from harness.timing import PhaseTimer, nvtx_range
 from images import load_images
 from models.resnext import parse_name
 from models.resnext_checkpoint import DEFAULT_POLICY, POLICIES, CheckpointResNeXt
@@ -31,7 +32,7 @@ def main():
     how.add_argument("--policy", choices=[*POLICIES, "nested"], default=DEFAULT_POLICY, help="what backward redoes")
     how.add_argument(
         "--memory_budget",
-        type=command_line.fraction,
+        type=arguments.fraction,
         help="plan what to redo, so that this share of the plain run's saved activations is kept",
     )
     args = parser.parse_args()
@@ -140,4 +141,4 @@ def train(args, world, precision, run):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

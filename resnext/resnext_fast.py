@@ -23,11 +23,12 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from experiment import ImageRun, Metrics, evaluate, get_args_parser, training_batches
-from harness import command_line, determinism, distributed
-from harness.command_line import OneLineParser, boolean, fraction, learning_rate, share
+from harness import determinism, distributed, endings
+from harness.arguments import OneLineParser, boolean, fraction, learning_rate, share
+from harness.memory import SavedBytes
 from harness.precision import choose_precision
-from harness.profiling import PhaseTimer, SavedBytes, nvtx_range
 from harness.resume import stop_requests
+from harness.timing import PhaseTimer, nvtx_range
 from images import load_images
 from models.grouped_convolution import FORMS, set_form
 from models.resnext import ResNeXt, parse_name
@@ -217,4 +218,4 @@ def train(args, world, precision, run):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

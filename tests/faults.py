@@ -28,7 +28,7 @@ import fault_kinds
 from experiments import experiments, undisturbed
 from fault_kinds import Lost, Trial, Unavailable
 
-from harness import command_line
+from harness import arguments, endings
 
 COLUMNS = ("fault", "script", "tried", "survived", "lost")
 
@@ -70,13 +70,13 @@ class Trials:
 
 
 def get_args_parser():
-    parser = command_line.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    integer = command_line.positive_int
+    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    integer = arguments.positive_int
     parser.add_argument("--trials", type=integer, default=50, help="times SIGKILL, over all scripts (default: 50)")
     parser.add_argument("--others", type=integer, default=2, help="times each other fault for each script (default: 2)")
     parser.add_argument("--faults", nargs="+", default=[""], help="only those whose names hold one of these words")
     parser.add_argument("--scripts", nargs="+", default=[], help="only those whose names hold one of these words")
-    parser.add_argument("--seed", type=command_line.seed, default=0, help="of the random moments (default: 0)")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="of the random moments (default: 0)")
     parser.add_argument("--output", type=Path, help="record, as JSON; rows of other faults and scripts stay in it")
     return parser
 
@@ -130,7 +130,8 @@ def write_record(path, rows):
     """Write the record, with the rows of earlier runs that these do not replace."""
     import torch
 
-    from harness.recording import describe_machine, write_json
+    from harness.files import write_json
+    from harness.machine import describe_machine
 
     new = {(row["fault"], row["script"]): row for row in rows}
     if path.exists():
@@ -141,4 +142,4 @@ def write_record(path, rows):
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    endings.run(main)

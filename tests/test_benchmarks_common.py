@@ -11,7 +11,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import common
 
-from harness.command_line import UserError
+from harness.endings import UserError
 
 CPU = torch.device("cpu")
 

@@ -19,7 +19,7 @@ import fast
 import layout
 import memory
 
-from harness.command_line import UserError
+from harness.endings import UserError
 from harness.loading import EpochBatches, worker_loader
 from models.resnext import ResNeXt
 from reporting import benchmarks

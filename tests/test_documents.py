@@ -14,7 +14,7 @@ import documents
 import sample_data
 from documents import Document, find_dataset, read_documents, safe_name, split_documents, take_percent
 
-from harness.command_line import UserError
+from harness.endings import UserError
 
 
 def write_csv(path, rows, header="abstract,title"):

@@ -20,8 +20,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from scorer_experiment import get_args_parser, validate
 from utils import SentenceSplitter
 
-from harness.command_line import UserError
 from harness.distributed import World
+from harness.endings import UserError
 from harness.precision import choose_precision
 
 EVALUATE = "SimCLS/evaluate_model.py"

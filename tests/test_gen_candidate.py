@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 from utils import ptb_tokenize, read_lines
 
-from harness.command_line import UserError
+from harness.endings import UserError
 from harness.precision import Precision
 
 SPLITS = ("train", "val", "test")

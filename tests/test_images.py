@@ -7,7 +7,7 @@ from PIL import Image
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
-from harness.command_line import UserError
+from harness.endings import UserError
 from harness.loading import EpochBatches
 from image_loaders import (
     PADDING,

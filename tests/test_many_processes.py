@@ -74,7 +74,7 @@ LONG_WORK_ALONE = """
 import datetime, os, sys, time
 sys.path.insert(0, sys.argv[1])
 import torch
-from harness import command_line, distributed
+from harness import distributed, endings
 
 distributed.TRAINING_TIMEOUT = datetime.timedelta(seconds=3)
 
@@ -86,10 +86,10 @@ def main():
         assert world.sum(torch.ones(1)) == 2
         if "fail" in sys.argv:
             if world.is_main:
-                raise command_line.UserError("the disk is full")
+                raise endings.UserError("the disk is full")
             world.barrier()
 
-command_line.run(main)
+endings.run(main)
 """
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from harness.command_line import UserError
-from harness.profiling import WARMUP_STEPS
+from harness.endings import UserError
+from harness.timing import WARMUP_STEPS
 from reporting.nsys import read_trace
 from reporting.records import Run, combine
 

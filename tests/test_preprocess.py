@@ -14,8 +14,8 @@ from conftest import script_command
 from rouge_score.rouge_scorer import RougeScorer
 from utils import SentenceSplitter, map_in_order, ptb_tokenize, read_lines
 
-from harness.command_line import UserError
-from harness.recording import staging
+from harness.endings import UserError
+from harness.files import staging
 
 SCRIPT = "SimCLS/preprocess.py"
 FIELDS = ("source", "target", "out")

@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 from utils import ptb_tokenize, read_lines
 
-from harness.command_line import UserError
+from harness.endings import UserError
 from harness.resume import load_state
 
 ALONE = SimpleNamespace(rank=0, size=1, is_main=True, say=print)

@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import planning
+from harness.memory import SavedBytes
 from harness.planning import Step, StepCost, _options, _undominated
-from harness.profiling import SavedBytes
 from harness.recompute import Tape
 from models.resnext import Block, ResNeXt, parse_name
 from models.resnext_checkpoint import POLICIES, CheckpointResNeXt

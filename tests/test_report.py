@@ -8,7 +8,7 @@ import pytest
 from conftest import ROOT
 from run_records import make_record, make_run, read_table
 
-from harness.command_line import UserError
+from harness.endings import UserError
 from reporting import records
 from reporting.readme import rewrite
 

@@ -16,11 +16,11 @@ import torch
 from conftest import ROOT, script_command
 
 from experiment import Metrics, evaluate
-from harness.command_line import UserError
 from harness.distributed import World
+from harness.endings import UserError
+from harness.files import output_lock
 from harness.loading import EpochBatches, worker_loader
 from harness.precision import choose_precision
-from harness.recording import output_lock
 from harness.runs import Run
 from image_loaders import AugmentedImages
 from images import load_images

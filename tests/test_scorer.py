@@ -12,8 +12,8 @@ from model import Scorer, load_encoder, load_scorer, longest_input, ranking_loss
 from scorer_experiment import Metrics, Schedule, get_args_parser, validate
 from scorer_run import CollapseWatch
 
-from harness.command_line import UserError
 from harness.distributed import World
+from harness.endings import UserError
 from harness.precision import choose_precision
 
 CPU = torch.device("cpu")
@@ -331,7 +331,7 @@ def test_validation_is_the_mean_rouge_of_the_highest_scores(encoders, val_set):
 
 
 def test_recomputation_changes_no_gradient_and_keeps_less(encoders, val_set):
-    from harness.profiling import SavedBytes
+    from harness.memory import SavedBytes
 
     results = []
     for recompute in (False, True):

@@ -9,8 +9,8 @@ from model import load_encoder, load_scorer, save_scorer
 from scorer_experiment import cached_path, fill_in_lengths, get_args_parser
 from scorer_run import ScorerRun
 
-from harness.command_line import UserError
 from harness.distributed import World
+from harness.endings import UserError
 
 CPU = torch.device("cpu")
 

@@ -1,18 +1,14 @@
-"""What every script's command line shares: argument types, and how a script ends.
+"""How a script ends.
 
 Bad input ends with one line on stderr (what is wrong, where, what to do) and exit code 2. SIGINT and SIGTERM
 end with 130 and 143, after the script's `finally` blocks have run.
 """
 
-import argparse
 import errno
 import os
 import re
 import signal
 import sys
-
-# A learning rate above it leaves float32 within one update of Adam, which divides it by 1 - 0.9.
-LARGEST_LEARNING_RATE = 1e37
 
 
 class UserError(Exception):
@@ -21,102 +17,6 @@ class UserError(Exception):
 
 class Terminated(BaseException):
     """SIGTERM arrived. Like KeyboardInterrupt, it is not an Exception, so that nothing swallows it by accident."""
-
-
-def positive_int(text):
-    """An argparse type: an int of at least 1."""
-    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
-
-
-def non_negative_int(text):
-    """An argparse type: an int of at least 0."""
-    return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
-
-
-def seed(text):
-    """An argparse type: an int from 0 to 2**63 - 1, which every random number generator takes."""
-    return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1")
-
-
-def numpy_seed(text):
-    """An argparse type: an int from 0 to 2**32 - 1, the seeds of NumPy's generator, which transformers seeds too."""
-    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
-
-
-def positive_float(text):
-    """An argparse type: a finite float above 0."""
-    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
-
-
-def non_negative_float(text):
-    """An argparse type: a finite float of at least 0."""
-    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
-
-
-def learning_rate(text):
-    """An argparse type: a float above 0 and at most LARGEST_LEARNING_RATE."""
-    wanted = f"a number above 0 and at most {LARGEST_LEARNING_RATE:g}"
-    return _number(text, float, lambda value: 0 < value <= LARGEST_LEARNING_RATE, wanted)
-
-
-def workers(text):
-    """An argparse type: a number of worker processes, from 0 to 8 a usable core, or to 64 where that is more.
-
-    Far more are a slip of the pen, and would take the machine down before anything could be said about them.
-    """
-    most = max(64, 8 * usable_cores())
-    return _number(text, int, lambda value: 0 <= value <= most, f"a whole number from 0 to {most}")
-
-
-def usable_cores():
-    """How many processor cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def fraction(text):
-    """An argparse type: a float above 0 and at most 1."""
-    return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
-
-
-def share(text):
-    """An argparse type: a float from 0 to 1."""
-    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
-def _number(text, kind, accept, wanted):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not accept(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return value
-
-
-def boolean(text):
-    """An argparse type for flags that older notebooks pass a value to, as in `--use_checkpoint False`.
-
-    Use it with `nargs="?", const=True, default=False`.
-    """
-    value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(text.lower())
-    if value is None:
-        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
-    return value
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage before it."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something: None and False are "left out", which --help need not spell."""
-
-    def _get_help_string(self, action):
-        silent = action.default is None or action.default is False
-        return action.help if silent else super()._get_help_string(action)
 
 
 def run(main):

@@ -1,0 +1,89 @@
+"""What a reader needs to judge a number: the hardware, the versions and the commit that it was measured with."""
+
+import contextlib
+import functools
+import os
+import platform
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+PACKAGES = ("torch", "torchvision", "transformers", "numpy", "nvtx")
+# Linux's names of a processor's abilities, x86's and ARM's: the first that is there, and any of the second line.
+VECTOR_INSTRUCTIONS = {"avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
+BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+
+
+def describe_machine(device):
+    """What a reader needs to judge a number: hardware, versions, commit and command. A dict of plain JSON values."""
+    import torch  # Here, since preprocess.py takes its files from this module, and does without.
+
+    versions = {"python": platform.python_version()}
+    for package in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[package] = metadata.version(package)
+    return {
+        "device": device.type,
+        "hardware": hardware_name(device),
+        "threads": torch.get_num_threads(),
+        "versions": versions,
+        "cuda": torch.version.cuda,
+        "commit": _git_commit(),
+        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def hardware_name(device):
+    """The marketing name of the GPU; or the processor's with its number of usable cores and what it can multiply, since
+    one name is sold with and without bfloat16: "AMD EPYC, 2 cores, AVX-512, bfloat16"."""
+    if device.type == "cuda":
+        import torch
+
+        return torch.cuda.get_device_name(device)
+    name, flags = _processor()
+    words = [name, f"{usable_cores()} cores"]
+    words += next(([word] for flag, word in VECTOR_INSTRUCTIONS.items() if flag in flags), [])
+    return ", ".join(words + ["bfloat16"] * multiplies_bfloat16())
+
+
+def multiplies_bfloat16():
+    """Whether the processor has instructions for products of bfloat16; without them they are several times slower than
+    float32."""
+    return bool(_processor()[1] & BFLOAT16_FLAGS)
+
+
+@functools.cache
+def _processor():
+    """(name, set of flags) of the processor, as Linux tells them; elsewhere a name and no flags."""
+    fields = {}
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
+        for line in file:
+            key, _, value = line.partition(":")
+            fields.setdefault(key.strip(), value.strip())
+    flags = fields.get("flags") or fields.get("Features") or ""
+    return fields.get("model name") or platform.processor() or platform.machine(), set(flags.split())
+
+
+def _git_commit():
+    """The commit of this repository, with "-dirty" where a tracked file that runs depend on differs from it."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments):
+        command = ["git", "-C", str(root), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+
+    # Figures, README and records are what runs make, not what makes them.
+    results = (":!image", ":!README.md", ":!benchmarks/results")
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(root), *results)
+        return git("rev-parse", "--short=12", "HEAD") + "-dirty" * bool(changed)
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def usable_cores():
+    """How many processor cores this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

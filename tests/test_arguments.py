@@ -1,0 +1,50 @@
+"""Argument types, and the parser that they are for."""
+
+import argparse
+import os
+
+import pytest
+import torch
+
+from harness import arguments
+from harness.arguments import LARGEST_LEARNING_RATE, learning_rate, workers
+
+
+@pytest.mark.parametrize(("cores", "most"), [(2, 64), (8, 64), (96, 768)])
+def test_workers_are_bounded_by_the_usable_cores(cores, most, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    assert [workers("0"), workers(str(most))] == [0, most]
+    for text in (str(most + 1), "100000", "-1", "1.5", "many"):
+        with pytest.raises(argparse.ArgumentTypeError, match=f"is not a whole number from 0 to {most}$"):
+            workers(text)
+
+
+def test_a_learning_rate_fits_into_float32():
+    assert learning_rate("0.01") == 0.01
+    assert learning_rate("1e37") == LARGEST_LEARNING_RATE
+    for text in ("0", "-1", "1.1e37", "1e38", "inf", "nan", "fast"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"is not a number above 0 and at most 1e\+37$"):
+            learning_rate(text)
+
+
+def test_help_shows_the_defaults_that_say_something():
+    parser = arguments.OneLineParser(formatter_class=arguments.HelpWithDefaults)
+    parser.add_argument("--size", type=int, default=7, help="of it")
+    parser.add_argument("--name", help="what it is called")
+    parser.add_argument("--loud", action="store_true", help="be heard")
+    text = parser.format_help()
+    assert "of it (default: 7)" in text
+    assert text.count("default") == 1
+
+
+@pytest.mark.parametrize("kind", ["adam", "sgd"])
+@pytest.mark.parametrize("foreach", [False, True])
+def test_the_largest_learning_rate_does_not_end_the_optimizer(kind, foreach):
+    weight = torch.nn.Parameter(torch.ones(3))
+    if kind == "adam":
+        optimizer = torch.optim.Adam([weight], lr=LARGEST_LEARNING_RATE, weight_decay=5e-4, foreach=foreach)
+    else:
+        optimizer = torch.optim.SGD([weight], lr=LARGEST_LEARNING_RATE, momentum=0.9, nesterov=True, foreach=foreach)
+    for _ in range(3):
+        weight.grad = torch.ones(3)
+        optimizer.step()
