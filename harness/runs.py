@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import time
 from pathlib import Path
 
 from harness.endings import UserError
@@ -27,12 +28,18 @@ class Run:
         self.experiment, self.folder, self.name = experiment, Path(folder), name
         self.args, self.world, self.facts = args, world, facts
         self.epochs = []
+        self._started, self._seconds_before = time.perf_counter(), 0.0
         self.arguments = {key: value for key, value in vars(args).items() if key not in not_results}
         # --half_precision means one type on a CPU and another on CUDA, so what ran counts.
         self.arguments |= {"processes": world.size, "precision": facts.get("precision")}
 
     def path(self, suffix):
         return self.folder / f"{self.name}{suffix}"
+
+    def elapsed_seconds(self):
+        """Wall-clock of the run so far, all processes that it was resumed in together: loading, training, evaluation,
+        saving. What a killed process did after its last saved state is done again, and does not count twice."""
+        return self._seconds_before + time.perf_counter() - self._started
 
     @contextlib.contextmanager
     def lock(self):
@@ -101,6 +108,7 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             self.epochs = state["epochs"]
+            self._seconds_before = state["elapsed_seconds"]
             self.facts = state["facts"] | self.facts
             return state["epoch"], state["step"]
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):
@@ -117,6 +125,7 @@ class Run:
                 step=step,
                 epochs=self.epochs,
                 facts=self.facts,
+                elapsed_seconds=self.elapsed_seconds(),
                 **states,
             )
 

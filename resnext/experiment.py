@@ -182,6 +182,8 @@ class ImageRun(Run):
                 "test_acc": test_acc,
                 "samples_per_second": samples / timing["seconds"],
                 "peak_memory": timing["peak_memory"],
+                # Until the epoch's accuracy was known: what it takes to reach an accuracy.
+                "elapsed_seconds": self.elapsed_seconds(),
                 "timing": timing,
             }
         )
