@@ -1,8 +1,9 @@
 """The phase table of an Nsight Systems trace, from the SQLite file that `nsys export` writes.
 
 A step is a push/pop range "<label> - step <number>"; the range around it is its epoch; the ranges directly inside a
-step, or beside the steps in their epoch, are phases. Schema: the "SQLite Schema Reference" of the Nsight Systems User
-Guide; tried with traces of 2022.4.
+step, or beside the steps in their epoch, are phases. Ranges nest within a thread and an NVTX domain: those of other
+domains, such as Nsight's own of the Python lock, may begin in one phase and end in another. Schema: the "SQLite Schema
+Reference" of the Nsight Systems User Guide; tried with traces of 2022.4.
 """
 
 import dataclasses
@@ -17,6 +18,8 @@ from harness.endings import UserError
 from harness.timing import WARMUP_STEPS, summarise
 
 STEP = re.compile(r".+ - step \d+")
+# What torch.autograd.profiler.emit_nvtx adds to an operator's name, different in every call.
+OF_ONE_CALL = re.compile(r", (op_id|seq|stashed seq|sizes|input_op_ids) = .*")
 PUSH_POP_EVENTS = (59, 70)  # NvtxPushPopRange, and the same of imported NVTX text.
 DEVICE_TABLES = ("KERNEL", "MEMCPY", "MEMSET", "GRAPH_TRACE")
 HOW_TO_EXPORT = "make one with: nsys export --type sqlite FILE.nsys-rep"
@@ -50,7 +53,7 @@ def read_trace(path):
                 raise UserError(f"{path} is no SQLite file; {HOW_TO_EXPORT}")
         database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
         try:
-            threads, work = _read_ranges(database, path), _read_device_work(database)
+            lanes, work = _read_ranges(database, path), _read_device_work(database)
         finally:
             database.close()
     except OSError as error:
@@ -58,7 +61,7 @@ def read_trace(path):
     except sqlite3.Error as error:
         raise UserError(f"cannot read the trace {path}: {error}; {HOW_TO_EXPORT}") from None
     timings = {}
-    for thread, ranges in threads.items():
+    for (thread, _), ranges in lanes.items():
         if any(each.is_step for each in ranges):
             timings[_process(thread)] = _epochs(ranges, work.get(_process(thread)))
     if not timings:
@@ -76,7 +79,7 @@ def _columns(database, table):
 
 
 def _read_ranges(database, path):
-    """{globalTid: [Range, ...] by start, each with its parent} of all closed ranges."""
+    """{(globalTid, domain): [Range, ...] by start, each with its parent} of all closed ranges."""
     columns = _columns(database, "NVTX_EVENTS")
     if not columns:
         raise UserError(f"{path} has no NVTX ranges; record with: nsys profile -t nvtx (or cuda,nvtx)")
@@ -84,18 +87,19 @@ def _read_ranges(database, path):
     name, names = "event.text", ""
     if "textId" in columns and _columns(database, "StringIds"):
         name, names = "COALESCE(event.text, string.value)", "LEFT JOIN StringIds string ON string.id = event.textId"
+    domain = "event.domainId" if "domainId" in columns else "NULL"
     rows = database.execute(
-        f"SELECT event.globalTid, {name}, event.start, event.end FROM NVTX_EVENTS event {names} "
+        f"SELECT event.globalTid, {domain}, {name}, event.start, event.end FROM NVTX_EVENTS event {names} "
         f"WHERE event.eventType IN {PUSH_POP_EVENTS} AND event.end IS NOT NULL ORDER BY event.start, event.end DESC"
     )
-    threads, open_ranges = defaultdict(list), defaultdict(list)
-    for thread, name, start, end in rows:
-        stack = open_ranges[thread]
+    lanes, open_ranges = defaultdict(list), defaultdict(list)
+    for *lane, name, start, end in rows:
+        stack = open_ranges[tuple(lane)]
         while stack and stack[-1].end < end:
             stack.pop()
-        stack.append(Range(name or "", start, end, stack[-1] if stack else None))
-        threads[thread].append(stack[-1])
-    return threads
+        stack.append(Range(OF_ONE_CALL.sub("", name or ""), start, end, stack[-1] if stack else None))
+        lanes[tuple(lane)].append(stack[-1])
+    return lanes
 
 
 def _read_device_work(database):

@@ -60,11 +60,12 @@ def test_the_command_prints_the_table(real_trace, run_script):
 
 
 def make_trace(path, steps, ranges_as_text=False):
-    """A trace with GPU work. In each step of 100 ms forward launches two overlapping kernels from the main thread, and
+    """A trace with GPU work, and with ranges that are no phases. In each step of 100 ms forward launches two overlapping kernels from the main thread, and
     backward a kernel and a copy from autograd's; the GPU does them later, after the ranges have closed."""
     database = sqlite3.connect(path)
     database.executescript("""
-        CREATE TABLE NVTX_EVENTS (start INT, end INT, eventType INT, text TEXT, globalTid INT, textId INT);
+        CREATE TABLE NVTX_EVENTS (start INT, end INT, eventType INT, text TEXT, globalTid INT, textId INT,
+                                  domainId INT);
         CREATE TABLE StringIds (id INT, value TEXT);
         CREATE TABLE CUPTI_ACTIVITY_KIND_RUNTIME (start INT, end INT, globalTid INT, correlationId INT);
         CREATE TABLE CUPTI_ACTIVITY_KIND_KERNEL (start INT, end INT, correlationId INT, globalPid INT);
@@ -72,11 +73,11 @@ def make_trace(path, steps, ranges_as_text=False):
     """)
     names, calls = {}, []
 
-    def push_pop(name, start, end):
+    def push_pop(name, start, end, domain=0):
         number = names.setdefault(name, len(names))
         words = (name, None) if ranges_as_text else (None, number)
-        row = (start * MS, end * MS, 59, words[0], MAIN, words[1])
-        database.execute("INSERT INTO NVTX_EVENTS VALUES (?, ?, ?, ?, ?, ?)", row)
+        row = (start * MS, end * MS, 59, words[0], MAIN, words[1], domain)
+        database.execute("INSERT INTO NVTX_EVENTS VALUES (?, ?, ?, ?, ?, ?, ?)", row)
 
     def launch(kind, called, thread, start, end):
         calls.append(None)
@@ -92,6 +93,8 @@ def make_trace(path, steps, ranges_as_text=False):
         push_pop(f"epoch 1 - step {step + 1}", at, at + 90)
         push_pop("forward", at + 10, at + 30)
         push_pop("aten::conv2d", at + 12, at + 14)  # Not a phase: it lies in one.
+        push_pop("Holding GIL", at + 20, at + 95, domain=3)  # Of a domain of its own, so that it may overlap any.
+        push_pop(f"aten::add, seq = {step}, op_id = {7 * step}, sizes = [[], []]", at + 32, at + 33)
         push_pop("backward", at + 40, at + 80)
         launch("KERNEL", at + 15, MAIN, at + 50, at + 57)
         launch("KERNEL", at + 16, MAIN, at + 55, at + 60)
@@ -110,7 +113,8 @@ def test_gpu_time_goes_to_the_range_that_launched_the_work(tmp_path, ranges_as_t
     make_trace(tmp_path / "trace.sqlite", WARMUP_STEPS + 3, ranges_as_text)
     (timing,) = read_trace(tmp_path / "trace.sqlite")[PROCESS]
     phases = timing["phases"]
-    assert set(phases) == {"forward", "backward", "step"}
+    assert set(phases) == {"forward", "aten::add", "backward", "step"}
+    assert phases["aten::add"]["count"] == 3  # One row, whatever an annotation adds to the name.
     assert phases["forward"]["count"] == 3
     assert phases["forward"]["host_ms"]["median"] == pytest.approx(20)
     assert phases["forward"]["device_ms"]["median"] == pytest.approx(10)  # 50 to 60: what overlaps counts once.

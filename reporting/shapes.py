@@ -1,0 +1,52 @@
+"""What a JSON value must look like, and what is wrong with one that does not."""
+
+import math
+
+# A shape is a pair (words, test); or a dict, name -> shape, whose names must be there; or one made by the functions below.
+
+
+def is_number(value):
+    """Whether `value` is a finite number, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+ANY = ("anything", lambda value: True)
+TEXT = ("text", lambda value: isinstance(value, str))
+NUMBER = ("a number", is_number)
+POSITIVE = ("a number above 0", lambda value: is_number(value) and value > 0)
+COUNT = ("a whole number", lambda value: is_number(value) and isinstance(value, int) and value >= 0)
+PAIR = ("two numbers", lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_number, value)))
+DICT = ("an object", lambda value: isinstance(value, dict))
+
+
+def maybe(shape):
+    """null, or of `shape`; as a part of a dict it may also be absent."""
+    return ("maybe", shape)
+
+
+def each(kind, shape):
+    """A list or dict, which `kind` says, whose values are all of `shape`."""
+    return ("each", kind, shape)
+
+
+def fault(value, shape, where=""):
+    """What is wrong with `value`, in words that begin with the place: "epochs.0.loss is no number"; None if nothing."""
+    if isinstance(shape, dict):
+        if not isinstance(value, dict):
+            return f"{where or 'it'} is no object"
+        parts = [(name, value.get(name), part) for name, part in shape.items()]
+        missing = next((name for name, _, part in parts if name not in value and part[:1] != ("maybe",)), None)
+        if missing is not None:
+            return f"{where + ' has' if where else 'it has'} no {missing}"
+    elif shape[0] == "maybe":
+        return None if value is None else fault(value, shape[1], where)
+    elif shape[0] == "each":
+        if not isinstance(value, shape[1]):
+            return f"{where or 'it'} is no {'list' if shape[1] is list else 'object'}"
+        names = value if isinstance(value, dict) else range(len(value))
+        parts = [(name, value[name], shape[2]) for name in names]
+    else:
+        words, test = shape
+        return None if test(value) else f"{where or 'it'} is not {words}"
+    found = (fault(part, inner, f"{where}.{name}" if where else str(name)) for name, part, inner in parts)
+    return next(filter(None, found), None)
