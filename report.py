@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """Every table and figure of the study, from the records that its runs left.
 
-    python3 report.py                          tables in Markdown on stdout, figures in image/
+    python3 report.py                          tables in Markdown on stdout, figures in figures/ beside the runs
     python3 report.py --only data-loader evaluation    some of the tables; the figures all the same
-    python3 report.py --readme                 the tables of the published records, between their markers in README.md
+    python3 report.py --readme                 the tables of the published records, between their markers in README.md,
+                                               and the figures in image/
     python3 report.py --phases RECORD.json     the phases of one run in full
     python3 report.py --nsys TRACE.sqlite      the same of an Nsight Systems trace, exported to SQLite
 
@@ -49,7 +50,8 @@ def get_args_parser():
     instead.add_argument("--only", nargs="+", metavar="TABLE", choices=TABLES, help=f"print these: {', '.join(TABLES)}")
     instead.add_argument("--phases", type=Path, metavar="RECORD", help="print the phases of one run")
     instead.add_argument("--nsys", type=Path, metavar="TRACE", help="print the phases of an exported trace")
-    add("--image_dir", type=Path, default=ROOT / "image", help="where the figures go")
+    add("--image_dir", type=Path,
+        help="where the figures go; by default figures/ in the first folder, for --readme image/")  # fmt: skip
     add("--benchmark_dir", type=Path, default=ROOT / "benchmarks" / "results", help="where the benchmarks' records are")
     return parser
 
@@ -65,7 +67,8 @@ def main():
 
 
 def report(args):
-    runs, evaluations = records.read_folders(args.folders or default_folders(published=args.readme is not None))
+    folders = args.folders or default_folders(published=args.readme is not None)
+    runs, evaluations = records.read_folders(folders)
     if not runs:
         records.warn("no runs found; bash run.sh makes some")
     from reporting import figures, frontier  # After the folders are known to be good: matplotlib takes a second.
@@ -77,7 +80,8 @@ def report(args):
     else:
         shown = [parts[name] for name in args.only or TABLES]
         print("\n\n".join(f"## {title}\n\n{body}" for title, body in shown if body))
-    drawn = [*figures.draw_all(runs, args.image_dir), *frontier.draw_frontier(measured, args.image_dir)]
+    image_dir = args.image_dir or (ROOT / "image" if args.readme else beside(folders))
+    drawn = [*figures.draw_all(runs, image_dir), *frontier.draw_frontier(measured, image_dir)]
     for path in drawn:
         print(f"drawn: {path}", file=sys.stderr)
 
@@ -86,6 +90,12 @@ def default_folders(published):
     if published:
         return sorted(ROOT.glob(PUBLISHED))
     return [ROOT / name for name in FOLDERS if (ROOT / name).is_dir()]
+
+
+def beside(folders):
+    """Where the figures of one's own runs go: image/ is for those of the published records."""
+    first = folders[0] if folders else ROOT / FOLDERS[0]
+    return (first if first.is_dir() else first.parent) / "figures"
 
 
 def sections(runs, evaluations, measured, with_cpu_times):

@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
 # The list of experiments. Each prints the commands that it runs; any of them can be pasted into a shell.
 #
-#   bash run.sh              make .venv, install, then both models in short: tables, and figures in image/
+#   bash run.sh              make .venv, install, then both models in short: tables, and figures in runs/figures/
 #   bash run.sh resnext      the study of ResNeXt on CIFAR-10 (EPOCHS=200; a GPU is wanted)
 #   bash run.sh simcls       the seven set-ups of the SimCLS scorer (EPOCHS=5, PERCENT=100 of the text; a GPU is wanted)
 #   bash run.sh profile      30 steps of both models under Nsight Systems (STEPS), their phases by trace and by record
 #   bash run.sh benchmarks   those of benchmarks/ that need no other environment (ONLY="layout fast"), each for at most
 #                            LIMIT seconds, into a folder OUT instead of benchmarks/results/<hardware>
-#   bash run.sh report       every table of the runs that are there, and the figures
+#   bash run.sh report       every table of the runs that are there, and figures of them in figures/ beside them
 #   bash run.sh test         every test; further arguments go to pytest
 #
 # SEEDS="0 1 2" repeats the runs with each seed. A run that was interrupted goes on, and one that is finished is not run

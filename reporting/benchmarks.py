@@ -3,11 +3,12 @@
 import ast
 import functools
 import json
-import math
 from pathlib import Path
 
+from reporting import shapes
 from reporting.comparison import number
 from reporting.records import warn
+from reporting.shapes import COUNT, NUMBER, PAIR, TEXT, maybe
 from reporting.tables import markdown
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -21,6 +22,11 @@ TITLES = {
     ("memory", "training"): "Training steps with recomputation",
 }
 MIB = 2**20
+RECORD = {
+    "benchmark": TEXT, "machine": {"hardware": TEXT, "device": maybe(TEXT)}, "model": maybe(TEXT),
+    "dataset": maybe(TEXT), "pictures": maybe(COUNT), "batch_size": maybe(COUNT),
+}  # fmt: skip
+RATIO = {"median": NUMBER, "low": NUMBER, "high": NUMBER, "interval": maybe(PAIR)}
 COLUMNS = {  # What a record calls a figure -> its header with the unit, and the factor into that unit.
     "bytes": ("saved, MiB", 1 / MIB),
     "share": ("of plain, %", 100),
@@ -67,36 +73,20 @@ def read(folder):
     for path in sorted(Path(folder).glob("*/*.json")):
         try:
             record = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             warn(f"skipped {path}: not whole JSON ({type(error).__name__}); run its benchmark again, or delete it")
             continue
-        fault = _fault(record)
+        fault = shapes.fault(record, RECORD) or _ratio_fault(record)
         if fault is None:
             found.setdefault(record["machine"]["hardware"], []).append(record)
         else:
-            warn(f"skipped {path}: {fault}")
+            warn(f"skipped {path}: no record of a benchmark: {fault}")
     return found
 
 
-def _fault(record):
-    """What keeps `record` from being a benchmark's, or None."""
-    machine = record.get("machine") if isinstance(record, dict) else None
-    if not isinstance(machine, dict) or not all(map(_is_text, (record.get("benchmark"), machine.get("hardware")))):
-        return "no record of a benchmark"
-    for case, ratio in _ratios("", record):
-        figures = [ratio["median"], ratio["low"], ratio["high"], *(ratio.get("interval") or ())]
-        if not all(map(is_figure, figures)):
-            return f"a ratio without its figures ({case or 'the only one'})"
-    return None
-
-
-def _is_text(value):
-    return isinstance(value, str)
-
-
-def is_figure(value):
-    """Whether `value` is a finite number, and no truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+def _ratio_fault(record):
+    faults = (shapes.fault(ratio, RATIO, f"the ratio {case}".strip()) for case, ratio in _ratios("", record))
+    return next(filter(None, faults), None)
 
 
 def render(found):
@@ -177,7 +167,8 @@ def _caption(record, name, rows):
     """ "Activation memory: resnext29_4x64d, AMD EPYC, 2 cores, batch 4:"; what a column tells is left out."""
     title = TITLES.get((record["benchmark"], name), f"{record['benchmark']}, {name}")
     facts = {"model": "{model}", "pictures": "{dataset} ({pictures:,} pictures)", "batch_size": "batch {batch_size}"}
-    words = {key: text.format(**record) for key, text in facts.items() if key in record and key not in rows[0]}
+    known = {"dataset": "data"} | record
+    words = {key: text.format(**known) for key, text in facts.items() if record.get(key) and key not in rows[0]}
     words = [words.get("model"), words.get("pictures"), record["machine"]["hardware"], words.get("batch_size")]
     return f"{title}: {', '.join(filter(None, words))}:"
 

@@ -17,7 +17,7 @@ from PIL import Image
 from harness.files import atomic_write
 from reporting.comparison import Sample
 from reporting.overview import PHASES
-from reporting.records import Run, combine
+from reporting.records import Record, combine
 from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCLS
 from reporting.tables import groups, hardware, place
 
@@ -270,13 +270,13 @@ def draw_memory(runs, study):
     group = chosen(study, runs)
     if group is None:
         return None
-    memory = Run.saved_mib if on_cpu(group) else Run.allocated_gb
+    memory = Record.saved_mib if on_cpu(group) else Record.allocated_gb
     figure, panel = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")
     colours = distinct_colours(row.arm.label for row in group.rows)
     markers = distinct_styles(group.rows, MARKERS)
     points = {}
     for row in group.rows:
-        point = _multiples(row, group.baseline(row), Run.step_ms, memory)
+        point = _multiples(row, group.baseline(row), Record.step_ms, memory)
         if point:
             points.setdefault(row.arm.label, []).append(point)
             panel.plot(*point, markers[row.keys], color=colours[row.arm.label], markersize=9)
@@ -292,6 +292,6 @@ def draw_memory(runs, study):
 
 
 def _multiples(row, base, *figures):
-    """The means over a Row's runs of `figures`, each Run -> float, over those of the Row `base`; None without one."""
+    """The means over a Row's runs of `figures`, each of a Record, over those of the Row `base`; None without one."""
     samples = [(Sample.of(map(each, row.runs)), base and Sample.of(map(each, base.runs))) for each in figures]
     return [new.mean / old.mean for new, old in samples] if all(new and old for new, old in samples) else None

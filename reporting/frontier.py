@@ -3,8 +3,8 @@
 import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
-from reporting.benchmarks import is_figure
 from reporting.figures import MARKERS, STYLE, WIDTH, save
+from reporting.shapes import is_number
 
 NAME = "memory-frontier.png"
 FAMILIES = {  # The start of a policy's name -> what the legend calls its family.
@@ -46,7 +46,7 @@ def points(record, table, x, y):
     """The rows of a record's `table`, a list of dicts, that have a policy and both figures: [(policy, x, y), ...]."""
     rows = record[table] if isinstance(record.get(table), list) else []
     found = [(row.get("policy"), row.get(x), row.get(y)) for row in rows if isinstance(row, dict)]
-    return [point for point in found if isinstance(point[0], str) and all(map(is_figure, point[1:]))]
+    return [point for point in found if isinstance(point[0], str) and all(map(is_number, point[1:]))]
 
 
 def draw(record):

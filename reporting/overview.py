@@ -4,7 +4,7 @@ import re
 
 from reporting import published
 from reporting.comparison import Sample, number, quantity
-from reporting.records import Run
+from reporting.records import Record
 from reporting.studies import loading_label, recomputation_label, test_accuracy
 from reporting.tables import CPU_NOTE, hardware, markdown, one_a_seed, place, settings
 
@@ -60,16 +60,16 @@ def every_run(runs, with_cpu_times=True):
             return quantity(Sample.of(map(figure, repeats)))
 
         times = {
-            "Load, ms": of(Run.load_ms),
-            "Step, ms": of(Run.step_ms),
-            "Epoch, s": of(Run.epoch_seconds),
-            "Samples/s": of(Run.samples_per_second),
+            "Load, ms": of(Record.load_ms),
+            "Step, ms": of(Record.step_ms),
+            "Epoch, s": of(Record.epoch_seconds),
+            "Samples/s": of(Record.samples_per_second),
         }
         return {
             **_description(repeats),
             **(times if with_times else {}),
-            "Peak memory, GB": of(Run.allocated_gb),
-            "Saved for backward, MiB": of(Run.saved_mib),
+            "Peak memory, GB": of(Record.allocated_gb),
+            "Saved for backward, MiB": of(Record.saved_mib),
             "Training loss": of(lambda run: run.last("loss")),
             "Test accuracy, %": quantity(Sample.of(map(test_accuracy, repeats)), places=1),
         }
@@ -86,7 +86,7 @@ def step_phases(runs, with_cpu_times=True):
         shares = {f"{name.capitalize()}, %": quantity(Sample.of(_shares(timings, name)), places=1) for name in names}
         unphased = Sample.of(100 * timing["unphased_seconds"] / timing["seconds"] for timing in timings)
         shares["In no phase, %"] = quantity(unphased, places=1)
-        times = {"Step, ms": quantity(Sample.of(map(Run.step_ms, repeats)))}
+        times = {"Step, ms": quantity(Sample.of(map(Record.step_ms, repeats)))}
         description = {key: text for key, text in _description(repeats).items() if key not in ("Steps", "Epochs")}
         return {**description, **(times if with_times else {}), **shares}
 

@@ -10,23 +10,47 @@ import numpy as np
 
 from harness.endings import UserError
 from harness.runs import FORMAT
+from reporting import shapes
+from reporting.shapes import ANY, COUNT, NUMBER, PAIR, POSITIVE, TEXT, each, maybe
 
 NO_RECORD = re.compile(r"\d+\.json|\w+\.settings\.json")  # Samples and candidates of SimCLS.
-RECORD_START = re.compile(rb'\s*\{\s*"format"\s*:')
 EVALUATION = "simcls_evaluation"
 # The experiments, and the arguments without which a record of theirs says too little to be compared.
-OF_IMAGES = ("model", "dataset", "batch_size", "num_worker", "half_precision")
+OF_IMAGES = {
+    "model": TEXT, "dataset": TEXT, "batch_size": COUNT, "num_worker": COUNT, "half_precision": maybe(ANY),
+    "loader": maybe(TEXT), "data_dir": maybe(TEXT),
+}  # fmt: skip
+OF_ALL = {"seed": maybe(COUNT), "max_steps": maybe(COUNT), "num_epoch": maybe(COUNT), "batch_size": maybe(COUNT)}
 ARGUMENTS = {
     "resnext": OF_IMAGES,
-    "resnext_checkpoint": (*OF_IMAGES, "policy"),
+    "resnext_checkpoint": OF_IMAGES | {"policy": TEXT, "memory_budget": maybe(NUMBER)},
     "resnext_fast": OF_IMAGES,
-    "simcls": ("batch_size", "num_workers", "half_precision", "use_checkpoint"),
-    EVALUATION: (),
+    "simcls": {"batch_size": COUNT, "num_workers": COUNT, "half_precision": maybe(ANY), "use_checkpoint": ANY},
+    EVALUATION: {},
 }
-OF_EPOCH = {"epoch", "timing"}
-OF_TIMING = {"seconds", "steps", "warmup_steps", "unphased_seconds", "phases"}
-OF_PHASE = {"count", "share", "host_ms", "device_ms"}
-OF_INTERVAL = {"mean", "low", "high"}
+MACHINE = {
+    "hardware": maybe(TEXT), "device": maybe(TEXT), "threads": maybe(COUNT), "versions": maybe(each(dict, TEXT)),
+    "date": maybe(TEXT), "commit": maybe(TEXT), "command": maybe(TEXT),
+}  # fmt: skip
+TIMES = {"median": maybe(NUMBER), "p95": maybe(NUMBER), "total": NUMBER}
+PEAK = maybe({"allocated_bytes": NUMBER, "reserved_bytes": NUMBER})
+PHASE = {"count": COUNT, "share": NUMBER, "host_ms": TIMES, "device_ms": maybe(TIMES)}
+TIMING = {
+    "seconds": POSITIVE, "steps": COUNT, "warmup_steps": COUNT, "unphased_seconds": NUMBER, "peak_memory": PEAK,
+    "phases": each(dict, PHASE),
+}  # fmt: skip
+OF_EPOCH = ("loss", "acc", "test_acc", "samples_per_second", "val_rouge1", "val_rouge2", "val_rougeL")
+EPOCH = {"epoch": COUNT, "timing": TIMING, "peak_memory": PEAK, "losses": maybe(each(list, PAIR))}
+EPOCH |= dict.fromkeys(OF_EPOCH, maybe(NUMBER))
+RECORD = {
+    "name": maybe(TEXT), "machine": MACHINE, "precision": maybe(TEXT), "loading": maybe(TEXT),
+    "saved_activation_bytes": maybe(NUMBER),
+}  # fmt: skip
+OF_RUN = {"epochs": each(list, EPOCH)}
+OF_EVALUATION = {
+    "systems": each(dict, each(dict, {"mean": NUMBER, "low": NUMBER, "high": NUMBER})),
+    "p_value": maybe(each(dict, NUMBER)),
+}
 
 
 def warn(line):
@@ -34,7 +58,7 @@ def warn(line):
 
 
 def read_folders(folders):
-    """(runs, evaluations) under `folders` and all folders in them: lists of Run and of dicts, in order of path.
+    """(runs, evaluations) under `folders` and all folders in them: lists of Record and of dicts, in order of path.
 
     A file that is cut short, or is no record of ours, is named on stderr and left out. The same record found twice (a
     copy) counts once. UserError when a folder is not there.
@@ -51,7 +75,7 @@ def read_folders(folders):
         if record["experiment"] == EVALUATION:
             evaluations.append(record | {"path": str(path)})
         else:
-            runs.append(Run(path, record))
+            runs.append(Record(path, record))
     return runs, evaluations
 
 
@@ -66,57 +90,32 @@ def _json_files(folder):
 def _read(path):
     """The record at `path`, or None after saying what is wrong with it."""
     try:
-        content = path.read_bytes()
-        if content and not RECORD_START.match(content) and (path.parent / "config.json").exists():
-            return None  # A model's folder: these files describe it, and are whole.
-        record = json.loads(content)
+        record = json.loads(path.read_bytes())
     except OSError as error:
         return warn(f"skipped {path}: {error.strerror}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return warn(f"skipped {path}: not whole JSON; run its script again, or delete it")
-    fault = _fault(record)
+    is_ours = isinstance(record, dict) and "experiment" in record
+    if not is_ours and (path.parent / "config.json").exists():
+        return None  # A model's folder: these files describe it.
+    fault = _fault(record) if is_ours else "no record of a run"
     return record if fault is None else warn(f"skipped {path}: {fault}")
 
 
 def _fault(record):
-    """What keeps `record` from being one of ours, or None."""
-    if not isinstance(record, dict) or "experiment" not in record:
-        return "no record of a run"
-    if record["experiment"] not in ARGUMENTS:
-        return f"a record of the unknown experiment {record['experiment']!r}"
+    """What keeps `record`, a dict, from being one of ours, or None."""
+    experiment = record["experiment"]
+    if not isinstance(experiment, str) or experiment not in ARGUMENTS:
+        return f"a record of the unknown experiment {experiment!r}"
     if record.get("format") != FORMAT:
         return f"a record of format {record.get('format')!r}; this program reads {FORMAT}"
-    parts = {"arguments": dict, "machine": dict}
-    parts |= {"systems": dict} if record["experiment"] == EVALUATION else {"epochs": list}
-    for name, kind in parts.items():
-        if not isinstance(record.get(name), kind):
-            return f"a record without {name}"
-    for name in ARGUMENTS[record["experiment"]]:
-        if name not in record["arguments"]:
-            return f"a record without the argument {name}"
-    if not all(map(_is_epoch, record.get("epochs", ()))):
-        return "a record with an epoch that has no whole timing"
-    if not all(_holds(system, OF_INTERVAL) for system in record.get("systems", {}).values()):
-        return "a record with a system that lacks its ROUGE"
-    return None
-
-
-def _is_epoch(epoch):
-    return _has(epoch, OF_EPOCH) and _has(epoch["timing"], OF_TIMING) and _holds(epoch["timing"]["phases"], OF_PHASE)
-
-
-def _has(value, names):
-    """Whether `value` is a dict with these names."""
-    return isinstance(value, dict) and names <= value.keys()
-
-
-def _holds(value, names):
-    """Whether `value` is a dict whose values are dicts with these names."""
-    return isinstance(value, dict) and all(_has(each, names) for each in value.values())
+    content = OF_EVALUATION if experiment == EVALUATION else OF_RUN
+    found = shapes.fault(record, RECORD | content | {"arguments": OF_ALL | ARGUMENTS[experiment]})
+    return found and f"a record in which {found}"
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class Record:
     """One training run. Its figures are None where they were not taken."""
 
     path: Path
@@ -269,10 +268,9 @@ def combine(timings):
 
 
 def _combine_times(times, counts):
-    counted = [(time, count) for time, count in zip(times, counts, strict=True) if count]
-    weights = [count for _, count in counted]
-    middle = {
-        key: float(np.median(np.repeat([time[key] for time, _ in counted], weights))) if counted else None
-        for key in ("median", "p95")
-    }
+    middle = {}
+    for key in ("median", "p95"):
+        known = [(time[key], count) for time, count in zip(times, counts, strict=True) if time[key] is not None]
+        repeated = np.repeat(*zip(*known, strict=True)) if known else ()
+        middle[key] = float(np.median(repeated)) if len(repeated) else None
     return middle | {"total": sum(time["total"] for time in times)}

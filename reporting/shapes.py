@@ -2,7 +2,7 @@
 
 import math
 
-# A shape is a pair (words, test); or a dict, name -> shape, whose names must be there; or one made by the functions below.
+# A shape is a pair (words, test); a dict, name -> shape, whose names must be there; or what a function below makes.
 
 
 def is_number(value):
@@ -35,7 +35,8 @@ def fault(value, shape, where=""):
         if not isinstance(value, dict):
             return f"{where or 'it'} is no object"
         parts = [(name, value.get(name), part) for name, part in shape.items()]
-        missing = next((name for name, _, part in parts if name not in value and part[:1] != ("maybe",)), None)
+        needed = (name for name, part in shape.items() if isinstance(part, dict) or part[0] != "maybe")
+        missing = next((name for name in needed if name not in value), None)
         if missing is not None:
             return f"{where + ' has' if where else 'it has'} no {missing}"
     elif shape[0] == "maybe":

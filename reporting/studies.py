@@ -1,7 +1,7 @@
 """The tables of run records: which runs each takes, what tells its rows apart, and its columns."""
 
 from reporting import published
-from reporting.records import Run
+from reporting.records import Record
 from reporting.tables import Arm, Study, over_baseline, percent, time, times_baseline, value
 
 IMAGES = ("resnext", "resnext_checkpoint")
@@ -82,22 +82,22 @@ def _published(run, figures, key):
 
 
 LOAD = (
-    time("Load, ms", Run.load_ms),
-    percent("Load, % of step", Run.load_percent),
+    time("Load, ms", Record.load_ms),
+    percent("Load, % of step", Record.load_percent),
 )
 STEP_AND_EPOCH = (
-    time("Step, ms", Run.step_ms),
-    times_baseline("Step, ×", Run.step_ms),
-    time("Epoch, s", Run.epoch_seconds),
-    times_baseline("Epoch, ×", Run.epoch_seconds),
+    time("Step, ms", Record.step_ms),
+    times_baseline("Step, ×", Record.step_ms),
+    time("Epoch, s", Record.epoch_seconds),
+    times_baseline("Epoch, ×", Record.epoch_seconds),
 )
 PEAK = (
-    value("Peak memory, GB", Run.allocated_gb),
-    times_baseline("Peak memory, ×", Run.allocated_gb),
+    value("Peak memory, GB", Record.allocated_gb),
+    times_baseline("Peak memory, ×", Record.allocated_gb),
 )
 SAVED = (
-    value("Saved for backward, MiB", Run.saved_mib),
-    times_baseline("Saved, ×", Run.saved_mib),
+    value("Saved for backward, MiB", Record.saved_mib),
+    times_baseline("Saved, ×", Record.saved_mib),
 )
 A100_STEP = {"A100: step, ms": "step_ms", "A100: epoch, s": "epoch_s"}
 
@@ -122,10 +122,10 @@ MIXED_PRECISION = Study(
     PRECISION,
     (
         *STEP_AND_EPOCH,
-        time("Overall, s", Run.overall_seconds),
-        times_baseline("Overall, ×", Run.overall_seconds),
-        value("Peak memory, GB", Run.allocated_gb),
-        value("Saved for backward, MiB", Run.saved_mib),
+        time("Overall, s", Record.overall_seconds),
+        times_baseline("Overall, ×", Record.overall_seconds),
+        value("Peak memory, GB", Record.allocated_gb),
+        value("Saved for backward, MiB", Record.saved_mib),
         percent("Test accuracy, %", test_accuracy),
         over_baseline("Test accuracy, points", test_accuracy),
     ),
@@ -138,13 +138,13 @@ CHECKPOINTING = Study(
     "Recomputed in backward",
     RECOMPUTATION,
     (
-        time("Optimizer, ms", Run.optimizer_ms),
+        time("Optimizer, ms", Record.optimizer_ms),
         *STEP_AND_EPOCH,
-        time("Overall, s", Run.overall_seconds),
+        time("Overall, s", Record.overall_seconds),
         *PEAK,
-        value("Reserved, GB", Run.reserved_gb),
+        value("Reserved, GB", Record.reserved_gb),
         *SAVED,
-        percent("Saved, % of peak", Run.activation_percent),
+        percent("Saved, % of peak", Record.activation_percent),
         percent("Test accuracy, %", test_accuracy),
     ),
     row_keys=("batch_size",),
@@ -166,7 +166,7 @@ SIMCLS = Study(
         *STEP_AND_EPOCH,
         *PEAK,
         *SAVED,
-        value("Training loss", Run.last_loss),
+        value("Training loss", Record.last_loss),
         value("Validation ROUGE, %", validation_rouge),
     ),
 )

@@ -37,7 +37,7 @@ class Column:
     """
 
     header: str
-    figure: Callable  # Run -> float or None
+    figure: Callable  # Record -> float or None
     show: Callable = lambda sample, base: quantity(sample)
     is_time: bool = False
 
@@ -66,7 +66,7 @@ def over_baseline(header, figure):
 class Study:
     """A table: one row for each setting of the arguments `varies`, with the runs that differ in their seeds alone.
 
-    arm: Run -> Arm, or None for a run that has no place in this table. varies: the arguments that tell its arms
+    arm: Record -> Arm, or None for a run that has no place in this table. varies: the arguments that tell its arms
     apart; runs are compared only where everything else is the same, hardware and versions too. row_keys: arguments
     that make rows of their own besides; each value has its own baseline. published: header -> key of Arm.published.
     """

@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from reporting import tables
-from reporting.records import Run
+from reporting.records import Record
 
 PHASES = {"data load": 4.0, "forward": 30.0, "backward": 60.0, "optimizer": 6.0, "step": 100.0}
 ARGUMENTS = {
@@ -46,7 +46,7 @@ def make_record(scale=1.0, device="cuda", precision="tf32", experiment="resnext"
 
 
 def make_run(*args, **changes):
-    return Run(Path("record.json"), make_record(*args, **changes))
+    return Record(Path("record.json"), make_record(*args, **changes))
 
 
 def read_table(markdown, number=0):

@@ -13,7 +13,7 @@ import pytest
 from harness.endings import UserError
 from harness.timing import WARMUP_STEPS
 from reporting.nsys import read_trace
-from reporting.records import Run, combine
+from reporting.records import Record, combine
 
 ROOT = Path(__file__).resolve().parents[1]
 FIXTURES = Path(__file__).with_name("fixtures")
@@ -48,7 +48,7 @@ def test_a_real_trace_agrees_with_the_runs_own_record(real_trace):
     for timing, epoch in zip(timings, json.loads(record.read_text())["epochs"], strict=True):
         assert_agree(timing, epoch["timing"])
         assert timing["seconds"] == pytest.approx(epoch["timing"]["seconds"], rel=0.05)
-    assert_agree(combine(timings), Run(record, json.loads(record.read_text())).timing())
+    assert_agree(combine(timings), Record(record, json.loads(record.read_text())).timing())
 
 
 def test_the_command_prints_the_table(real_trace, run_script):
@@ -60,8 +60,9 @@ def test_the_command_prints_the_table(real_trace, run_script):
 
 
 def make_trace(path, steps, ranges_as_text=False):
-    """A trace with GPU work, and with ranges that are no phases. In each step of 100 ms forward launches two overlapping kernels from the main thread, and
-    backward a kernel and a copy from autograd's; the GPU does them later, after the ranges have closed."""
+    """A trace with GPU work, and ranges that are no phases. In each step of 100 ms forward launches two overlapping
+    kernels from the main thread, and backward a kernel and a copy from autograd's; the GPU does them later, after the
+    ranges have closed."""
     database = sqlite3.connect(path)
     database.executescript("""
         CREATE TABLE NVTX_EVENTS (start INT, end INT, eventType INT, text TEXT, globalTid INT, textId INT,
@@ -217,4 +218,4 @@ def test_a_live_trace_agrees_with_the_runs_own_record(tmp_path, pictures):
     (record,) = tmp_path.glob("*.json")
     ((_, timings),) = read_trace(tmp_path / "trace.sqlite").items()
     # The medians alone: single steps differ by what happens between a range and the clock beside it.
-    assert_agree(combine(timings), Run(record, json.loads(record.read_text())).timing(), figures=("median",))
+    assert_agree(combine(timings), Record(record, json.loads(record.read_text())).timing(), figures=("median",))

@@ -45,7 +45,7 @@ def run_folder(tmp_path):
 
 
 def options(run_folder):
-    return ["--image_dir", run_folder.parent / "image", "--benchmark_dir", run_folder.parent / "benchmarks"]
+    return ["--benchmark_dir", run_folder.parent / "benchmarks"]
 
 
 @pytest.fixture
@@ -86,8 +86,8 @@ def test_the_whole_report(run_script, run_folder):
     assert [line.split(":")[1].rpartition("/")[2] for line in skipped] == [
         "cut.json", "empty.json", "foreign.json", "hollow.json", "later.json", "broken.json",
     ]  # fmt: skip
-    # Every figure that there are records for, not blank and not large.
-    figures = sorted((run_folder.parent / "image").iterdir())
+    # Every figure that there are records for, beside the runs, not blank and not large.
+    figures = sorted((run_folder / "figures").iterdir())
     assert [path.stem for path in figures] == [
         "checkpointing_memory", "resnext_checkpointing", "resnext_data_loader", "resnext_mixed_precision",
         "step_timeline",
@@ -163,27 +163,59 @@ EVALUATION = {
 CHECKPOINTED = make_record(experiment="resnext_checkpoint", policy="chain")
 
 
+def having(record, *path, value):
+    """A copy of `record` that has `value` at `path`."""
+    record = json.loads(json.dumps(record))
+    *way, last = path
+    part = record
+    for name in way:
+        part = part[name]
+    part[last] = value
+    return record
+
+
 @pytest.mark.parametrize(
     ("record", "reason"),
     [
-        *((without(make_record(), "arguments", name), f"without the argument {name}")
-          for name in ("model", "dataset", "batch_size", "num_worker", "half_precision")),
-        (without(CHECKPOINTED, "arguments", "policy"), "without the argument policy"),
-        (make_record(experiment="simcls"), "without the argument num_workers"),
-        (without(make_record(), "machine"), "without machine"),
-        *((without(make_record(), "epochs", 1, "timing", name), "no whole timing")
+        *((without(make_record(), "arguments", name), f"arguments has no {name}")
+          for name in ("model", "dataset", "batch_size", "num_worker")),
+        (without(CHECKPOINTED, "arguments", "policy"), "arguments has no policy"),
+        (make_record(experiment="simcls"), "arguments has no num_workers"),
+        (without(make_record(), "machine"), "it has no machine"),
+        *((without(make_record(), "epochs", 1, "timing", name), f"epochs.1.timing has no {name}")
           for name in ("seconds", "steps", "warmup_steps", "unphased_seconds", "phases")),
-        *((without(make_record(), "epochs", 1, "timing", "phases", "step", name), "no whole timing")
-          for name in ("count", "share", "host_ms", "device_ms")),
-        (without(EVALUATION, "systems", "SimCLS", "rouge1", "low"), "lacks its ROUGE"),
+        *((without(make_record(), "epochs", 1, "timing", "phases", "step", name), f"phases.step has no {name}")
+          for name in ("count", "share", "host_ms")),
+        (without(EVALUATION, "systems", "SimCLS", "rouge1", "low"), "systems.SimCLS.rouge1 has no low"),
+        # Of another program, or of a wrong type.
+        ({"experiment": {"name": "x"}}, "unknown experiment {'name': 'x'}"),
+        ({"experiment": ["resnext"], "format": 1}, "unknown experiment"),
+        (having(make_record(), "epochs", value={"1": 2}), "epochs is no list"),
+        (having(make_record(), "epochs", 0, "loss", value="0.5"), "epochs.0.loss is not a number"),
+        (having(make_record(), "epochs", 0, "timing", "seconds", value=0), "seconds is not a number above 0"),
+        (having(make_record(), "epochs", 0, "timing", "phases", "step", "host_ms", value=1), "host_ms is no object"),
+        (having(make_record(), "epochs", 0, "timing", "peak_memory", value=8e9), "peak_memory is no object"),
+        (having(make_record(), "machine", "hardware", value={"cpu": 1}), "machine.hardware is not text"),
+        (having(make_record(), "arguments", "batch_size", value="128"), "batch_size is not a whole number"),
+        (having(make_record(), "saved_activation_bytes", value=True), "saved_activation_bytes is not a number"),
+        (having(EVALUATION, "p_value", value={"rouge1": "small"}), "p_value.rouge1 is not a number"),
     ],
 )  # fmt: skip
-def test_a_record_that_lacks_something_is_named_and_left_out(tmp_path, capsys, record, reason):
+def test_a_record_with_a_fault_is_named_with_it_and_left_out(tmp_path, capsys, record, reason):
     (tmp_path / "lacking.json").write_text(json.dumps(record))
     assert records.read_folders([tmp_path]) == ([], [])
     (line,) = capsys.readouterr().err.splitlines()
     assert "lacking.json" in line
     assert reason in line
+
+
+def test_a_records_keys_may_stand_in_any_order_beside_a_models_files(tmp_path, capsys):
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "simcls.json").write_text(json.dumps(make_record(), sort_keys=True))
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    runs, _ = records.read_folders([tmp_path])
+    assert [run.path.name for run in runs] == ["simcls.json"]
+    assert "deep.json" in capsys.readouterr().err
 
 
 def test_the_report_goes_on_without_a_record_that_lacks_something(call_report, run_folder):

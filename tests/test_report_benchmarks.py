@@ -150,6 +150,10 @@ BROKEN = {
     "no machine": {"benchmark": "rouge"},
     "no hardware": {"benchmark": "rouge", "machine": {"hardware": None}},
     "no benchmark": {"machine": {"hardware": "CPU"}},
+    "names in a list": record_of(["rouge"]),
+    "a device in a list": record_of("rouge", ratio=ratio(1.0)) | {"machine": {"hardware": "CPU", "device": ["cpu"]}},
+    "pictures as text": record_of("fast", pictures="many", limits=[{"epoch_seconds": 2.0}]),
+    "an interval as a number": record_of("rouge", ratio=ratio(1.0, interval=5)),
 }
 
 

@@ -8,7 +8,7 @@ from run_records import make_record, make_run, make_timing
 
 from reporting import comparison
 from reporting.comparison import Sample, number, quantity
-from reporting.records import Run, combine
+from reporting.records import Record, combine
 
 
 def test_figures_of_a_run():
@@ -31,22 +31,22 @@ def test_the_peak_leaves_out_epochs_in_which_algorithms_are_tried():
     for epoch, (warmup, peak) in zip(record["epochs"], ((5, 9e9), (0, 6e9), (0, 7e9)), strict=True):
         memory = {"allocated_bytes": int(peak), "reserved_bytes": int(peak)}
         epoch["timing"] |= {"warmup_steps": warmup, "peak_memory": memory}
-    assert Run(Path("record.json"), record).allocated_gb() == 7
+    assert Record(Path("record.json"), record).allocated_gb() == 7
     for epoch in record["epochs"]:
         epoch["timing"]["warmup_steps"] = 5
-    assert Run(Path("record.json"), record).allocated_gb() == 9
+    assert Record(Path("record.json"), record).allocated_gb() == 9
 
 
 def test_an_epoch_that_was_cut_short_is_no_epoch_time():
     record = make_record()
     record["epochs"][2]["timing"] |= {"steps": 10, "seconds": 1.0}  # Resumed in its middle.
-    run = Run(Path("record.json"), record)
+    run = Record(Path("record.json"), record)
     assert run.epoch_seconds() == 40
     assert run.overall_seconds() is None
     record = make_record(max_steps=100)
     record["epochs"] = [{"epoch": 1, "timing": make_timing()}]  # What --max_steps leaves.
-    assert Run(Path("record.json"), record).epoch_seconds() is None
-    assert Run(Path("record.json"), record).step_ms() == 100
+    assert Record(Path("record.json"), record).epoch_seconds() is None
+    assert Record(Path("record.json"), record).step_ms() == 100
 
 
 def test_combined_epochs():
