@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import hashlib
 import os
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
@@ -11,14 +12,15 @@ import numpy as np
 
 from harness import torchvision_compat  # noqa: F401  (before torchvision)
 from harness.endings import UserError
+from picture_files import list_classes, read_picture
 
 SIZE = 32
-PICTURE_SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".ppm", ".tif", ".tiff", ".gif"}
 
 
 @dataclasses.dataclass
 class ImageData:
-    """A data set. flip: whether a mirrored picture keeps its class (a digit does not)."""
+    """A data set. flip: whether a mirrored picture keeps its class (a digit does not). left_out: Paths of files that
+    lie among the pictures and are none."""
 
     train_images: np.ndarray
     train_labels: np.ndarray
@@ -26,22 +28,63 @@ class ImageData:
     test_labels: np.ndarray
     classes: list
     flip: bool
+    left_out: list = dataclasses.field(default_factory=list)
 
     @functools.cached_property
     def statistics(self):
-        """Mean and standard deviation of each channel of the training pictures in [0, 1]; two float32 [3]."""
+        """Mean and scale of each channel of the training pictures in [0, 1]; two float32 [3].
+
+        The scale is the standard deviation; or 1 where that is below one level of 255, as of a channel that is the
+        same everywhere: divided by next to nothing, padding and other pictures would drown all that can be learnt.
+        """
         # Histograms, since a float copy of CIFAR-10 would take 1.2 GB.
         values = np.arange(256) / 255
         counts = np.stack([np.bincount(self.train_images[..., channel].ravel(), minlength=256) for channel in range(3)])
         share = counts / counts.sum(1, keepdims=True)
         mean = share @ values
-        std = np.sqrt(np.maximum(share @ values**2 - mean**2, 1e-12))
-        return mean.astype(np.float32), std.astype(np.float32)
+        std = np.sqrt(np.maximum(share @ values**2 - mean**2, 0))
+        return mean.astype(np.float32), np.where(std < 1 / 255, 1, std).astype(np.float32)
+
+    def __str__(self):
+        shown = [*self.classes[:10], "..."] if len(self.classes) > 10 else self.classes
+        text = (
+            f"{len(self.train_labels)} training and {len(self.test_labels)} test pictures of "
+            f"{len(self.classes)} classes ({', '.join(shown)})"
+        )
+        if self.left_out:
+            names = [str(path) for path in self.left_out[:3]] + ["..."] * (len(self.left_out) > 3)
+            text += f"; {len(self.left_out)} files left out, no pictures by their names ({', '.join(names)})"
+        return text
+
+    def facts(self):
+        """What the record of a run says of its data: plain values, enough to use the trained weights safely."""
+        mean, std = self.statistics
+        return {
+            "classes": self.classes,
+            "train_pictures": len(self.train_labels),
+            "test_pictures": len(self.test_labels),
+            "size": self.train_images.shape[1],
+            "mean": mean.tolist(),
+            "std": std.tolist(),
+            "digest": self._digest(),
+        }
+
+    def _digest(self):
+        """Of all pixels and labels in their order, in hexadecimal."""
+        digest = hashlib.sha256()
+        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(np.ascontiguousarray(array))
+        return digest.hexdigest()[:32]
 
 
-def load_images(dataset, data_dir):
-    """Load "cifar10", "digits" or "folder" as ImageData; UserError says what is missing or wrong."""
-    return {"cifar10": _load_cifar10, "digits": _load_digits, "folder": _load_folder}[dataset](Path(data_dir))
+def load_images(dataset, data_dir, size=SIZE):
+    """Load "cifar10", "digits" or "folder" as ImageData; UserError says what is missing or wrong.
+
+    size: of the sides, in pixels, that the pictures of a folder are resized to; the others have SIZE.
+    """
+    if dataset == "folder":
+        return _load_folder(Path(data_dir), size)
+    return {"cifar10": _load_cifar10, "digits": _load_digits}[dataset](Path(data_dir))
 
 
 def _load_cifar10(data_dir):
@@ -74,48 +117,17 @@ def _load_digits(data_dir):
     return ImageData(images[train], labels[train], images[test], labels[test], classes, flip=False)
 
 
-def _load_folder(data_dir):
-    paths = {split: _list_pictures(data_dir / split) for split in ("train", "test")}
-    classes = sorted(paths["train"])
-    extra = sorted(set(paths["test"]) - set(classes))
-    if extra:
-        raise UserError(f"{data_dir / 'test'} has the class {extra[0]!r}, which {data_dir / 'train'} lacks")
+def _load_folder(data_dir, size):
+    (train, others), (test, more) = (list_classes(data_dir / split) for split in ("train", "test"))
+    for has, lacks, classes in (("test", "train", test.keys() - train), ("train", "test", train.keys() - test)):
+        if classes:
+            raise UserError(f"{data_dir / has} has the class {min(classes)!r}, which {data_dir / lacks} lacks")
     arrays = []
-    for split in ("train", "test"):
-        files = [(path, label) for label, name in enumerate(classes) for path in paths[split].get(name, ())]
+    for classes in (train, test):
+        files = [(path, label) for label, name in enumerate(sorted(train)) for path in classes[name]]
+        images = np.empty((len(files), size, size, 3), np.uint8)
         with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            images = np.stack(list(pool.map(_read_picture, [path for path, _ in files])))
+            for index, image in enumerate(pool.map(lambda file: read_picture(file[0], size), files)):
+                images[index] = image
         arrays += [images, np.array([label for _, label in files], dtype=np.int64)]
-    return ImageData(*arrays, classes, flip=True)
-
-
-def is_picture(path):
-    return path.suffix.lower() in PICTURE_SUFFIXES and not path.name.startswith(".")
-
-
-def _list_pictures(folder):
-    """{class: sorted paths} of `folder`/<class>/*; hidden and foreign files are passed over."""
-    if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; --data_dir needs train/<class>/* and test/<class>/*")
-    found = {
-        child.name: sorted(path for path in child.iterdir() if is_picture(path))
-        for child in sorted(folder.iterdir())
-        if child.is_dir() and not child.name.startswith(".")
-    }
-    found = {name: paths for name, paths in found.items() if paths}
-    if not found:
-        raise UserError(f"{folder} has no class folders with pictures in them; it needs <class>/*.png or the like")
-    return found
-
-
-def _read_picture(path):
-    from PIL import Image, UnidentifiedImageError
-
-    try:
-        with Image.open(path) as image:
-            image = image.convert("RGB")
-            if image.size != (SIZE, SIZE):
-                image = image.resize((SIZE, SIZE), Image.BILINEAR)
-            return np.array(image)
-    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"cannot decode the picture {path} ({type(error).__name__}); replace or remove it") from None
+    return ImageData(*arrays, sorted(train), flip=True, left_out=[*others, *more])

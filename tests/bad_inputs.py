@@ -2,12 +2,14 @@
 
 import gzip
 import json
+import os
 import shutil
 import sqlite3
 import struct
 import zlib
 
 import torch
+from PIL import Image
 
 RESNEXT = (
     "--dataset folder --data_dir {good}/pictures --model resnext29_1x4d --batch_size 8 --num_worker 0 --num_epoch 1"
@@ -62,7 +64,10 @@ TABLE = {
         ("--data_dir {bad}/pictures/cut", "cannot decode the picture {bad}/pictures/cut/test/light/0.png"),
         ("--data_dir {bad}/pictures/empty", "cannot decode the picture"),
         ("--data_dir {bad}/pictures/bomb", "DecompressionBombError"),
-        ("--data_dir {bad}/pictures/folder", "cannot decode the picture"),
+        ("--data_dir {bad}/pictures/no_picture", "no_picture/train/light has no picture in it, but stands for a class"),
+        ("--data_dir {bad}/pictures/lost_class", "lost_class/train has the class 'light', which {bad}/pictures"),
+        ("--data_dir {bad}/pictures/float", "float/train/dark/0.tif (pixels of mode F in TIFF have no certain white"),
+        ("--data_dir {bad}/pictures/pipe", "pipe/test/dark/0.png (it is no file)"),
     ],
     "resnext/resnext_checkpoint.py": [
         ("--memory_budget 0", "--memory_budget: '0' is not a number above 0 and at most 1"),
@@ -260,8 +265,14 @@ def make_pictures(good, bad):
     for name, (path, content) in changes.items():
         shutil.copytree(good, bad / name)
         (bad / name / path).write_bytes(content)
-    shutil.copytree(good, bad / "folder")
-    (bad / "folder/train/dark/folder.png").mkdir()
+    for name in ("no_picture", "lost_class", "float", "pipe"):
+        shutil.copytree(good, bad / name)
+    for path in (bad / "no_picture/train/light").iterdir():
+        path.rename(path.with_suffix(".txt"))
+    shutil.rmtree(bad / "lost_class/test/light")
+    Image.new("F", (32, 32)).save(bad / "float/train/dark/0.tif")
+    (bad / "pipe/test/dark/0.png").unlink()
+    os.mkfifo(bad / "pipe/test/dark/0.png")
     shutil.copytree(good, bad / "other_class")
     shutil.copytree(good / "test/dark", bad / "other_class/test/new")
     shutil.copytree(good / "train", bad / "no_test/train")

@@ -122,6 +122,36 @@ def test_statistics():
     assert std == pytest.approx(pixels.std(0), abs=1e-6)
 
 
+@pytest.mark.parametrize(("red", "scale"), [(np.full(40, 255), 1), (np.arange(40) == 0, 1), (np.arange(40) % 4, None)])
+def test_a_channel_that_hardly_changes_is_not_blown_up(red, scale):
+    data = random_data()
+    data.train_images[..., 0] = red[:, None, None]
+    _, std = data.statistics
+    assert std[0] == pytest.approx(scale or data.train_images[..., 0].std() / 255)
+    batches = EpochBatches(40, 40, seed=0)
+    (images, _), *_ = DeviceImages(data, 0, batches, CPU)
+    assert images.abs().max() < 10
+    data.test_images = np.full_like(data.test_images, 1)
+    assert next(evaluation_batches(data, 40, CPU))[0].abs().max() < 10
+
+
+def test_the_digest_knows_every_pixel_label_and_their_order():
+    digests = set()
+    for change in range(5):
+        data = random_data()
+        if change == 1:
+            data.test_images[3, 2, 1, 0] ^= 1
+        if change == 2:
+            data.train_labels[0] = (data.train_labels[0] + 1) % 5
+        if change == 3:
+            data.train_images[:2] = data.train_images[1::-1]
+        if change == 4:
+            data.train_images, data.train_labels = data.train_images[:-1], data.train_labels[:-1]
+        digests.add(data.facts()["digest"])
+    assert len(digests) == 5
+    assert random_data().facts()["digest"] in digests
+
+
 def test_digits():
     data = load_images("digits", "")
     assert data.train_images.shape == (1437, 32, 32, 3)
@@ -140,11 +170,12 @@ def test_folder(pictures, tmp_path):
     assert data.test_labels.tolist() == [0] * 5 + [1] * 5
     assert data.train_images[:22].mean() < 80 < 170 < data.train_images[22:].mean()
 
-    for split in ("train", "test"):
-        (tmp_path / split / "a").mkdir(parents=True)
+    (tmp_path / "train" / "a").mkdir(parents=True)
+    (tmp_path / "test").mkdir()
     Image.new("L", (50, 40), 7).save(tmp_path / "train" / "a" / "grey and wide.png")
     with pytest.raises(UserError, match=r"test has no class folders with pictures"):
         load_images("folder", tmp_path)
+    (tmp_path / "test" / "a").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "test" / "a" / "x.webp")
     assert (load_images("folder", tmp_path).train_images == 7).all()
 

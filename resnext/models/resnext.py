@@ -1,4 +1,4 @@
-"""ResNeXt for 32x32 pictures (Xie et al. 2017, "Aggregated Residual Transformations for Deep Neural Networks").
+"""ResNeXt for small pictures (Xie et al. 2017, "Aggregated Residual Transformations for Deep Neural Networks").
 
 Three stages of three bottleneck blocks, 29 layers, as pytorch-cifar (github.com/kuangliu/pytorch-cifar) lays them
 out; parameter counts and state dict keys agree with it.
@@ -47,7 +47,7 @@ class Block(nn.Module):
 
 
 class ResNeXt(nn.Module):
-    """forward: float [N, 3, 32, 32] -> logits [N, num_classes]."""
+    """forward: float [N, 3, H, W] -> logits [N, num_classes]."""
 
     block = Block
 
@@ -69,7 +69,7 @@ class ResNeXt(nn.Module):
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
         out = self.layer3(self.layer2(self.layer1(out)))
-        out = F.avg_pool2d(out, 8)
+        out = F.avg_pool2d(out, out.shape[2:])
         return self.linear(out.flatten(1))
 
 

@@ -81,7 +81,7 @@ class CheckpointResNeXt(ResNeXt):
         for stage in ("layer1", "layer2", "layer3"):
             for index, block in enumerate(getattr(self, stage)):
                 out = block(out, tape, f"{stage}.{index}")
-        out = tape.run("head.pool", lambda out: F.avg_pool2d(out, 8), out)
+        out = tape.run("head.pool", lambda out: F.avg_pool2d(out, out.shape[2:]), out)
         return self.linear(out.flatten(1))
 
     def plan(self, budget, batch_size):
@@ -95,7 +95,7 @@ class CheckpointResNeXt(ResNeXt):
         out = F.relu(self.bn1(self.conv1(x)))
         for stage in (self.layer1, self.layer2, self.layer3):
             out = self._checkpoint(stage, self._nested_stage, stage, out)
-        out = F.avg_pool2d(out, 8)
+        out = F.avg_pool2d(out, out.shape[2:])
         return self.linear(out.flatten(1))
 
     def _nested_stage(self, stage, x):

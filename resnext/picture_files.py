@@ -1,0 +1,140 @@
+"""Files of pictures: which of a folder's files are some, and their pixels as a viewer shows them."""
+
+import contextlib
+import functools
+import os
+from pathlib import Path
+
+import numpy as np
+
+from harness.endings import UserError
+
+# Pillow names these formats when it sees them, and cannot decode them by itself.
+ONLY_NAMED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
+# Those whose 16 bits a grey pixel are unsigned, and white where all are set.
+SIXTEEN_BITS = {"IM", "JPEG2000", "PNG", "PPM", "TIFF"}
+BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # Tags of TIFF.
+
+
+def list_classes(folder):
+    """The pictures below `folder`/<class>/, at any depth, links followed.
+
+    Returns {class: sorted Paths} and a list of the Paths that are left out: what is hidden, or no picture by its
+    suffix, or in no class. UserError when there is no class, and for a class without a picture.
+    """
+    if not folder.is_dir():
+        raise UserError(f"there is no folder {folder}; --data_dir needs train/<class>/* and test/<class>/*")
+    classes, left_out = {}, []
+    place = Path(os.path.realpath(folder))
+    for path, is_folder in _children(folder):
+        if not is_folder or path.name.startswith("."):
+            left_out.append(path)
+            continue
+        files = list(_files(path, (place, *place.parents)))
+        classes[path.name] = sorted(file for file in files if is_picture(file))
+        left_out += [file for file in files if not is_picture(file)]
+        if not classes[path.name]:
+            raise UserError(f"{path} has no picture in it, but stands for a class; put some there, or remove it")
+    if not classes:
+        raise UserError(f"{folder} has no class folders with pictures in them; it needs <class>/*.png or the like")
+    return classes, left_out
+
+
+def _files(folder, above):
+    """Yield the Path of every file below `folder`, and of every hidden folder, which is not entered.
+
+    above: the real Paths of the folders that it lies in.
+    """
+    place = Path(os.path.realpath(folder))
+    if place in above:  # A link to a folder that it lies in: all there is has been seen.
+        return
+    for path, is_folder in _children(folder):
+        if is_folder and not path.name.startswith("."):
+            yield from _files(path, (*above, place))
+        else:
+            yield path
+
+
+def _children(folder):
+    """[(Path, whether it is a folder)] of what lies in `folder`, by name."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [(Path(entry), entry.is_dir() if not entry.is_symlink() else Path(entry).is_dir())
+                     for entry in entries]  # fmt: skip
+    except OSError as error:
+        raise UserError(
+            f"cannot read the folder {folder}: {error.strerror}; mend its permissions or remove it"
+        ) from None
+    return sorted(found)
+
+
+def is_picture(path):
+    return path.suffix.lower() in _suffixes() and not path.name.startswith(".")
+
+
+@functools.cache
+def _suffixes():
+    from PIL import Image
+
+    formats = Image.registered_extensions()
+    return {suffix for suffix, name in formats.items() if name in {*Image.OPEN, "MPO"} - ONLY_NAMED}
+
+
+def read_picture(path, size):
+    """The picture in `path` as a viewer shows it, resized to uint8 [size, size, 3]. UserError names what cannot be."""
+    from PIL import Image
+
+    try:
+        if not path.is_file():  # To open a pipe would wait for ever.
+            raise UserError("it is no file")
+        with Image.open(path) as image:
+            image = as_shown(image)
+            if image.size != (size, size):
+                image = image.resize((size, size), Image.BILINEAR)
+            return np.array(image)
+    except MemoryError:
+        raise
+    except Exception as error:  # What Pillow raises on a damaged file is an open set.
+        reason = str(error) if isinstance(error, UserError) else type(error).__name__
+        raise UserError(f"cannot decode the picture {path} ({reason}); replace or remove it") from None
+
+
+def as_shown(image):
+    """The Pillow image `image`, just opened, as an RGB one: turned as its EXIF data say, 16 bits a pixel brought to 8
+    by the range of the format, what is transparent put on white. UserError when the range is not certain."""
+    from PIL import Image, ImageOps
+
+    coding = str(image.tile[0].args) if image.tile else ""
+    image.load()
+    with contextlib.suppress(Exception):  # Damaged EXIF data do not keep a viewer from showing the pixels.
+        ImageOps.exif_transpose(image, in_place=True)
+    key = image.info.get("transparency")
+    if image.mode[0] in "IF":
+        grey = _eight_bits(image)
+        seen = np.ones(grey.shape, bool) if key is None else np.asarray(image) != key
+        return Image.fromarray(np.where(seen, grey, np.uint8(255))).convert("RGB")
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    if key is not None and "16" in coding:
+        raise UserError("a transparent colour of 16 bits")
+    if isinstance(key, int) and image.mode == "L":
+        image.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(coding, 1)  # As the pixels have been scaled.
+    if image.mode == "La":
+        image = image.convert("LA")
+    image = image.convert("RGBA")
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _eight_bits(image):
+    """A grey picture of more than 8 bits a pixel, uint8 [H, W], so that the white of its range is 255."""
+    certain = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
+    if not certain or image.format not in SIXTEEN_BITS:
+        raise UserError(
+            f"pixels of mode {image.mode} in {image.format} have no certain white; save it with 8 or 16 bits"
+        )
+    white, inverted = 65535, False
+    if image.format == "TIFF":
+        white = 2 ** image.tag_v2.get(BITS_PER_SAMPLE, (16,))[0] - 1
+        inverted = image.tag_v2.get(PHOTOMETRIC) == 0
+    grey = np.rint(np.asarray(image).astype(np.float64) * (255 / white)).astype(np.uint8)
+    return 255 - grey if inverted else grey

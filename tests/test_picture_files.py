@@ -1,0 +1,165 @@
+"""Picture files: which are found below a folder, and that their pixels are those that a viewer shows."""
+
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from harness.endings import UserError
+from images import load_images
+from picture_files import list_classes, read_picture
+
+GREY = np.array([[0, 4095], [32768, 65535]], np.uint16)
+SHOWN = [0, 16, 128, 255]  # GREY's range brought to 255.
+HALF = Image.fromarray(np.array([[[200, 0, 0, 255], [200, 0, 0, 128]], [[200, 0, 0, 0]] * 2], np.uint8))
+ON_WHITE = [(200, 0, 0), (227, 127, 127), (255, 255, 255), (255, 255, 255)]
+COLOURS = Image.frombytes("P", (2, 2), bytes([0, 1, 2, 3]))
+COLOURS.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
+TURNED = Image.Exif()
+TURNED[0x112] = 6  # To be turned clockwise by a quarter.
+
+
+def saved(image, **how):
+    return lambda path: image.save(path, **how)
+
+
+def raw(content):
+    return lambda path: path.write_bytes(content)
+
+
+def png(bits, kind, pixels, *extra):
+    """A PNG of 2x2 pixels with the extra chunks (name, data)."""
+    header = (b"IHDR", struct.pack(">IIBBBBB", 2, 2, bits, kind, 0, 0, 0))
+    chunks = [header, *extra, (b"IDAT", zlib.compress(pixels)), (b"IEND", b"")]
+    check = [struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+             for name, data in chunks]  # fmt: skip
+    return b"\x89PNG\r\n\x1a\n" + b"".join(check)
+
+
+def grey_png(*extra):
+    return png(2, 0, bytes([0, 0b00010000, 0, 0b10110000]), *extra)
+
+
+PICTURES = {
+    "16 bits.png": (saved(Image.fromarray(GREY)), SHOWN),
+    "16 bits.tif": (saved(Image.fromarray(GREY)), SHOWN),
+    "16 bits.pgm": (saved(Image.fromarray(GREY)), SHOWN),
+    "16 bits.jp2": (saved(Image.fromarray(GREY)), SHOWN),
+    "big endian.tif": (saved(Image.frombytes("I;16B", (2, 2), GREY.astype(">u2").tobytes())), SHOWN),
+    "white is zero.tif": (saved(Image.fromarray(GREY), tiffinfo={262: 0}), [255, 239, 127, 0]),
+    "12 bits.pgm": (raw(b"P5 2 2 4095\n" + np.array([0, 1000, 2048, 4095], ">u2").tobytes()), [0, 62, 128, 255]),
+    "4 bits.pgm": (raw(b"P2 2 2 15\n0 5 10 15\n"), [0, 85, 170, 255]),
+    "16 bits and a transparent grey.png": (saved(Image.fromarray(GREY), transparency=4095), [0, 255, 128, 255]),
+    "2 bits.png": (raw(grey_png()), [0, 85, 170, 255]),
+    "2 bits and a transparent grey.png": (raw(grey_png((b"tRNS", b"\0\2"))), [0, 85, 255, 255]),
+    "1 bit.png": (saved(Image.fromarray(np.eye(2, dtype=bool))), [255, 0, 0, 255]),
+    "transparent.png": (saved(HALF), ON_WHITE),
+    "transparent.webp": (saved(HALF, lossless=True, exact=True), ON_WHITE),
+    "transparent.tiff": (saved(HALF), ON_WHITE),
+    "transparent grey.png": (saved(HALF.convert("LA")), [60, 157, 255, 255]),
+    "palette.PNG": (saved(COLOURS), [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)]),
+    "palette and alphas.png": (
+        saved(COLOURS, transparency=bytes([255, 0, 128, 255])),
+        [(255, 0, 0), (255, 255, 255), (127, 127, 255), (9, 9, 9)],
+    ),
+    "palette and a transparent colour.gif": (
+        saved(COLOURS, transparency=2),
+        [(255, 0, 0), (0, 255, 0), (255, 255, 255), (9, 9, 9)],
+    ),
+    "cmyk.tif": (saved(HALF.convert("RGB").convert("CMYK")), [(200, 0, 0)] * 4),
+    "turned.png": (saved(Image.fromarray(np.array([[1, 2], [3, 4]], np.uint8)), exif=TURNED), [3, 1, 4, 2]),
+    "damaged EXIF.jpg": (saved(Image.new("RGB", (2, 2), (9, 9, 9)), exif=b"Exif\0\0rubbish"), [9] * 4),
+    "frames.apng": (
+        saved(Image.new("L", (2, 2), 7), save_all=True, append_images=[Image.new("L", (2, 2), 200)], format="PNG"),
+        [7] * 4,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_a_picture_is_what_a_viewer_shows(name, tmp_path):
+    make, expected = PICTURES[name]
+    make(tmp_path / name)
+    expected = [value if isinstance(value, tuple) else (value,) * 3 for value in expected]
+    assert read_picture(tmp_path / name, 2).reshape(4, 3).tolist() == [list(value) for value in expected]
+
+
+UNCERTAIN = {
+    "float.tif": (saved(Image.fromarray(GREY.astype(np.float32))), "pixels of mode F in TIFF"),
+    "float.pfm": (saved(Image.fromarray(GREY.astype(np.float32))), "pixels of mode F in PPM"),
+    "32 bits.tif": (saved(Image.fromarray(GREY.astype(np.int32))), "pixels of mode I in TIFF"),
+    "16 bits and a transparent colour.png": (
+        raw(png(16, 2, bytes(26), (b"tRNS", bytes([1, 0] * 3)))),
+        "a transparent colour of 16 bits",
+    ),
+    "pipe.png": (os.mkfifo, "it is no file"),
+    "nowhere.png": (lambda path: path.symlink_to("no/such/file"), "it is no file"),
+    "itself.png": (lambda path: path.symlink_to(path), "it is no file"),
+}
+
+
+@pytest.mark.parametrize("name", UNCERTAIN)
+def test_what_is_not_certain_is_refused_by_name(name, tmp_path):
+    make, reason = UNCERTAIN[name]
+    make(tmp_path / name)
+    with pytest.raises(UserError, match=rf"cannot decode the picture .*/{name} \({reason}"):
+        read_picture(tmp_path / name, 2)
+
+
+def paint(*paths, colour=0):
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4), (colour,) * 3).save(path)
+
+
+def test_classes_are_walked_down_and_what_is_left_out_is_counted(tmp_path):
+    for split in ("train", "test"):
+        paint(tmp_path / split / "cat/0.png", tmp_path / split / "cat/.trash/1.png", colour=10)
+        paint(tmp_path / split / "dog/poodle/small/0.pgm", tmp_path / split / "dog/1.BMP", colour=20)
+        (tmp_path / split / "dog/again").symlink_to("..")  # A loop.
+        (tmp_path / split / "dog/.DS_Store").touch()
+        (tmp_path / split / "notes.txt").touch()
+    (tmp_path / "elsewhere").mkdir()
+    paint(tmp_path / "elsewhere/2.png", colour=20)
+    (tmp_path / "train/dog/linked").symlink_to(tmp_path / "elsewhere")
+    data = load_images("folder", tmp_path)
+    assert data.classes == ["cat", "dog"]
+    assert data.train_labels.tolist() == [0, 1, 1, 1]
+    assert data.train_images[:, 0, 0, 0].tolist() == [10, 20, 20, 20]
+    assert data.test_labels.tolist() == [0, 1, 1]
+    assert len(data.left_out) == 6
+    assert str(data).startswith("4 training and 3 test pictures of 2 classes (cat, dog); 6 files left out")
+    assert f"({tmp_path}/train/cat/.trash, {tmp_path}/train/dog/.DS_Store, {tmp_path}/train/notes.txt, ...)" in str(
+        data
+    )
+
+
+def test_a_class_without_a_picture_is_named(tmp_path):
+    paint(*(tmp_path / split / name / "0.png" for split in ("train", "test") for name in "ab"))
+    for split in ("train", "test"):
+        (tmp_path / split / "c/deep").mkdir(parents=True)
+        (tmp_path / split / "c/deep/text.md").touch()
+        with pytest.raises(UserError, match=rf"{split}/c has no picture in it"):
+            load_images("folder", tmp_path)
+        paint(tmp_path / split / "c/0.png")
+    (tmp_path / "test/c/0.png").unlink()
+    (tmp_path / "test/c").rename(tmp_path / "d")
+    with pytest.raises(UserError, match=r"train has the class 'c', which .*test lacks"):
+        load_images("folder", tmp_path)
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    paint(tmp_path / "a/deep/0.png")
+    scan = os.scandir
+
+    def refuse(path):  # Permissions do not stop root.
+        if path.name == "deep":
+            raise PermissionError(13, "Permission denied")
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(UserError, match=r"cannot read the folder .*/a/deep: Permission denied"):
+        list_classes(tmp_path)
