@@ -1,10 +1,10 @@
-"""Make a small model from scratch, with a tokenizer trained on the training split of a CSV. No model hub is needed.
+"""Before stage 1, where nothing can be downloaded: make a small model from scratch, with a tokenizer of its own.
 
     python3 create_model.py --arch t5 --data_file sample --save_dir models/scratch --copy_init
     python3 create_model.py --arch bert --data_file sample --save_dir models/encoder
 
-`t5` is a generator for finetune_model.py; its encoder, like `bert`, can start the scorer of main.py. The folder is of
-the ordinary `from_pretrained` form.
+The tokenizer is trained on the training split of a CSV. `t5` is a generator for finetune_model.py; its encoder, like
+`bert`, can start the scorer of main.py. The folder is of the ordinary `from_pretrained` form.
 """
 
 import argparse
@@ -12,16 +12,16 @@ import math
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import torch
 import transformers
-from documents import find_dataset, read_documents, split_documents
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from harness import arguments, endings, torchvision_compat  # noqa: F401
 from harness.endings import UserError
 from harness.files import publish, staging
+from texts.documents import find_dataset, read_documents, split_documents
 
 SPECIAL_TOKENS = {
     "t5": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},

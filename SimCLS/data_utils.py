@@ -1,6 +1,5 @@
 """Sample folders, their token ids, and batches of them: what main.py and evaluate_model.py read.
 
-A sample is a file `{i}.json` as preprocess.py writes it; those of the published SimCLS and BRIO releases are the same.
 Token ids are made once for each split, tokenizer and length, and kept in a file beside the split's folder that is
 mapped into memory, not read.
 """
@@ -8,24 +7,22 @@ mapped into memory, not read.
 import hashlib
 import itertools
 import json
-import os
-import re
 import sys
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import numpy as np
 import torch
-from array_file import read_arrays, write_arrays
 from tqdm import tqdm
 
 from harness.endings import UserError
 from harness.loading import EpochBatches
+from texts.array_file import read_arrays, write_arrays
+from texts.samples import read_sample, sample_files
 
 FORMAT = 1
-KEYS = ("article", "abstract", "article_untok", "abstract_untok", "candidates", "candidates_untok")
 ROUGE = ("rouge1", "rouge2", "rougeL")  # The published names; rougeL is rougeLsum, as there.
 _ROUGE_COLUMNS = (0, 1, 3)  # Of fast_rouge.METRICS.
 _FMEASURE = 2  # Of fast_rouge.Score.
@@ -79,61 +76,6 @@ def _digest(text):
 
 
 # ------------------------------------------------------------------------------------------------ sample files
-
-
-def sample_files(folder):
-    """The Paths of the samples of `folder`, in the order of their numbers; other files do not count.
-
-    UserError when there is no such folder or no sample in it.
-    """
-    try:
-        numbered = [(int(name[:-5]), name) for name in os.listdir(folder) if re.fullmatch(r"[0-9]{1,18}\.json", name)]
-    except OSError as error:
-        raise UserError(f"cannot read the sample folder {folder}: {error.strerror}; preprocess.py makes it") from None
-    if not numbered:
-        raise UserError(f"the sample folder {folder} holds no sample 0.json, 1.json, ...; preprocess.py makes them")
-    return [Path(folder) / name for _, name in sorted(numbered)]
-
-
-def read_sample(path):
-    """The sample in the file `path`: a dict with KEYS. UserError that names the file when it is not one."""
-    try:
-        sample = json.loads(path.read_bytes())
-    except OSError as error:
-        raise UserError(f"cannot read the sample {path}: {error.strerror}") from None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise UserError(f"the sample {path} is not JSON ({error}); make it again with preprocess.py") from None
-    problem = _problem(sample)
-    if problem:
-        raise UserError(f"the sample {path} {problem}; make it again with preprocess.py")
-    return sample
-
-
-def _problem(sample):
-    """What is wrong with a sample, or None."""
-    if not isinstance(sample, dict):
-        return "is no JSON object"
-    missing = [key for key in KEYS if key not in sample]
-    if missing:
-        return f"lacks the key {missing[0]!r}"
-    for key in KEYS[:4]:
-        if not _is_text(sample[key]):
-            return f"has no list of sentences under {key!r}"
-    for key in KEYS[4:]:
-        if not isinstance(sample[key], list) or not all(map(_is_candidate, sample[key])):
-            return f"has no list of [sentences, score] under {key!r}"
-    counts = len(sample["candidates"]), len(sample["candidates_untok"])
-    if counts[0] != counts[1]:
-        return f"has {counts[0]} 'candidates' but {counts[1]} 'candidates_untok'"
-    return None if counts[0] else "has no candidates"
-
-
-def _is_text(value):
-    return isinstance(value, list) and all(isinstance(sentence, str) for sentence in value)
-
-
-def _is_candidate(value):
-    return isinstance(value, list) and len(value) == 2 and _is_text(value[0]) and isinstance(value[1], (int, float))
 
 
 # -------------------------------------------------------------------------------------------------- token ids
@@ -298,7 +240,7 @@ def tokenize_samples(samples, encoding, max_num, with_rouge):
 
 
 def _rouge_of(samples, max_num):
-    from fast_rouge import score_corpus  # NLTK takes seconds to import, and a token file is seldom made.
+    from texts.fast_rouge import score_corpus  # NLTK takes seconds to import, and a token file is seldom made.
 
     references = [sample["abstract"] for sample in samples]
     candidates = [[text for text, _ in sample["candidates"][:max_num]] for sample in samples]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Measure what a scorer's choice among candidate summaries buys over a generator's first candidate, on test documents.
+"""Stage 5 of 5: measure what a scorer's choice among candidate summaries buys over a generator's first candidate, on test documents.
 
     python3 evaluate_model.py --generator_name models/t5_covid --dataset_name clean_covid.csv --scorer_path cache/run/scorer.bin
     python3 evaluate_model.py --samples samples/test --scorer_path cache/run/scorer.bin
@@ -20,26 +20,12 @@ import argparse
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import numpy as np
-from data_utils import ROUGE, SampleSet, read_sample, sample_files, tokenize_samples
-from documents import clean, find_dataset, read_documents, split_documents, take_percent
-from fast_rouge import RougeReference
-from gen_candidate import (
-    CANDIDATES,
-    CandidateGenerator,
-    add_search_arguments,
-    check_groups,
-    generator_dtype,
-    half_precision_or_auto,
-    length_batches,
-    load_generator,
-    search_settings,
-)
+from data_utils import ROUGE, SampleSet, tokenize_samples
 from model import load_scorer, score_samples
-from preprocess import Lines, score_sample
-from utils import SentenceSplitter, progress, ptb_tokenize, read_lines
+from utils import read_lines
 
 from harness import arguments, distributed, endings
 from harness.arguments import positive_float, positive_int
@@ -48,6 +34,21 @@ from harness.files import write_json
 from harness.machine import describe_machine
 from harness.precision import choose_precision
 from harness.runs import FORMAT
+from search.generator import (
+    CANDIDATES,
+    CandidateGenerator,
+    add_search_arguments,
+    check_groups,
+    generate_samples,
+    generator_dtype,
+    half_precision_or_auto,
+    load_generator,
+    search_settings,
+)
+from texts.documents import find_dataset, read_documents, split_documents, take_percent
+from texts.samples import read_sample, sample_files
+from texts.scoring import as_sample, rouge_of
+from texts.sentences import SentenceSplitter
 
 RESAMPLES = 10_000
 RESAMPLES_AT_ONCE = 500
@@ -145,29 +146,6 @@ def score_files(summaries, references, sources=None):
     return np.array([sample["rouge"][0] for sample in sample_of])
 
 
-def rouge_of(sample):
-    """The candidates' ROUGE-1, -2 and -Lsum F-measure, float64 [candidates, 3]."""
-    if "rouge" in sample:
-        return sample["rouge"]
-    reference = RougeReference(sample["abstract"])
-    return _figures(reference.score(sentences) for sentences, _ in sample["candidates"])
-
-
-def _figures(scores):
-    return np.array([[each.rouge1.fmeasure, each.rouge2.fmeasure, each.rougeLsum.fmeasure] for each in scores])
-
-
-def as_sample(document, summary, candidates, split):
-    """The sample that gen_candidate.py and preprocess.py would make, and under "rouge" what `rouge_of` returns.
-
-    split: text -> list of sentences.
-    """
-    plain = Lines(document, summary, candidates)
-    tokenized = Lines(ptb_tokenize(document), ptb_tokenize(summary), [ptb_tokenize(text) for text in candidates])
-    sample, scores = score_sample(plain, tokenized, split)
-    return sample | {"rouge": _figures(scores)}
-
-
 def load_test_samples(args, world, precision):
     """The test samples, a list: those of --samples, or generated ones of the test documents, in their order."""
     if args.samples:
@@ -194,21 +172,6 @@ def compare_counts(samples, wanted, trained):
         print(f"the documents have {found} candidates; are they of one run?")
     if trained and counts[-1] != trained:
         print(f"the scorer was trained on {trained} candidates a document, and chooses among {found} here")
-
-
-def generate_samples(generator, documents, batch_size):
-    """A list of the samples of `documents` with the candidates of a gen_candidate.CandidateGenerator."""
-    sources = generator.tokenize([document.text for document in documents])
-    batches = length_batches(sources, batch_size)
-    candidates = [None] * len(documents)
-    for places in progress(batches, len(batches), "candidates, in batches"):
-        for place, texts in zip(places, generator.generate([sources[place] for place in places]), strict=True):
-            candidates[place] = [clean(text) for text in texts]
-    split = SentenceSplitter(document.text for document in documents).split
-    return [
-        as_sample(document.text, document.summary, texts, split)
-        for document, texts in zip(documents, candidates, strict=True)
-    ]
 
 
 def compare(scorer, encoding, samples, batch_size, world, precision):

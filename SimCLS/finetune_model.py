@@ -1,4 +1,4 @@
-"""Fine-tune a generator (any sequence-to-sequence model) on the documents and summaries of a CSV.
+"""Stage 1 of 5: fine-tune a generator (any sequence-to-sequence model) on the documents and summaries of a CSV.
 
     python3 finetune_model.py --pt_model t5-small --data_file clean_covid.csv --save_dir models/t5_covid
 
@@ -22,16 +22,12 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import torch
 import transformers
-from documents import clean, find_dataset, read_documents, split_documents, take_percent
-from fast_rouge import RougeReference
-from preprocess import split_lower
-from pretrained import check_length, half_precision_dtype, load
+from pretrained import check_length, half_precision_dtype
 from transformers.trainer_pt_utils import LengthGroupedSampler
-from utils import SentenceSplitter, ptb_tokenize
 
 from harness import arguments, determinism, endings, torchvision_compat  # noqa: F401
 from harness.endings import UserError
@@ -39,6 +35,11 @@ from harness.files import output_lock, publish, staging, write_json
 from harness.machine import describe_machine
 from harness.precision import choose_precision, half_precision_type
 from harness.resume import check_arguments, stop_requests
+from search.generator import load_generator
+from texts.documents import clean, find_dataset, read_documents, split_documents, take_percent
+from texts.fast_rouge import RougeReference
+from texts.scoring import split_lower
+from texts.sentences import SentenceSplitter, ptb_tokenize
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # Of torchrun.
 STATE_FILES = ("model*", "optimizer.pt", "scheduler.pt", "rng_state*")  # Of the Trainer, besides trainer_state.json.
@@ -107,7 +108,7 @@ def main():
     splits = {split: take_percent(part, args.dataset_percent) for split, part in split_documents(documents).items()}
     if args.lead_words:
         splits = {split: [with_lead(each, args.lead_words) for each in part] for split, part in splits.items()}
-    model, tokenizer = load_generator(args.pt_model, args.dropout)
+    model, tokenizer = load_generator(args.pt_model, argument="--pt_model", dropout=args.dropout)
     for name in ("max_source_length", "max_target_length"):
         check_length(f"--{name}", getattr(args, name), len(tokenizer("")["input_ids"]))
     transformers.set_seed(args.seed)
@@ -119,23 +120,6 @@ def main():
 def with_lead(document, words):
     """The Document whose summary is the first `words` words of its text."""
     return document._replace(summary=" ".join(document.text.split()[:words]))
-
-
-def load_generator(name, dropout=None):
-    """(model, tokenizer) of a folder or a hub name. Raises UserError when there is none, or it is no generator.
-
-    dropout: the share dropped in place of the model's own.
-    """
-    return load(
-        name,
-        transformers.AutoModelForSeq2SeqLM,
-        problem=f"--pt_model {name!r} is no folder with a sequence-to-sequence model and its tokenizer, and no such "
-        "model can be had from the hub",
-        advice="make one with create_model.py, or use demo/",
-        dtype=torch.float32,  # In which weights are trained, however they were saved.
-        # The one is T5's name, the other BART's and Pegasus'.
-        **({} if dropout is None else {"dropout_rate": dropout, "dropout": dropout}),
-    )
 
 
 class SummaryDataset(torch.utils.data.Dataset):

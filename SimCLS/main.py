@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Train a SimCLS scorer: an encoder that tells good candidate summaries of a document from worse ones.
+"""Stage 4 of 5: train a SimCLS scorer: an encoder that tells good candidate summaries of a document from worse ones.
 
     python3 main.py --cuda --gpuid 0 -l --dataset samples --model_type roberta-base
     python3 main.py --cuda --gpuid 0 -e --dataset samples --model_pt simcls_4_worker/scorer.bin
@@ -12,12 +12,20 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import torch
 from data_utils import LengthBatches, load_samples
 from model import load_scorer
-from scorer_experiment import (
+
+from harness import determinism, distributed, endings
+from harness.endings import UserError
+from harness.loading import worker_loader
+from harness.memory import SavedBytes
+from harness.precision import choose_precision
+from harness.resume import stop_requests
+from harness.timing import PhaseTimer, nvtx_range
+from scorer.scorer_experiment import (
     Metrics,
     Schedule,
     cached_path,
@@ -29,15 +37,7 @@ from scorer_experiment import (
     seed_step,
     validate,
 )
-from scorer_run import ScorerRun
-
-from harness import determinism, distributed, endings
-from harness.endings import UserError
-from harness.loading import worker_loader
-from harness.memory import SavedBytes
-from harness.precision import choose_precision
-from harness.resume import stop_requests
-from harness.timing import PhaseTimer, nvtx_range
+from scorer.scorer_run import ScorerRun
 
 
 def main():

@@ -1,4 +1,4 @@
-"""Candidate text files to scored samples, one JSON file a document: the training data of SimCLS.
+"""Stage 3 of 5: candidate text files to scored samples, one JSON file a document: the training data of SimCLS.
 
     python3 preprocess.py --src_dir candidates/t5-small_16 --tgt_dir samples/train --split train --cand_num 16
 
@@ -27,35 +27,19 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
-from fast_rouge import RougeReference
-from utils import SentenceSplitter, count_lines, map_in_order, progress, read_lines
+from utils import map_in_order, progress, read_lines
 
 from harness import arguments, endings, machine
-from harness.endings import UserError
 from harness.files import staging
+from texts.candidate_files import check_counts, read_split, text_files
+from texts.scoring import build_sample
+from texts.sentences import SentenceSplitter
 
 # Documents that a worker process takes at a time: about 50 ms of work.
 CHUNK = 16
-
-
-class TextFiles(NamedTuple):
-    """The three files of a split, as they are or tokenized."""
-
-    source: Path
-    target: Path
-    out: Path
-
-
-class Lines(NamedTuple):
-    """One document's lines of those files; `candidates` is a list."""
-
-    source: str
-    target: str
-    candidates: list
 
 
 def get_args_parser():
@@ -91,38 +75,6 @@ def main():
     print(f"{args.tgt_dir}: {documents} samples with {args.cand_num} candidates each, in place of {replaced} before")
 
 
-def text_files(src_dir, split):
-    """The (plain, tokenized) TextFiles of a split. They need not exist."""
-    plain = TextFiles(*(src_dir / f"{split}.{field}" for field in TextFiles._fields))
-    return plain, TextFiles(*(path.with_name(path.name + ".tokenized") for path in plain))
-
-
-def check_counts(plain, tokenized, cand_num):
-    """The number of documents; UserError when a file cannot be read, or the line counts do not fit `cand_num`."""
-    counts = {path: count_lines(path) for path in (*plain, *tokenized)}
-    documents = counts[plain.source]
-    if documents == 0:
-        raise UserError(f"{plain.source} is empty; it needs one document a line")
-    needed = dict.fromkeys(counts, documents)
-    needed.update({plain.out: documents * cand_num, tokenized.out: documents * cand_num})
-    wrong = [
-        f"{path.name} has {count} lines, not {needed[path]}" for path, count in counts.items() if count != needed[path]
-    ]
-    if wrong:
-        raise UserError(
-            f"{plain.source.parent}: the files do not fit the {documents} lines of {plain.source.name} and "
-            f"--cand_num {cand_num}: {', '.join(wrong)}; give the --cand_num of the generation, or generate again"
-        )
-    return documents
-
-
-def read_split(files, cand_num):
-    """Yield the Lines of each document. A missing or additional line is a ValueError: see `check_counts`."""
-    candidates = zip(*[read_lines(files.out)] * cand_num, strict=True)
-    for source, target, group in zip(read_lines(files.source), read_lines(files.target), candidates, strict=True):
-        yield Lines(source, target, list(group))
-
-
 def publish_samples(stage, tgt_dir, documents):
     """Replace the samples of `tgt_dir` by those in `stage`; return how many there were before."""
     os.sync()
@@ -153,39 +105,6 @@ def write_sample(job):
     except OSError as error:
         error.filename = str(path)
         raise
-
-
-def build_sample(plain, tokenized, split):
-    """The sample of one document as a dict of JSON values; see `score_sample`."""
-    return score_sample(plain, tokenized, split)[0]
-
-
-def score_sample(plain, tokenized, split):
-    """(the sample of one document as a dict of JSON values, the RougeScores of its candidates)
-
-    plain, tokenized: Lines. split: text -> list of sentences. Only white space between sentences is lost of the
-    plain text.
-    """
-    abstract = split_lower(tokenized.target, split)
-    reference = RougeReference(abstract)
-    candidates = [split_lower(text, split) for text in tokenized.candidates]
-    rouge = [reference.score(sentences) for sentences in candidates]
-    scores = [each.mean for each in rouge]
-    candidates_untok = [split(text) for text in plain.candidates]
-    sample = {
-        "article": split_lower(tokenized.source, split),
-        "abstract": abstract,
-        "candidates": list(zip(candidates, scores, strict=True)),
-        "article_untok": split(plain.source),
-        "abstract_untok": split(plain.target),
-        "candidates_untok": list(zip(candidates_untok, scores, strict=True)),
-    }
-    return sample, rouge
-
-
-def split_lower(text, split):
-    """The sentences of a tokenized text, lower-cased after the split: capitals tell where sentences begin."""
-    return [sentence.lower() for sentence in split(text)]
 
 
 if __name__ == "__main__":

@@ -1,85 +1,19 @@
-"""What the SimCLS stages share: lines of a file, PTB tokens, sentences, work shared out to processes, progress."""
+"""What the SimCLS stages share: lines of a file, work shared out to processes, progress."""
 
 import collections
 import functools
 import itertools
 import multiprocessing
 import os
-import re
 import signal
 import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 
-from nltk.tokenize import NLTKWordTokenizer
-from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer, PunktTokenizer, PunktTrainer
 from tqdm import tqdm
 
 from harness.endings import UserError
-
-# Punkt learns from the start of the text: one second of work, and the same parameters however long the text is.
-PUNKT_SAMPLE_CHARACTERS = 500_000
-
-_WORD_TOKENIZER = NLTKWordTokenizer()
-
-# A full stop inside the text that ends a sentence: after a word of two letters or more that is no title, before a
-# capital. NLTK's tokenizer parts only the full stop at the end of its text from the word.
-_TITLES = "Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Gen|Col|Lt|Rev|Hon|Fig|No|vs|al|etc|Inc|Ltd|Co|Corp"
-_NOT_A_TITLE = "".join(rf"(?<!\b{title})" for title in _TITLES.split("|"))
-_INNER_FULL_STOP = re.compile(rf"(?<=[^\s.][^\s.]){_NOT_A_TITLE}\.(?=[\"'”’)\]]*\s+[\"'“‘(\[]*[A-Z])")
-
-
-def ptb_tokenize(text):
-    """Penn Treebank tokens of `text` (any number of sentences), joined by single spaces, on one line.
-
-    Quotation marks become `` and '' as in the Treebank; brackets stay as they are (no -LRB-), since ROUGE would
-    count such names as words.
-    """
-    tokens = _WORD_TOKENIZER.tokenize(_INNER_FULL_STOP.sub(" .", text))
-    # A token may hold white space that NLTK does not know as such: a line separator, for one.
-    return " ".join(" ".join(tokens).split())
-
-
-class SentenceSplitter:
-    """Punkt (Kiss and Strunk 2006): NLTK's English parameters when installed, else learnt from `texts`.
-
-    Nothing is ever downloaded. The same texts in the same order give the same sentences on every run. So that all
-    stages split alike, the texts are the documents of the split that is worked on.
-
-    texts: an iterable of str, read up to PUNKT_SAMPLE_CHARACTERS, and not at all when NLTK's data is installed. None
-    where there are no documents: then the abbreviations are _TITLES.
-    """
-
-    def __init__(self, texts):
-        try:
-            self._punkt = PunktTokenizer("english")
-        except LookupError:
-            self._punkt = PunktSentenceTokenizer(_titles() if texts is None else _learn_punkt(texts))
-
-    def split(self, text):
-        """The sentences of `text` as a list of str; only the white space between them is left out."""
-        return [sentence for sentence in self._punkt.tokenize(text.strip()) if sentence]
-
-
-def _titles():
-    parameters = PunktParameters()
-    parameters.abbrev_types.update(_TITLES.lower().split("|"))
-    return parameters
-
-
-def _learn_punkt(texts):
-    trainer = PunktTrainer()
-    trainer.train("\n".join(_take_characters(texts, PUNKT_SAMPLE_CHARACTERS)))
-    return trainer.get_params()
-
-
-def _take_characters(texts, limit):
-    for text in texts:
-        yield text[:limit]
-        limit -= len(text)
-        if limit <= 0:
-            return
 
 
 def read_lines(path):

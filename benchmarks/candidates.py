@@ -31,14 +31,14 @@ import torch
 import transformers
 from candidates_reference import DIVERSITY_PENALTY
 from common import Reference, interleaved, ratio_summary, results_path, verdict
-from diverse_beam import DiverseBeamSearch
-from documents import find_dataset, read_documents, split_documents
-from gen_candidate import length_batches
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from harness import arguments, endings
 from harness.files import write_json
 from harness.machine import describe_machine
+from search.diverse_beam import DiverseBeamSearch
+from search.generator import length_batches
+from texts.documents import find_dataset, read_documents, split_documents
 
 LONGEST = 512
 PAD, END = 0, 1

@@ -26,18 +26,19 @@ import torch
 from candidates import NEEDS, run_reference
 from candidates_reference import DIVERSITY_PENALTY
 from common import Reference, interleaved, ratio_summary, results_path, verdict
-from documents import clean, find_dataset, read_documents, split_documents
-from evaluate_model import as_sample, compare, generate_samples
-from gen_candidate import CandidateGenerator, load_generator, search_settings
+from evaluate_model import compare
 from model import load_scorer
 from rouge_score.rouge_scorer import RougeScorer
-from utils import SentenceSplitter
 
 from harness import arguments, endings
 from harness.distributed import World
 from harness.files import write_json
 from harness.machine import describe_machine
 from harness.precision import choose_precision
+from search.generator import CandidateGenerator, generate_samples, load_generator, search_settings
+from texts.documents import clean, find_dataset, read_documents, split_documents
+from texts.scoring import as_sample
+from texts.sentences import SentenceSplitter
 
 CANDIDATES = 16
 LONGEST = 512

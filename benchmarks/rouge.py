@@ -18,17 +18,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "SimCLS")]
 
-import documents as dataset
-import fast_rouge
 import numpy as np
 import torch
 from common import Reference, interleaved, ratio_summary, results_path, verdict
 from rouge_score.rouge_scorer import RougeScorer
-from utils import SentenceSplitter, map_in_order, progress
+from utils import map_in_order, progress
 
 from harness import arguments, endings
 from harness.files import write_json
 from harness.machine import describe_machine
+from texts import documents as dataset
+from texts import fast_rouge
+from texts.sentences import SentenceSplitter
 
 CANDIDATES = 16
 TOLERANCE = 1e-12

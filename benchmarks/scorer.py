@@ -29,7 +29,6 @@ import torch
 from common import interleaved, ratio_summary, results_path, verdict
 from create_model import train_tokenizer
 from data_utils import LengthBatches, TextEncoding, load_samples
-from documents import find_dataset, read_documents
 from model import Scorer, ranking_loss
 from torch.utils.data import DataLoader, Dataset
 from transformers import BertConfig, BertModel
@@ -38,6 +37,7 @@ from harness import arguments, endings
 from harness.files import write_json
 from harness.loading import worker_loader
 from harness.machine import describe_machine
+from texts.documents import find_dataset, read_documents
 
 CANDIDATES = 16
 TOTAL_LEN, MAX_LEN = 512, 120

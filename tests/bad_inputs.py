@@ -27,7 +27,7 @@ GOOD = {
     "SimCLS/main.py": "--dataset {good}/samples --model_type {good}/t5 --num_workers 0 --num_epoch 1 --batch_size 4",
     "SimCLS/create_model.py": "--data_file {good}/papers.csv --save_dir made --vocab_size 320 --d_model 32",
     "SimCLS/evaluate_model.py": "",
-    "SimCLS/sample_data.py": "",
+    "SimCLS/texts/sample_data.py": "",
     "report.py": "",
 }
 # script: [(arguments of a case, what the line holds)]. {good} and {bad} are folders; `taken` is a file, and `mine` a
@@ -83,10 +83,10 @@ TABLE = {
         ("--optimizer lion", "--optimizer: invalid choice"),
     ],
     "SimCLS/finetune_model.py": [
-        ("--pt_model no/such-model", "--pt_model 'no/such-model' is no folder with a sequence-to-sequence model"),
-        ("--pt_model {good}/bert", "is no folder with a sequence-to-sequence model"),
-        ("--pt_model {bad}/models/hostile", "is no folder with a sequence-to-sequence model"),
-        ("--pt_model {bad}/models/remote", "is no folder with a sequence-to-sequence model"),
+        ("--pt_model no/such-model", "--pt_model 'no/such-model': no sequence-to-sequence model"),
+        ("--pt_model {good}/bert", ": no sequence-to-sequence model"),
+        ("--pt_model {bad}/models/hostile", ": no sequence-to-sequence model"),
+        ("--pt_model {bad}/models/remote", ": no sequence-to-sequence model"),
         ("--data_file {bad}/tables/columns.csv", "has no column 'abstract'; its columns are: 'body', 'headline'"),
         ("--doc_col_name body", "has no column 'body'; its columns are: 'abstract', 'title'"),
         ("--half_precision int8", "int8"),
@@ -212,7 +212,7 @@ TABLE = {
         ("--generator_name none --scorer_path cache/good/scorer.bin --dataset_name none", "no dataset 'none'"),
         ("--generator_name none --scorer_path cache/good/scorer.bin --dataset_name {good}/papers.csv", "'none'"),
     ],
-    "SimCLS/sample_data.py": [
+    "SimCLS/texts/sample_data.py": [
         ("--output mine", "--output mine is a folder"),
         ("--outptu x", "unrecognized arguments"),
     ],

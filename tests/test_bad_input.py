@@ -72,7 +72,7 @@ def refused(script, arguments, place, folders, **more):
 
 def test_the_table_is_long_and_has_every_script():
     assert len(CASES) == len(set(CASES)) >= 60
-    found = [path for folder in ("resnext", "SimCLS") for path in (launch.ROOT / folder).glob("*.py")]
+    found = [path for folder in ("resnext", "SimCLS") for path in (launch.ROOT / folder).rglob("*.py")]
     scripts = {str(path.relative_to(launch.ROOT)) for path in found if "endings.run(main)" in path.read_text()}
     assert scripts | {"report.py"} == bad_inputs.TABLE.keys()
 

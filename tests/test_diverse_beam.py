@@ -7,12 +7,13 @@ algorithm, on tiny models whose weights are drawn by name (tiny_seq2seq.py), ove
 import json
 from pathlib import Path
 
-import diverse_beam
 import pytest
 import tiny_seq2seq
 import torch
-from diverse_beam import DiverseBeamSearch, LibraryDecoder, diverse_beam_search, forbid_repeats, top_k
-from t5_decoder import DOCUMENTS_TOGETHER, ENCODER_ATTENTION, PaddedAttention, SeparateAttention, T5Decoder
+
+from search import diverse_beam
+from search.diverse_beam import DiverseBeamSearch, LibraryDecoder, diverse_beam_search, forbid_repeats, top_k
+from search.t5_decoder import DOCUMENTS_TOGETHER, ENCODER_ATTENTION, PaddedAttention, SeparateAttention, T5Decoder
 
 RECORD = json.loads((Path(__file__).parent / "fixtures" / "diverse_beam.json").read_text())
 FROM_GENERATION_CONFIG = ("eos_token_id", "suppress_tokens", "bad_words_ids")
@@ -110,7 +111,7 @@ def test_ended_beams_leave_the_batch(monkeypatch):
 def test_t5_steps_equal_the_models_own_logits(name, together, monkeypatch):
     """Rows spread, change places within their document and leave; the logits stay those of the whole prefix."""
     monkeypatch.setitem(DOCUMENTS_TOGETHER, "cpu", together)
-    monkeypatch.setattr("t5_decoder.CACHE_BLOCK", 3)
+    monkeypatch.setattr("search.t5_decoder.CACHE_BLOCK", 3)
     generator = torch.Generator().manual_seed(0)
     model = tiny_seq2seq.build(name)
     input_ids, mask = tiny_seq2seq.documents(model)

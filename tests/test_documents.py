@@ -10,11 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "SimCLS"))
 
-import documents
-import sample_data
-from documents import Document, find_dataset, read_documents, safe_name, split_documents, take_percent
-
 from harness.endings import UserError
+from texts import documents, sample_data
+from texts.documents import Document, find_dataset, read_documents, safe_name, split_documents, take_percent
 
 
 def write_csv(path, rows, header="abstract,title"):
@@ -176,12 +174,12 @@ def test_the_sample_command_builds_a_csv_that_reads_back(tmp_path):
     (library / "box.py").write_text(source)
     (library / "broken.py").write_text('"""def')
     code = (
-        "import sys; sys.path.insert(0, sys.argv[1]); import sample_data, pathlib\n"
-        "sample_data.python_files = lambda: sorted(pathlib.Path(sys.argv[2]).glob('*.py'))\n"
-        "print(sample_data.build_sample(sys.argv[3]))"
+        "import sys, pathlib; sys.path[:0] = sys.argv[1:3]; from texts import sample_data\n"
+        "sample_data.python_files = lambda: sorted(pathlib.Path(sys.argv[3]).glob('*.py'))\n"
+        "print(sample_data.build_sample(sys.argv[4]))"
     )
     output = tmp_path / "sample.csv"
-    command = [sys.executable, "-c", code, ROOT / "SimCLS", library, output]
+    command = [sys.executable, "-c", code, ROOT, ROOT / "SimCLS", library, output]
     result = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     read = read_documents(output)
     assert result.stdout.strip() == str(len(read)) == "12"

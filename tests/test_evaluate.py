@@ -13,16 +13,18 @@ import preprocess
 import pytest
 import torch
 from conftest import WORDS
-from data_utils import SampleSet, read_sample, sample_files, tokenize_samples
+from data_utils import SampleSet, tokenize_samples
 from evaluate_model import bootstrap_interval, permutation_test, summarise
 from model import load_scorer, save_scorer
 from rouge_score.rouge_scorer import RougeScorer
-from scorer_experiment import get_args_parser, validate
-from utils import SentenceSplitter
 
 from harness.distributed import World
 from harness.endings import UserError
 from harness.precision import choose_precision
+from scorer.scorer_experiment import get_args_parser, validate
+from texts.samples import read_sample, sample_files
+from texts.scoring import as_sample, rouge_of
+from texts.sentences import SentenceSplitter
 
 EVALUATE = "SimCLS/evaluate_model.py"
 
@@ -152,7 +154,7 @@ def test_generated_samples_are_those_of_gen_candidate_and_preprocess(encoders, t
     assert any("5 mg. per day" in " ".join(sample["article_untok"]) for sample in read)
     for one, two in zip(made, read, strict=True):
         assert json.loads(json.dumps({key: value for key, value in one.items() if key != "rouge"})) == two
-        assert evaluate_model.rouge_of(one).tolist() == evaluate_model.rouge_of(two).tolist()
+        assert rouge_of(one).tolist() == rouge_of(two).tolist()
 
 
 def test_sources_make_sentences_those_of_the_samples(tmp_path, monkeypatch):
@@ -162,9 +164,7 @@ def test_sources_make_sentences_those_of_the_samples(tmp_path, monkeypatch):
     (tmp_path / "references").write_text("It worked. The dose was 5 mg. per day.\n")
     (tmp_path / "summaries").write_text("The dose was 5 mg. per week. It did.\n")
     split = SentenceSplitter(texts).split
-    sample = evaluate_model.as_sample(
-        "", "It worked. The dose was 5 mg. per day.", ["The dose was 5 mg. per week. It did."], split
-    )
+    sample = as_sample("", "It worked. The dose was 5 mg. per day.", ["The dose was 5 mg. per week. It did."], split)
     files = tmp_path / "summaries", tmp_path / "references"
     assert evaluate_model.score_files(*files, tmp_path / "sources").tolist() == sample["rouge"].tolist()
     assert evaluate_model.score_files(*files).shape == (1, 3)

@@ -98,20 +98,24 @@ def test_copy_init_continues_what_the_decoder_reads(tmp_path, workplace, run_scr
 
 
 def test_lead_and_dropout_are_as_asked(workplace):
-    from documents import Document
-    from finetune_model import load_generator, with_lead
+    from finetune_model import with_lead
+
+    from search.generator import load_generator
+    from texts.documents import Document
 
     assert with_lead(Document("one two  three four", "short"), 3) == Document("one two  three four", "one two three")
     for dropout, expected in ((None, 0.1), (0.0, 0.0), (0.25, 0.25)):
-        model, _ = load_generator(workplace / "t5", dropout)
+        model, _ = load_generator(workplace / "t5", dropout=dropout)
         assert model.config.dropout_rate == expected
         assert {module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)} == {expected}
 
 
 def test_validation_is_scored_as_the_samples_are(workplace):
     from finetune_model import Rouge
-    from preprocess import Lines, build_sample
-    from utils import SentenceSplitter, ptb_tokenize
+
+    from texts.candidate_files import Lines
+    from texts.scoring import build_sample
+    from texts.sentences import SentenceSplitter, ptb_tokenize
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(workplace / "t5")
     split = SentenceSplitter(["One is here. Two are there."]).split

@@ -11,18 +11,20 @@ import sys
 import time
 from types import SimpleNamespace
 
-import candidate_files
 import gen_candidate
 import pytest
 import torch
 from conftest import script_command
-from documents import read_documents, split_documents
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
-from utils import ptb_tokenize, read_lines
+from utils import read_lines
 
 from harness.endings import UserError
 from harness.precision import Precision
+from search.generator import CandidateGenerator, generator_dtype, length_batches, load_generator
+from texts import candidate_files
+from texts.documents import read_documents, split_documents
+from texts.sentences import ptb_tokenize
 
 SPLITS = ("train", "val", "test")
 SETTINGS = ["--num_cands", "4", "--decoder_max_len", "7", "--cand_gen_batch", "3"]
@@ -106,9 +108,9 @@ def test_every_split_has_its_own_documents_and_all_their_candidates(tiny, whole)
 
 
 def test_candidates_are_those_of_their_document_in_order(tiny, whole):
-    model, tokenizer = gen_candidate.load_generator(str(tiny / "generator"), torch.float32)
+    model, tokenizer = load_generator(str(tiny / "generator"), torch.float32)
     settings = {"num_beams": 4, "num_groups": 4, "diversity_penalty": 1.0, "max_length": 7}
-    generator = gen_candidate.CandidateGenerator(model, tokenizer, settings)
+    generator = CandidateGenerator(model, tokenizer, settings)
     lines = list(read_lines(only_folder(whole) / "val.out"))
     for place, document in enumerate(split_documents(read_documents(tiny / "papers.csv"))["val"]):
         (candidates,) = generator.generate(generator.tokenize([document.text]))
@@ -166,14 +168,14 @@ def test_work_of_two_processes_is_finished_by_one(tiny, whole, tmp_path, monkeyp
     shutil.copytree(only_folder(whole), folder)
     (folder / "train.settings.json").unlink()
     settings = candidate_files._read_json(only_folder(whole) / "train.settings.json")
-    model, tokenizer = gen_candidate.load_generator(str(tiny / "generator"), torch.float32)
+    model, tokenizer = load_generator(str(tiny / "generator"), torch.float32)
     search = {key: settings[key] for key in ("num_beams", "num_groups", "diversity_penalty", "max_length")}
-    generator = gen_candidate.CandidateGenerator(model, tokenizer, search)
+    generator = CandidateGenerator(model, tokenizer, search)
     sources = generator.tokenize([document.text for document in documents])
     made = []
     for rank, number in ((0, 4), (1, 9)):
         files = candidate_files.CandidateFiles(folder, "train", settings, SimpleNamespace(rank=rank))
-        places = gen_candidate.length_batches(sources, 3)[number]
+        places = length_batches(sources, 3)[number]
         with files.open() as file:
             candidates = generator.generate([sources[place] for place in places])
             files.add(file, places, [documents[place] for place in places], candidates)
@@ -238,9 +240,9 @@ def test_half_precision_that_names_no_type_is_bfloat16_for_the_t5_family():
         ("auto", torch.bfloat16, torch.float16),
         ("float16", torch.float16, torch.float16),
     ):
-        dtype = gen_candidate.generator_dtype(value, on_cuda)
+        dtype = generator_dtype(value, on_cuda)
         assert (dtype(T5Config()), dtype(BartConfig())) == (t5, bart)
-    assert gen_candidate.generator_dtype(None, Precision("fp32", None, None, "cuda"))(T5Config()) == torch.float32
+    assert generator_dtype(None, Precision("fp32", None, None, "cuda"))(T5Config()) == torch.float32
     parse = gen_candidate.get_args_parser().parse_args
     for words, value in (([], "auto"), (["True"], "auto"), (["1"], "auto"), (["fp16"], "float16"), (["no"], None)):
         assert parse(["--generator_name", "x", "--half_precision", *words]).half_precision == value

@@ -14,7 +14,7 @@ from nbclient import NotebookClient
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "SimCLS"))
 
-import sample_data
+from texts import sample_data
 
 NOTEBOOK = "SimCLS.ipynb"
 

@@ -12,10 +12,11 @@ from pathlib import Path
 import pytest
 from conftest import script_command
 from rouge_score.rouge_scorer import RougeScorer
-from utils import SentenceSplitter, map_in_order, ptb_tokenize, read_lines
+from utils import map_in_order, read_lines
 
 from harness.endings import UserError
 from harness.files import staging
+from texts.sentences import SentenceSplitter, ptb_tokenize
 
 SCRIPT = "SimCLS/preprocess.py"
 FIELDS = ("source", "target", "out")
@@ -230,7 +231,7 @@ def test_ptb_tokens():
 SPLIT = """
 import sys
 sys.path[:0] = {path!r}
-from utils import SentenceSplitter
+from texts.sentences import SentenceSplitter
 texts = ["The dose was 5 mg. per day. It worked.", "Patients took 9 mg. of it. They slept."] * 50
 print(SentenceSplitter(texts).split("We gave 7 mg. of it. Dr. No came! Why?"))
 """

@@ -11,17 +11,19 @@ import numpy as np
 import preprocess
 import pytest
 import torch
-from candidate_files import CandidateFiles
-from data_utils import TextEncoding, load_samples, read_sample, sample_files
-from documents import clean, read_documents, split_documents
+from data_utils import TextEncoding, load_samples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
-from utils import ptb_tokenize, read_lines
+from utils import read_lines
 
 from harness.endings import UserError
 from harness.resume import load_state
+from texts.candidate_files import CandidateFiles
+from texts.documents import clean, read_documents, split_documents
+from texts.samples import read_sample, sample_files
+from texts.sentences import ptb_tokenize
 
 ALONE = SimpleNamespace(rank=0, size=1, is_main=True, say=print)
 # Lone surrogates are no text: no file in UTF-8 can hold them.

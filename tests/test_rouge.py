@@ -5,15 +5,16 @@ import json
 import random
 from pathlib import Path
 
-import fast_rouge
 import numpy as np
 import pytest
-from documents import read_documents
-from fast_rouge import METRICS, RougeReference, score_corpus
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
-from utils import SentenceSplitter
+
+from texts import fast_rouge
+from texts.documents import read_documents
+from texts.fast_rouge import METRICS, RougeReference, score_corpus
+from texts.sentences import SentenceSplitter
 
 ROOT = Path(__file__).resolve().parents[1]
 PUBMED = ROOT.parent / "shared" / "data" / "pubmed_abstracts.csv.gz"

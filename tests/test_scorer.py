@@ -7,14 +7,15 @@ import random
 import numpy as np
 import pytest
 import torch
-from data_utils import LengthBatches, SampleSet, TextEncoding, load_samples, read_sample, sample_files, tokenize_samples
+from data_utils import LengthBatches, SampleSet, TextEncoding, load_samples, tokenize_samples
 from model import Scorer, load_encoder, load_scorer, longest_input, ranking_loss, score_samples
-from scorer_experiment import Metrics, Schedule, get_args_parser, validate
-from scorer_run import CollapseWatch
 
 from harness.distributed import World
 from harness.endings import UserError
 from harness.precision import choose_precision
+from scorer.scorer_experiment import Metrics, Schedule, get_args_parser, validate
+from scorer.scorer_run import CollapseWatch
+from texts.samples import read_sample, sample_files
 
 CPU = torch.device("cpu")
 FP32 = choose_precision(None, CPU)

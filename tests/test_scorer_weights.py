@@ -6,11 +6,11 @@ import pickle
 import pytest
 import torch
 from model import load_encoder, load_scorer, save_scorer
-from scorer_experiment import cached_path, fill_in_lengths, get_args_parser
-from scorer_run import ScorerRun
 
 from harness.distributed import World
 from harness.endings import UserError
+from scorer.scorer_experiment import cached_path, fill_in_lengths, get_args_parser
+from scorer.scorer_run import ScorerRun
 
 CPU = torch.device("cpu")
 

@@ -1,10 +1,7 @@
 """What main.py has around its loop: arguments, schedule, metrics, validation. Its files are in scorer_run.py."""
 
 import argparse
-import sys
 from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch

@@ -9,16 +9,13 @@ import gzip
 import hashlib
 import io
 import re
-import sys
 import zlib
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 from harness.endings import UserError
 
-FOLDER = Path(__file__).resolve().parent
+FOLDER = Path(__file__).resolve().parent.parent
 SPLIT_SEED = 42
 FEWEST_DOCUMENTS = 10
 LONGEST_NAME = 200  # bytes; file systems allow 255, and callers add to the name
@@ -93,7 +90,7 @@ def find_dataset(name):
     is no such file.
     """
     if name == "sample":
-        import sample_data
+        from texts import sample_data
 
         return sample_data.ensure_sample()
     tried = [Path(name)]

@@ -1,6 +1,6 @@
 """Build sample.csv (columns abstract, title) from the docstrings of Python and of the installed packages.
 
-    python3 sample_data.py
+    python3 texts/sample_data.py
 
 A docstring whose first line is a summary of one sentence, followed by a longer description, gives one pair: the
 document is the heading and the description, as on a page of reference documentation ("Series sort values: ..."); the
@@ -20,13 +20,13 @@ import sysconfig
 import warnings
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
 from harness import arguments, endings, machine
 from harness.endings import UserError
 from harness.files import atomic_write
 
-SAMPLE = Path(__file__).resolve().parent / "sample.csv"
+SAMPLE = Path(__file__).resolve().parent.parent / "sample.csv"
 
 # Packages of the requirements, chosen by the pairs that a second of parsing gives.
 PACKAGES = """

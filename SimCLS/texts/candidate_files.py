@@ -6,12 +6,15 @@ when it is whole, and last `{split}.settings.json`, by which a later run knows t
 """
 
 import json
+from pathlib import Path
+from typing import NamedTuple
 
-from documents import clean
-from utils import ptb_tokenize
+from utils import count_lines, read_lines
 
 from harness.endings import UserError
 from harness.files import atomic_write, write_json
+from texts.documents import clean
+from texts.sentences import ptb_tokenize
 
 FILES = ("source", "target", "out", "source.tokenized", "target.tokenized", "out.tokenized")
 
@@ -144,3 +147,54 @@ def _changed(old, new):
     if not isinstance(old, dict):
         return ""
     return ", ".join(sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)))
+
+
+# ---------------------------------------------------------------------------------------------- to read them again
+
+
+class TextFiles(NamedTuple):
+    """The three files of a split, as they are or tokenized."""
+
+    source: Path
+    target: Path
+    out: Path
+
+
+class Lines(NamedTuple):
+    """One document's lines of those files; `candidates` is a list."""
+
+    source: str
+    target: str
+    candidates: list
+
+
+def text_files(src_dir, split):
+    """The (plain, tokenized) TextFiles of a split. They need not exist."""
+    plain = TextFiles(*(src_dir / f"{split}.{field}" for field in TextFiles._fields))
+    return plain, TextFiles(*(path.with_name(path.name + ".tokenized") for path in plain))
+
+
+def check_counts(plain, tokenized, cand_num):
+    """The number of documents; UserError when a file cannot be read, or the line counts do not fit `cand_num`."""
+    counts = {path: count_lines(path) for path in (*plain, *tokenized)}
+    documents = counts[plain.source]
+    if documents == 0:
+        raise UserError(f"{plain.source} is empty; it needs one document a line")
+    needed = dict.fromkeys(counts, documents)
+    needed.update({plain.out: documents * cand_num, tokenized.out: documents * cand_num})
+    wrong = [
+        f"{path.name} has {count} lines, not {needed[path]}" for path, count in counts.items() if count != needed[path]
+    ]
+    if wrong:
+        raise UserError(
+            f"{plain.source.parent}: the files do not fit the {documents} lines of {plain.source.name} and "
+            f"--cand_num {cand_num}: {', '.join(wrong)}; give the --cand_num of the generation, or generate again"
+        )
+    return documents
+
+
+def read_split(files, cand_num):
+    """Yield the Lines of each document. A missing or additional line is a ValueError: see `check_counts`."""
+    candidates = zip(*[read_lines(files.out)] * cand_num, strict=True)
+    for source, target, group in zip(read_lines(files.source), read_lines(files.target), candidates, strict=True):
+        yield Lines(source, target, list(group))

@@ -1,10 +1,6 @@
 """Named arrays in one file, mapped into memory: a header that says what they belong to, then one .npy after another."""
 
 import json
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 

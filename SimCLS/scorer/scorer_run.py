@@ -2,19 +2,16 @@
 
 import contextlib
 import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 from data_utils import ROUGE
 from model import save_scorer
-from scorer_experiment import CACHE, run_name
 from tqdm import tqdm
 
 from harness.endings import UserError
 from harness.files import write_json
 from harness.runs import Run
+from scorer.scorer_experiment import CACHE, run_name
 
 # They choose where and how long a process runs, not what it computes: a resumed run may change them.
 NOT_RESULTS = ("resume", "max_steps", "log", "port", "gpuid", "evaluate", "run_name")

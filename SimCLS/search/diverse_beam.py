@@ -10,17 +10,13 @@ log-probability (penalties included) divided by length ** length_penalty.
 """
 
 import itertools
-import sys
-from pathlib import Path
 
 import torch
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
-from hypotheses import Hypotheses, take
-from t5_decoder import T5Decoder
+from search.hypotheses import Hypotheses, take
+from search.t5_decoder import T5Decoder
 
 # Steps between two looks at what has ended. Each look makes the host wait for a GPU; on a CPU it costs nothing.
 STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}

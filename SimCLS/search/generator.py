@@ -1,0 +1,183 @@
+"""The generator: a sequence-to-sequence model, its settings, and documents made candidates by diverse beam search."""
+
+import functools
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from pretrained import check_length, half_precision_dtype, load
+from utils import progress
+
+from harness import arguments
+from harness.endings import UserError
+from harness.precision import half_precision_type
+from search.diverse_beam import DiverseBeamSearch
+from texts.documents import clean
+from texts.scoring import as_sample
+from texts.sentences import SentenceSplitter
+
+# For a generator whose tokenizer or generation config names no length.
+SOURCE_LENGTH, SUMMARY_LENGTH = 512, 64
+CANDIDATES = 16
+TOKENIZED_TOGETHER = 1000
+half_precision_or_auto = functools.partial(half_precision_type, unnamed="auto")
+
+
+def add_search_arguments(parser):
+    """The arguments of the search, in a group of their own; `search_settings` reads them."""
+    integer, number = arguments.positive_int, arguments.non_negative_float
+    search = parser.add_argument_group("search for candidates; defaults marked * are those of the generation config")
+    search.add_argument(
+        "--num_cands", type=integer, default=CANDIDATES, help=f"candidates a document (default: {CANDIDATES})"
+    )
+    search.add_argument("--num_groups", type=integer, help="groups of beams (default: one a candidate)")
+    search.add_argument("--diversity_penalty", type=number, default=1.0, help="default: %(default)s")
+    search.add_argument("--length_penalty", type=float, help="exponent of the length that scores are divided by *")
+    search.add_argument("--min_length", type=arguments.non_negative_int, help="tokens before the end *")
+    search.add_argument("--no_repeat_ngram_size", type=arguments.non_negative_int, help="0 allows repetition *")
+    search.add_argument("--decoder_max_len", type=integer, help=f"most tokens of a candidate (* or {SUMMARY_LENGTH})")
+    search.add_argument(
+        "--max_source_length", type=integer, help="tokens of a document, cut there (default: the tokenizer's)"
+    )
+    search.add_argument("--cand_gen_batch", type=integer, default=16, help="documents a batch (default: %(default)s)")
+
+
+def check_groups(args):
+    """UserError unless --num_groups, where it is given, divides --num_cands."""
+    if args.num_groups and args.num_cands % args.num_groups:
+        raise UserError(f"--num_groups {args.num_groups} does not divide --num_cands {args.num_cands}")
+
+
+def search_settings(args, config):
+    """The arguments of DiverseBeamSearch: the user's, else those of the generation config, else neutral ones."""
+
+    def choose(name, neutral):
+        for value in (getattr(args, name, None), getattr(config, name, None)):
+            if value is not None:
+                return value
+        return neutral
+
+    # 20 is what transformers fills in where nothing is said.
+    own_length = config.max_length if config.max_length not in (None, 20) else SUMMARY_LENGTH
+    return {
+        "num_beams": args.num_cands,
+        "num_groups": args.num_groups or args.num_cands,
+        "diversity_penalty": args.diversity_penalty,
+        "max_length": args.decoder_max_len or own_length,
+        "min_length": choose("min_length", 0),
+        "length_penalty": choose("length_penalty", 1.0),
+        "no_repeat_ngram_size": choose("no_repeat_ngram_size", 0),
+        "early_stopping": choose("early_stopping", False),
+    }
+
+
+def generator_dtype(half_precision, precision):
+    """The dtype of the generator's weights as `load_generator` takes it. precision: chosen by `half_precision`."""
+    return lambda config: half_precision_dtype(config, half_precision, precision) or torch.float32
+
+
+def load_generator(name, dtype=torch.float32, argument="--generator_name", dropout=None):
+    """(model in eval mode, tokenizer) of a folder or a hub name. Raises UserError when it cannot be loaded.
+
+    dtype: of the weights, or a function from the model's config to it. argument: that named it. dropout: the share
+    dropped in training, in place of the model's own.
+    """
+    where = "in this folder" if Path(name).is_dir() else "under this name, neither as a folder nor on the hub"
+    model, tokenizer = load(
+        name,
+        transformers.AutoModelForSeq2SeqLM,
+        problem=f"{argument} {name!r}: no sequence-to-sequence model with its tokenizer can be loaded {where}",
+        advice="give a folder that finetune_model.py or create_model.py wrote, or demo/",
+        dtype=dtype,
+        # The one is T5's name, the other BART's and Pegasus'.
+        **({} if dropout is None else {"dropout_rate": dropout, "dropout": dropout}),
+    )
+    return model.eval(), tokenizer
+
+
+class CandidateGenerator:
+    """Documents to candidate summaries, by diverse beam search.
+
+    settings: the arguments of DiverseBeamSearch. max_source_length: tokens at which documents are cut, or None for the
+    tokenizer's own. Raises UserError for lengths or a generation config that the model cannot do.
+    """
+
+    def __init__(self, model, tokenizer, settings, max_source_length=None):
+        self.model, self.tokenizer, self.settings = model, tokenizer, settings
+        positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+        # A tokenizer without a limit says 1e30.
+        own_length = tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else SOURCE_LENGTH
+        self.max_source_length = max_source_length or min(own_length, positions)
+        for argument, length in (
+            ("--max_source_length", self.max_source_length),
+            ("--decoder_max_len", settings["max_length"]),
+        ):
+            if length > positions:
+                raise UserError(f"{argument} {length} is more than the {positions} positions of this generator")
+        check_length("--max_source_length", self.max_source_length, len(tokenizer("")["input_ids"]))
+        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
+            raise UserError(f"the tokenizer has {len(tokenizer)} tokens, more than the generator's embeddings")
+        try:
+            self.search = DiverseBeamSearch(model, **settings)
+        except ValueError as error:
+            raise UserError(str(error)) from None
+
+    def tokenize(self, texts):
+        """The token ids of documents: a list of int32 arrays."""
+        sources = []
+        for start in range(0, len(texts), TOKENIZED_TOGETHER):
+            some = texts[start : start + TOKENIZED_TOGETHER]
+            encoded = self.tokenizer(some, truncation=True, max_length=self.max_source_length)
+            # A tokenizer without special tokens may know nothing of a text.
+            sources += [np.array(ids or [self.search.pad_token], np.int32) for ids in encoded["input_ids"]]
+        return sources
+
+    def generate(self, sources):
+        """Candidates of one batch of tokenized documents: for each a list of str, best first."""
+        lengths = torch.tensor([len(source) for source in sources]).unsqueeze(1)
+        mask = (torch.arange(int(lengths.max())) < lengths).long()
+        input_ids = torch.full(mask.shape, self.search.pad_token)
+        input_ids[mask.bool()] = torch.from_numpy(np.concatenate(sources)).long()
+        tokens, _ = self.search(input_ids.to(self.model.device), mask.to(self.model.device))
+        texts = self.tokenizer.batch_decode(
+            tokens.flatten(0, 1).tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        count = self.settings["num_beams"]
+        return [texts[start : start + count] for start in range(0, len(texts), count)]
+
+    @functools.cached_property
+    def fingerprint(self):
+        """A digest of the weights, the vocabulary and the special tokens."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        tokens = self.model.generation_config.to_dict() | {"transformers_version": None}
+        for part in (sorted(self.tokenizer.get_vocab().items()), tokens):
+            digest.update(json.dumps(part, sort_keys=True, default=str).encode())
+        return digest.hexdigest()
+
+
+def length_batches(sources, size):
+    """Batches of documents of like length, the longest first: lists of places in `sources`."""
+    order = sorted(range(len(sources)), key=lambda place: -len(sources[place]))
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+def generate_samples(generator, documents, batch_size):
+    """A list of the samples of `documents` with the candidates of a CandidateGenerator."""
+    sources = generator.tokenize([document.text for document in documents])
+    batches = length_batches(sources, batch_size)
+    candidates = [None] * len(documents)
+    for places in progress(batches, len(batches), "candidates, in batches"):
+        for place, texts in zip(places, generator.generate([sources[place] for place in places]), strict=True):
+            candidates[place] = [clean(text) for text in texts]
+    split = SentenceSplitter(document.text for document in documents).split
+    return [
+        as_sample(document.text, document.summary, texts, split)
+        for document, texts in zip(documents, candidates, strict=True)
+    ]

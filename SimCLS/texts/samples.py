@@ -1,0 +1,68 @@
+"""Samples: a document with its scored candidates, as preprocess.py writes them to `{i}.json`, one file a document.
+
+Those of the published SimCLS and BRIO releases are the same: a dict with KEYS.
+"""
+
+import json
+import os
+import re
+from pathlib import Path
+
+from harness.endings import UserError
+
+KEYS = ("article", "abstract", "article_untok", "abstract_untok", "candidates", "candidates_untok")
+
+
+def sample_files(folder):
+    """The Paths of the samples of `folder`, in the order of their numbers; other files do not count.
+
+    UserError when there is no such folder or no sample in it.
+    """
+    try:
+        numbered = [(int(name[:-5]), name) for name in os.listdir(folder) if re.fullmatch(r"[0-9]{1,18}\.json", name)]
+    except OSError as error:
+        raise UserError(f"cannot read the sample folder {folder}: {error.strerror}; preprocess.py makes it") from None
+    if not numbered:
+        raise UserError(f"the sample folder {folder} holds no sample 0.json, 1.json, ...; preprocess.py makes them")
+    return [Path(folder) / name for _, name in sorted(numbered)]
+
+
+def read_sample(path):
+    """The sample in the file `path`: a dict with KEYS. UserError that names the file when it is not one."""
+    try:
+        sample = json.loads(path.read_bytes())
+    except OSError as error:
+        raise UserError(f"cannot read the sample {path}: {error.strerror}") from None
+    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+        raise UserError(f"the sample {path} is not JSON ({error}); make it again with preprocess.py") from None
+    problem = _problem(sample)
+    if problem:
+        raise UserError(f"the sample {path} {problem}; make it again with preprocess.py")
+    return sample
+
+
+def _problem(sample):
+    """What is wrong with a sample, or None."""
+    if not isinstance(sample, dict):
+        return "is no JSON object"
+    missing = [key for key in KEYS if key not in sample]
+    if missing:
+        return f"lacks the key {missing[0]!r}"
+    for key in KEYS[:4]:
+        if not _is_text(sample[key]):
+            return f"has no list of sentences under {key!r}"
+    for key in KEYS[4:]:
+        if not isinstance(sample[key], list) or not all(map(_is_candidate, sample[key])):
+            return f"has no list of [sentences, score] under {key!r}"
+    counts = len(sample["candidates"]), len(sample["candidates_untok"])
+    if counts[0] != counts[1]:
+        return f"has {counts[0]} 'candidates' but {counts[1]} 'candidates_untok'"
+    return None if counts[0] else "has no candidates"
+
+
+def _is_text(value):
+    return isinstance(value, list) and all(isinstance(sentence, str) for sentence in value)
+
+
+def _is_candidate(value):
+    return isinstance(value, list) and len(value) == 2 and _is_text(value[0]) and isinstance(value[1], (int, float))
