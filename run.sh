@@ -8,7 +8,8 @@
 #   bash run.sh benchmarks   those of benchmarks/ that need no other environment (ONLY="layout fast"), each for at most
 #                            LIMIT seconds, into a folder OUT instead of benchmarks/results/<hardware>
 #   bash run.sh report       every table of the runs that are there, and figures of them in figures/ beside them
-#   bash run.sh test         every test; further arguments go to pytest
+#   bash run.sh test         every test, or with -m quick those of two minutes; further arguments go to pytest
+#   bash run.sh lint         ruff's checks and its format
 #
 # SEEDS="0 1 2" repeats the runs with each seed. A run that was interrupted goes on, and one that is finished is not run
 # again, unless AGAIN=1. A training run or benchmark that fails, for lack of memory perhaps, is named, and the others go
@@ -181,11 +182,17 @@ benchmarks() {
     done
 }
 
+lint() {
+    show python3 -m ruff check .
+    show python3 -m ruff format --check .
+}
+
 case "${1:-}" in
     "") setup; short ;;
     resnext | simcls | profile | benchmarks) setup; "$1" ;;
     report) setup; show python3 report.py "${@:2}" ;;
     test) setup; show python3 -m pytest -n 2 "${@:2}" ;;
-    *) echo "run.sh: unknown job '$1'; jobs are: (none) resnext simcls profile benchmarks report test" >&2; exit 2 ;;
+    lint) setup; lint ;;
+    *) echo "run.sh: unknown job '$1'; jobs are: (none) resnext simcls profile benchmarks report test lint" >&2; exit 2 ;;
 esac
 exit $failed

@@ -46,7 +46,7 @@ def main():
     start_processes(args)
     determinism.apply(args)
     with distributed.world(device) as world:
-        world.share(args.batch_size)
+        world.check_divisible(args.batch_size)
         # TensorFloat-32 is off: in this model it would be for the matrix products, where PyTorch leaves it off too.
         precision = choose_precision(args.half_precision, device, true_fp32=True, say=world.say)
         with world.first_on_machine():

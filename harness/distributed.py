@@ -35,13 +35,12 @@ class World(NamedTuple):
         if self.is_main:
             print(*words, flush=True)
 
-    def share(self, batch_size):
-        """The pictures of a global batch that fall to one process; UserError when they cannot be shared equally."""
+    def check_divisible(self, batch_size):
+        """UserError when a global batch cannot be shared out equally over the processes."""
         if batch_size % self.size:
             raise UserError(
                 f"--batch_size {batch_size} is shared out over {self.size} processes; make it a multiple of {self.size}"
             )
-        return batch_size // self.size
 
     def wrap(self, model):
         """`model` under DistributedDataParallel when there are many processes, else as it is."""

@@ -27,7 +27,7 @@ def main():
     args = get_args_parser(__doc__).parse_args()
     determinism.apply(args)
     with distributed.world() as world:
-        world.share(args.batch_size)
+        world.check_divisible(args.batch_size)
         precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
         run = ImageRun("resnext", "", args, world, precision=precision.label)
         with run.lock():

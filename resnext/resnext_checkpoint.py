@@ -38,7 +38,7 @@ def main():
     args = parser.parse_args()
     determinism.apply(args)
     with distributed.world() as world:
-        world.share(args.batch_size)
+        world.check_divisible(args.batch_size)
         precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
         policy = f"budget{args.memory_budget:g}" if args.memory_budget else args.policy
         suffix = "_checkpoint" if policy == DEFAULT_POLICY else f"_checkpoint_{policy}"

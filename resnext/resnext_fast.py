@@ -83,7 +83,7 @@ def main():
     determinism.apply(args)
     torch.backends.cudnn.benchmark = not args.deterministic
     with distributed.world() as world:
-        world.share(args.batch_size)
+        world.check_divisible(args.batch_size)
         precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
         run = ImageRun("resnext_fast", suffix(args), args, world, precision=precision.label)
         with run.lock():

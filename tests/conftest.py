@@ -28,6 +28,14 @@ def script_command(script, *args):
     return [sys.executable, str(ROOT / script), *map(str, args)]
 
 
+def pytest_collection_modifyitems(items):
+    """`-m quick` is every test that starts no script, unless it is marked slow."""
+    for item in items:
+        starts_scripts = "run_script" in item.fixturenames or hasattr(item.module, "launch")
+        if not starts_scripts and not item.get_closest_marker("slow"):
+            item.add_marker("quick")
+
+
 @pytest.fixture(scope="session")
 def run_script():
     """run_script("resnext/resnext.py", "--seed", 1, cwd=..., code=0) -> CompletedProcess with text output."""
