@@ -34,7 +34,7 @@ from common import Reference, interleaved, ratio_summary, results_path, verdict
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from harness import arguments, endings
-from harness.files import write_json
+from harness.files import write_record
 from harness.machine import describe_machine
 from search.diverse_beam import DiverseBeamSearch
 from search.generator import length_batches
@@ -93,7 +93,7 @@ def main():
             "results": results,
         }
     path = args.output or results_path("candidates", CPU)
-    write_json(path, record)
+    write_record(path, record)
     print(f"written: {path}")
 
 

@@ -32,7 +32,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from harness import arguments, endings
 from harness.distributed import World
-from harness.files import write_json
+from harness.files import write_record
 from harness.machine import describe_machine
 from harness.precision import choose_precision
 from search.generator import CandidateGenerator, generate_samples, load_generator, search_settings
@@ -86,7 +86,7 @@ def main():
         "documents_per_second": {name: len(documents) / sorted(each)[len(each) // 2] for name, each in seconds.items()},
         "ratio": ratio,
     }
-    write_json(args.output or results_path("evaluation", CPU), record)
+    write_record(args.output or results_path("evaluation", CPU), record)
 
 
 def ours(generator, scorer, encoding, documents):

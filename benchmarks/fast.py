@@ -43,7 +43,7 @@ from torch.utils.data import DataLoader
 from experiment import model_name, run_name
 from harness import arguments, endings
 from harness.endings import UserError
-from harness.files import write_json
+from harness.files import write_record
 from harness.loading import EpochBatches
 from harness.machine import describe_machine
 from harness.memory import SavedBytes, reset_peak_memory
@@ -129,10 +129,10 @@ def main():
     path = args.output or results_path("fast", device)
     for part in time_rows(rows, args, device):  # Round by round, since a lent GPU may be taken back.
         record |= part
-        write_json(path, record)
+        write_record(path, record)
     record["accuracy"] = []
     for _ in train_rows(rows, record, args):
-        write_json(path, record)
+        write_record(path, record)
     print(f"written: {path}")
 
 

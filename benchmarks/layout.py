@@ -22,7 +22,7 @@ from common import interleaved, results_path
 
 from experiment import model_name
 from harness import arguments, endings
-from harness.files import write_json
+from harness.files import write_record
 from harness.machine import describe_machine
 from models.grouped_convolution import FORMS, GroupedConv2d, groups
 from models.resnext import ResNeXt, parse_name
@@ -76,12 +76,12 @@ def main():
         for shape, count in count_shapes(model).items():
             facts = {"model": model, "shape": str(shape), "count": count}
             rows += [facts | row for row in measure(shape, args, device)]
-            write_json(path, record)  # Already, since a lent GPU may be taken back.
+            write_record(path, record)  # Already, since a lent GPU may be taken back.
         for precision in args.precision:
             totals = sum_up([row for row in rows if (row["model"], row["precision"]) == (model, precision)])
             record["totals"] += totals
             show(totals)
-        write_json(path, record)
+        write_record(path, record)
     print(f"written: {path}")
 
 

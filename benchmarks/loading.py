@@ -22,7 +22,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from harness import arguments, endings
-from harness.files import write_json
+from harness.files import write_record
 from harness.loading import EpochBatches
 from harness.machine import describe_machine
 from image_loaders import PADDING, DeviceImages, augmentation
@@ -90,7 +90,7 @@ def main():
         "ratios": ratios,
     }
     path = args.output or results_path("loading", device)
-    write_json(path, record)
+    write_record(path, record)
     print(f"written: {path}")
 
 

@@ -36,7 +36,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiment import model_name
 from harness import arguments, endings
 from harness.endings import UserError
-from harness.files import write_json
+from harness.files import write_record
 from harness.machine import describe_machine
 from harness.memory import LiveBytes, SavedBytes, reset_peak_memory
 from harness.planning import convolution_flops
@@ -92,11 +92,11 @@ def main():
     # Written after each, since a lent GPU may be taken back.
     for row in count_all(arms, args, device):
         record["rows"].append(row)
-        write_json(path, record)
+        write_record(path, record)
     show(record["rows"], args.batch_size)
     for row in train_all(arms, args, device) if args.steps else ():
         record["training"].append(row)
-        write_json(path, record)
+        write_record(path, record)
     print(f"written: {path}")
     missed = [f"{row['policy']}: {row['missed']}" for row in (*record["rows"], *record["training"]) if "missed" in row]
     if missed:

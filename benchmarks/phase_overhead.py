@@ -23,7 +23,7 @@ from torch import nn
 
 from experiment import model_name
 from harness import arguments, endings
-from harness.files import write_json
+from harness.files import write_record
 from harness.machine import describe_machine
 from harness.timing import PhaseTimer
 from models.resnext import ResNeXt, parse_name
@@ -72,7 +72,7 @@ def main():
         "results": {CASE: {"seconds": seconds, "ratio": ratio, "bare_share": bare}},
     }
     path = args.output or results_path("phase_overhead", device)
-    write_json(path, record)
+    write_record(path, record)
     print(f"written: {path}")
 
 

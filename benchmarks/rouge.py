@@ -25,7 +25,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from utils import map_in_order, progress
 
 from harness import arguments, endings
-from harness.files import write_json
+from harness.files import write_record
 from harness.machine import describe_machine
 from texts import documents as dataset
 from texts import fast_rouge
@@ -73,7 +73,7 @@ def main():
         "results": results,
     }
     path = args.output or results_path("rouge", CPU)
-    write_json(path, record)
+    write_record(path, record)
     print(f"written: {path}")
 
 

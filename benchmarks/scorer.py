@@ -34,7 +34,7 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import BertConfig, BertModel
 
 from harness import arguments, endings
-from harness.files import write_json
+from harness.files import write_record
 from harness.loading import worker_loader
 from harness.machine import describe_machine
 from texts.documents import find_dataset, read_documents
@@ -93,7 +93,7 @@ def main():
         "ratios": ratios,
         "load_share": load_share,
     }
-    write_json(args.output or results_path("scorer", device), record)
+    write_record(args.output or results_path("scorer", device), record)
 
 
 def write_samples(folder, documents):

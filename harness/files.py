@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import json
 import os
 import shutil
@@ -9,6 +10,8 @@ import tempfile
 from pathlib import Path
 
 from harness.endings import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @contextlib.contextmanager
@@ -68,6 +71,38 @@ def write_json(path, value):
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=1, allow_nan=False)
         file.write("\n")
+
+
+def write_record(path, record):
+    """Write a record of a run or a benchmark: `write_json` of what `portable` leaves of it."""
+    write_json(path, portable(record))
+
+
+def portable(value):
+    """`value` without the folders of this machine, in every string that is a path, or a flag's `--name=path`.
+
+    A path below the repository is told from there, and any other by its last name alone. Paths that do not begin with
+    a root or with ".." stay. value: a plain JSON value, in which there may be Paths, too.
+    """
+    if isinstance(value, dict):
+        return {key: portable(each) for key, each in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [portable(each) for each in value]
+    if not isinstance(value, (str, Path)):
+        return value
+    word = str(value)
+    flag, equals, name = word.partition("=") if word.startswith("--") else ("", "", word)
+    path = Path(name)
+    if not path.is_absolute() and path.parts[:1] != ("..",):
+        return word
+    path = Path(os.path.abspath(path))
+    return flag + equals + (path.relative_to(ROOT).as_posix() if path.is_relative_to(ROOT) else path.name or name)
+
+
+def places(arguments):
+    """{name: digest} of the `arguments`, a dict, that `portable` cuts: it tells two folders of one name apart."""
+    cut = {name: str(value) for name, value in arguments.items() if portable(value) != value}
+    return {name: hashlib.sha256(os.path.abspath(value).encode()).hexdigest()[:8] for name, value in cut.items()}
 
 
 def make_folder(folder):

@@ -4,11 +4,14 @@ import contextlib
 import functools
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
+
+from harness.files import ROOT, portable
 
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "nvtx")
 # Linux's names of a processor's abilities, x86's and ARM's: the first that is there, and any of the second line.
@@ -31,7 +34,7 @@ def describe_machine(device):
         "versions": versions,
         "cuda": torch.version.cuda,
         "commit": _git_commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": shlex.join([Path(sys.argv[0]).name, *portable(sys.argv[1:])]),
         "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
 
@@ -69,16 +72,15 @@ def _processor():
 
 def _git_commit():
     """The commit of this repository, with "-dirty" where a tracked file that runs depend on differs from it."""
-    root = Path(__file__).resolve().parent.parent
 
     def git(*arguments):
-        command = ["git", "-C", str(root), *arguments]
+        command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
     # Figures, README and records are what runs make, not what makes them.
     results = (":!image", ":!README.md", ":!benchmarks/results")
     try:
-        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(root), *results)
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", str(ROOT), *results)
         return git("rev-parse", "--short=12", "HEAD") + "-dirty" * bool(changed)
     except (OSError, subprocess.SubprocessError):
         return None

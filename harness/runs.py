@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 from harness.endings import UserError
-from harness.files import output_lock, write_json
+from harness.files import output_lock, places, portable, write_record
 from harness.machine import describe_machine
 from harness.resume import changes, load_state, no_state, save_state, saved_arguments
 
@@ -62,7 +62,7 @@ class Run:
         own = {} if args.get("resume") else {name: args.get(name) for name in self.only_of_records}
         saved = {
             self.path(".state"): (saved_arguments(self.path(".state")), self.arguments),
-            self.path(".json"): (self._finished_arguments(), self.arguments | own),
+            self.path(".json"): (self._finished_arguments(), _as_recorded(self.arguments | own)),
         }
         for path, (theirs, ours) in saved.items():
             was = theirs and changes({name: theirs.get(name) for name in ours}, ours)
@@ -90,6 +90,7 @@ class Run:
         try:
             record = json.loads(self.path(".json").read_text(encoding="utf-8"))
             arguments = record["arguments"] | {"precision": record.get("precision")}
+            arguments = _as_recorded(arguments, record.get("places"))
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return None if arguments.get("max_steps") else arguments
@@ -137,13 +138,21 @@ class Run:
                 "experiment": self.experiment,
                 "name": self.name,
                 "arguments": vars(self.args) | {"processes": self.world.size},
+                "places": places(vars(self.args)),
                 "machine": describe_machine(self.world.device),
                 **self.facts,
                 "epochs": self.epochs,
             }
-            write_json(self.path(".json"), record)
+            write_record(self.path(".json"), record)
 
     def drop_state(self):
         """Forget the saved state, once everything that it is good for has been written."""
         if self.world.is_main:
             self.path(".state").unlink(missing_ok=True)
+
+
+def _as_recorded(arguments, digests=None):
+    """`arguments` as a record has them, a path with the digest of its place beside it."""
+    digests = places(arguments) if digests is None else digests
+    digests = {name: f"{portable(arguments[name])} ({digest})" for name, digest in digests.items()}
+    return portable(arguments) | digests

@@ -114,7 +114,7 @@ def main():
             rows = [{"fault": fault, "script": script, **row} for (fault, script), row in trials.rows.items()]
             print(table(rows), flush=True)
             if args.output:
-                write_record(args.output, rows)
+                add_to_record(args.output, rows)
     if any(row["survived"] < row["tried"] for row in rows):
         sys.exit(1)
 
@@ -126,11 +126,11 @@ def table(rows):
     return "\n".join([*lines, f"| all | | {total['tried']} | {total['survived']} | |"])
 
 
-def write_record(path, rows):
+def add_to_record(path, rows):
     """Write the record, with the rows of earlier runs that these do not replace."""
     import torch
 
-    from harness.files import write_json
+    from harness.files import write_record
     from harness.machine import describe_machine
 
     new = {(row["fault"], row["script"]): row for row in rows}
@@ -138,7 +138,7 @@ def write_record(path, rows):
         earlier = json.loads(path.read_text(encoding="utf-8"))["trials"]
         new = {(row["fault"], row["script"]): row for row in earlier} | new
     machine = describe_machine(torch.device("cpu"))
-    write_json(path, {"benchmark": "faults", "machine": machine, "trials": [new[key] for key in sorted(new)]})
+    write_record(path, {"benchmark": "faults", "machine": machine, "trials": [new[key] for key in sorted(new)]})
 
 
 if __name__ == "__main__":

@@ -1,0 +1,89 @@
+"""Files that are whole or not there, and records that name no folder of the machine that made them."""
+
+import json
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import torch
+
+from harness.distributed import World
+from harness.endings import UserError
+from harness.files import ROOT, portable, write_record
+from harness.runs import Run
+
+
+@pytest.mark.parametrize(
+    ("word", "expected"),
+    [
+        (f"{ROOT}/SimCLS/demo", "SimCLS/demo"),
+        (f"--data_dir={ROOT}/resnext/data", "--data_dir=resnext/data"),
+        ("/home/someone/my papers/p.csv", "p.csv"),
+        ("--output=/tmp/x/y.json", "--output=y.json"),
+        (Path("/data/pictures/"), "pictures"),
+        ("../../elsewhere/gen", "gen"),
+        ("runs/digits", "runs/digits"),
+        (Path("samples"), "samples"),
+        ("/", "/"),
+        ("--lr=0.1", "--lr=0.1"),
+        ("documents/s", "documents/s"),
+        ({"a": [1, (2.5, "/x/y"), None]}, {"a": [1, [2.5, "y"], None]}),
+    ],
+)
+def test_what_a_record_keeps_of_a_path(word, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert portable(word) == expected
+
+
+def test_a_path_below_the_repository_is_told_from_there(monkeypatch):
+    monkeypatch.chdir(ROOT / "SimCLS")
+    assert portable("../resnext/data") == "resnext/data"
+
+
+def test_no_record_has_a_folder_of_its_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["/somewhere/resnext.py", "--data_dir", f"{tmp_path}/my pictures"])
+    run = make_run(tmp_path, data_dir=f"{tmp_path}/my pictures", output_dir=tmp_path)
+    run.write_record()
+    text = run.path(".json").read_text()
+    assert str(tmp_path) not in text
+    record = json.loads(text)
+    assert record["arguments"]["data_dir"] == "my pictures"
+    assert record["machine"]["command"] == "resnext.py --data_dir 'my pictures'"
+
+
+def test_no_committed_record_has_a_folder_of_its_machine():
+    paths = [path for folder in ("benchmarks/results", "SimCLS/demo") for path in (ROOT / folder).rglob("*.json")]
+    records = [path for path in paths if '"machine"' in path.read_text(encoding="utf-8")]
+    assert len(records) > 40
+    for path in records:
+        words = [word for text in strings(json.loads(path.read_text(encoding="utf-8"))) for word in text.split()]
+        assert portable(words) == words, path
+
+
+def strings(value):
+    """Every string in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for each in value.values() if isinstance(value, dict) else value:
+            yield from strings(each)
+
+
+def test_finished_runs_on_two_folders_of_one_name_are_told_apart(tmp_path):
+    make_run(tmp_path, data_dir="/one/pictures").write_record()
+    with make_run(tmp_path, data_dir="/one/pictures").lock():
+        pass
+    with (
+        pytest.raises(UserError, match=r"--data_dir pictures \(\w{8}\) \(now pictures \(\w{8}\)\)"),
+        make_run(tmp_path, data_dir="/two/pictures").lock(),
+    ):
+        pass
+
+
+def make_run(folder, **args):
+    return Run("resnext", folder, "name", Namespace(**args), World(0, 1, torch.device("cpu")))
+
+
+def test_numbers_are_those_that_were_measured(tmp_path):
+    write_record(tmp_path / "a.json", {"seconds": 0.1 + 0.2, "count": 3, "name": "/x/y"})
+    assert json.loads((tmp_path / "a.json").read_text()) == {"seconds": 0.1 + 0.2, "count": 3, "name": "y"}
