@@ -174,7 +174,7 @@ profile() {
 # What matters most to know first: with a lent machine, the later ones may have no time left.
 benchmarks() {
     local script code
-    for script in ${ONLY:-phase_overhead layout fast memory loading scorer}; do
+    for script in ${ONLY:-phase_overhead layout fast memory loading scorer_step}; do
         code=0
         show ${LIMIT:+timeout --foreground "$LIMIT"} python3 "benchmarks/$script.py" ${OUT:+--output "$OUT/$script.json"} || code=$?
         [ $code = 0 ] || { failed=$code; echo "# exit code $code: $script" >&2; }

@@ -50,7 +50,7 @@ def targets_in_table(found):
 )
 def test_a_target_is_that_of_the_records_device(read, device, median, expected):
     ratios = {"original": ratio(median), "published": ratio(9.0)}
-    found = read(record_of("scorer", device, ratios=ratios))
+    found = read(record_of("scorer_step", device, ratios=ratios))
     assert targets_in_table(found) == {"original": expected, "published": ("–", "–")}
 
 
@@ -74,7 +74,7 @@ def test_every_case_with_a_target_is_in_the_table_of_the_committed_records():
         if record["benchmark"] != "fast":  # Its cases are made in tests/test_benchmarks_resnext.py.
             rows = benchmarks._ratio_rows(record)
             cases.setdefault(record["benchmark"], []).extend(row["Case"] for row in rows if row.get("Target"))
-    assert {"candidates", "evaluation", "loading", "phase_overhead", "rouge", "scorer"} <= cases.keys()
+    assert {"candidates", "evaluation", "loading", "phase_overhead", "rouge", "scorer_step"} <= cases.keys()
     for benchmark, found in cases.items():
         assert len(set(found)) == len(benchmarks._targets(benchmark).get("cpu", ())), benchmark
 

@@ -198,12 +198,13 @@ def test_a_finished_run_is_replaced_by_the_same_command_alone(run_script, tiny, 
     (tmp_path / f"{NAME}_2_steps.json").rename(tmp_path / f"{NAME}.json")
     again("--lr", 0.003, "--resume")  # A record of a profiled run is neither finished nor worth keeping.
     finished = (tmp_path / f"{NAME}.pt").read_bytes()
+    (tmp_path / "moved").symlink_to(pictures)
     record = json.loads((tmp_path / f"{NAME}.json").read_text())
     assert (record["arguments"]["max_steps"], record["loading"]) == (None, "workers")
     for more, change in (
         (["--lr", 0.001], "--lr 0.003 (now 0.001)"),
         (["--lr", 0.003, "--num_epoch", 2], "--num_epoch 1 (now 2)"),
-        (["--lr", 0.003, "--data_dir", f"{pictures}/../{pictures.name}"], f"--data_dir {pictures} (now "),
+        (["--lr", 0.003, "--data_dir", tmp_path / "moved"], f"--data_dir {pictures.name} ("),
     ):
         line = again(*more, code=2).stderr
         assert line.count("\n") == 1
@@ -211,7 +212,7 @@ def test_a_finished_run_is_replaced_by_the_same_command_alone(run_script, tiny, 
         assert "choose another --output_dir, or delete it" in line
     assert (tmp_path / f"{NAME}.pt").read_bytes() == finished
     again("--lr", 0.003)
-    moved = again("--lr", 0.003, "--resume", "--data_dir", f"{pictures}/../{pictures.name}")
+    moved = again("--lr", 0.003, "--resume", "--data_dir", tmp_path / "moved")
     assert "nothing to resume" in moved.stdout
 
 

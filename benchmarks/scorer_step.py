@@ -1,6 +1,6 @@
 """How many times faster main.py trains the scorer than the original's step. Targets: 1.5 on a CPU, 5 on CUDA.
 
-    python3 benchmarks/scorer.py --data pubmed_abstracts.csv.gz
+    python3 benchmarks/scorer_step.py --data pubmed_abstracts.csv.gz
 
 The original takes one document at a time through three calls of the encoder, pads every text to the longest that is
 allowed, and tokenizes in its data workers in each epoch. `published` is the same with the padding of the published
@@ -56,7 +56,7 @@ def get_args_parser():
     parser.add_argument("--num_workers", type=arguments.non_negative_int, default=2, help="of each arm's loader")
     parser.add_argument("--width", type=arguments.positive_int, default=256, help="of the encoder, 64 a head")
     parser.add_argument("--layers", type=arguments.positive_int, default=4)
-    parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/scorer.json")
+    parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/scorer_step.json")
     return parser
 
 
@@ -85,7 +85,7 @@ def main():
         print(f"{name:>10}: {figures}{verdict(TARGETS, device, name, ratio)}")
     print(f"      ours: {100 * load_share:.2f} % of the epoch spent waiting for data, the first batch left out")
     record = {
-        "benchmark": "scorer",
+        "benchmark": "scorer_step",
         "machine": describe_machine(device),
         "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
         "largest_difference": difference,
@@ -93,7 +93,7 @@ def main():
         "ratios": ratios,
         "load_share": load_share,
     }
-    write_record(args.output or results_path("scorer", device), record)
+    write_record(args.output or results_path("scorer_step", device), record)
 
 
 def write_samples(folder, documents):
