@@ -110,9 +110,11 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = operator(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = operator(*args, **kwargs)
+        given = {tensor.untyped_storage()._cdata for tensor in tree_leaves((args, kwargs)) if _is_tensor(tensor)}
         for tensor in tree_leaves(result):
-            if isinstance(tensor, torch.Tensor):
+            if _is_tensor(tensor) and tensor.untyped_storage()._cdata not in given:  # Else a view, or in place.
                 self.follow(tensor)
         return result
 
@@ -129,6 +131,10 @@ class LiveBytes(TorchDispatchMode):
     def _forget(self, key, size):
         del self._live[key]
         self.now -= size
+
+
+def _is_tensor(value):
+    return isinstance(value, torch.Tensor)
 
 
 def reset_peak_memory(device):

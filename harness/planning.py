@@ -1,67 +1,56 @@
-"""Which tensors to keep for backward under a memory budget.
+"""Which tensors to keep for backward under a memory budget: the cheapest choice that there is.
 
-Every step of a Tape (harness.recompute) has an output that forward can keep or backward redo. A redone output is
-redone once, whoever asks for it, so the cost of a plan is the sum over the steps it redoes, and what it holds is the
-sum over the others. Choosing the cheapest plan within a budget is a 0/1 knapsack with one rule about which steps may
-be redone together; it is solved exactly, group by group (a group is a block of the network), by keeping at each stage
-every plan that no other beats in both bytes and cost.
+Every step of a Tape (harness.recompute) has an output that forward keeps or backward redoes. Two figures of a plan are
+known before it runs: the bytes *held* for backward when forward ends, and the *peak*, the most bytes that are there at
+once in forward and backward, with gradients and with what has been redone. A process runs out of memory at the peak. A
+plan that holds less may well peak higher: what backward redoes for one operation may stay for many.
+
+`simulate` follows a plan through the events of a rehearsed step (harness.rehearsal). `plan_recomputation` finds the
+cheapest plan by dynamic programming from group to group (a group is a block of the network). What groups have to know
+of those before them is what these hold, and what comes back when their output is needed and redone; of the plans so
+far it keeps every one that no other equals or betters in all of that and in cost.
 """
 
 import contextlib
 import itertools
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.endings import UserError
-from harness.memory import LiveBytes, SavedBytes
-from harness.recompute import Tape
+from harness.memory import LiveBytes
 
-# What moving a byte costs, in floating-point operations: about the balance of a current CPU. It makes the cheapest
-# plan in FLOPs also frugal with redone element-wise steps, which have next to none.
-FLOPS_PER_BYTE = 10
-
-
-class Step(NamedTuple):
-    """A step of forward: bytes of its output, the FLOPs of running it, the bytes it reads and writes, and the names of
-    the steps that its inputs come from."""
-
-    name: str
-    bytes: int
-    flops: int
-    moved: int
-    inputs: tuple
-
-    @property
-    def group(self):
-        return self.name.rpartition(".")[0]
-
-    @property
-    def cost(self):
-        return self.flops + FLOPS_PER_BYTE * self.moved
+# What moving a byte adds to the cost where that is counted in FLOPs: next to nothing, so that it decides between plans
+# of the same FLOPs.
+FLOPS_PER_BYTE = 1e-3
+COSTS = {"seconds": lambda step: step.seconds, "flops": lambda step: step.flops + FLOPS_PER_BYTE * step.moved}
+NONE = float("-inf")  # The highest of no bytes.
 
 
 class Plan(NamedTuple):
-    """redo: the names of the steps that backward redoes. Bytes and FLOPs are for one step of training.
-
-    held_bytes are saved for backward when forward ends. peak_bytes counts, at the worst moment of backward, what is
-    still saved, what has been redone, and the gradients of both.
-    """
+    """redo: the names of the steps that backward redoes. The figures are for one step of training; plain is without
+    redoing, and plain_flops are of forward and backward, the latter counted as twice the former."""
 
     redo: frozenset
-    plain_bytes: int
+    plain_bytes: int  # Held for backward when forward ends.
     held_bytes: int
+    plain_peak_bytes: int
     peak_bytes: int
     extra_flops: int
-    plain_flops: int  # Of forward and backward, the latter counted as twice the former.
+    plain_flops: int
+    extra_seconds: float
 
     def __str__(self):
-        plain, held, peak = (size / 2**20 for size in (self.plain_bytes, self.held_bytes, self.peak_bytes))
-        extra = 100 * self.extra_flops / self.plain_flops
+        held, plain, peak, plain_peak = (
+            f"{size / 2**20:.1f}"
+            for size in (self.held_bytes, self.plain_bytes, self.peak_bytes, self.plain_peak_bytes)
+        )
         return (
-            f"keeps {held:.1f} of {plain:.1f} MiB ({held / plain:.3f}), peak {peak:.1f} MiB with gradients, "
-            f"{extra:+.2f} % FLOPs, redoes {len(self.redo)} steps"
+            f"peak in backward {peak} of {plain_peak} MiB ({self.peak_bytes / self.plain_peak_bytes:.3f}), held after "
+            f"forward {held} of {plain} MiB ({self.held_bytes / self.plain_bytes:.3f}), redoing {len(self.redo)} "
+            f"steps: {100 * self.extra_flops / self.plain_flops:+.2f} % FLOPs, {1e3 * self.extra_seconds:+.0f} ms"
         )
 
     def compared_with(self, held_bytes, peak_bytes, extra_flops):
@@ -71,9 +60,64 @@ class Plan(NamedTuple):
         )
         extra, planned_extra = (f"{100 * flops / self.plain_flops:+.2f}" for flops in (extra_flops, self.extra_flops))
         return (
-            f"keeps {held} MiB (planned {planned}), peak {peak} MiB (planned {planned_peak}), "
+            f"peak {peak} MiB (planned {planned_peak}), held {held} MiB (planned {planned}), "
             f"{extra} % FLOPs (planned {planned_extra})"
         )
+
+
+def describe(timeline, redo):
+    """The Plan that redoes the steps named in `redo`."""
+    plain_bytes, plain_peak = simulate(timeline, frozenset())
+    held, peak = simulate(timeline, redo)
+    redone = [step for step in timeline.steps.values() if step.name in redo]
+    return Plan(
+        redo=frozenset(redo),
+        plain_bytes=round(plain_bytes),
+        held_bytes=round(held),
+        plain_peak_bytes=round(plain_peak),
+        peak_bytes=round(peak),
+        extra_flops=round(sum(step.flops for step in redone)),
+        plain_flops=round(3 * sum(step.flops for step in timeline.steps.values())),
+        extra_seconds=sum(step.seconds for step in redone),
+    )
+
+
+def simulate(timeline, redo):
+    """(bytes held when forward ends, bytes at the peak) of a training step whose backward redoes `redo`."""
+    steps = timeline.steps
+    forward = _Walk(steps, redo)
+    for event in itertools.chain.from_iterable(group.forward for group in timeline.groups):
+        forward.follow(event)
+    backward = _Walk(steps, redo, kept=[name for name in steps if name not in redo])
+    held = timeline.fixed + backward.bytes
+    for event in itertools.chain.from_iterable(group.backward for group in reversed(timeline.groups)):
+        backward.follow(event)
+    return held, max(*forward.peaks, *backward.peaks)
+
+
+def plan_recomputation(timeline, peak=None, held=None, cost="seconds"):
+    """The cheapest Plan whose peak is at most `peak` times the plain step's, and that holds at most `held` times what
+    the plain step does; None sets no limit. cost: of COSTS, what redoing should cost least of.
+
+    UserError when there is no such plan, with the least that there is.
+    """
+    plain_held, plain_peak = simulate(timeline, frozenset())
+    limits = [None if share is None else share * plain for share, plain in ((peak, plain_peak), (held, plain_held))]
+    found = _cheapest(timeline, *limits, COSTS[cost])
+    if found is None:
+        raise UserError(_what_is_least(timeline, peak, held, plain_peak, plain_held))
+    return describe(timeline, found)
+
+
+def _what_is_least(timeline, peak, held, plain_peak, plain_held):
+    if held is not None and (least := timeline.fixed / plain_held) > held:
+        return f"a memory budget of {held:g} cannot be met; the least share that can be held is {least:.3f}"
+    low, high = 0.0, 1.0
+    while high - low > 5e-4:
+        middle = (low + high) / 2
+        fits = _cheapest(timeline, middle * plain_peak, held and held * plain_held, lambda step: 0) is not None
+        low, high = (low, middle) if fits else (middle, high)
+    return f"a memory budget of {peak:g} cannot be met; the least peak that this model can have is {high:.3f}"
 
 
 class StepCost:
@@ -128,118 +172,188 @@ def convolution_flops(counter):
     return counter.get_flop_counts()["Global"].get(torch.ops.aten.convolution, 0)
 
 
-class MeasuringTape(Tape):
-    """A Tape that redoes nothing and notes every step in `steps`."""
-
-    def __init__(self):
-        super().__init__(redo=lambda name: False)
-        self.steps = []
-        self._made_by = {}  # id of an output -> (the output, so that its id stays its own; the step's name)
-
-    def run(self, name, function, *inputs):
-        with FlopCounterMode(display=False) as counter:
-            output = super().run(name, function, *inputs)
-        sources = tuple(self._made_by[id(tensor)][1] for tensor in inputs if id(tensor) in self._made_by)
-        moved = sum(tensor.nbytes for tensor in (*inputs, output))
-        self.steps.append(Step(name, output.nbytes, counter.get_total_flops(), moved, sources))
-        self._made_by[id(output)] = (output, name)
-        return output
-
-    def forget(self):
-        """Let the outputs go; the steps stay."""
-        self._made_by.clear()
+# ---------------------------------------------------------------------- the search
 
 
-def plan_recomputation(model, forward, images, budget, total):
-    """The cheapest Plan that holds at most `budget` times the plain run's saved activations.
+class _Option(NamedTuple):
+    """What redoing `redo` of a group's steps comes to. Peaks are over what the groups before hold.
 
-    model: whose parameters do not count as saved. forward(tape, images) runs the model's training forward on a Tape;
-    it is called on slices of `images` [n >= 4, ...], and may change no state. total: pictures in a real batch.
-    UserError when even the leanest plan is over the budget.
+    held: bytes. forward: (peak, peak while the input is there anyway). backward: _Walk.peaks. returned: bytes that come
+    back, from this group, when its output is needed and redone; None when that is kept. reaches: whether the input has
+    to come back, too. returning: _Walk.peaks meanwhile, over what this group holds as well.
     """
-    few, more = images[:2].clone(), images[:4].clone()  # Slices would share a storage, which counts whole.
-    tape = MeasuringTape()
-    bytes_few, bytes_more = (_saved_bytes(model, forward, tape, batch) for batch in (few, more))
-    steps = tape.steps[len(tape.steps) // 2 :]
-    # Saved bytes are linear in the pictures; the constant part is what does not depend on them (cast weights, say).
-    per_picture = (bytes_more - bytes_few) / (len(more) - len(few))
-    plain_bytes = round(bytes_few + per_picture * (total - len(few)))
-    scale = total / len(more)
-    fixed = plain_bytes - scale * sum(step.bytes for step in steps)
 
-    plans = [(0, 0, frozenset())]  # (bytes kept, cost, redone), by bytes; no plan is beaten by another in both.
-    for _, group in itertools.groupby(steps, key=lambda step: step.group):
-        options = _undominated(_options(list(group)))
-        plans = _undominated(
-            (kept + more_kept, cost + more_cost, redo | more_redo)
-            for kept, cost, redo in plans
-            for more_kept, more_cost, more_redo in options
-        )
-    fitting = [plan for plan in plans if fixed + scale * plan[0] <= budget * plain_bytes]
-    if not fitting:
-        least = (fixed + scale * plans[0][0]) / plain_bytes
-        raise UserError(f"a memory budget of {budget} cannot be met; the least that this model can keep is {least:.3f}")
-    kept, _, redo = min(fitting, key=lambda plan: plan[1])
-    return Plan(
-        redo=redo,
-        plain_bytes=plain_bytes,
-        held_bytes=round(fixed + scale * kept),
-        peak_bytes=round(fixed + scale * _peak_bytes(steps, redo)),
-        extra_flops=round(scale * sum(step.flops for step in steps if step.name in redo)),
-        plain_flops=round(3 * scale * sum(step.flops for step in steps)),
+    redo: frozenset
+    cost: float
+    held: float
+    forward: tuple
+    backward: tuple
+    returned: float | None
+    reaches: bool
+    returning: tuple
+
+    @property
+    def kind(self):
+        """Options of different kinds cannot be compared."""
+        return self.returned is None, self.reaches
+
+    @property
+    def figures(self):
+        """The less the better, each."""
+        return (self.cost, self.held, *self.forward, *self.backward, self.returned or 0, *self.returning)
+
+
+class _State(NamedTuple):
+    """What some choice for the groups so far comes to: its cost, the bytes that it holds, and those that come back when
+    the last group's output is needed and redone, in the end and at their peak."""
+
+    cost: float
+    held: float
+    returned: float
+    returning: float
+    redo: tuple  # (the last group's redone steps, the `redo` before it)
+
+
+def _cheapest(timeline, peak, held, cost):
+    """The names of the steps to redo, a frozenset, at the least sum of cost(step); None when nothing fits the limits,
+    which are in bytes, or None."""
+    peak = float("inf") if peak is None else peak
+    room = float("inf") if held is None else held - timeline.fixed
+    states = [_State(0, 0, 0, 0, ())]
+    for index, group in enumerate(timeline.groups):
+        options = _options(group, timeline.steps, cost, is_last=index == len(timeline.groups) - 1)
+        following = (_follow(state, option, peak, room) for state in states for option in options)
+        states = _unbeaten([state for state in following if state], lambda state: state[:4])
+    if not states:
+        return None
+    parts, rest = [], min(states).redo
+    while rest:
+        part, rest = rest
+        parts.append(part)
+    return frozenset().union(*parts)
+
+
+def _follow(state, option, peak, room):
+    """The _State after `option`; None when it does not fit."""
+    _, held, returned, returning, _ = state
+
+    def highest(peaks):
+        before, meanwhile, after = peaks
+        return max(before, meanwhile + returning, after + returned)
+
+    in_forward = option.forward[returned > 0]
+    if held + option.held > room or held + max(in_forward, highest(option.backward)) > peak:
+        return None
+    back = reach = 0
+    if option.returned is not None:
+        back = option.returned + (returned if option.reaches else 0)
+        reach = highest(option.returning)
+    return _State(state.cost + option.cost, held + option.held, back, reach, (option.redo, state.redo))
+
+
+def _options(group, steps, cost, is_last):
+    """The _Options of a group, but those that are in no way better than another."""
+    names = [step.name for step in group.steps]
+    chosen = itertools.chain.from_iterable(itertools.combinations(names, count) for count in range(len(names) + 1))
+    options = [_option(group, steps, frozenset(redo), cost, is_last) for redo in chosen]
+    kinds = {option.kind for option in options}
+    of_kind = ([option for option in options if option.kind == kind] for kind in kinds)
+    return [option for same in of_kind for option in _unbeaten(same, lambda option: option.figures)]
+
+
+def _option(group, steps, redo, cost, is_last):
+    kept = [step.name for step in group.steps if step.name not in redo]
+    ahead = _Walk(steps, redo)
+    alone = with_input = NONE
+    input_bytes = steps[group.entry].bytes if group.entry else 0
+    for event in group.forward:
+        ahead.follow(event)
+        if event.step == group.entry and event.kind == "left":
+            input_bytes = 0
+        if event.kind == "live":
+            alone = max(alone, ahead.bytes + event.other)
+            with_input = max(with_input, ahead.bytes + event.other + input_bytes)
+
+    returning = _Walk(steps, redo, kept, group.entry)
+    held, returning.bytes = returning.bytes, 0  # Groups that need the output count as held what this one keeps.
+    output = None if is_last else group.steps[-1].name
+    if output in redo:
+        returning.need(output, 0)
+    back = _Walk(steps, redo, returning.there, group.entry)
+    for event in group.backward:
+        back.follow(event)
+    return _Option(
+        redo,
+        cost=sum(cost(steps[name]) for name in redo),
+        held=held,
+        forward=(alone, with_input),
+        backward=back.peaks,
+        returned=returning.bytes if output in redo else None,
+        reaches=group.entry in returning.there,
+        returning=returning.peaks,
     )
 
 
-def _saved_bytes(model, forward, tape, images):
-    with SavedBytes(model) as saved, tape:
-        forward(tape, images)
-    tape.forget()
-    return saved.bytes
+class _Walk:
+    """The bytes that are there from event to event, with `redo` redone and the outputs `kept` there to begin with.
 
-
-def _peak_bytes(steps, redo):
-    """The most bytes of step outputs and of their gradients that are there at once in backward."""
-    by_name = {step.name: step for step in steps}
-    there = {step.name for step in steps if step.name not in redo}
-    gradients = {steps[-1].name}
-    peak = 0
-
-    def bring_back(name):
-        if name not in there:
-            for source in by_name[name].inputs:
-                bring_back(source)
-            there.add(name)
-
-    for step in reversed(steps):
-        for name in (step.name, *step.inputs):
-            bring_back(name)
-        gradients.update(step.inputs)
-        peak = max(peak, sum(by_name[name].bytes for names in (there, gradients) for name in names))
-        there.discard(step.name)
-        gradients.discard(step.name)
-    return peak
-
-
-def _options(group):
-    """Yield (bytes kept, cost, redone) for every choice in a group of steps, the last of which leaves it.
-
-    The last step's output is redone only from inputs that are kept, or that leave other groups: redoing a block never
-    reaches into the convolutions of the block before it, and so the peak in backward stays near what is held.
+    entry: of a Group that is followed by itself: a step whose bytes do not count. peaks: the most bytes before the
+    entry is needed, while it comes back, and after that.
     """
-    names = {step.name for step in group}
-    *inner, last = group
-    for choice in itertools.product((False, True), repeat=len(group)):
-        redone = frozenset(step.name for step, redo in zip(group, choice, strict=True) if redo)
-        if last.name in redone and any(source in redone for source in last.inputs if source in names):
-            continue
-        kept = sum(step.bytes for step in group if step.name not in redone)
-        yield kept, sum(step.cost for step in group if step.name in redone), redone
+
+    def __init__(self, steps, redo, kept=(), entry=None):
+        self._steps, self._redo, self._entry = steps, redo, entry
+        self.there = set(kept)
+        self.bytes = sum(steps[name].bytes for name in self.there if name != entry)
+        self.peaks = (NONE, NONE, NONE)
+
+    def follow(self, event):
+        if event.kind == "live":
+            self._note(event.other)
+        elif event.kind == "made":
+            self._add(event.step)
+        elif event.kind == "need":
+            self.need(event.step, event.other)
+        elif event.kind == "done" or event.step in self._redo:
+            self._remove(event.step)
+
+    def need(self, name, other):
+        """Redo the step `name` unless its output is there, and before it what it is redone from, as a Tape does."""
+        if name in self.there:
+            return
+        before, meanwhile, after = self.peaks
+        if name == self._entry:
+            self.there.add(name)
+            self.peaks = before, max(meanwhile, self.bytes + other), after
+            return
+        for source in self._steps[name].inputs:
+            self.need(source, other)
+        self._note(other + self._steps[name].redo_bytes)
+        self._add(name)
+
+    def _note(self, other):
+        before, meanwhile, after = self.peaks
+        if self._entry in self.there:
+            self.peaks = before, meanwhile, max(after, self.bytes + other)
+        else:
+            self.peaks = max(before, self.bytes + other), meanwhile, after
+
+    def _add(self, name):
+        self.there.add(name)
+        self.bytes += self._steps[name].bytes
+
+    def _remove(self, name):
+        if name in self.there and name != self._entry:
+            self.there.remove(name)
+            self.bytes -= self._steps[name].bytes
 
 
-def _undominated(plans):
-    """The plans, fewest bytes first, that no other beats in bytes without costing more."""
-    best = []
-    for plan in sorted(plans, key=lambda plan: plan[:2]):
-        if not best or plan[1] < best[-1][1]:
-            best.append(plan)
-    return best
+def _unbeaten(items, figures):
+    """The `items` but those that another equals or betters in each of figures(item), a tuple: the less the better."""
+    items = sorted(items, key=figures)
+    table, numbers, found = np.array([figures(item) for item in items]), np.arange(len(items)), []
+    while len(numbers):
+        found.append(items[numbers[0]])
+        is_better = (table < table[0]).any(1)
+        table, numbers = table[is_better], numbers[is_better]
+    return found

@@ -5,11 +5,11 @@ names the steps of its forward, and for each step its output is either kept or r
 turn be redone. So a BatchNorm and its ReLU, which cost one pass over memory, are redone without the convolution
 before them, and so is the sum that ends a residual block.
 
-Redoing is exact: it runs the same operations on the same numbers, and leaves BatchNorm's running statistics alone.
+Redoing is exact: it computes the same numbers again, and leaves BatchNorm's running statistics alone. A redone
+BatchNorm does not look for the mean and the variance a second time, since autograd has them from forward.
 """
 
 import torch
-import torch.nn.functional as F
 
 from harness.memory import count_saved, overlook_weight
 
@@ -19,19 +19,21 @@ class Tape:
 
     with Tape(redo) as tape:
         hidden = tape.run("conv", conv, x)
-        out = tape.run("relu", lambda hidden: F.relu(tape.batch_norm(bn, hidden)), hidden)
+        out = tape.run("relu", lambda hidden: tape.batch_norm(bn, hidden).relu_(), hidden)
 
     A step takes tensors and returns one new tensor; it depends on its arguments and on parameters alone, and changes
-    neither in place. What autograd saves outside `run` is kept.
+    neither in place. What autograd saves outside `run` is kept, but for the output of the step before.
     """
 
     def __init__(self, redo):
         self._redo = redo
-        self._saved = []  # What autograd has saved during the step that is running.
-        self.redoing = False
+        self._saved = []  # What autograd has saved since the step before, or during the one that is running.
+        self._last = []  # (output, _Step) of the step before, if it is redone.
+        self._statistics = []  # (mean, inverse deviation) of each BatchNorm of the step that is running.
+        self._known = None  # While a step is redone, an iterator over those of its forward.
 
     def __enter__(self):
-        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, _Saved.unpack)
+        self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
         self._hooks.__enter__()
         return self
 
@@ -39,30 +41,60 @@ class Tape:
         self._hooks.__exit__(*error)
         # The hooks hold this tape: without them it goes as soon as backward is done, and not when the collector runs.
         del self._hooks
-        self._settle([])
+        self._settle(self._last)
+        self._last = []
 
     def run(self, name, function, *inputs):
         """Call `function(*inputs)` as the step `name`, and return its output."""
-        self._settle([])  # What was saved since the last step stays.
+        self._settle(self._last)
+        self._last, self._statistics = [], []
         output = function(*inputs)
         redone = [(tensor, tensor._step) for tensor in inputs if hasattr(tensor, "_step")]
         if self._redo(name):
             # Detached, since a step outlives forward and must not hold its graph.
-            output._step = _Step(self, function, [getattr(tensor, "_step", tensor.detach()) for tensor in inputs])
-            redone.append((output, output._step))
-        self._settle(redone)
+            operands = [getattr(tensor, "_step", tensor.detach()) for tensor in inputs]
+            for tensor in inputs:
+                # What needs no gradient is the model's own input, and there anyway.
+                if tensor.requires_grad and not hasattr(tensor, "_step"):
+                    count_saved(tensor)
+            output._step = _Step(self, name, function, operands, self._statistics)
+            self._last = [(output, output._step)]
+        self._settle(redone + self._last)
+        return output
+
+    def redo(self, step, inputs):
+        """The output of the _Step `step` once more, from its inputs, a list of tensors."""
+        self._known = iter(step.statistics)
+        try:
+            with torch.no_grad(), torch.autocast(**step.autocast):
+                return step.function(*inputs)
+        finally:
+            self._known = None
+
+    def batch_norm(self, layer, x):
+        """`layer(x)` for a BatchNorm layer in training, a new tensor that may be changed in place.
+
+        When x is redone, running statistics stay as they are, and the batch's are those of forward.
+        """
+        if self._known is not None:
+            mean, deviation = next(self._known)
+            # The kernel of inference, told that the variance is 1: it forms the factors that the one of training does,
+            # weight * deviation and bias - mean * factor, and so the same numbers.
+            one = torch.ones_like(mean)
+            return torch.native_batch_norm(x, layer.weight * deviation, layer.bias, mean, one, False, 0.0, 0.0)[0]
+        layer.num_batches_tracked.add_(1)
+        # What F.batch_norm itself calls; it returns the batch's statistics as well.
+        output, mean, deviation, *_ = torch._batch_norm_impl_index(
+            x, layer.weight, layer.bias, layer.running_mean, layer.running_var, True, layer.momentum, layer.eps,
+            torch.backends.cudnn.enabled,
+        )  # fmt: skip
+        self._statistics.append((mean.detach(), deviation.detach()))
         return output
 
     def _settle(self, redone):
         for saved in self._saved:
             saved.settle(redone)
         self._saved.clear()
-
-    def batch_norm(self, layer, x):
-        """`layer(x)` for a BatchNorm layer in training; when x is redone, its running statistics stay as they are."""
-        if not self.redoing:
-            return layer(x)
-        return F.batch_norm(x, None, None, layer.weight, layer.bias, training=True, eps=layer.eps)
 
     def _pack(self, tensor):
         overlook_weight(tensor)
@@ -71,11 +103,12 @@ class Tape:
         self._saved.append(saved)
         return saved
 
+    def _unpack(self, saved):
+        return saved.tensor if saved.step is None else saved.step.use()
+
 
 class _Saved:
     """What autograd holds in place of a saved tensor: the tensor, or the step that gives it again."""
-
-    __slots__ = ("tensor", "step")
 
     def __init__(self, tensor):
         self.tensor, self.step = tensor, None
@@ -89,26 +122,21 @@ class _Saved:
                 return
         count_saved(self.tensor)
 
-    def unpack(self):
-        return self.tensor if self.step is None else self.step.use()
-
 
 class _Step:
     """How to get a forgotten tensor back. Its operands are tensors, or the steps of forgotten ones."""
 
-    def __init__(self, tape, function, operands):
+    def __init__(self, tape, name, function, operands, statistics):
+        self.name, self.function, self.statistics = name, function, statistics
         self.uses = 0  # How often backward will ask for the result; after that it is forgotten again.
-        self._tape, self._function, self._operands = tape, function, operands
+        self._tape, self._operands = tape, operands
         self._result = None
-        self._autocast = {
+        self.autocast = {
             "device_type": (device := _device_type(operands)),
             "enabled": torch.is_autocast_enabled(device),
             "dtype": torch.get_autocast_dtype(device),
             "cache_enabled": False,
         }
-        for operand in operands:
-            if isinstance(operand, torch.Tensor):
-                count_saved(operand)
 
     def use(self):
         result = self.value()
@@ -120,12 +148,7 @@ class _Step:
     def value(self):
         if self._result is None:
             inputs = [operand.value() if isinstance(operand, _Step) else operand for operand in self._operands]
-            with torch.no_grad(), torch.autocast(**self._autocast):
-                self._tape.redoing = True
-                try:
-                    self._result = self._function(*inputs)
-                finally:
-                    self._tape.redoing = False
+            self._result = self._tape.redo(self, inputs)
         return self._result
 
 

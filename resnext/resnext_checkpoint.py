@@ -2,7 +2,7 @@
 """Train ResNeXt on small pictures with activation checkpointing: the loop of resnext.py, less memory, some work twice.
 
 --policy says what backward redoes instead of forward keeping it (models/resnext_checkpoint.py tells them apart);
---memory_budget plans it for the share of the plain run's saved activations that may be kept. Weights, losses and
+--memory_budget plans it, so that the peak is at most a share of the run's without redoing. Weights, losses and
 BatchNorm statistics are those of resnext.py, bit for bit on a CPU.
 """
 
@@ -15,32 +15,27 @@ import torch
 from torch import nn
 
 from experiment import ImageRun, Metrics, evaluate, get_args_parser, training_batches
-from harness import arguments, determinism, distributed, endings
+from harness import determinism, distributed, endings
 from harness.memory import SavedBytes
 from harness.planning import StepCost
 from harness.precision import choose_precision
 from harness.resume import stop_requests
 from harness.timing import PhaseTimer, nvtx_range
 from images import load_images
+from memory_plan import add_budget_arguments, compare_with_plan, plan_memory, policy_label
 from models.resnext import parse_name
-from models.resnext_checkpoint import DEFAULT_POLICY, POLICIES, CheckpointResNeXt
+from models.resnext_checkpoint import DEFAULT_POLICY, CheckpointResNeXt
 
 
 def main():
     parser = get_args_parser(__doc__)
-    how = parser.add_mutually_exclusive_group()
-    how.add_argument("--policy", choices=[*POLICIES, "nested"], default=DEFAULT_POLICY, help="what backward redoes")
-    how.add_argument(
-        "--memory_budget",
-        type=arguments.fraction,
-        help="plan what to redo, so that this share of the plain run's saved activations is kept",
-    )
+    add_budget_arguments(parser, DEFAULT_POLICY)
     args = parser.parse_args()
     determinism.apply(args)
     with distributed.world() as world:
         world.check_divisible(args.batch_size)
         precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
-        policy = f"budget{args.memory_budget:g}" if args.memory_budget else args.policy
+        policy = policy_label(args)
         suffix = "_checkpoint" if policy == DEFAULT_POLICY else f"_checkpoint_{policy}"
         run = ImageRun("resnext_checkpoint", suffix, args, world, precision=precision.label, policy=policy)
         with run.lock():
@@ -58,33 +53,10 @@ def load_parts(args, world, run):
     return data, model.to(world.device)
 
 
-def plan_memory(model, args, world, precision, run):
-    """Give `model` the plan for --memory_budget, print it, and return it; None without a budget."""
-    if not args.memory_budget:
-        return None
-    with precision.autocast():
-        plan = model.plan(args.memory_budget, args.batch_size // world.size)
-    model.policy = plan.redo
-    run.facts["plan"] = plan._asdict() | {"redo": sorted(plan.redo)}
-    world.say(f"plan: {plan}")
-    return plan
-
-
-def compare_with_plan(plan, saved, cost, run):
-    """Put what the run's first step took into the record, and print it beside the plan, if there is one."""
-    if plan and saved.bytes is not None and "measured" not in run.facts:
-        run.facts["measured"] = {
-            "held_bytes": saved.bytes,
-            "peak_bytes": cost.peak_bytes,
-            "extra_flops": cost.redone_flops,
-        }
-        run.world.say(f"measured: {plan.compared_with(**run.facts['measured'])}")
-
-
 def train(args, world, precision, run):
     device = world.device
     data, model = load_parts(args, world, run)
-    plan = plan_memory(model, args, world, precision, run)
+    plan = plan_memory(model, data, args, world, precision, run)
     parallel_model = world.wrap(model)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=5e-4, fused=device.type == "cuda")

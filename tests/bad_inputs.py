@@ -72,7 +72,7 @@ TABLE = {
     "resnext/resnext_checkpoint.py": [
         ("--memory_budget 0", "--memory_budget: '0' is not a number above 0 and at most 1"),
         ("--memory_budget 1.1", "--memory_budget: '1.1' is not"),
-        ("--memory_budget 0.01", "cannot be met; the least that this model can keep is"),
+        ("--memory_budget 0.01", "cannot be met; the least peak that this model can have is"),
         ("--policy all", "--policy: invalid choice"),
         ("--policy block --memory_budget 0.5", "not allowed with argument"),
     ],

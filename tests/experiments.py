@@ -83,7 +83,7 @@ def experiments(inputs):
     image_script = {"go_on": ("--resume",), "workers": ("--num_worker", 2)}
     found = [
         Experiment("resnext.py", resnext, processes=True, **image_script),
-        Experiment("resnext_checkpoint.py", [*resnext, "--memory_budget", 0.4], **image_script),
+        Experiment("resnext_checkpoint.py", [*resnext, "--memory_budget", 0.8], **image_script),
         Experiment("resnext_fast.py", resnext, go_on=("--resume",), workers=("--loader", "workers", "--num_worker", 2)),
         Experiment(
             "finetune_model.py",

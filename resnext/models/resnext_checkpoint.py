@@ -3,14 +3,13 @@
 A policy says which steps backward redoes instead of forward keeping them (steps of a block: conv1, relu1, conv2,
 relu2, conv3, shortcut, out):
 
-segments  relu1, relu2: each segment BatchNorm -> ReLU -> next convolution keeps what it starts from; no convolution
-          is redone.
-chain     relu1, relu2 and out: the sum that ends a block, too, is redone from its two summands. Still no convolution.
+chain     relu1, relu2 and out: each BatchNorm, ReLU and sum is redone from the convolutions before it; no convolution
+          is. (The block's input comes back from the sums before it, too.)
 block     all but out: a block keeps its input alone (the usual practice; Chen et al. 2016).
 nested    the original study's way, by torch.utils.checkpoint: stages, and in them blocks again. It is here to be
           compared with.
 
-A collection of step names ("layer1.0.conv1", ...) works as a policy too: a memory plan (harness.planning) is one.
+A collection of step names ("layer1.0.conv1", ...) works as a policy too: the `redo` of a harness.planning.Plan is one.
 """
 
 import contextlib
@@ -20,12 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from harness.planning import plan_recomputation
 from harness.recompute import Tape
+from harness.rehearsal import rehearse
 from models.resnext import Block, ResNeXt
 
 POLICIES = {
-    "segments": ("relu1", "relu2"),
     "chain": ("relu1", "relu2", "out"),
     "block": ("conv1", "relu1", "conv2", "relu2", "conv3", "shortcut"),
 }
@@ -38,17 +36,17 @@ class CheckpointBlock(Block):
     def forward(self, x, tape=None, name=""):
         if tape is None:
             return super().forward(x)
-        norm = tape.batch_norm
+        norm = tape.batch_norm  # What it returns may be changed in place: nothing needs it for backward.
         out = tape.run(f"{name}.conv1", self.conv1, x)
-        out = tape.run(f"{name}.relu1", lambda out: F.relu(norm(self.bn1, out)), out)
+        out = tape.run(f"{name}.relu1", lambda out: norm(self.bn1, out).relu_(), out)
         out = tape.run(f"{name}.conv2", self.conv2, out)
-        out = tape.run(f"{name}.relu2", lambda out: F.relu(norm(self.bn2, out)), out)
+        out = tape.run(f"{name}.relu2", lambda out: norm(self.bn2, out).relu_(), out)
         out = tape.run(f"{name}.conv3", self.conv3, out)
         if not len(self.shortcut):
-            return tape.run(f"{name}.out", lambda out, x: F.relu(norm(self.bn3, out) + x), out, x)
+            return tape.run(f"{name}.out", lambda out, x: norm(self.bn3, out).add_(x).relu_(), out, x)
         convolution, bn = self.shortcut
         x = tape.run(f"{name}.shortcut", convolution, x)
-        return tape.run(f"{name}.out", lambda out, x: F.relu(norm(self.bn3, out) + norm(bn, x)), out, x)
+        return tape.run(f"{name}.out", lambda out, x: norm(self.bn3, out).add_(norm(bn, x)).relu_(), out, x)
 
 
 class CheckpointResNeXt(ResNeXt):
@@ -76,20 +74,26 @@ class CheckpointResNeXt(ResNeXt):
 
     def run_steps(self, tape, x):
         """The training forward as named steps on `tape`."""
-        out = self.conv1(x)  # Not a step: redoing it would hold the pictures, for little.
-        out = tape.run("stem.relu1", lambda out: F.relu(tape.batch_norm(self.bn1, out)), out)
+        out = tape.run("stem.conv1", self.conv1, x)
+        out = tape.run("stem.relu1", lambda out: tape.batch_norm(self.bn1, out).relu_(), out)
         for stage in ("layer1", "layer2", "layer3"):
             for index, block in enumerate(getattr(self, stage)):
                 out = block(out, tape, f"{stage}.{index}")
-        out = tape.run("head.pool", lambda out: F.avg_pool2d(out, out.shape[2:]), out)
-        return self.linear(out.flatten(1))
+        out = tape.run("head.pool", lambda out: F.avg_pool2d(out, out.shape[2:]).flatten(1), out)
+        return self.linear(out)
 
-    def plan(self, budget, batch_size):
-        """The harness.planning.Plan that holds at most `budget` of the plain run's saved activations."""
+    def rehearse(self, batch_size, side=32, timed=True, **layout):
+        """The harness.rehearsal.Timeline of a training step, for harness.planning. Call it under the run's autocast.
+
+        side: of the pictures, in pixels. layout: their memory_format and dtype. timed: whether to take seconds, too.
+        """
         # On a copy, since forward moves BatchNorm's statistics. What the pictures show does not matter.
-        model = copy.deepcopy(self).train()
-        images = torch.zeros(4, 3, 32, 32, device=self.linear.weight.device)
-        return plan_recomputation(model, model.run_steps, images, budget, batch_size)
+        model, device = copy.deepcopy(self).train(), self.linear.weight.device
+
+        def pictures(count):
+            return torch.zeros(count, 3, side, side, device=device).to(**layout)
+
+        return rehearse(model, model.run_steps, pictures, batch_size, timed)
 
     def _nested_forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))

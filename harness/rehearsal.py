@@ -1,0 +1,249 @@
+"""What a training step on a Tape (harness.recompute) takes, step by step: what harness.planning plans with.
+
+A small batch goes through forward and backward once, with every step redone, and what happens is noted as events: a
+step's output is made, is left by forward, is needed by backward, is done with; and how many bytes of other tensors
+(gradients, and what operators work in) are there meanwhile. From two small batches follow the bytes of any other.
+Then the true batch goes through forward once, to see how long redoing each step takes.
+"""
+
+import contextlib
+import time
+import weakref
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from harness.memory import LiveBytes, SavedBytes
+from harness.recompute import Tape
+
+FEW, MORE = 2, 4  # Pictures, or what else a batch holds, of the two rehearsals.
+REPETITIONS, ENOUGH_SECONDS = 3, 0.2  # A step is redone so often for its time, or until it took so long in all.
+
+
+class Step(NamedTuple):
+    """A step of forward: the names of those that its inputs come from; the bytes of its output, those that redoing it
+    takes at most (its output among them), the FLOPs and the seconds of redoing it, and the bytes that it reads and
+    writes."""
+
+    name: str
+    inputs: tuple
+    bytes: int
+    redo_bytes: int
+    flops: int
+    moved: int
+    seconds: float = 0.0
+
+
+EXTRAPOLATED = ("bytes", "redo_bytes", "flops", "moved")
+
+
+class Event(NamedTuple):
+    """kind: "made" (a step's output, by forward), "left" (it goes, where it is redone), "need" (backward asks for it),
+    "done" (and will not again), or "live", of no step. other: the bytes of what is no step's output; in "live" at their
+    highest since the event before."""
+
+    kind: str
+    step: str | None
+    other: int
+
+
+class Group(NamedTuple):
+    """Steps that follow each other, such as a block's. Their inputs come from them, or from `entry`: the last step of
+    the group before, whose output is all that leaves a group. forward, backward: lists of Event."""
+
+    entry: str | None
+    steps: list
+    forward: list
+    backward: list
+
+
+class Timeline(NamedTuple):
+    """A training step: its groups in forward's order, the last of which has what follows the last step. fixed: bytes
+    that are held for backward whatever is redone."""
+
+    groups: list
+    fixed: int
+
+    @property
+    def steps(self):
+        """{name: Step}"""
+        return {step.name: step for group in self.groups for step in group.steps}
+
+
+def rehearse(model, forward, make_batch, size, timed=True):
+    """The Timeline of a training step of `model` on make_batch(size), a tensor whose first dimension is `size`.
+
+    forward(tape, batch) runs the model's training forward on a Tape and returns its output. It is called several times,
+    so `model` should be a copy of the one to train. timed: whether to take the seconds of the steps.
+    """
+    few, more = (_rehearse_part(model, forward, make_batch(count)) for count in (FEW, MORE))
+    seconds = _time_steps(forward, make_batch(size)) if timed else {}
+    factor = (size - FEW) / (MORE - FEW)
+
+    def line(a, b):
+        return round(a + factor * (b - a))
+
+    def steps(a, b):
+        for one, other in zip(a, b, strict=True):
+            figures = {name: line(getattr(one, name), getattr(other, name)) for name in EXTRAPOLATED}
+            yield one._replace(**figures, seconds=seconds.get(one.name, 0.0))
+
+    def events(a, b):
+        return [one._replace(other=line(one.other, other.other)) for one, other in zip(a, b, strict=True)]
+
+    groups = [
+        Group(a.entry, list(steps(a.steps, b.steps)), events(a.forward, b.forward), events(a.backward, b.backward))
+        for a, b in zip(few.groups, more.groups, strict=True)
+    ]
+    return Timeline(groups, line(few.fixed, more.fixed))
+
+
+def _rehearse_part(model, forward, batch):
+    tape = _Rehearsal(model)
+    with SavedBytes(model) as saved, tape.live, tape:
+        output = forward(tape, batch)
+    tape.begin_backward()
+    with tape.live, torch.autocast(batch.device.type, enabled=False):
+        output.sum().backward()
+    model.zero_grad(set_to_none=True)
+    needed = {event.step for group in tape.groups for event in group.backward if event.kind == "need"}
+    unneeded = {step.name for group in tape.groups for step in group.steps} - needed
+    if unneeded:  # To keep it would take no memory, and so there is nothing to plan.
+        raise ValueError(f"backward does not need the outputs of {sorted(unneeded)}: no steps of their own")
+    return Timeline(tape.groups, saved.bytes)
+
+
+class _Watch(LiveBytes):
+    """LiveBytes that calls `noticed` when there is a new tensor."""
+
+    def __init__(self, model, noticed):
+        super().__init__(model)
+        self._noticed = noticed
+
+    def follow(self, tensor):
+        super().follow(tensor)
+        self._noticed()
+
+
+class _Rehearsal(Tape):
+    """A Tape that redoes every step and notes, while `live` is entered, what happens in `groups`.
+
+    Backward's first need redoes all steps, one from the other; what each takes is noted in its Step, and what is there
+    in backward is then what would be there had forward kept everything.
+    """
+
+    def __init__(self, model):
+        super().__init__(redo=lambda name: True)
+        self.groups = [Group(None, [], [], [])]
+        self.live = _Watch(model, self._notice)
+        self._made_by = {}  # id of an output of forward -> (a weak reference to it, the step's name)
+        self._bytes_of_outputs = 0
+        self._is_running = self._is_backward = False
+        self._group = 0  # In backward, of the operation that saved what was unpacked last.
+        self._redone_from = None  # Bytes that were there when the redoing of a step began.
+
+    def run(self, name, function, *inputs):
+        group = name.rpartition(".")[0]
+        last = self.groups[-1].steps
+        if last and last[0].name.rpartition(".")[0] != group:
+            self.groups.append(Group(last[-1].name, [], [], []))
+        self._is_running = True
+        with FlopCounterMode(display=False) as counter:
+            output = super().run(name, function, *inputs)
+        self._is_running = False
+        sources = [self._made_by.get(id(tensor), (None, None)) for tensor in inputs]
+        sources = tuple(name for (made, name), tensor in zip(sources, inputs, strict=True) if made and made() is tensor)
+        self._made_by[id(output)] = weakref.ref(output), name
+        moved = sum(tensor.nbytes for tensor in (*inputs, output))
+        step = Step(name, sources, output.untyped_storage().nbytes(), 0, counter.get_total_flops(), moved)
+        self.groups[-1].steps.append(step)
+        self._follow(name, output)
+        self._note("made", name)
+        return output
+
+    def redo(self, step, inputs):
+        self._redone_from, self.live.peak = self.live.now, self.live.now
+        result = super().redo(step, inputs)
+        self._set_redo_bytes(step.name, self.live.peak - self._redone_from)
+        self._redone_from = None
+        self._follow(step.name, result)
+        return result
+
+    def begin_backward(self):
+        """Call between forward and backward; what follows the last step becomes a group of its own."""
+        self._is_backward = True
+        self._group = len(self.groups)
+        self.groups.append(Group(self.groups[-1].steps[-1].name, [], [], []))
+
+    def _set_redo_bytes(self, name, size):
+        for group in self.groups:
+            for index, step in enumerate(group.steps):
+                if step.name == name:
+                    group.steps[index] = step._replace(redo_bytes=size)
+
+    def _follow(self, name, output):
+        """From here on the storage of `output` is that of the step `name`, until it is freed."""
+        storage = output.untyped_storage()
+        self._bytes_of_outputs += storage.nbytes()
+        weakref.finalize(storage, self._let_go, name, storage.nbytes())
+
+    def _let_go(self, name, size):
+        self._bytes_of_outputs -= size
+        self._note("done" if self._is_backward else "left", name)
+
+    def _notice(self):
+        if self._redone_from is None:
+            self._note("live", None)
+
+    def _note(self, kind, name):
+        group = self.groups[self._group if self._is_backward else -1]
+        events = group.backward if self._is_backward else group.forward
+        other = self.live.now - self._bytes_of_outputs
+        if kind == "live" and events and events[-1].kind == "live":
+            other = max(other, events.pop().other)
+        events.append(Event(kind, name, other))
+
+    def _pack(self, tensor):
+        saved = super()._pack(tensor)
+        # What is saved between two groups is of the latter; what is before the first step is of the first group.
+        is_between = self.groups[-1].steps and not self._is_running
+        saved.group = len(self.groups) - (0 if is_between else 1)
+        return saved
+
+    def _unpack(self, saved):
+        self._group = saved.group
+        tensor = super()._unpack(saved)
+        if saved.step is not None:
+            self._note("need", saved.step.name)
+        return tensor
+
+
+def _time_steps(forward, batch):
+    """{name: seconds that redoing the step takes}, of one forward on `batch` that keeps nothing."""
+    watch = _Stopwatch()
+    with torch.no_grad():
+        forward(watch, batch)
+    return watch.seconds
+
+
+class _Stopwatch(Tape):
+    """A Tape that takes the time of redoing each step, in `seconds`. It is not to be entered: nothing is redone."""
+
+    def __init__(self):
+        super().__init__(redo=lambda name: True)
+        self.seconds = {}
+
+    def run(self, name, function, *inputs):
+        output = super().run(name, function, *inputs)
+        wait = torch.cuda.synchronize if output.is_cuda else contextlib.nullcontext
+        times = []
+        while len(times) < REPETITIONS and sum(times) < ENOUGH_SECONDS:  # Forward has warmed up.
+            wait()
+            start = time.perf_counter()
+            again = self.redo(output._step, inputs)
+            wait()
+            times.append(time.perf_counter() - start)
+            del again
+        self.seconds[name] = min(times)
+        return output

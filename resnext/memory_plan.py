@@ -1,0 +1,60 @@
+"""--policy and --memory_budget in a training script: what backward redoes, so that forward need not keep it.
+
+model.policy = args.policy
+plan = plan_memory(model, data, args, world, precision, run)
+saved, cost = SavedBytes(model), StepCost(model, device, enabled=plan is not None)
+# ... the training steps ...
+compare_with_plan(plan, saved, cost, run)
+"""
+
+from harness import arguments
+from harness.planning import plan_recomputation
+from models.resnext_checkpoint import POLICIES
+
+HELP = """redo in backward what is cheapest to redo, so that the peak is at most this share, from 0 to 1, of the run's
+without redoing. The peak: the most bytes of activations and their gradients that are there at once, and so what has to
+fit into memory"""
+HELP_OF = """what --memory_budget limits. held: the activations that are kept when forward ends; in backward there may
+then be more at once"""
+
+
+def add_budget_arguments(parser, policy):
+    """Add --policy, by default `policy`, --memory_budget and --budget_of to `parser`."""
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--policy", choices=[*POLICIES, "nested"], default=policy, help="what backward redoes")
+    how.add_argument("--memory_budget", type=arguments.fraction, metavar="SHARE", help=HELP)
+    parser.add_argument("--budget_of", choices=("peak", "held"), default="peak", help=HELP_OF)
+
+
+def policy_label(args):
+    """What the arguments come to, in the name of a run's files: "budget0.4", "held0.4", or the policy."""
+    if not args.memory_budget:
+        return args.policy
+    return f"{'held' if args.budget_of == 'held' else 'budget'}{args.memory_budget:g}"
+
+
+def plan_memory(model, data, args, world, precision, run, **layout):
+    """Give `model` the plan for --memory_budget, print it, and return it; None without a budget.
+
+    data: the ImageData. layout: memory_format and dtype of the pictures.
+    """
+    if not args.memory_budget:
+        return None
+    with precision.autocast():
+        timeline = model.rehearse(args.batch_size // world.size, data.train_images.shape[1], **layout)
+    plan = plan_recomputation(timeline, **{args.budget_of: args.memory_budget})
+    model.policy = plan.redo
+    run.facts["plan"] = plan._asdict() | {"redo": sorted(plan.redo)}
+    world.say(f"plan: {plan}")
+    return plan
+
+
+def compare_with_plan(plan, saved, cost, run):
+    """Put what the run's first step took into the record, and print it beside the plan, if there is one."""
+    if plan and saved.bytes is not None and "measured" not in run.facts:
+        run.facts["measured"] = {
+            "held_bytes": saved.bytes,
+            "peak_bytes": cost.peak_bytes,
+            "extra_flops": cost.redone_flops,
+        }
+        run.world.say(f"measured: {plan.compared_with(**run.facts['measured'])}")
