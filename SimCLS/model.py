@@ -25,6 +25,8 @@ from harness.files import atomic_write, write_json
 from pretrained import check_length, load
 from transformers import AutoModelForTextEncoding
 
+from scorer import minilm
+
 MARGIN = 0.01  # Of the published scorers, as are 512 tokens of a document and 120 of a summary.
 TOTAL_LEN, MAX_LEN = 512, 120
 # Their names in the configurations of T5, of BERT's family, and of others.
@@ -120,7 +122,7 @@ def score_samples(scorer, samples, numbers, batch_size, device, precision):
 
 
 def load_encoder(name, dropout=0.0):
-    """(encoder in float32, tokenizer) of a folder in `from_pretrained` form or a name on the hub.
+    """(encoder in float32, tokenizer) of a folder in `from_pretrained` form, a name on the hub, or "minilm".
 
     dropout: its probability in training, wherever the encoder has any.
 
@@ -128,10 +130,10 @@ def load_encoder(name, dropout=0.0):
     """
     # In the precision of the file, which is the library's default, small updates would be lost.
     encoder, tokenizer = load(
-        name,
+        minilm.resolve(name),
         AutoModelForTextEncoding,
         problem=f"no encoder can be loaded from {name!r}, as a folder or as a name on the hub",
-        advice="create_model.py makes one from scratch",
+        advice=minilm.ADVICE if name == minilm.NAME else "create_model.py makes one from scratch",
         dtype=torch.float32,
         **dict.fromkeys(DROPOUT_KEYS, dropout),
     )
@@ -152,7 +154,7 @@ def longest_input(encoder, tokenizer):
 def load_scorer(name=None, weights=None, total_len=None, max_len=None, dropout=0.0):
     """(Scorer on the CPU, data_utils.TextEncoding, description) to train or to score with.
 
-    name: the encoder, a folder or a hub name; None for the one that `weights` was trained for, else roberta-base.
+    name: the encoder, as for `load_encoder`; None for the one that `weights` was trained for, else roberta-base.
     weights: path of a trained scorer, or None for the encoder as it is. total_len, max_len: tokens of a document and of
     a summary; None for those of the training. An encoder that reads less has its own limit. dropout: in training.
 

@@ -51,7 +51,7 @@ def check_arguments(monkeypatch):
     return check
 
 
-@pytest.mark.parametrize("job", ["", "resnext", "simcls", "profile", "benchmarks", "report"])
+@pytest.mark.parametrize("job", ["", "resnext", "simcls", "pubmed", "profile", "benchmarks", "report"])
 def test_every_command_has_arguments_that_its_script_takes(job, check_arguments):
     commands = [shlex.split(line[2:]) for line in run_job(*job.split(), DRY="1") if line.startswith("$ ")]
     assert commands
@@ -73,9 +73,9 @@ def test_the_scorer_has_seven_set_ups():
 def copy_of_run_sh(tmp_path):
     """A folder with run.sh, and an environment in which python writes down its arguments to calls.txt, and no more."""
     shutil.copy(ROOT / "run.sh", tmp_path)
-    (tmp_path / "requirements.txt").touch()
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "installed").touch()
+    for name in ("requirements.txt", "requirements-encoder.txt", ".venv/installed", ".venv/encoder"):
+        (tmp_path / name).touch()
     for name in ("python", "python3"):
         (tmp_path / ".venv" / "bin" / name).write_text(f'#!/bin/sh\necho "$@" >>{tmp_path}/calls.txt\n')
         (tmp_path / ".venv" / "bin" / name).chmod(0o755)
@@ -83,7 +83,7 @@ def copy_of_run_sh(tmp_path):
 
 
 def test_what_is_finished_is_not_done_again(copy_of_run_sh):
-    finished = copy_of_run_sh / "runs" / "simcls" / "100_percent" / "samples" / "train" / "0.json"
+    finished = copy_of_run_sh / "runs" / "simcls" / "20_percent" / "samples" / "train" / "0.json"
     finished.parent.mkdir(parents=True)
     finished.touch()
     calls = copy_of_run_sh / "calls.txt"
@@ -121,6 +121,16 @@ def test_benchmarks_are_run_one_by_one_with_the_python_that_is_there(copy_of_run
     assert calls.read_text().splitlines() == [
         f"benchmarks/{name}.py --output there/{name}.json" for name in ("layout", "fast")
     ]
+
+
+def test_without_the_pretrained_encoder_the_scorer_starts_from_the_generator_s(copy_of_run_sh):
+    (copy_of_run_sh / "requirements-encoder.txt").write_text("what no index has")
+    failing = '#!/bin/sh\ncase "$*" in *requirements-encoder*|*minilm.py) exit 1 ;; esac\n'
+    for name in ("python", "python3"):
+        (copy_of_run_sh / ".venv" / "bin" / name).write_text(failing)
+    trained = [line for line in run_job(folder=copy_of_run_sh) if "/main.py" in line]
+    assert len(trained) == 1
+    assert "--model_type ../../../SimCLS/demo " in trained[0]
 
 
 def test_an_interrupted_run_ends_the_job(copy_of_run_sh):

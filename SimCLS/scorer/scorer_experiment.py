@@ -36,8 +36,8 @@ def get_args_parser(description):
     parser = OneLineParser(description=description, formatter_class=HelpWithDefaults)
     add = parser.add_argument
     add("--dataset", default="samples", help="folder with the sample folders train, val and test")
-    add("--model_type", help="encoder to start from: a folder, or a name on the hub; by default that of "
-        "--model_pt, else roberta-base")  # fmt: skip
+    add("--model_type", help="encoder to start from: a folder, a name on the hub, or minilm (of "
+        "requirements-encoder.txt); by default that of --model_pt, else roberta-base")  # fmt: skip
     add("--model_pt", help="weights to start from, or to evaluate: a path below ./cache, such as run/scorer.bin")
     add("-e", "--evaluate", action="store_true", help="score the test samples by --model_pt instead of training")
     add("-l", "--log", action="store_true", help="write log.txt and TensorBoard events beside the weights")
