@@ -21,11 +21,10 @@ from harness.endings import UserError
 from harness.loading import EpochBatches
 from texts.array_file import read_arrays, write_arrays
 from texts.samples import read_sample, sample_files
+from texts.scoring import check_references, score
 
 FORMAT = 1
 ROUGE = ("rouge1", "rouge2", "rougeL")  # The published names; rougeL is rougeLsum, as there.
-_ROUGE_COLUMNS = (0, 1, 3)  # Of fast_rouge.METRICS.
-_FMEASURE = 2  # Of fast_rouge.Score.
 CHUNK = 256  # Samples that are tokenized together.
 POOL = 32  # Batches whose samples are sorted by length together.
 
@@ -201,70 +200,76 @@ def _padded(rows, value, dtype):
     return torch.from_numpy(array)
 
 
-def tokenize_samples(samples, encoding, max_num, with_rouge):
+class TokenizedSample(NamedTuple):
+    texts: list  # int32 arrays: the document, the reference, then each candidate that differs from those before.
+    candidates: list  # Which of `texts` each candidate is.
+    scores: list
+    rouge: np.ndarray | None  # float32 [candidates, 3]
+
+
+def tokenize_samples(samples, encoding, max_num, rouge_tokens=None):
     """The arrays of a SampleSet.
 
     samples: iterable of dicts as from `read_sample`. max_num: candidates of a sample beyond so many are left out.
-    with_rouge: compute the three ROUGE values of each candidate too, as choosing among them needs.
+    rouge_tokens: compute the three ROUGE values of each candidate too, as choosing among them needs: of these tokens.
     """
-    ids, sizes, scores, rouge = [], [], [], []
-    texts_of_sample, candidate_counts, candidate_text = [], [], []
     samples = iter(samples)
-    while chunk := list(itertools.islice(samples, CHUNK)):
-        documents = encoding.documents([" ".join(sample["article_untok"]) for sample in chunk])
-        summaries = [
-            [sample["abstract_untok"], *(text for text, _ in sample["candidates_untok"][:max_num])] for sample in chunk
-        ]
-        encoded = iter(encoding.summaries([" ".join(text) for texts in summaries for text in texts]))
-        for document, texts in zip(documents, summaries, strict=True):
-            reference, *candidates = map(tuple, itertools.islice(encoded, len(texts)))
-            different = {text: place for place, text in enumerate(dict.fromkeys([reference, *candidates]), 1)}
-            texts = [document, *different]
-            ids.extend(np.array(text, dtype=np.int32) for text in texts)
-            sizes.extend(map(len, texts))
-            texts_of_sample.append(len(texts))
-            candidate_counts.append(len(candidates))
-            candidate_text.extend(different[text] for text in candidates)
-        scores.extend(score for sample in chunk for _, score in sample["candidates"][:max_num])
-        if with_rouge:
-            rouge.extend(_rouge_of(chunk, max_num))
+    chunks = iter(lambda: list(itertools.islice(samples, CHUNK)), [])
+    tokenized = [each for chunk in chunks for each in _tokenize_chunk(chunk, encoding, max_num, rouge_tokens)]
+    texts = [text for sample in tokenized for text in sample.texts]
     arrays = {
-        "ids": _smallest(np.concatenate(ids)),
-        "text_start": _starts(sizes),
-        "sample_start": _starts(texts_of_sample),
-        "candidate_start": _starts(candidate_counts),
-        "candidate_text": np.array(candidate_text, dtype=np.int64),
-        "score": np.array(scores, dtype=np.float32),
+        "ids": _smallest(np.concatenate(texts)),
+        "text_start": _starts(len(text) for text in texts),
+        "sample_start": _starts(len(sample.texts) for sample in tokenized),
+        "candidate_start": _starts(len(sample.candidates) for sample in tokenized),
+        "candidate_text": np.concatenate([np.array(sample.candidates, dtype=np.int64) for sample in tokenized]),
+        "score": np.concatenate([np.array(sample.scores, dtype=np.float32) for sample in tokenized]),
     }
-    return arrays | ({"rouge": np.concatenate(rouge)} if with_rouge else {})
+    return arrays | ({"rouge": np.concatenate([sample.rouge for sample in tokenized])} if rouge_tokens else {})
 
 
-def _rouge_of(samples, max_num):
-    from texts.fast_rouge import score_corpus  # NLTK takes seconds to import, and a token file is seldom made.
+def _tokenize_chunk(samples, encoding, max_num, rouge_tokens):
+    """Yield a TokenizedSample for each of the samples, whose texts are tokenized together."""
+    documents = encoding.documents([" ".join(sample["article_untok"]) for sample in samples])
+    summaries = [
+        [each["abstract_untok"], *(text for text, _ in each["candidates_untok"][:max_num])] for each in samples
+    ]
+    encoded = iter(encoding.summaries([" ".join(text) for texts in summaries for text in texts]))
+    rouge = _rouge_of(samples, max_num, rouge_tokens) if rouge_tokens else itertools.repeat(None)
+    for sample, document, texts, figures in zip(samples, documents, summaries, rouge, strict=False):
+        reference, *candidates = map(tuple, itertools.islice(encoded, len(texts)))
+        place = {text: place for place, text in enumerate(dict.fromkeys([reference, *candidates]), 1)}
+        yield TokenizedSample(
+            [np.array(text, dtype=np.int32) for text in (document, *place)],
+            [place[text] for text in candidates],
+            [score for _, score in sample["candidates"][:max_num]],
+            figures,
+        )
 
-    references = [sample["abstract"] for sample in samples]
-    candidates = [[text for text, _ in sample["candidates"][:max_num]] for sample in samples]
-    for figures in score_corpus(references, candidates):
-        yield figures[:, _ROUGE_COLUMNS, _FMEASURE].astype(np.float32)
+
+def _rouge_of(samples, max_num, tokens):
+    check_references((" ".join(sample["abstract"]) for sample in samples), tokens, "the samples", lambda line: None)
+    for sample in samples:
+        yield score(sample["abstract"], [text for text, _ in sample["candidates"][:max_num]], tokens).astype(np.float32)
 
 
 def _starts(counts):
-    return np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    return np.concatenate([[0], np.cumsum(list(counts))]).astype(np.int64)
 
 
 def _smallest(ids):
     return ids.astype(np.uint16) if ids.max() < 2**16 else ids
 
 
-def load_samples(folder, encoding, max_num, with_rouge, device_type, say=print):
+def load_samples(folder, encoding, max_num, rouge_tokens, device_type, say=print):
     """The SampleSet of a sample folder, from the token file beside it when that fits, else made anew.
 
-    The file is named by the tokenizer and the lengths, and fits as long as no sample's name, size or time of change
-    differs from when it was made.
+    The file is named by the tokenizer, the lengths and `rouge_tokens` (see `tokenize_samples`), and fits as long as no
+    sample's name, size or time of change differs from when it was made.
     """
     folder = Path(folder)
     files = sample_files(folder)
-    settings = [FORMAT, encoding.fingerprint, encoding.total_len, encoding.max_len, max_num, with_rouge]
+    settings = [FORMAT, encoding.fingerprint, encoding.total_len, encoding.max_len, max_num, rouge_tokens]
     path = folder.parent / f"{folder.name}-{_digest(json.dumps(settings))}.tokens"
     stats = [(file.name, file.stat()) for file in files]
     fingerprint = _digest(json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]))
@@ -272,7 +277,7 @@ def load_samples(folder, encoding, max_num, with_rouge, device_type, say=print):
     if arrays is None:
         say(f"making token ids of {len(files)} samples: {path}")
         samples = map(read_sample, tqdm(files, unit=" samples", leave=False, disable=not sys.stderr.isatty()))
-        write_arrays(path, fingerprint, tokenize_samples(samples, encoding, max_num, with_rouge))
+        write_arrays(path, fingerprint, tokenize_samples(samples, encoding, max_num, rouge_tokens))
         arrays = read_arrays(path, fingerprint)
     return SampleSet(arrays, encoding, device_type)
 

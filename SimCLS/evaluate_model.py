@@ -46,8 +46,8 @@ from search.generator import (
     search_settings,
 )
 from texts.documents import find_dataset, read_documents, split_documents, take_percent
-from texts.samples import read_sample, sample_files
-from texts.scoring import as_sample, rouge_of
+from texts.samples import as_sample, read_sample, rouge_of, sample_files
+from texts.scoring import add_rouge_argument, check_references
 from texts.sentences import SentenceSplitter
 
 RESAMPLES = 10_000
@@ -79,6 +79,7 @@ def get_args_parser():
     add("--dataset_percent", type=positive_float, default=100, help="share of the test split (default: 100)")
     add("--doc_col_name", default="abstract", help="column of the documents (default: %(default)s)")
     add("--sum_col_name", default="title", help="column of the summaries (default: %(default)s)")
+    add_rouge_argument(parser)
     add_search_arguments(parser)
     parser.set_defaults(num_cands=None)  # With --samples a number has to be theirs.
     files = parser.add_argument_group("instead: prepared samples, or summaries")
@@ -94,7 +95,7 @@ def main():
     check_arguments(args)
     with distributed.world() as world:
         if args.summaries:
-            systems = {"summaries": score_files(args.summaries, args.references, args.sources)}
+            systems = {"summaries": score_files(args.summaries, args.references, args.sources, args.rouge_tokens)}
             default_output = args.summaries.with_name("evaluation.json")
         else:
             precision = choose_precision(args.half_precision, world.device, true_fp32=True)
@@ -133,7 +134,7 @@ def check_arguments(args):
 # --------------------------------------------------------------------------------------------------- the figures
 
 
-def score_files(summaries, references, sources=None):
+def score_files(summaries, references, sources=None, tokens="standard"):
     """The ROUGE of each line of `summaries` against that of `references`: float64 [lines, 3].
 
     sources: file of the documents, from which Punkt learns where sentences end.
@@ -141,21 +142,25 @@ def score_files(summaries, references, sources=None):
     texts, targets = list(read_lines(summaries)), list(read_lines(references))
     if len(texts) != len(targets) or not texts:
         raise UserError(f"{summaries} has {len(texts)} lines, {references} {len(targets)}; they need the same, and one")
+    check_references(targets, tokens, references)
     split = SentenceSplitter(read_lines(sources) if sources else None).split
-    sample_of = (as_sample("", target, [text], split) for text, target in zip(texts, targets, strict=True))
+    sample_of = (as_sample("", target, [text], split, tokens) for text, target in zip(texts, targets, strict=True))
     return np.array([sample["rouge"][0] for sample in sample_of])
 
 
 def load_test_samples(args, world, precision):
     """The test samples, a list: those of --samples, or generated ones of the test documents, in their order."""
     if args.samples:
-        return [read_sample(path) for path in sample_files(args.samples)]
+        samples = [read_sample(path) for path in sample_files(args.samples)]
+        check_references((" ".join(sample["abstract"]) for sample in samples), args.rouge_tokens, args.samples)
+        return [sample | {"rouge": rouge_of(sample, args.rouge_tokens)} for sample in samples]
     documents = read_documents(find_dataset(args.dataset_name), args.doc_col_name, args.sum_col_name)
     documents = take_percent(split_documents(documents)["test"], args.dataset_percent)
+    check_references((document.summary for document in documents), args.rouge_tokens, args.dataset_name)
     model, tokenizer = load_generator(args.generator_name, generator_dtype(args.half_precision, precision))
     settings = search_settings(args, model.generation_config)
     generator = CandidateGenerator(model.to(world.device), tokenizer, settings, args.max_source_length)
-    return generate_samples(generator, documents, args.cand_gen_batch)
+    return generate_samples(generator, documents, args.cand_gen_batch, args.rouge_tokens)
 
 
 def compare_counts(samples, wanted, trained):
@@ -176,8 +181,8 @@ def compare_counts(samples, wanted, trained):
 
 def compare(scorer, encoding, samples, batch_size, world, precision):
     """The ROUGE of each way to choose a candidate, name -> float64 [documents, 3], and the scorer's choices."""
-    every = [rouge_of(sample) for sample in samples]
-    dataset = SampleSet(tokenize_samples(samples, encoding, sys.maxsize, False), encoding, world.device.type)
+    every = [sample["rouge"] for sample in samples]
+    dataset = SampleSet(tokenize_samples(samples, encoding, sys.maxsize), encoding, world.device.type)
     numbers = np.argsort(dataset.document_lengths, kind="stable")
     choices = np.empty(len(samples), dtype=np.int64)
     for part, batch, scores, _ in score_samples(scorer, dataset, numbers, batch_size, world.device, precision):

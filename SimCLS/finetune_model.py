@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
+import numpy as np
 import torch
 import transformers
 from pretrained import check_length, half_precision_dtype
@@ -37,13 +38,12 @@ from harness.precision import choose_precision, half_precision_type
 from harness.resume import check_arguments, stop_requests
 from search.generator import load_generator
 from texts.documents import clean, find_dataset, read_documents, split_documents, take_percent
-from texts.fast_rouge import RougeReference
-from texts.scoring import split_lower
+from texts.samples import split_lower
+from texts.scoring import METRICS, add_rouge_argument, check_references, score
 from texts.sentences import SentenceSplitter, ptb_tokenize
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # Of torchrun.
 STATE_FILES = ("model*", "optimizer.pt", "scheduler.pt", "rng_state*")  # Of the Trainer, besides trainer_state.json.
-ROUGE_TYPES = ("rouge1", "rouge2", "rougeLsum")
 
 
 def get_args_parser():
@@ -86,6 +86,7 @@ def get_args_parser():
     evaluation = parser.add_argument_group("validation")
     evaluation.add_argument("--num_beams", type=integer, default=1, help="default: %(default)s")
     evaluation.add_argument("--eval_limit", type=integer, default=500, help="documents (default: %(default)s)")
+    add_rouge_argument(evaluation)
     return parser
 
 
@@ -103,11 +104,13 @@ def main():
     determinism.apply(args)
     is_main = int(os.environ.get("RANK", 0)) == 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    precision = choose_precision(args.half_precision, device, say=print if is_main else lambda line: None)
+    say = print if is_main else lambda line: None
+    precision = choose_precision(args.half_precision, device, say=say)
     documents = read_documents(find_dataset(args.data_file), args.doc_col_name, args.sum_col_name)
     splits = {split: take_percent(part, args.dataset_percent) for split, part in split_documents(documents).items()}
     if args.lead_words:
         splits = {split: [with_lead(each, args.lead_words) for each in part] for split, part in splits.items()}
+    check_references((document.summary for document in documents), args.rouge_tokens, args.data_file, say)
     model, tokenizer = load_generator(args.pt_model, argument="--pt_model", dropout=args.dropout)
     for name in ("max_source_length", "max_target_length"):
         check_length(f"--{name}", getattr(args, name), len(tokenizer("")["input_ids"]))
@@ -148,12 +151,12 @@ class Rouge:
     They are tokenized and split into sentences as preprocess.py does, so that they compare with evaluate_model.py's.
 
     tokenizer: the generator's. references: the summaries of the documents that are predicted, in their order.
-    split: text -> list of sentences.
+    split: text -> list of sentences. tokens: what ROUGE counts, a key of ROUGE_TOKENS.
     """
 
-    def __init__(self, tokenizer, references, split):
-        self.tokenizer, self.split = tokenizer, split
-        self.references = [RougeReference(self._sentences(reference)) for reference in references]
+    def __init__(self, tokenizer, references, split, tokens="standard"):
+        self.tokenizer, self.split, self.tokens = tokenizer, split, tokens
+        self.references = [self._sentences(reference) for reference in references]
 
     def __call__(self, prediction):
         """`predictions`: int array (documents, tokens), padded with -100."""
@@ -161,11 +164,11 @@ class Rouge:
         summaries = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
         # Many processes repeat the first documents behind the last ones, so that each of them has as many.
         summaries = summaries[: len(self.references)]
-        scores = [
-            reference.score(self._sentences(clean(summary)))
+        figures = [
+            score(reference, [self._sentences(clean(summary))], self.tokens)
             for reference, summary in zip(self.references, summaries, strict=True)
         ]
-        means = {name: sum(getattr(score, name).fmeasure for score in scores) / len(scores) for name in ROUGE_TYPES}
+        means = dict(zip(METRICS, np.concatenate(figures).mean(0).tolist(), strict=True))
         return {**means, "rouge": sum(means.values()) / len(means)}
 
     def _sentences(self, text):
@@ -317,7 +320,7 @@ def make_trainer(args, model, tokenizer, splits, dtype, checkpoints):
         train_dataset=train_set,
         eval_dataset=SummaryDataset(validated, tokenizer, *lengths),
         processing_class=tokenizer,
-        compute_metrics=Rouge(tokenizer, [document.summary for document in validated], split),
+        compute_metrics=Rouge(tokenizer, [document.summary for document in validated], split, args.rouge_tokens),
     )
     if not sys.stderr.isatty():
         trainer.remove_callback(transformers.PrinterCallback)

@@ -141,8 +141,8 @@ def load_parts(args, world):
         if args.use_checkpoint:
             recompute_activations(scorer, description)
         folder, to_load = Path(args.dataset), {"device_type": world.device.type, "say": world.say}
-        train_set = load_samples(folder / "train", encoding, args.max_num, with_rouge=False, **to_load)
-        val_set = load_samples(folder / "val", encoding, args.max_num, with_rouge=True, **to_load)
+        train_set = load_samples(folder / "train", encoding, args.max_num, None, **to_load)
+        val_set = load_samples(folder / "val", encoding, args.max_num, args.rouge_tokens, **to_load)
     description["candidates"] = train_set.most_candidates
     return scorer.to(world.device), description, train_set, val_set
 

@@ -35,7 +35,8 @@ from utils import map_in_order, progress, read_lines
 from harness import arguments, endings, machine
 from harness.files import staging
 from texts.candidate_files import check_counts, read_split, text_files
-from texts.scoring import build_sample
+from texts.samples import score_sample
+from texts.scoring import add_rouge_argument, check_references
 from texts.sentences import SentenceSplitter
 
 # Documents that a worker process takes at a time: about 50 ms of work.
@@ -54,6 +55,7 @@ def get_args_parser():
         default=machine.usable_cores(),
         help="processes that score; by default one for each usable core",
     )
+    add_rouge_argument(parser)
     return parser
 
 
@@ -61,6 +63,7 @@ def main():
     args = get_args_parser().parse_args()
     plain, tokenized = text_files(args.src_dir, args.split)
     documents = check_counts(plain, tokenized, args.cand_num)
+    check_references(read_lines(plain.target), args.rouge_tokens, plain.target)
     splitter = SentenceSplitter(read_lines(plain.source))
     with staging(args.tgt_dir) as stage:
         jobs = zip(
@@ -68,7 +71,9 @@ def main():
             read_split(plain, args.cand_num),
             read_split(tokenized, args.cand_num),
         )
-        written = map_in_order(write_sample, jobs, args.workers, CHUNK, set_up_worker, (splitter, stage))
+        kept = splitter, stage, args.rouge_tokens
+        kept = splitter, stage, args.rouge_tokens
+        written = map_in_order(write_sample, jobs, args.workers, CHUNK, set_up_worker, kept)
         for _ in progress(written, documents, f"{args.split} samples"):
             pass
         replaced = publish_samples(stage, args.tgt_dir, documents)
@@ -91,17 +96,17 @@ def publish_samples(stage, tgt_dir, documents):
 _worker = {}
 
 
-def set_up_worker(splitter, stage):
-    _worker.update(splitter=splitter, stage=stage)
+def set_up_worker(splitter, stage, tokens):
+    _worker.update(splitter=splitter, stage=stage, tokens=tokens)
 
 
 def write_sample(job):
     """Write one sample. job: (index, the document's Lines, its tokenized Lines)."""
     index, plain, tokenized = job
     path = _worker["stage"] / f"{index}.json"
-    text = json.dumps(build_sample(plain, tokenized, _worker["splitter"].split))
+    sample, _ = score_sample(plain, tokenized, _worker["splitter"].split, _worker["tokens"])
     try:
-        path.write_text(text + "\n", encoding="ascii")
+        path.write_text(json.dumps(sample) + "\n", encoding="ascii")
     except OSError as error:
         error.filename = str(path)
         raise

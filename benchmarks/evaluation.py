@@ -37,7 +37,7 @@ from harness.machine import describe_machine
 from harness.precision import choose_precision
 from search.generator import CandidateGenerator, generate_samples, load_generator, search_settings
 from texts.documents import clean, find_dataset, read_documents, split_documents
-from texts.scoring import as_sample
+from texts.samples import as_sample
 from texts.sentences import SentenceSplitter
 
 CANDIDATES = 16

@@ -133,7 +133,7 @@ class Ours:
     def __init__(self, args, folder, encoding, device):
         self.device = device
         self.scorer, self.optimizer = make_scorer(args, encoding, device)
-        dataset = load_samples(Path(folder) / "train", encoding, CANDIDATES, False, device.type)
+        dataset = load_samples(Path(folder) / "train", encoding, CANDIDATES, None, device.type)
         self.batches = LengthBatches(dataset.document_lengths, BATCH, ACCUMULATE, seed=0)
         self.loader = worker_loader(dataset, self.batches, args.num_workers, device, dataset.batch)
         self.order = self.batches.order()

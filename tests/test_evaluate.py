@@ -22,8 +22,7 @@ from harness.distributed import World
 from harness.endings import UserError
 from harness.precision import choose_precision
 from scorer.scorer_experiment import get_args_parser, validate
-from texts.samples import read_sample, sample_files
-from texts.scoring import as_sample, rouge_of
+from texts.samples import as_sample, read_sample, rouge_of, sample_files
 from texts.sentences import SentenceSplitter
 
 EVALUATE = "SimCLS/evaluate_model.py"
@@ -77,7 +76,7 @@ def test_samples_are_scored_as_in_training(run_script, sample_folder, encoders, 
     scorer, encoding, _ = load_scorer(weights=scorer_path)
     assert (encoding.total_len, encoding.max_len) == (30, 10)
     samples = [read_sample(path) for path in sample_files(folder)]
-    dataset = SampleSet(tokenize_samples(samples, encoding, 16, True), encoding, "cpu")
+    dataset = SampleSet(tokenize_samples(samples, encoding, 16, "standard"), encoding, "cpu")
     args = get_args_parser("").parse_args([])
     expected = validate(scorer, dataset, args, choose_precision(None, cpu), World(0, 1, cpu))
     first = np.mean([dataset.rouge(number)[0] for number in range(12)], axis=0)

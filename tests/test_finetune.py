@@ -114,7 +114,7 @@ def test_validation_is_scored_as_the_samples_are(workplace):
     from finetune_model import Rouge
 
     from texts.candidate_files import Lines
-    from texts.scoring import build_sample
+    from texts.samples import score_sample
     from texts.sentences import SentenceSplitter, ptb_tokenize
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(workplace / "t5")
@@ -128,7 +128,7 @@ def test_validation_is_scored_as_the_samples_are(workplace):
     for reference, tokens in zip(references, predictions, strict=True):
         lines = Lines("", reference, [tokenizer.decode(tokens[tokens >= 0], skip_special_tokens=True)])
         tokenized = Lines("", ptb_tokenize(reference), [ptb_tokenize(lines.candidates[0])])
-        scores.append(build_sample(lines, tokenized, split)["candidates"][0][1])
+        scores.append(score_sample(lines, tokenized, split)[0]["candidates"][0][1])
     assert means["rouge"] == pytest.approx(sum(scores) / 2)
     assert means["rouge1"] > means["rouge2"] > 0
 

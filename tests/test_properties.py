@@ -124,7 +124,7 @@ def check_samples(folder, documents, candidates):
 
 def check_scorer_input(folder, documents, candidates, encoding):
     """The rows of a batch, read back, are the texts that its numbers say they are."""
-    dataset = load_samples(folder, encoding, 16, False, "cpu", say=lambda line: None)
+    dataset = load_samples(folder, encoding, 16, None, "cpu", say=lambda line: None)
     numbers = np.arange(len(documents))[::-1]
     batch = dataset.batch(numbers)
     rows = [letters(decode(encoding, row)) for group in batch.texts for row in group]
@@ -168,11 +168,11 @@ def test_hostile_files_do_not_run(tmp_path, monkeypatch, sample_folder, encoding
     with pytest.raises(ValueError, match="allow_pickle"):
         np.load(tmp_path / "curves.npz")["loss"]
     (tmp_path / "train").symlink_to(sample_folder / "train")
-    load_samples(tmp_path / "train", encoding, 16, False, "cpu", say=lambda line: None)
+    load_samples(tmp_path / "train", encoding, 16, None, "cpu", say=lambda line: None)
     (tokens,) = tmp_path.glob("*.tokens")
     whole = tokens.read_bytes()
     with open(tokens, "wb") as file:
         np.lib.format.write_array(file, np.array([Mark()], dtype=object))
-    load_samples(tmp_path / "train", encoding, 16, False, "cpu", say=lambda line: None)
+    load_samples(tmp_path / "train", encoding, 16, None, "cpu", say=lambda line: None)
     assert tokens.read_bytes() == whole
     assert not (tmp_path / "the-pickle-ran").exists()

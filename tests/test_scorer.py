@@ -29,7 +29,7 @@ def encoding(encoders):
 @pytest.fixture(scope="module")
 def val_set(sample_folder, encoding):
     samples = map(read_sample, sample_files(sample_folder / "val"))
-    return SampleSet(tokenize_samples(samples, encoding, 16, with_rouge=True), encoding, "cpu")
+    return SampleSet(tokenize_samples(samples, encoding, 16, "standard"), encoding, "cpu")
 
 
 # ---------------------------------------------------------------------------------------------------- the loss
@@ -116,7 +116,7 @@ def test_batched_scores_equal_one_by_one(encoders, sample_folder, kind):
     samples = [read_sample(path) for path in sample_files(sample_folder / "val")]
     samples[1]["candidates"] = samples[1]["candidates"][:3]
     samples[1]["candidates_untok"] = samples[1]["candidates_untok"][:3]
-    dataset = SampleSet(tokenize_samples(samples, encoding, 16, with_rouge=False), encoding, "cpu")
+    dataset = SampleSet(tokenize_samples(samples, encoding, 16), encoding, "cpu")
     batches = score_samples(scorer, dataset, np.arange(len(samples)), 5, CPU, FP32)
     for numbers, batch, scores, gold_scores in batches:
         for row, number in enumerate(numbers):
@@ -170,7 +170,7 @@ def test_equal_texts_of_a_sample_are_encoded_once(sample_folder, encoding):
     sample = read_sample(sample_files(sample_folder / "val")[0])
     sample["candidates_untok"][1] = sample["candidates_untok"][0]
     sample["candidates_untok"][2] = [sample["abstract_untok"], 1.0]
-    batch = SampleSet(tokenize_samples([sample], encoding, 16, with_rouge=False), encoding, "cpu").batch([0])
+    batch = SampleSet(tokenize_samples([sample], encoding, 16), encoding, "cpu").batch([0])
     rows = batch.candidates[0].tolist()
     assert rows[0] == rows[1]
     assert rows[2] == batch.references[0]
@@ -187,14 +187,16 @@ def test_token_file_is_used_until_something_changes(sample_folder, encoding, tmp
 
     def load(texts=encoding, max_num=16):
         said.clear()
-        dataset = load_samples(folder, texts, max_num, True, "cpu", said.append)
+        dataset = load_samples(folder, texts, max_num, "standard", "cpu", said.append)
         return dataset, bool(said)
 
     first, made = load()
     assert made
     again, made = load()
     assert not made
-    fresh = SampleSet(tokenize_samples(map(read_sample, sample_files(folder)), encoding, 16, True), encoding, "cpu")
+    fresh = SampleSet(
+        tokenize_samples(map(read_sample, sample_files(folder)), encoding, 16, "standard"), encoding, "cpu"
+    )
     for one, other in ((first, again), (again, fresh)):
         for number in range(4):
             np.testing.assert_array_equal(one.rouge(number), other.rouge(number))
@@ -227,7 +229,7 @@ def test_published_samples_load(tmp_path, encoding):
     }
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "0.json").write_text(json.dumps(sample, indent=3))
-    dataset = load_samples(tmp_path / "test", encoding, 16, True, "cpu", print)
+    dataset = load_samples(tmp_path / "test", encoding, 16, "standard", "cpu", print)
     assert dataset.scores(0).tolist() == pytest.approx([0.4139, 0.2, 0.4139])
     assert dataset.rouge(0).shape == (3, 3)
 

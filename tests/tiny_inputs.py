@@ -93,7 +93,7 @@ def make_tokenizer(kind):
 def make_samples(folder):
     """A folder of samples as preprocess.py writes them, train (44), val (12) and test (12), six candidates each: words
     of the reference with more and more others, in no order."""
-    from texts.fast_rouge import RougeReference
+    from texts.scoring import mean_score, score
 
     draws = np.random.default_rng(0)
     for split, count in (("train", 44), ("val", 12), ("test", 12)):
@@ -105,8 +105,8 @@ def make_samples(folder):
                 " ".join([*draws.choice(reference, kept), *draws.choice(WORDS, 6 - kept)])
                 for kept in draws.integers(0, 7, 6)
             ]
-            oracle = RougeReference([" ".join(reference)])
-            candidates = [[[text], oracle.score([text]).mean] for text in candidates]
+            scores = mean_score(score([" ".join(reference)], [[text] for text in candidates]))
+            candidates = [[[text], float(mean)] for text, mean in zip(candidates, scores, strict=True)]
             text = {"article": [" ".join(article)], "abstract": [" ".join(reference)]}
             sample = text | {f"{key}_untok": value for key, value in text.items()}
             sample |= {"candidates": candidates, "candidates_untok": candidates}

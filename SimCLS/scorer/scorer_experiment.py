@@ -25,6 +25,7 @@ from harness.arguments import (
 from harness.endings import UserError
 from harness.precision import half_precision_type
 from harness.timing import nvtx_range
+from texts.scoring import add_rouge_argument
 
 CACHE = Path("cache")
 
@@ -99,6 +100,7 @@ def add_data_arguments(group):
     add("--max_len", type=positive_int, help="of a candidate or a reference; longer ones are cut; by default as in the "
         f"training of --model_pt, else {MAX_LEN}")  # fmt: skip
     add("--max_num", type=positive_int, default=16, help="candidates a document, the first ones")
+    add_rouge_argument(group)
 
 
 def dropout_type(text):
@@ -286,7 +288,9 @@ def evaluate(args, world, precision):
         raise UserError("-e evaluates trained weights: name them by --model_pt, such as run/scorer.bin")
     with world.first_on_machine():
         scorer, encoding, _ = load_scorer(args.model_type, cached_path(args.model_pt), args.total_len, args.max_len)
-        samples = load_samples(Path(args.dataset) / "test", encoding, args.max_num, True, world.device.type, world.say)
+        samples = load_samples(
+            Path(args.dataset) / "test", encoding, args.max_num, args.rouge_tokens, world.device.type, world.say
+        )
     result = validate(scorer.to(world.device), samples, args, precision, world)
     every = [samples.rouge(number) for number in range(len(samples))]
     rows = {

@@ -17,7 +17,7 @@ from harness.endings import UserError
 from harness.precision import half_precision_type
 from search.diverse_beam import DiverseBeamSearch
 from texts.documents import clean
-from texts.scoring import as_sample
+from texts.samples import as_sample
 from texts.sentences import SentenceSplitter
 
 # For a generator whose tokenizer or generation config names no length.
@@ -168,7 +168,7 @@ def length_batches(sources, size):
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def generate_samples(generator, documents, batch_size):
+def generate_samples(generator, documents, batch_size, rouge_tokens="standard"):
     """A list of the samples of `documents` with the candidates of a CandidateGenerator."""
     sources = generator.tokenize([document.text for document in documents])
     batches = length_batches(sources, batch_size)
@@ -178,6 +178,6 @@ def generate_samples(generator, documents, batch_size):
             candidates[place] = [clean(text) for text in texts]
     split = SentenceSplitter(document.text for document in documents).split
     return [
-        as_sample(document.text, document.summary, texts, split)
+        as_sample(document.text, document.summary, texts, split, rouge_tokens)
         for document, texts in zip(documents, candidates, strict=True)
     ]

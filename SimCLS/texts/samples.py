@@ -9,6 +9,9 @@ import re
 from pathlib import Path
 
 from harness.endings import UserError
+from texts.candidate_files import Lines
+from texts.scoring import mean_score, score
+from texts.sentences import ptb_tokenize
 
 KEYS = ("article", "abstract", "article_untok", "abstract_untok", "candidates", "candidates_untok")
 
@@ -66,3 +69,49 @@ def _is_text(value):
 
 def _is_candidate(value):
     return isinstance(value, list) and len(value) == 2 and _is_text(value[0]) and isinstance(value[1], (int, float))
+
+
+# ------------------------------------------------------------------------------------------------- to make them
+
+
+def score_sample(plain, tokenized, split, tokens="standard"):
+    """(the sample of one document as a dict of JSON values, the ROUGE of its candidates as from `score`)
+
+    plain, tokenized: Lines. split: text -> list of sentences. Only white space between sentences is lost of the
+    plain text.
+    """
+    abstract = split_lower(tokenized.target, split)
+    candidates = [split_lower(text, split) for text in tokenized.candidates]
+    rouge = score(abstract, candidates, tokens)
+    scores = mean_score(rouge).tolist()
+    candidates_untok = [split(text) for text in plain.candidates]
+    sample = {
+        "article": split_lower(tokenized.source, split),
+        "abstract": abstract,
+        "candidates": list(zip(candidates, scores, strict=True)),
+        "article_untok": split(plain.source),
+        "abstract_untok": split(plain.target),
+        "candidates_untok": list(zip(candidates_untok, scores, strict=True)),
+    }
+    return sample, rouge
+
+
+def split_lower(text, split):
+    """The sentences of a tokenized text, lower-cased after the split: capitals tell where sentences begin."""
+    return [sentence.lower() for sentence in split(text)]
+
+
+def as_sample(document, summary, candidates, split, tokens="standard"):
+    """The sample that gen_candidate.py and preprocess.py would make, and under "rouge" what `rouge_of` returns.
+
+    split: text -> list of sentences.
+    """
+    plain = Lines(document, summary, candidates)
+    tokenized = Lines(ptb_tokenize(document), ptb_tokenize(summary), [ptb_tokenize(text) for text in candidates])
+    sample, rouge = score_sample(plain, tokenized, split, tokens)
+    return sample | {"rouge": rouge}
+
+
+def rouge_of(sample, tokens="standard"):
+    """The candidates' ROUGE-1, -2 and -Lsum F-measure, float64 [candidates, 3]."""
+    return score(sample["abstract"], [sentences for sentences, _ in sample["candidates"]], tokens)

@@ -1,63 +1,75 @@
-"""From the texts of a document, its summary and its candidates to a sample, with their ROUGE."""
+"""ROUGE of candidate summaries: what every stage scores by."""
+
+import functools
 
 import numpy as np
 
-from texts.candidate_files import Lines
-from texts.fast_rouge import RougeReference
-from texts.sentences import ptb_tokenize
+from harness.endings import UserError
+
+try:
+    from rouge_score_rs import tokenizers
+    from rouge_score_rs.rouge_scorer import RougeScorer
+except ImportError:  # No wheel for this platform; Google's package gives the same figures, in several times as long.
+    from rouge_score.rouge_scorer import RougeScorer
+
+    tokenizers = None
+
+METRICS = ("rouge1", "rouge2", "rougeLsum")
+# What ROUGE counts. The standard tokens are runs of a-z and 0-9, stemmed: of other scripts they see nothing.
+ROUGE_TOKENS = {
+    "standard": None,
+    "unicode": "UnicodeTokenizer",  # Words of any script, ideographs one by one.
+    "characters": "CharacterTokenizer",  # Letters and digits one by one: for scripts without spaces.
+}
+LEAST_SEEN = 0.5  # Of the letters of all references.
 
 
-def build_sample(plain, tokenized, split):
-    """The sample of one document as a dict of JSON values; see `score_sample`."""
-    return score_sample(plain, tokenized, split)[0]
+def add_rouge_argument(parser):
+    parser.add_argument("--rouge_tokens", choices=ROUGE_TOKENS, default="standard", help="what ROUGE counts: standard "
+                        "(English stems; of other scripts than a-z nothing), unicode (words of any script), or "
+                        "characters (for scripts without spaces) (default: %(default)s)")  # fmt: skip
 
 
-def score_sample(plain, tokenized, split):
-    """(the sample of one document as a dict of JSON values, the RougeScores of its candidates)
+@functools.cache
+def _scorer(tokens):
+    if ROUGE_TOKENS[tokens] is None:
+        return RougeScorer(METRICS, use_stemmer=True)
+    if tokenizers is None:
+        raise UserError(f"--rouge_tokens {tokens} needs the package rouge-score-rs; install it, or score by standard")
+    return RougeScorer(METRICS, tokenizer=getattr(tokenizers, ROUGE_TOKENS[tokens])())
 
-    plain, tokenized: Lines. split: text -> list of sentences. Only white space between sentences is lost of the
-    plain text.
+
+def score(reference, candidates, tokens="standard"):
+    """F-measures from 0 to 1 by METRICS, float64 [candidates, 3].
+
+    reference: list of sentences, each a str; candidates: list of such lists. As in `rouge-score`, a newline ends a
+    sentence too, and sentences matter to ROUGE-Lsum only. tokens: a key of ROUGE_TOKENS.
     """
-    abstract = split_lower(tokenized.target, split)
-    reference = RougeReference(abstract)
-    candidates = [split_lower(text, split) for text in tokenized.candidates]
-    rouge = [reference.score(sentences) for sentences in candidates]
-    scores = [each.mean for each in rouge]
-    candidates_untok = [split(text) for text in plain.candidates]
-    sample = {
-        "article": split_lower(tokenized.source, split),
-        "abstract": abstract,
-        "candidates": list(zip(candidates, scores, strict=True)),
-        "article_untok": split(plain.source),
-        "abstract_untok": split(plain.target),
-        "candidates_untok": list(zip(candidates_untok, scores, strict=True)),
-    }
-    return sample, rouge
+    target, scorer = "\n".join(reference), _scorer(tokens)
+    scores = [scorer.score(target, "\n".join(candidate)) for candidate in candidates]
+    return np.array([[each[name].fmeasure for name in METRICS] for each in scores]).reshape(-1, len(METRICS))
 
 
-def split_lower(text, split):
-    """The sentences of a tokenized text, lower-cased after the split: capitals tell where sentences begin."""
-    return [sentence.lower() for sentence in split(text)]
+def mean_score(figures):
+    """The mean of the three ROUGE figures [..., 3]: the score by which SimCLS orders candidates."""
+    return (figures[..., 0] + figures[..., 1] + figures[..., 2]) / 3
 
 
-def as_sample(document, summary, candidates, split):
-    """The sample that gen_candidate.py and preprocess.py would make, and under "rouge" what `rouge_of` returns.
-
-    split: text -> list of sentences.
-    """
-    plain = Lines(document, summary, candidates)
-    tokenized = Lines(ptb_tokenize(document), ptb_tokenize(summary), [ptb_tokenize(text) for text in candidates])
-    sample, scores = score_sample(plain, tokenized, split)
-    return sample | {"rouge": _figures(scores)}
-
-
-def rouge_of(sample):
-    """The candidates' ROUGE-1, -2 and -Lsum F-measure, float64 [candidates, 3]."""
-    if "rouge" in sample:
-        return sample["rouge"]
-    reference = RougeReference(sample["abstract"])
-    return _figures(reference.score(sentences) for sentences, _ in sample["candidates"])
-
-
-def _figures(scores):
-    return np.array([[each.rouge1.fmeasure, each.rouge2.fmeasure, each.rougeLsum.fmeasure] for each in scores])
+def check_references(references, tokens, where, say=print):
+    """UserError where ROUGE would see less than half of the letters of `references`, an iterable of str; a line where
+    it would see nothing of some of them."""
+    if tokens != "standard":
+        return
+    count = letters = seen = empty = 0
+    for reference in references:
+        own = [letter for letter in reference if letter.isalpha()]
+        ascii_letters = sum(map(str.isascii, own))
+        count, letters, seen = count + 1, letters + len(own), seen + ascii_letters
+        empty += not ascii_letters and not any(letter.isascii() and letter.isdigit() for letter in reference)
+    if count and (empty == count or seen < LEAST_SEEN * letters):
+        raise UserError(
+            f"{where}: ROUGE's standard tokens are of a-z and 0-9, and {letters - seen} of the {letters} letters are "
+            "others; add --rouge_tokens unicode (words), or characters (scripts without spaces), in every stage"
+        )
+    if empty:
+        say(f"{where}: {empty} of {count} references have no letter or digit that ROUGE knows; they score 0")

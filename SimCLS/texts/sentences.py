@@ -1,14 +1,10 @@
 """PTB tokens of a text, and its sentences: as every stage splits them, so that their ROUGE compares."""
 
+import functools
 import re
-
-from nltk.tokenize import NLTKWordTokenizer
-from nltk.tokenize.punkt import PunktParameters, PunktSentenceTokenizer, PunktTokenizer, PunktTrainer
 
 # Punkt learns from the start of the text: one second of work, and the same parameters however long the text is.
 PUNKT_SAMPLE_CHARACTERS = 500_000
-
-_WORD_TOKENIZER = NLTKWordTokenizer()
 
 # A full stop inside the text that ends a sentence: after a word of two letters or more that is no title, before a
 # capital. NLTK's tokenizer parts only the full stop at the end of its text from the word.
@@ -23,9 +19,16 @@ def ptb_tokenize(text):
     Quotation marks become `` and '' as in the Treebank; brackets stay as they are (no -LRB-), since ROUGE would
     count such names as words.
     """
-    tokens = _WORD_TOKENIZER.tokenize(_INNER_FULL_STOP.sub(" .", text))
+    tokens = _word_tokenizer().tokenize(_INNER_FULL_STOP.sub(" .", text))
     # A token may hold white space that NLTK does not know as such: a line separator, for one.
     return " ".join(" ".join(tokens).split())
+
+
+@functools.cache
+def _word_tokenizer():
+    from nltk.tokenize import NLTKWordTokenizer  # NLTK takes seconds to import, and most of a stage can do without.
+
+    return NLTKWordTokenizer()
 
 
 class SentenceSplitter:
@@ -39,10 +42,12 @@ class SentenceSplitter:
     """
 
     def __init__(self, texts):
+        from nltk.tokenize import punkt
+
         try:
-            self._punkt = PunktTokenizer("english")
+            self._punkt = punkt.PunktTokenizer("english")
         except LookupError:
-            self._punkt = PunktSentenceTokenizer(_titles() if texts is None else _learn_punkt(texts))
+            self._punkt = punkt.PunktSentenceTokenizer(_titles() if texts is None else _learn_punkt(texts))
 
     def split(self, text):
         """The sentences of `text` as a list of str; only the white space between them is left out."""
@@ -50,12 +55,16 @@ class SentenceSplitter:
 
 
 def _titles():
+    from nltk.tokenize.punkt import PunktParameters
+
     parameters = PunktParameters()
     parameters.abbrev_types.update(_TITLES.lower().split("|"))
     return parameters
 
 
 def _learn_punkt(texts):
+    from nltk.tokenize.punkt import PunktTrainer
+
     trainer = PunktTrainer()
     trainer.train("\n".join(_take_characters(texts, PUNKT_SAMPLE_CHARACTERS)))
     return trainer.get_params()
