@@ -3,7 +3,8 @@
     python3 benchmarks/rouge.py --data pubmed_abstracts.csv.gz --reference_python /path/of/venv/bin/python
 
 Both sides use the same number of processes, and each starts them anew in every round. First it proves that the figures
-equal those of `rouge-score` to 1e-12 on every pair of a document's summary and a candidate made from its text; then it times two kinds of text:
+equal those of `rouge-score` to 1e-12 on every pair of a document's summary and a candidate made from its
+text; then it times two kinds of text:
 
     titles      the summary as reference; sentences and fragments of the text as candidates
     paragraphs  the first four sentences of the text as reference; three of its sentences as candidates
