@@ -25,24 +25,17 @@ from harness.memory import SavedBytes
 from harness.precision import choose_precision
 from harness.resume import stop_requests
 from harness.timing import PhaseTimer, nvtx_range
-from scorer.scorer_experiment import (
-    Metrics,
-    Schedule,
-    cached_path,
-    clip_gradients,
-    evaluate,
-    fill_in_lengths,
-    get_args_parser,
-    loss_of,
-    seed_step,
-    validate,
-)
+from scorer.metrics import Metrics, loss_of, validate
+from scorer.optimization import Schedule, clip_gradients, seed_step
+from scorer.scorer_arguments import cached_path, fill_in_lengths, get_args_parser
 from scorer.scorer_run import ScorerRun
 
 
 def main():
     args = get_args_parser(__doc__).parse_args()
     device = choose_device(args)
+    if args.evaluate:
+        become_evaluation(args)
     start_processes(args)
     determinism.apply(args)
     with distributed.world(device) as world:
@@ -51,9 +44,6 @@ def main():
         precision = choose_precision(args.half_precision, device, true_fp32=True, say=world.say)
         with world.first_on_machine():
             fill_in_lengths(args)
-        if args.evaluate:
-            evaluate(args, world, precision)
-            return
         run = ScorerRun(args, world, precision=precision.label)
         with run.lock():
             if not run.is_done():
@@ -91,8 +81,8 @@ def train(args, world, precision, run):
                     seed_step(args.seed, epoch, step, world.rank)
                     with phase("data copy"):
                         batch = batch.to(device)
-                    with phase("zero grad"):
-                        if starts_update:
+                    if starts_update:
+                        with phase("zero grad"):
                             optimizer.zero_grad(set_to_none=True)
                     with phase("forward"), precision.autocast(), saved.first_time():
                         parallel_scorer.require_backward_grad_sync = ends_update  # Of DistributedDataParallel.
@@ -101,8 +91,8 @@ def train(args, world, precision, run):
                     run.facts.setdefault("saved_activation_bytes", saved.bytes)  # Of the run's first batch.
                     with phase("backward"):
                         scaler.scale(loss * batches.weight(step)).backward()
-                    with phase("optimizer"):
-                        if ends_update:
+                    if ends_update:
+                        with phase("optimizer"):
                             scaler.unscale_(optimizer)
                             clip_gradients(scorer, args.grad_norm)
                             schedule.set()
@@ -169,7 +159,8 @@ def choose_device(args):
     if len(set(args.gpuid)) < len(args.gpuid):
         raise UserError(f"--gpuid {' '.join(map(str, args.gpuid))} names a GPU twice")
     processes, rank = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    if 1 < len(args.gpuid) != processes > 1:
+    both_say = len(args.gpuid) > 1 and processes > 1
+    if both_say and len(args.gpuid) != processes:
         raise UserError(f"--gpuid names {len(args.gpuid)} GPUs, but there are {processes} processes; leave it out")
     if not args.cuda:
         return torch.device("cpu")
@@ -181,6 +172,25 @@ def choose_device(args):
     if missing:
         raise UserError(f"--gpuid {missing[0]}: there is no such GPU; this machine has {torch.cuda.device_count()}")
     return torch.device("cuda", gpus[rank])
+
+
+def become_evaluation(args):
+    """Become evaluate_model.py for `-e`, on the test samples and by --model_pt."""
+    if not args.model_pt:
+        raise UserError("-e evaluates trained weights: name them by --model_pt, such as run/scorer.bin")
+    if "RANK" in os.environ or len(args.gpuid) > 1:
+        raise UserError("-e takes one process: start it without torchrun, with one --gpuid")
+    command = [sys.executable, Path(__file__).resolve().with_name("evaluate_model.py")]
+    command += ["--samples", Path(args.dataset) / "test", "--scorer_path", cached_path(args.model_pt)]
+    for name in ("model_type", "total_len", "max_len", "half_precision", "batch_size", "rouge_tokens"):
+        if getattr(args, name) is not None:
+            command += [f"--{name}", getattr(args, name)]
+    gpu = ""
+    if args.cuda:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # `choose_device` has counted among these.
+        gpu = visible.split(",")[args.gpuid[0]] if visible else str(args.gpuid[0])
+    sys.stdout.flush()
+    os.execve(sys.executable, list(map(str, command)), os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
 
 
 def start_processes(args):

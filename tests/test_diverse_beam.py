@@ -6,12 +6,13 @@ algorithm, on tiny models whose weights are drawn by name (tiny_seq2seq.py), ove
 
 import json
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import tiny_seq2seq
 import torch
 
-from search import diverse_beam
+from search import diverse_beam, t5_decoder
 from search.diverse_beam import DiverseBeamSearch, LibraryDecoder, diverse_beam_search, forbid_repeats, top_k
 from search.t5_decoder import DOCUMENTS_TOGETHER, ENCODER_ATTENTION, PaddedAttention, SeparateAttention, T5Decoder
 
@@ -106,10 +107,27 @@ def test_ended_beams_leave_the_batch(monkeypatch):
     assert rows[-1] < 4 * 16 / 2
 
 
-@pytest.mark.parametrize("name", ["t5", "t5_gated", "mt5"])
-@pytest.mark.parametrize("together", [1, 3])
-def test_t5_steps_equal_the_models_own_logits(name, together, monkeypatch):
+@pytest.mark.parametrize("relu", [False, True])
+def test_products_are_the_same_with_and_without_private_operators(relu, monkeypatch):
+    first, second = torch.randn(24, 32), torch.randn(8, 32)
+    x = torch.randn(5, 32)
+    expected = x @ torch.cat([first, second]).T
+    expected = expected.relu() if relu else expected
+    torch.testing.assert_close(t5_decoder._product(first, second, relu=relu)(x), expected)
+    for error in (AttributeError, RuntimeError("an operator of another form")):
+        packed = mock.Mock(side_effect=error)
+        monkeypatch.setattr(t5_decoder, "_packed_product", packed)
+        torch.testing.assert_close(t5_decoder._product(first, second, relu=relu)(x), expected)
+        packed.assert_called_once()
+
+
+@pytest.mark.parametrize(
+    ("name", "together", "private"), [("t5", 1, True), ("t5", 3, False), ("t5_gated", 3, True), ("mt5", 3, True)]
+)
+def test_t5_steps_equal_the_models_own_logits(name, together, private, monkeypatch):
     """Rows spread, change places within their document and leave; the logits stay those of the whole prefix."""
+    if not private:
+        monkeypatch.setattr(t5_decoder, "_packed_product", mock.Mock(side_effect=AttributeError))
     monkeypatch.setitem(DOCUMENTS_TOGETHER, "cpu", together)
     monkeypatch.setattr("search.t5_decoder.CACHE_BLOCK", 3)
     generator = torch.Generator().manual_seed(0)

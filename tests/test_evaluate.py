@@ -21,7 +21,8 @@ from rouge_score.rouge_scorer import RougeScorer
 from harness.distributed import World
 from harness.endings import UserError
 from harness.precision import choose_precision
-from scorer.scorer_experiment import get_args_parser, validate
+from scorer.metrics import validate
+from scorer.scorer_arguments import get_args_parser
 from texts.samples import as_sample, read_sample, rouge_of, sample_files
 from texts.sentences import SentenceSplitter
 

@@ -13,8 +13,9 @@ from model import Scorer, load_encoder, load_scorer, longest_input, ranking_loss
 from harness.distributed import World
 from harness.endings import UserError
 from harness.precision import choose_precision
-from scorer.scorer_experiment import Metrics, Schedule, get_args_parser, validate
-from scorer.scorer_run import CollapseWatch
+from scorer.metrics import CollapseWatch, Metrics, validate
+from scorer.optimization import Schedule
+from scorer.scorer_arguments import get_args_parser
 from texts.samples import read_sample, sample_files
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ from model import load_encoder, load_scorer, save_scorer
 
 from harness.distributed import World
 from harness.endings import UserError
-from scorer.scorer_experiment import cached_path, fill_in_lengths, get_args_parser
+from scorer.scorer_arguments import cached_path, fill_in_lengths, get_args_parser
 from scorer.scorer_run import ScorerRun
 
 CPU = torch.device("cpu")

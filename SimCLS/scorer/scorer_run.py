@@ -11,47 +11,13 @@ from tqdm import tqdm
 from harness.endings import UserError
 from harness.files import write_json
 from harness.runs import Run
-from scorer.scorer_experiment import CACHE, run_name
+from scorer.metrics import MOST_UPDATES_A_REPORT, CollapseWatch, mean_rouge
+from scorer.scorer_arguments import CACHE, run_name
 
 # They choose where and how long a process runs, not what it computes: a resumed run may change them.
 NOT_RESULTS = ("resume", "max_steps", "log", "port", "gpuid", "evaluate", "run_name")
 POINTS_PER_EPOCH = 200  # Of the loss curve in the record.
-REPORTS = 100  # Lines about the loss in a whole run...
-MOST_UPDATES_A_REPORT = 50  # ...unless they would be so far apart that a collapse is seen too late.
-
-
-class CollapseWatch:
-    """Sees when a scorer gives all candidates of a document the same score: within 100 updates, from reports at most
-    MOST_UPDATES_A_REPORT apart.
-
-    Scores count as the same when they spread over less than a quarter of the `margin` that two neighbours should be
-    apart. A fresh encoder may begin so; that is no collapse during the warm-up, nor while the spread grows.
-    """
-
-    def __init__(self, margin):
-        self.margin, self.warmup = margin, 0
-        self._were_apart = False
-        self._same = []  # [update, spread] of the reports since the scores are the same.
-        self._told = False
-
-    def sees_collapse(self, update, spread):
-        """Whether the report of `spread` at `update` shows a collapse that no report before it has shown."""
-        if spread >= self.margin / 4:
-            self._were_apart, self._same, self._told = True, [], False
-            return False
-        self._same.append([update, spread])
-        self._same = self._same[-MOST_UPDATES_A_REPORT - 1 :]
-        first, spread_then = self._same[0]
-        lasting = update - first >= MOST_UPDATES_A_REPORT and spread < 2 * spread_then
-        collapsed = lasting and not self._told and (self._were_apart or update > self.warmup)
-        self._told |= collapsed
-        return collapsed
-
-    def state_dict(self):
-        return {"were_apart": self._were_apart, "same": self._same, "told": self._told}
-
-    def load_state_dict(self, state):
-        self._were_apart, self._same, self._told = state["were_apart"], state["same"], state["told"]
+REPORTS = 100  # Lines about the loss in a whole run, unless MOST_UPDATES_A_REPORT asks for more.
 
 
 class ScorerRun(Run):
@@ -272,8 +238,3 @@ class ScorerRun(Run):
         quiet = not (self.world.is_main and sys.stderr.isatty())
         title = f"epoch {epoch + 1}/{self.args.num_epoch}"
         return tqdm(total=samples, desc=title, unit=" documents", leave=False, disable=quiet)
-
-
-def mean_rouge(result):
-    """The mean of the three ROUGE values of a validation: what the best scorer is the best in."""
-    return sum(result[f"val_{name}"] for name in ROUGE) / len(ROUGE)

@@ -1,0 +1,135 @@
+"""What is measured of a scorer while it trains: loss, spread of the scores, and what it would choose."""
+
+import numpy as np
+import torch
+from data_utils import ROUGE
+from model import ranking_loss, score_samples
+
+from harness.timing import nvtx_range
+
+MOST_UPDATES_A_REPORT = 50  # Further apart, a collapse would be seen too late.
+
+
+def loss_of(args, scores, gold_scores, batch):
+    """The ranking loss of a batch with the loss arguments of the run."""
+    return ranking_loss(
+        scores, gold_scores, batch.rouge, batch.present, args.margin, args.gold_margin, args.gold_weight
+    )
+
+
+class Metrics:
+    """Sums over the documents of an epoch, and of a report, on the device: nothing waits for them until one ends."""
+
+    def __init__(self, device):
+        # [epoch, report] x [documents, loss, spread of the scores]
+        self.totals = torch.zeros(2, 3, dtype=torch.float64, device=device)
+        self._last = None
+
+    @torch.no_grad()
+    def add(self, loss, scores, batch, weight):
+        """loss: the batch's mean, a scalar; scores: of its candidates, float [documents, candidates]. weight: 0 leaves
+        the batch out."""
+        self._last = batch
+        if not weight:
+            return
+        highest = scores.masked_fill(~batch.present, -2).amax(1)
+        lowest = scores.masked_fill(~batch.present, 2).amin(1)
+        means = torch.stack([torch.ones_like(loss), loss, (highest - lowest).mean()])
+        self.totals += len(scores) * means.double()
+
+    def epoch_loss(self, world):
+        """The mean loss of the epoch over all processes; the epoch's sums begin anew."""
+        return self._take(0, world)[0]
+
+    def report(self, world):
+        """(loss, spread) since the last report, the spread being the mean over documents of highest less lowest score;
+        the report's sums begin anew."""
+        return self._take(1, world)
+
+    def flat_loss(self, args):
+        """What the loss of this process's last batch would be if all scores were equal."""
+        zeros = torch.zeros_like(self._last.rouge)
+        return float(loss_of(args, zeros, zeros[:, 0], self._last))
+
+    def finite(self, world):
+        """Whether no loss of the epoch so far was NaN or infinite in any process."""
+        return bool(world.sum(self.totals.clone()).isfinite().all())
+
+    def _take(self, row, world):
+        documents, *sums = world.sum(self.totals[row].clone()).tolist()
+        self.totals[row] = 0
+        return [value / documents for value in sums]
+
+    def gather(self, world):
+        """Move the sums of all processes to the first one, whose state is what is saved."""
+        totals = world.sum(self.totals.clone())
+        self.totals.copy_(totals if world.is_main else torch.zeros_like(totals))
+
+    def state_dict(self):
+        return {"totals": self.totals}
+
+    def load_state_dict(self, state):
+        self.totals.copy_(state["totals"])
+
+
+class CollapseWatch:
+    """Sees when a scorer gives all candidates of a document the same score: within 100 updates, from reports at most
+    MOST_UPDATES_A_REPORT apart.
+
+    Scores count as the same when they spread over less than a quarter of the `margin` that two neighbours should be
+    apart. A fresh encoder may begin so; that is no collapse during the warm-up, nor while the spread grows.
+    """
+
+    def __init__(self, margin):
+        self.margin, self.warmup = margin, 0
+        self._were_apart = False
+        self._same = []  # [update, spread] of the reports since the scores are the same.
+        self._told = False
+
+    def sees_collapse(self, update, spread):
+        """Whether the report of `spread` at `update` shows a collapse that no report before it has shown."""
+        if spread >= self.margin / 4:
+            self._were_apart, self._same, self._told = True, [], False
+            return False
+        self._same.append([update, spread])
+        self._same = self._same[-MOST_UPDATES_A_REPORT - 1 :]
+        first, spread_then = self._same[0]
+        lasting = update - first >= MOST_UPDATES_A_REPORT and spread < 2 * spread_then
+        collapsed = lasting and not self._told and (self._were_apart or update > self.warmup)
+        self._told |= collapsed
+        return collapsed
+
+    def state_dict(self):
+        return {"were_apart": self._were_apart, "same": self._same, "told": self._told}
+
+    def load_state_dict(self, state):
+        self._were_apart, self._same, self._told = state["were_apart"], state["same"], state["told"]
+
+
+def validate(scorer, samples, args, precision, world, stop=None):
+    """The loss, and the mean ROUGE of the candidates that the scorer chooses: {"val_loss", "val_rouge1", ...}.
+
+    Each process scores its share of the SampleSet `samples`, every sample once. A stop request ends it early, with
+    None.
+    """
+    numbers = np.argsort(samples.document_lengths, kind="stable")[world.rank :: world.size]
+    losses, chosen = torch.zeros((), dtype=torch.float64, device=world.device), []
+    with nvtx_range("validation"):
+        batches = score_samples(scorer, samples, numbers, 2 * args.batch_size, world.device, precision)
+        for part, batch, scores, gold_scores in batches:
+            if stop:
+                batches.close()
+                return None
+            losses += len(part) * loss_of(args, scores, gold_scores, batch).double()
+            chosen.append(scores.masked_fill(~batch.present, -2).argmax(1))
+        chosen = torch.cat(chosen).tolist() if chosen else []
+    figures = [samples.rouge(number)[choice] for number, choice in zip(numbers, chosen, strict=True)]
+    rouge = np.sum(figures, axis=0, dtype=np.float64) if figures else np.zeros(len(ROUGE))
+    totals = torch.tensor([len(numbers), losses.item(), *rouge], dtype=torch.float64, device=world.device)
+    count, *sums = world.sum(totals).tolist()
+    return {f"val_{name}": value / count for name, value in zip(("loss", *ROUGE), sums, strict=True)}
+
+
+def mean_rouge(result):
+    """The mean of the three ROUGE values of a validation: what the best scorer is the best in."""
+    return sum(result[f"val_{name}"] for name in ROUGE) / len(ROUGE)

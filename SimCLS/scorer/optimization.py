@@ -1,0 +1,47 @@
+"""How a scorer is updated: the learning rate, the gradients' norm, and the random state of a step."""
+
+import numpy as np
+import torch
+
+
+def default_rate(width):
+    """A peak learning rate for an encoder of `width`: 3e-5 for a base model, more for a smaller one."""
+    return 3e-5 * (768 / width) ** 1.5
+
+
+class Schedule:
+    """The learning rate: linear to `peak` in the first `warmup` of `updates`, then linear to 0.
+
+    It goes by the updates that the optimizer has made, as its own state counts them: one that a GradScaler skipped
+    does not count. Both stay on the device, so that nothing waits for it. optimizer: with fused=True.
+    """
+
+    def __init__(self, optimizer, peak, warmup, updates):
+        self.optimizer, self.peak, self.warmup, self.updates = optimizer, peak, warmup, updates
+        self._parameter = optimizer.param_groups[0]["params"][0]
+        self.rate = torch.zeros((), device=self._parameter.device)
+
+    @classmethod
+    def of_run(cls, args, optimizer, width, updates_an_epoch):
+        """That of a run's arguments, for an encoder of `width`."""
+        updates = args.num_epoch * updates_an_epoch
+        return cls(optimizer, args.lr or default_rate(width), max(1, round(args.warmup * updates)), updates)
+
+    def set(self):
+        """Give the optimizer the rate of its next update."""
+        made = self.optimizer.state[self._parameter].get("step", torch.zeros_like(self.rate))
+        falling = (self.updates - made) / max(1, self.updates - self.warmup)
+        self.rate = self.peak * torch.minimum((made + 1) / self.warmup, falling).clamp(0, 1)
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.rate
+
+
+def seed_step(seed, epoch, step, rank):
+    """Make a step's dropout a function of these alone, so that a resumed run needs no process's random state."""
+    torch.manual_seed(int(np.random.SeedSequence((seed, epoch, step, rank)).generate_state(1, np.uint64)[0]))
+
+
+def clip_gradients(model, norm):
+    """Scale the gradients down to the norm `norm` when theirs is higher; 0 leaves them alone."""
+    if norm:
+        torch.nn.utils.clip_grad_norm_(model.parameters(), norm)

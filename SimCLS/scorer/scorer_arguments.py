@@ -1,0 +1,161 @@
+"""The arguments of main.py, and the names and lengths that follow from them."""
+
+import argparse
+from pathlib import Path
+
+from model import MARGIN, MAX_LEN, TOTAL_LEN, read_description
+
+from harness import determinism
+from harness.arguments import (
+    HelpWithDefaults,
+    OneLineParser,
+    boolean,
+    fraction,
+    learning_rate,
+    non_negative_float,
+    non_negative_int,
+    positive_float,
+    positive_int,
+    seed,
+    workers,
+)
+from harness.endings import UserError
+from harness.precision import half_precision_type
+from texts.scoring import add_rouge_argument
+
+CACHE = Path("cache")
+
+
+FLAG = {"type": boolean, "nargs": "?", "const": True, "default": False}
+
+
+def get_args_parser(description):
+    parser = OneLineParser(description=description, formatter_class=HelpWithDefaults)
+    add = parser.add_argument
+    add("--dataset", default="samples", help="folder with the sample folders train, val and test")
+    add("--model_type", help="encoder to start from: a folder, a name on the hub, or minilm (of "
+        "requirements-encoder.txt); by default that of --model_pt, else roberta-base")  # fmt: skip
+    add("--model_pt", help="weights to start from, or to evaluate: a path below ./cache, such as run/scorer.bin")
+    add("-e", "--evaluate", action="store_true", help="become evaluate_model.py on the test samples by --model_pt")
+    add("-l", "--log", action="store_true", help="write log.txt and TensorBoard events beside the weights")
+    add("--run_name", type=run_name_type, help="folder below ./cache; by default named by the settings")
+    add("--resume", **FLAG, help="go on where an interrupted run with the same arguments stopped")
+    add("--max_steps", type=positive_int, help="stop after so many steps, for profiling; writes the timings alone, "
+        "below a name that ends with _{max_steps}_steps")  # fmt: skip
+    add("--seed", type=seed, default=0, help=" ")
+    add_machine_arguments(parser.add_argument_group("machine"))
+    add_learning_arguments(parser.add_argument_group("learning"))
+    add_loss_arguments(parser.add_argument_group("loss"))
+    add_data_arguments(parser.add_argument_group("lengths, in tokens, and counts"))
+    progress = parser.add_argument_group("progress")
+    progress.add_argument(
+        "--eval_freq", type=positive_int, default=1000, help="updates between validations, besides each epoch's end"
+    )
+    return parser
+
+
+def add_machine_arguments(group):
+    add = group.add_argument
+    add("--cuda", action="store_true", help="train on GPUs")
+    add("--gpuid", type=non_negative_int, nargs="+", default=[0],
+        help="numbers of the GPUs, one process each; without --cuda as many processes on the CPU")  # fmt: skip
+    add("-p", "--port", type=positive_int, help="TCP port at which the processes meet; by default a free one")
+    add("--num_workers", type=workers, default=4, help="processes that make batches; 0 makes them in this one")
+    add("--half_precision", type=half_precision_type, nargs="?", const="float16", metavar="float16|bfloat16",
+        help="autocast, in float16 with loss scaling when no type is named; on a CPU always in bfloat16")  # fmt: skip
+    add("--use_checkpoint", **FLAG, help="recompute the activations of each encoder layer in backward")
+    determinism.add_argument(group)
+
+
+def add_learning_arguments(group):
+    add = group.add_argument
+    add("--num_epoch", type=positive_int, default=5, help=" ")
+    add("--batch_size", type=positive_int, default=8, help="documents a step, over all processes")
+    add("--accumulate_step", type=positive_int, default=2, help="steps whose gradients make one update")
+    add("--lr", type=learning_rate, help="peak learning rate of Adam; by default 3e-5 for an encoder of width 768, "
+        "more for a narrower one")  # fmt: skip
+    add("--warmup", type=fraction, default=0.1, help="share of the updates in which the rate rises to its peak, from "
+        "which it falls to 0")  # fmt: skip
+    add("--dropout", type=dropout_type, default=0.0, help="of the encoder; it blurs differences as small as the margin")
+    add("--grad_norm", type=non_negative_float, default=1.0, help="clip gradients to this norm; 0 does not clip")
+
+
+def add_loss_arguments(group):
+    add = group.add_argument
+    add("--margin", type=positive_float, default=MARGIN, help="score difference of candidates that are neighbours in "
+        "ROUGE")  # fmt: skip
+    add("--gold_margin", type=non_negative_float, default=0.0, help="how far the reference has to score above "
+        "candidates")  # fmt: skip
+    add("--gold_weight", type=non_negative_float, default=1.0, help="weight of the reference's part")
+
+
+def add_data_arguments(group):
+    add = group.add_argument
+    add("--total_len", type=positive_int, help="of a document; longer ones are cut; by default as in the training of "
+        f"--model_pt, else {TOTAL_LEN}")  # fmt: skip
+    add("--max_len", type=positive_int, help="of a candidate or a reference; longer ones are cut; by default as in the "
+        f"training of --model_pt, else {MAX_LEN}")  # fmt: skip
+    add(
+        "--max_num",
+        type=positive_int,
+        default=16,
+        help="candidates a document to train and validate on, the first ones",
+    )
+    add_rouge_argument(group)
+
+
+def dropout_type(text):
+    value = non_negative_float(text)
+    if value >= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not below 1")
+    return value
+
+
+def run_name_type(text):
+    if Path(text).name != text or text.startswith("."):
+        raise argparse.ArgumentTypeError(f"{text!r} is no plain folder name")
+    return text
+
+
+def run_name(args):
+    """The name of a run's folder and files: --run_name, or the workers and whatever of these is asked for; then the
+    steps of --max_steps, so that profiling never takes the name of a run that is trained to its end.
+
+    simcls_4_worker, simcls_0_worker_fp16_checkpoint, mine_100_steps, ...
+    """
+    name = args.run_name or name_by_settings(args)
+    return f"{name}_{args.max_steps}_steps" if args.max_steps else name
+
+
+def name_by_settings(args):
+    parts = [f"simcls_{args.num_workers}_worker"]
+    if args.half_precision:
+        parts.append({"float16": "fp16", "bfloat16": "bf16"}[args.half_precision])
+    if args.use_checkpoint:
+        parts.append("checkpoint")
+    if args.seed:
+        parts.append(f"seed{args.seed}")
+    if args.deterministic:
+        parts.append("deterministic")
+    return "_".join(parts)
+
+
+def cached_path(name):
+    """The path of `--model_pt name` below ./cache; UserError when it lies elsewhere or is no file."""
+    path = CACHE / name
+    if not path.resolve().is_relative_to(CACHE.resolve()):
+        raise UserError(
+            f"--model_pt {name} leaves the folder {CACHE}; give a path relative to it, such as run/scorer.bin"
+        )
+    if not path.is_file():
+        there = sorted(str(path.relative_to(CACHE)) for path in CACHE.glob("*/*.bin"))
+        raise UserError(f"there are no weights {path}; below {CACHE} there are: {', '.join(there) or 'none'}")
+    return path
+
+
+def fill_in_lengths(args):
+    """Set --total_len and --max_len, where they are not given, to those of --model_pt's training, else to the defaults;
+    so that a record, and the state to resume from, tell those that were used."""
+    trained = (args.model_pt and read_description(cached_path(args.model_pt))) or {}
+    args.total_len = args.total_len or trained.get("total_len", TOTAL_LEN)
+    args.max_len = args.max_len or trained.get("max_len", MAX_LEN)
