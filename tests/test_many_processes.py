@@ -4,6 +4,7 @@ import json
 import socket
 
 import launch
+import pytest
 import tiny_inputs
 import torch
 

@@ -99,7 +99,7 @@ def add_data_arguments(group):
         "--max_num",
         type=positive_int,
         default=16,
-        help="candidates a document to train and validate on, the first ones",
+        help="candidates a document that training uses, the first ones",
     )
     add_rouge_argument(group)
 
