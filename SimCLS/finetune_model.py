@@ -6,6 +6,9 @@ After each epoch the model summarises validation documents; the epoch with the b
 kept, and lies in --save_dir in `from_pretrained` form when training ends, with `finetune.json`, the record of the run.
 An interrupted run goes on with --resume, and ends with the same weights as if it had never stopped.
 
+The loop is the Trainer of transformers, on purpose: this stage shows that what is measured of a loop of one's own holds
+beside it, too. A callback marks the phases of its step, so that nsys shows them as those of the other scripts.
+
 A model from scratch learns last what a summary needs first: to copy from the document. --lead_words teaches it that
 before the summaries (Zhu et al., 2021, Leveraging Lead Bias for Zero-shot Abstractive News Summarization).
 """
@@ -24,11 +27,9 @@ from pathlib import Path
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
-import numpy as np
 import torch
 import transformers
 from pretrained import check_length, half_precision_dtype
-from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from harness import arguments, determinism, endings, torchvision_compat  # noqa: F401
 from harness.endings import UserError
@@ -37,10 +38,10 @@ from harness.machine import describe_machine
 from harness.precision import choose_precision, half_precision_type
 from harness.resume import check_arguments, stop_requests
 from search.generator import load_generator
-from texts.documents import clean, find_dataset, read_documents, split_documents, take_percent
-from texts.samples import split_lower
-from texts.scoring import METRICS, add_rouge_argument, check_references, score
-from texts.sentences import SentenceSplitter, ptb_tokenize
+from search.generator_trainer import NvtxPhases, PlainProgress, Rouge, StopAndSave, SummaryDataset, Trainer
+from texts.documents import find_dataset, read_documents, split_documents, take_percent
+from texts.scoring import add_rouge_argument, check_references
+from texts.sentences import SentenceSplitter
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # Of torchrun.
 STATE_FILES = ("model*", "optimizer.pt", "scheduler.pt", "rng_state*")  # Of the Trainer, besides trainer_state.json.
@@ -101,6 +102,7 @@ def main():
             raise UserError(f"--{name} {getattr(args, name)} is not below 1")
     if args.batch_size % PROCESSES:
         raise UserError(f"--batch_size {args.batch_size} is shared out over {PROCESSES} processes; make it a multiple")
+    use_one_gpu()
     determinism.apply(args)
     is_main = int(os.environ.get("RANK", 0)) == 0
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -120,115 +122,17 @@ def main():
         finetune(args, model, tokenizer, splits, dtype)
 
 
+def use_one_gpu():
+    """Show this process one GPU, unless torchrun gives it one: the Trainer would share each batch out over all that it
+    sees, and what --batch_size and --warmup say would no longer hold."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if "RANK" not in os.environ:
+        os.environ["CUDA_VISIBLE_DEVICES"] = "0" if visible is None else visible.split(",")[0]
+
+
 def with_lead(document, words):
     """The Document whose summary is the first `words` words of its text."""
     return document._replace(summary=" ".join(document.text.split()[:words]))
-
-
-class SummaryDataset(torch.utils.data.Dataset):
-    """Tokenized documents: {"input_ids", "attention_mask", "labels"}, lists of ints that end with the end token."""
-
-    def __init__(self, documents, tokenizer, max_source_length, max_target_length):
-        sources = [document.text for document in documents]
-        targets = [document.summary for document in documents]
-        inputs = tokenizer(sources, truncation=True, max_length=max_source_length)
-        labels = tokenizer(text_target=targets, truncation=True, max_length=max_target_length)
-        self.samples = [
-            {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": label_ids}
-            for input_ids, label_ids in zip(inputs["input_ids"], labels["input_ids"], strict=True)
-        ]
-
-    def __len__(self):
-        return len(self.samples)
-
-    def __getitem__(self, index):
-        return self.samples[index]
-
-
-class Rouge:
-    """Turns the Trainer's predictions into mean F of ROUGE-1, -2, -Lsum (stemmed, 0 to 1) and their mean, `rouge`.
-
-    They are tokenized and split into sentences as preprocess.py does, so that they compare with evaluate_model.py's.
-
-    tokenizer: the generator's. references: the summaries of the documents that are predicted, in their order.
-    split: text -> list of sentences. tokens: what ROUGE counts, a key of ROUGE_TOKENS.
-    """
-
-    def __init__(self, tokenizer, references, split, tokens="standard"):
-        self.tokenizer, self.split, self.tokens = tokenizer, split, tokens
-        self.references = [self._sentences(reference) for reference in references]
-
-    def __call__(self, prediction):
-        """`predictions`: int array (documents, tokens), padded with -100."""
-        token_ids = [[token for token in row if token >= 0] for row in prediction.predictions.tolist()]
-        summaries = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-        # Many processes repeat the first documents behind the last ones, so that each of them has as many.
-        summaries = summaries[: len(self.references)]
-        figures = [
-            score(reference, [self._sentences(clean(summary))], self.tokens)
-            for reference, summary in zip(self.references, summaries, strict=True)
-        ]
-        means = dict(zip(METRICS, np.concatenate(figures).mean(0).tolist(), strict=True))
-        return {**means, "rouge": sum(means.values()) / len(means)}
-
-    def _sentences(self, text):
-        return split_lower(ptb_tokenize(text), self.split)
-
-
-class EpochSampler(LengthGroupedSampler):
-    """Groups samples of like length in an order that follows from `seed` and the epoch alone.
-
-    The Trainer's own draws it from the global generator as the epoch begins, and a run that goes on within an epoch
-    would get another order.
-    """
-
-    def __init__(self, batch_size, lengths, seed):
-        super().__init__(batch_size, lengths=lengths)
-        self.seed = seed
-
-    def set_epoch(self, epoch):
-        self.generator = torch.Generator().manual_seed(self.seed + epoch)
-
-
-class Trainer(transformers.Seq2SeqTrainer):
-    def _get_train_sampler(self, train_dataset=None):
-        lengths = [len(sample["input_ids"]) for sample in self.train_dataset.samples]
-        return EpochSampler(self.args.train_batch_size, lengths, self.args.seed)
-
-
-class PlainProgress(transformers.TrainerCallback):
-    """One line a logging step or validation, for a log file where a progress bar would be noise."""
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or "train_runtime" in logs:
-            return
-        figures = ", ".join(f"{name} {value:.4g}" for name, value in logs.items() if name != "epoch")
-        now = time.strftime("%H:%M:%S")
-        print(f"{now} step {state.global_step}/{state.max_steps}, epoch {state.epoch:.2f}: {figures}", flush=True)
-
-
-class StopAndSave(transformers.TrainerCallback):
-    """Ends training when `stop`, a StopRequest, comes true, with the state saved after the step that was being made.
-
-    An epoch's last step, and the validation after it, are left at once: what was saved before is what goes on.
-    """
-
-    def __init__(self, stop):
-        self.stop = stop
-
-    def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
-        if self.stop:
-            if state.global_step % len(train_dataloader) == 0:
-                self.stop.leave()
-            control.should_save = True
-
-    def on_save(self, args, state, control, **kwargs):
-        if self.stop:
-            self.stop.leave()
-
-    def on_prediction_step(self, args, state, control, **kwargs):
-        if self.stop:
-            self.stop.leave()
 
 
 def last_checkpoint(folder):
@@ -322,6 +226,7 @@ def make_trainer(args, model, tokenizer, splits, dtype, checkpoints):
         processing_class=tokenizer,
         compute_metrics=Rouge(tokenizer, [document.summary for document in validated], split, args.rouge_tokens),
     )
+    trainer.add_callback(NvtxPhases)
     if not sys.stderr.isatty():
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.remove_callback(transformers.ProgressCallback)

@@ -1,6 +1,8 @@
 """Making models from scratch and fine-tuning them, as a user does: by command."""
 
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -111,8 +113,7 @@ def test_lead_and_dropout_are_as_asked(workplace):
 
 
 def test_validation_is_scored_as_the_samples_are(workplace):
-    from finetune_model import Rouge
-
+    from search.generator_trainer import Rouge
     from texts.candidate_files import Lines
     from texts.samples import score_sample
     from texts.sentences import SentenceSplitter, ptb_tokenize
@@ -153,7 +154,7 @@ def test_training_that_diverges_is_one_line_and_keeps_its_state(workplace):
 
 
 def test_order_of_an_epoch_follows_from_its_number_alone():
-    from finetune_model import EpochSampler
+    from search.generator_trainer import EpochSampler
 
     orders = []
     for epoch in (0, 1, 1):
@@ -163,6 +164,77 @@ def test_order_of_an_epoch_follows_from_its_number_alone():
         orders.append(list(sampler))
     assert orders[1] == orders[2] != orders[0]
     assert sorted(orders[0]) == list(range(40))
+
+
+def test_phases_of_the_trainer_are_nvtx_ranges_as_the_other_scripts_have_them(monkeypatch):
+    from search import generator_trainer
+
+    opened, depth = [], 0
+
+    @contextlib.contextmanager
+    def nvtx_range(name):
+        nonlocal depth
+        opened.append(f"{depth} {name}")
+        depth += 1
+        yield
+        depth -= 1
+
+    monkeypatch.setattr(generator_trainer, "nvtx_range", nvtx_range)
+    phases, model, state = generator_trainer.NvtxPhases(), torch.nn.Linear(1, 1), SimpleNamespace(global_step=0)
+    call = {"args": None, "state": state, "control": None, "model": model, "train_dataloader": range(2)}
+    phases.on_train_begin(**call)
+    for epoch in range(2):
+        phases.on_epoch_begin(**call)
+        for _ in range(2):
+            phases.on_step_begin(**call)
+            model.train()(torch.ones(1)).backward()
+            phases.on_pre_optimizer_step(**call)
+            phases.on_optimizer_step(**call)
+            state.global_step += 1
+            phases.on_step_end(**call)
+        phases.on_epoch_end(**call)
+        assert depth == 1, epoch
+        model.eval()(torch.ones(1))  # Validation is no training step.
+    phases.on_train_end(**call)
+    step = ["3 data load", "3 forward", "3 backward", "3 optimizer", "3 zero grad"]
+    assert opened[:13] == [
+        "0 training generator",
+        "1 epoch 1",
+        "2 epoch 1 - step 1",
+        *step,
+        "2 epoch 1 - step 2",
+        *step[:4],
+    ]
+    assert "2 epoch 2 - step 2" in opened
+    assert depth == 0
+
+
+@pytest.mark.parametrize(("visible", "torchrun", "left"), [
+    (None, False, "0"), ("2,3", False, "2"), ("", False, ""), ("2,3", True, "2,3"), (None, True, None),
+])  # fmt: skip
+def test_one_gpu_unless_torchrun_shares_them_out(visible, torchrun, left, monkeypatch):
+    from finetune_model import use_one_gpu
+
+    environment = {"RANK": "1"} if torchrun else {}
+    monkeypatch.setattr("os.environ", environment | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
+    use_one_gpu()
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == left
+
+
+def test_of_two_epochs_with_the_same_rouge_the_lower_loss_is_the_better():
+    from search.generator_trainer import Trainer
+
+    trainer = object.__new__(Trainer)
+    trainer.args = SimpleNamespace(metric_for_best_model="rouge", greater_is_better=True, save_strategy="epoch")
+    trainer.state = transformers.TrainerState()
+    best = []
+    for step, (rouge, loss) in enumerate([(0.0, 5.0), (0.0, 4.0), (0.0, 4.5), (0.1, 9.0), (0.0, 1.0)], 1):
+        trainer.state.global_step = step
+        metrics = {"eval_rouge": rouge, "eval_loss": loss}
+        trainer.state.log_history.append({"step": step, **metrics})
+        trainer._determine_best_metric(metrics, None)
+        best.append(trainer.state.best_global_step)
+    assert best == [1, 2, 2, 4, 4]
 
 
 def test_training_keeps_the_best_model_and_a_record(workplace, run_script):

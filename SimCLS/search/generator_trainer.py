@@ -1,0 +1,191 @@
+"""What finetune_model.py gives the Trainer of transformers: data, ROUGE, an order of samples, and its callbacks."""
+
+import time
+
+import numpy as np
+import torch
+import transformers
+from transformers.trainer_pt_utils import LengthGroupedSampler
+
+from harness.timing import nvtx_range
+from texts.documents import clean
+from texts.samples import split_lower
+from texts.scoring import METRICS, score
+from texts.sentences import ptb_tokenize
+
+
+class SummaryDataset(torch.utils.data.Dataset):
+    """Tokenized documents: {"input_ids", "attention_mask", "labels"}, lists of ints that end with the end token."""
+
+    def __init__(self, documents, tokenizer, max_source_length, max_target_length):
+        sources = [document.text for document in documents]
+        targets = [document.summary for document in documents]
+        inputs = tokenizer(sources, truncation=True, max_length=max_source_length)
+        labels = tokenizer(text_target=targets, truncation=True, max_length=max_target_length)
+        self.samples = [
+            {"input_ids": input_ids, "attention_mask": [1] * len(input_ids), "labels": label_ids}
+            for input_ids, label_ids in zip(inputs["input_ids"], labels["input_ids"], strict=True)
+        ]
+
+    def __len__(self):
+        return len(self.samples)
+
+    def __getitem__(self, index):
+        return self.samples[index]
+
+
+class Rouge:
+    """Turns the Trainer's predictions into mean F of ROUGE-1, -2, -Lsum (stemmed, 0 to 1) and their mean, `rouge`.
+
+    They are tokenized and split into sentences as preprocess.py does, so that they compare with evaluate_model.py's.
+
+    tokenizer: the generator's. references: the summaries of the documents that are predicted, in their order.
+    split: text -> list of sentences. tokens: what ROUGE counts, a key of ROUGE_TOKENS.
+    """
+
+    def __init__(self, tokenizer, references, split, tokens="standard"):
+        self.tokenizer, self.split, self.tokens = tokenizer, split, tokens
+        self.references = [self._sentences(reference) for reference in references]
+
+    def __call__(self, prediction):
+        """`predictions`: int array (documents, tokens), padded with -100."""
+        token_ids = [[token for token in row if token >= 0] for row in prediction.predictions.tolist()]
+        summaries = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
+        # Many processes repeat the first documents behind the last ones, so that each of them has as many.
+        summaries = summaries[: len(self.references)]
+        figures = [
+            score(reference, [self._sentences(clean(summary))], self.tokens)
+            for reference, summary in zip(self.references, summaries, strict=True)
+        ]
+        means = dict(zip(METRICS, np.concatenate(figures).mean(0).tolist(), strict=True))
+        return {**means, "rouge": sum(means.values()) / len(means)}
+
+    def _sentences(self, text):
+        return split_lower(ptb_tokenize(text), self.split)
+
+
+class EpochSampler(LengthGroupedSampler):
+    """Groups samples of like length in an order that follows from `seed` and the epoch alone.
+
+    The Trainer's own draws it from the global generator as the epoch begins, and a run that goes on within an epoch
+    would get another order.
+    """
+
+    def __init__(self, batch_size, lengths, seed):
+        super().__init__(batch_size, lengths=lengths)
+        self.seed = seed
+
+    def set_epoch(self, epoch):
+        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+
+
+class Trainer(transformers.Seq2SeqTrainer):
+    """The library's, but for the order of samples and for which epoch is the best."""
+
+    def _get_train_sampler(self, train_dataset=None):
+        lengths = [len(sample["input_ids"]) for sample in self.train_dataset.samples]
+        return EpochSampler(self.args.train_batch_size, lengths, self.args.seed)
+
+    def _determine_best_metric(self, metrics, trial):
+        """Of two epochs with the same ROUGE, as all have before a model from scratch finds a word, the one with the
+        lower loss is the better."""
+        losses = {each["step"]: each["eval_loss"] for each in self.state.log_history if "eval_loss" in each}
+        tie = metrics["eval_rouge"] == self.state.best_metric
+        if tie and metrics["eval_loss"] < losses[self.state.best_global_step]:
+            self.state.best_metric = None
+        return super()._determine_best_metric(metrics, trial)
+
+    def evaluate(self, *args, **kwargs):
+        with nvtx_range("validation"):
+            return super().evaluate(*args, **kwargs)
+
+
+class NvtxPhases(transformers.TrainerCallback):
+    """NVTX ranges: "training generator" > "epoch 1" > "epoch 1 - step 1" > the phases of the step.
+
+    Forward ends where the model's own forward does: with label smoothing the loss is computed in "backward".
+    """
+
+    def __init__(self):
+        self._ranges = []  # Open ones, the outermost first.
+
+    def _open(self, level, name):
+        """Open a range in the `level` outermost ones, after what is open within these."""
+        self._close(level)
+        self._ranges.append(nvtx_range(name))
+        self._ranges[-1].__enter__()
+
+    def _close(self, level):
+        while len(self._ranges) > level:
+            self._ranges.pop().__exit__(None, None, None)
+
+    def _open_step(self, state, loader):
+        epoch, step = divmod(state.global_step, len(loader))
+        self._open(2, f"epoch {epoch + 1} - step {step + 1}")
+        self._open(3, "data load")
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        self._open(0, "training generator")
+        model.register_forward_pre_hook(lambda model, inputs: self._open_phase(model, "forward"))
+        model.register_forward_hook(lambda model, inputs, output: self._open_phase(model, "backward"))
+
+    def _open_phase(self, model, name):
+        if model.training:  # And is not validated.
+            self._open(3, name)
+
+    def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        self._open(1, f"epoch {state.global_step // len(train_dataloader) + 1}")
+        self._open_step(state, train_dataloader)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self._close(3)
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self._open(3, "optimizer")
+
+    def on_optimizer_step(self, args, state, control, **kwargs):
+        self._open(3, "zero grad")
+
+    def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
+        self._open_step(state, train_dataloader)
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        self._close(1)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        self._close(0)
+
+
+class PlainProgress(transformers.TrainerCallback):
+    """One line a logging step or validation, for a log file where a progress bar would be noise."""
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or "train_runtime" in logs:
+            return
+        figures = ", ".join(f"{name} {value:.4g}" for name, value in logs.items() if name != "epoch")
+        now = time.strftime("%H:%M:%S")
+        print(f"{now} step {state.global_step}/{state.max_steps}, epoch {state.epoch:.2f}: {figures}", flush=True)
+
+
+class StopAndSave(transformers.TrainerCallback):
+    """Ends training when `stop`, a StopRequest, comes true, with the state saved after the step that was being made.
+
+    An epoch's last step, and the validation after it, are left at once: what was saved before is what goes on.
+    """
+
+    def __init__(self, stop):
+        self.stop = stop
+
+    def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
+        if self.stop:
+            if state.global_step % len(train_dataloader) == 0:
+                self.stop.leave()
+            control.should_save = True
+
+    def on_save(self, args, state, control, **kwargs):
+        if self.stop:
+            self.stop.leave()
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if self.stop:
+            self.stop.leave()
