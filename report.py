@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Every table and figure of the study, from the records that its runs left.
 
-    python3 report.py                          tables in Markdown on stdout, figures in figures/ beside the runs
+    python3 report.py                          tables in Markdown on stdout, figures in image/ beside the runs
     python3 report.py --only data-loader evaluation    some of the tables; the figures all the same
-    python3 report.py --readme                 the tables of the published records, between their markers in README.md,
-                                               and the figures in image/
+    python3 report.py --readme                 the tables of the published records, between their markers in README.md
+                                               and docs/, and the figures in image/
     python3 report.py --phases RECORD.json     the phases of one run in full
     python3 report.py --nsys TRACE.sqlite      the same of an Nsight Systems trace, exported to SQLite
 
@@ -20,23 +20,27 @@ sys.path.insert(0, str(ROOT))
 
 from harness import arguments, endings
 from harness.endings import UserError
-from reporting import benchmarks, overview, records, studies, tables
-from reporting.readme import rewrite
+from reporting import accuracy, benchmarks, headline, loops, overview, records, sentences, studies, tables
+from reporting.pages import pages, rewrite
 
 FOLDERS = ("runs", "model_history", "resnext/model_history", "SimCLS/cache")
 PUBLISHED = "benchmarks/results/*/runs"  # What README shows: records that were copied there to be kept.
-GLOSSARY = ROOT / "reporting" / "glossary.md"
-STUDIES = (studies.DATA_LOADER, studies.MIXED_PRECISION, studies.CHECKPOINTING, studies.SIMCLS)
+STUDIES = (studies.DATA_LOADER, studies.MIXED_PRECISION, studies.CHECKPOINTING, studies.TOGETHER, studies.SIMCLS)
 TABLES = (
+    "headline",
     "runs",
     *(study.name for study in STUDIES),
+    "time-to-accuracy",
     "evaluation",
     "phases",
     "benchmarks",
     *(f"benchmark-{name}" for name in benchmarks.WITH_TABLES),
     "published",
-    "glossary",
 )
+PICTURES = {
+    "time-to-accuracy": "![Test accuracy by minutes, for each way to train](/image/time_to_accuracy.png)",
+    "benchmark-memory": "![Memory of each plan against what it recomputes](/image/memory-frontier.png)",
+}
 
 
 def get_args_parser():
@@ -45,13 +49,13 @@ def get_args_parser():
     add("folders", nargs="*", type=Path,
         help=f"folders with records; by default {', '.join(FOLDERS)}, and for --readme {PUBLISHED}")  # fmt: skip
     instead = parser.add_mutually_exclusive_group()
-    instead.add_argument("--readme", type=Path, nargs="?", const=ROOT / "README.md", metavar="FILE",
-        help="rewrite the tables in FILE, by default README.md")  # fmt: skip
+    instead.add_argument("--readme", type=Path, nargs="?", const=ROOT, metavar="FOLDER",
+        help="rewrite the generated parts of README.md and docs/ in FOLDER, by default this repository")  # fmt: skip
     instead.add_argument("--only", nargs="+", metavar="TABLE", choices=TABLES, help=f"print these: {', '.join(TABLES)}")
     instead.add_argument("--phases", type=Path, metavar="RECORD", help="print the phases of one run")
     instead.add_argument("--nsys", type=Path, metavar="TRACE", help="print the phases of an exported trace")
     add("--image_dir", type=Path,
-        help="where the figures go; by default figures/ in the first folder, for --readme image/")  # fmt: skip
+        help="where the figures go; by default image/ in the first folder, or in the one of --readme")  # fmt: skip
     add("--benchmark_dir", type=Path, default=ROOT / "benchmarks" / "results", help="where the benchmarks' records are")
     return parser
 
@@ -68,21 +72,23 @@ def main():
 
 def report(args):
     folders = args.folders or default_folders(published=args.readme is not None)
-    runs, evaluations = records.read_folders(folders)
+    runs, evaluations = records.read_folders(folders, published=args.readme is not None)
     if not runs:
         records.warn("no runs found; bash run.sh makes some")
-    from reporting import figures, frontier  # After the folders are known to be good: matplotlib takes a second.
+    from reporting import figures  # After the folders are known to be good: matplotlib takes a second.
 
-    measured = benchmarks.read(args.benchmark_dir)
+    measured = benchmarks.read(args.benchmark_dir, published=args.readme is not None)
     parts = sections(runs, evaluations, measured, with_cpu_times=args.readme is None)
     if args.readme:
-        rewrite(args.readme, {name: body for name, (_, body) in parts.items()})
+        bodies = {name: with_picture(name, body) for name, (_, body) in parts.items()}
+        bodies |= page_parts(runs, evaluations, measured)
+        for page in pages(args.readme):
+            rewrite(page, bodies, args.readme)
     else:
         shown = [parts[name] for name in args.only or TABLES]
         print("\n\n".join(f"## {title}\n\n{body}" for title, body in shown if body))
-    image_dir = args.image_dir or (ROOT / "image" if args.readme else beside(folders))
-    drawn = [*figures.draw_all(runs, image_dir), *frontier.draw_frontier(measured, image_dir)]
-    for path in drawn:
+        print("\nThe words are explained in docs/glossary.md.")
+    for path in figures.draw_all(runs, measured, args.image_dir or (args.readme or beside(folders)) / "image"):
         print(f"drawn: {path}", file=sys.stderr)
 
 
@@ -93,9 +99,9 @@ def default_folders(published):
 
 
 def beside(folders):
-    """Where the figures of one's own runs go: image/ is for those of the published records."""
+    """The folder in whose image/ the figures of one's own runs go; the repository's is for the published records."""
     first = folders[0] if folders else ROOT / FOLDERS[0]
-    return (first if first.is_dir() else first.parent) / "figures"
+    return first if first.is_dir() else first.parent
 
 
 def sections(runs, evaluations, measured, with_cpu_times):
@@ -103,17 +109,31 @@ def sections(runs, evaluations, measured, with_cpu_times):
 
     measured: the benchmarks' records, as benchmarks.read gives them.
     """
-    parts = {"runs": ("Runs", overview.every_run(runs, with_cpu_times))}
+    parts = {"headline": ("What each technique buys", headline.render(runs))}
+    parts["runs"] = ("Runs", overview.every_run(runs, with_cpu_times))
     for study in STUDIES:
         parts[study.name] = (study.title, tables.render(study, runs, with_cpu_times))
+    parts["time-to-accuracy"] = ("Time to accuracy", accuracy.render(runs))
     parts["evaluation"] = ("SimCLS before and after", overview.evaluations(evaluations))
     parts["phases"] = ("Phases of a step", overview.step_phases(runs, with_cpu_times))
     parts["benchmarks"] = ("Benchmarks", benchmarks.render(measured))
     for name in benchmarks.WITH_TABLES:
         parts[f"benchmark-{name}"] = (f"Benchmark {name}", benchmarks.render_tables(measured, name))
     parts["published"] = ("The original study", overview.original_study())
-    parts["glossary"] = ("What the figures mean", GLOSSARY.read_text(encoding="utf-8").strip())
     return parts
+
+
+def page_parts(runs, evaluations, measured):
+    """Name -> Markdown: the generated parts of the pages besides the tables of `sections`."""
+    parts = {f"headline-{study.name}": headline.render(runs, study.name) for study in headline.STUDIES}
+    parts |= {"bullets": sentences.bullets(runs, evaluations), "faults": sentences.faults(measured)}
+    parts |= {"loop": loops.whole("resnext.py")}
+    return parts | {f"loop-{name}": loops.difference(f"resnext_{name}.py") for name in ("checkpoint", "fast")}
+
+
+def with_picture(name, body):
+    """The part `name` of a page with the figure that there is for the same records."""
+    return f"{body}\n\n{PICTURES[name]}" if body and name in PICTURES else body
 
 
 def print_phases(path):

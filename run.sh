@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
 # The list of experiments. Each prints the commands that it runs; any of them can be pasted into a shell.
 #
-#   bash run.sh              make .venv, install, then both models in short: tables, and figures in runs/figures/
+#   bash run.sh              make .venv, install, then both models in short: tables, and figures in runs/image/
 #   bash run.sh resnext      the study of ResNeXt on CIFAR-10 (EPOCHS=200; a GPU is wanted)
 #   bash run.sh simcls       the seven set-ups of the SimCLS scorer (EPOCHS=2, PERCENT=20 of the text)
 #   bash run.sh pubmed       SimCLS on abstracts and their titles, a file CSV, with two generators (EPOCHS=1, PERCENT=25)
 #   bash run.sh profile      30 steps of both models under Nsight Systems (STEPS), their phases by trace and by record
 #   bash run.sh benchmarks   those of benchmarks/ that need no other environment (ONLY="layout fast"), each for at most
 #                            LIMIT seconds, into a folder OUT instead of benchmarks/results/<hardware>
-#   bash run.sh report       every table of the runs that are there, and figures of them in figures/ beside them
+#   bash run.sh report       every table of the runs that are there, and figures of them in image/ beside them
 #   bash run.sh test         every test, or with -m quick those of two minutes; further arguments go to pytest
-#   bash run.sh lint         ruff's checks and its format
+#   bash run.sh lint         ruff's checks and its format, and the links of the pages
 #
 # SEEDS="0 1 2" repeats the runs with each seed. A run that was interrupted goes on, and one that is finished is not run
 # again, unless AGAIN=1. A training run or benchmark that fails, for lack of memory perhaps, is named, and the others go
@@ -229,6 +229,7 @@ benchmarks() {
 lint() {
     show python3 -m ruff check .
     show python3 -m ruff format --check .
+    show python3 -m reporting.links
 }
 
 case "${1:-}" in

@@ -77,8 +77,8 @@ def _git_commit():
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
-    # Figures, README and records are what runs make, not what makes them.
-    results = (":!image", ":!README.md", ":!benchmarks/results")
+    # Figures, pages and records are what runs make, not what makes them.
+    results = (":!image", ":!docs", ":!*.md", ":!benchmarks/results")
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", str(ROOT), *results)
         return git("rev-parse", "--short=12", "HEAD") + "-dirty" * bool(changed)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 from reporting import shapes
 from reporting.comparison import number
-from reporting.records import warn
-from reporting.shapes import COUNT, NUMBER, PAIR, TEXT, maybe
+from reporting.records import machine_letter, provenance, refused, warn
+from reporting.shapes import COUNT, NUMBER, PAIR, TEXT, is_number, maybe
 from reporting.tables import markdown
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "benchmarks"
@@ -23,8 +23,9 @@ TITLES = {
 }
 MIB = 2**20
 RECORD = {
-    "benchmark": TEXT, "machine": {"hardware": TEXT, "device": maybe(TEXT)}, "model": maybe(TEXT),
-    "dataset": maybe(TEXT), "pictures": maybe(COUNT), "batch_size": maybe(COUNT),
+    "benchmark": TEXT, "model": maybe(TEXT), "dataset": maybe(TEXT), "pictures": maybe(COUNT),
+    "batch_size": maybe(COUNT),
+    "machine": {"hardware": TEXT, "device": maybe(TEXT), "commit": maybe(TEXT), "date": maybe(TEXT)},
 }  # fmt: skip
 RATIO = {"median": NUMBER, "low": NUMBER, "high": NUMBER, "interval": maybe(PAIR)}
 COLUMNS = {  # What a record calls a figure -> its header with the unit, and the factor into that unit.
@@ -67,8 +68,9 @@ COLUMNS = {  # What a record calls a figure -> its header with the unit, and the
 }
 
 
-def read(folder):
-    """{hardware: [record, ...]} of the whole records `folder`/*/*.json; others are named on stderr."""
+def read(folder, published=False):
+    """{hardware: [record, ...]} of the whole records `folder`/*/*.json; others are named on stderr, and with
+    `published` those of no clean commit."""
     found = {}
     for path in sorted(Path(folder).glob("*/*.json")):
         try:
@@ -77,10 +79,12 @@ def read(folder):
             warn(f"skipped {path}: not whole JSON ({type(error).__name__}); run its benchmark again, or delete it")
             continue
         fault = shapes.fault(record, RECORD) or _ratio_fault(record)
-        if fault is None:
-            found.setdefault(record["machine"]["hardware"], []).append(record)
-        else:
+        if fault is not None:
             warn(f"skipped {path}: no record of a benchmark: {fault}")
+        elif not (published and refused(path, record)):
+            letter = machine_letter(path)
+            record["machine"]["hardware"] += f", machine {letter}" if letter else ""
+            found.setdefault(record["machine"]["hardware"], []).append(record)
     return found
 
 
@@ -95,7 +99,7 @@ def render(found):
     for hardware, records in found.items():
         rows = [row for record in records for row in _ratio_rows(record)]
         if rows:
-            parts += [f"{hardware}; both sides of a row took turns in one run:", markdown(rows)]
+            parts += [f"{hardware}; both sides of a row took turns in one run, n rounds:", markdown(rows)]
     return "\n\n".join(parts)
 
 
@@ -120,6 +124,7 @@ def _ratio_rows(record):
         row = {
             "Benchmark": f"`{record['benchmark']}`",
             "Case": case + " (a cost)" * (bound == "at most") or None,
+            "n": str(rounds(record)) if rounds(record) else None,
             "Ratio": number(ratio["median"]),
             "95 % interval": " to ".join(map(number, ratio["interval"])) if ratio.get("interval") else None,
             "Lowest to highest": f"{number(ratio['low'])} to {number(ratio['high'])}",
@@ -127,7 +132,25 @@ def _ratio_rows(record):
         if bound:
             reached = ratio["median"] <= limit if bound == "at most" else ratio["median"] >= limit
             row |= {"Target": f"{bound} {limit:g}", "Reached": "yes" if reached else "no"}
-        yield row
+        yield row | {"Made by": provenance([record]) or None}
+
+
+def rounds(record):
+    """How often each side of a benchmark ran; None where its record does not say."""
+    settings = record.get("settings")
+    found = record.get("rounds", settings.get("rounds") if isinstance(settings, dict) else None)
+    return found if is_number(found) else _length_of_seconds(record)
+
+
+def _length_of_seconds(value):
+    """The number of seconds by round that a record keeps of an arm, wherever it does; None where it keeps none."""
+    if not isinstance(value, dict):
+        return None
+    seconds = value.get("seconds")
+    for kept in seconds.values() if isinstance(seconds, dict) else ():
+        if isinstance(kept, list):
+            return len(kept)
+    return next(filter(None, map(_length_of_seconds, value.values())), None)
 
 
 @functools.cache
@@ -170,7 +193,9 @@ def _caption(record, name, rows):
     known = {"dataset": "data"} | record
     words = {key: text.format(**known) for key, text in facts.items() if record.get(key) and key not in rows[0]}
     words = [words.get("model"), words.get("pictures"), record["machine"]["hardware"], words.get("batch_size")]
-    return f"{title}: {', '.join(filter(None, words))}:"
+    made = provenance([record])
+    times = f"n = {rounds(record)} rounds" if rounds(record) and "times_original" in rows[0] else None
+    return f"{title}: {'; '.join(filter(None, [', '.join(filter(None, words)), times, made]))}:"
 
 
 def _cells(row, rows):

@@ -49,6 +49,35 @@ def ratio(new, base):
     return f"{new.mean / base.mean:.2f}{_note(new, base)}"
 
 
+def ratio_interval(new, base):
+    """(mean of `new` over that of `base`, low, high): the 95 % interval by the t-distribution of the logarithm, with
+    Welch's degrees of freedom. A single value is taken to scatter as the others do; low and high are None when both
+    Samples are single values."""
+    found = new.mean / base.mean
+    if new.n == base.n == 1:
+        return found, None, None
+    parts = [((each.deviation / each.mean) ** 2, each.n) for each in (new, base)]
+    shared = max(spread for spread, n in parts if n > 1)
+    errors = [((spread if n > 1 else shared) / n, n) for spread, n in parts]
+    variance = sum(error for error, _ in errors)
+    if variance == 0:
+        return found, found, found
+    from scipy.stats import t
+
+    freedom = variance**2 / sum(error**2 / (n - 1) for error, n in errors if n > 1 and error)
+    factor = math.exp(t.ppf(1 - SIGNIFICANCE / 2, freedom) * math.sqrt(variance))
+    return found, found / factor, found * factor
+
+
+def ratio_with_interval(new, base):
+    """ "0.76 (0.71 to 0.82)", or "0.76" where the noise is not known or there is none; None without both Samples."""
+    if new is None or base is None or base.mean == 0:
+        return None
+    found, low, high = ratio_interval(new, base)
+    exact = low is None or f"{low:.2f}" == f"{high:.2f}"
+    return f"{found:.2f}" if exact else f"{found:.2f} ({low:.2f} to {high:.2f})"
+
+
 def difference(new, base):
     """ "+1.3", or "-0.2, within the noise": the mean of `new` less that of `base`; None without both."""
     if new is None or base is None or new == base:

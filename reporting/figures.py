@@ -17,8 +17,8 @@ from PIL import Image
 from harness.files import atomic_write
 from reporting.comparison import Sample
 from reporting.overview import PHASES
-from reporting.records import Record, combine
-from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCLS
+from reporting.records import Record, combine, provenance
+from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCLS, TOGETHER
 from reporting.tables import groups, hardware, place
 
 WIDTH = 10  # Inches: 1,000 pixels, which README shows about as they are.
@@ -32,12 +32,25 @@ LINE_WIDTH = 0.01  # Of a panel's height.
 SIDES = {"host": "host time", "device": "GPU time"}
 
 
-def draw_all(runs, folder):
-    """Draw into `folder` every figure that `runs` have data for; returns the paths written."""
+def draw_all(runs, measured, folder):
+    """Draw into `folder` every figure that there are records for; returns the paths written.
+
+    runs: Records. measured: the benchmarks' records, as benchmarks.read gives them.
+    """
+    from reporting.frontier import draw_frontier  # They take their style from this module.
+    from reporting.headline_figures import draw_time_to_accuracy, draw_waterfall
+
+    written = [*draw_waterfall(runs, folder), *draw_time_to_accuracy(runs, folder), *draw_studies(runs, folder)]
+    return [*written, *draw_frontier(measured, folder)]
+
+
+def draw_studies(runs, folder):
+    """Draw into `folder` the figures of the studies; returns the paths written."""
     pictures = {
         "resnext_data_loader": (draw_curves, DATA_LOADER, CURVES),
         "resnext_mixed_precision": (draw_curves, MIXED_PRECISION, CURVES),
         "resnext_checkpointing": (draw_curves, CHECKPOINTING, CURVES),
+        "resnext_together": (draw_curves, TOGETHER, CURVES),
         "simcls_loss": (draw_losses, SIMCLS),
         "step_timeline": (draw_timeline, (DATA_LOADER, MIXED_PRECISION, CHECKPOINTING)),
         "checkpointing_memory": (draw_memory, CHECKPOINTING),
@@ -94,10 +107,18 @@ def heading(group):
     return ", ".join(words)
 
 
+def facts(group):
+    """ "AMD EPYC, 2 cores, torch 2.13.0; n = 3; commit 1f098ca, 2026-11-23": where, how often and of what code."""
+    numbers = sorted({len(row.runs) for row in group.rows})
+    runs = [run for row in group.rows for run in row.runs]
+    n = f"n = {numbers[0]}" if len(numbers) == 1 else f"n = {numbers[0]} to {numbers[-1]}"
+    return "; ".join(filter(None, [place(group.machine), n, provenance([run.record for run in runs])]))
+
+
 def distinct_colours(names):
     """{name: a colour that no other has}."""
     names = list(dict.fromkeys(names))
-    few = plt.get_cmap("tab10").colors
+    few = matplotlib.color_sequences["petroff10"]  # Told apart by colour-blind readers, too.
     colours = few if len(names) <= len(few) else plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(names)))
     return dict(zip(names, colours, strict=False))
 
@@ -109,7 +130,8 @@ def distinct_styles(rows, styles):
 
 
 def draw_curves(runs, study, curves):
-    """Each of `curves`, key of an epoch -> axis label, by epoch: for each arm the mean over the seeds that all have."""
+    """Each of `curves`, key of an epoch -> axis label, by epoch: for each arm the mean over the seeds that all have, in
+    a band from the lowest to the highest of them."""
     group = chosen_for_curves(study, [run for run in runs if run.curve("loss")])
     if group is None:
         return None
@@ -155,7 +177,7 @@ def _width(index, group):
 
 
 def _title(text, group, all_curves_coincide=False):
-    lines = [f"{text}: {heading(group)}; {place(group.machine)}"]
+    lines = [f"{text}: {heading(group)}", facts(group)]
     return "\n".join(lines + [f"all {len(group.rows)} curves coincide"] * all_curves_coincide)
 
 
@@ -235,7 +257,7 @@ def _arms(runs, studies):
             if base is None or not base.runs[0].step_ms() or (row is base and arms):
                 continue
             run = row.runs[0]
-            same = [*(run.arguments[name] for name in ("model", "dataset", "batch_size")), hardware(run)]
+            same = [run.arguments["model"], run.data, run.arguments["batch_size"], hardware(run)]
             if common in (None, same):
                 common = same
                 arms.append(("baseline" if row is base else _arm_name(study, row), row, base))

@@ -4,7 +4,7 @@ import re
 
 from reporting import published
 from reporting.comparison import Sample, number, quantity
-from reporting.records import Record
+from reporting.records import Record, provenance
 from reporting.studies import loading_label, recomputation_label, test_accuracy
 from reporting.tables import CPU_NOTE, hardware, markdown, one_a_seed, place, settings
 
@@ -29,7 +29,8 @@ def _tables(runs, cells, with_cpu_times):
     for where, rows in by_place(runs):
         on_cpu = rows[0][0].on_cpu
         table = markdown([cells(repeats, with_cpu_times or not on_cpu) for repeats in rows])
-        parts += [f"{place(where)}:", table, *[CPU_NOTE] * (on_cpu and with_cpu_times)]
+        made = provenance([run.record for repeats in rows for run in repeats])
+        parts += [f"{place(where)}{'; ' * bool(made)}{made}:", table, *[CPU_NOTE] * (on_cpu and with_cpu_times)]
     return "\n\n".join(parts)
 
 
@@ -41,14 +42,14 @@ def _description(repeats):
     return {
         "Experiment": run.experiment,
         "Model": arguments.get("model", arguments.get("model_type")),
-        "Data": arguments.get("dataset"),
+        "Data": run.data,
         "Batch": str(arguments["batch_size"]) if "batch_size" in arguments else None,
         "Loading": loading_label(run),
         "Precision": run.precision,
         "Recomputed": None if recomputed == "none" else recomputed,
         "Steps": str(arguments["max_steps"]) if arguments.get("max_steps") else None,
         "Epochs": str(len(run.curve("loss"))) if run.curve("loss") else None,
-        "Runs": str(len(repeats)),
+        "n": str(len(repeats)),
     }
 
 
@@ -169,7 +170,9 @@ def _evaluation(repeats):
     # Without the folders of the machine that made the record.
     command = ABSOLUTE_FOLDER.sub("", machine.get("command", "unknown command"))
     where = f"`{command}`; {machine.get('hardware', 'unknown hardware')}"
-    return f"{first.get('documents', 'unknown')} documents, {meaning}; {where}:\n\n{markdown(rows)}"
+    made = provenance(repeats)
+    caption = [f"{first.get('documents', 'unknown')} documents, {meaning}", where, *filter(None, [made])]
+    return f"{'; '.join(caption)}:\n\n{markdown(rows)}"
 
 
 def _p_values(values):

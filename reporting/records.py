@@ -39,7 +39,9 @@ TIMING = {
     "seconds": POSITIVE, "steps": COUNT, "warmup_steps": COUNT, "unphased_seconds": NUMBER, "peak_memory": PEAK,
     "phases": each(dict, PHASE),
 }  # fmt: skip
-OF_EPOCH = ("loss", "acc", "test_acc", "samples_per_second", "val_rouge1", "val_rouge2", "val_rougeL")
+OF_EPOCH = (
+    "loss", "acc", "test_acc", "samples_per_second", "val_rouge1", "val_rouge2", "val_rougeL", "elapsed_seconds",
+)  # fmt: skip
 EPOCH = {"epoch": COUNT, "timing": TIMING, "peak_memory": PEAK, "losses": maybe(each(list, PAIR))}
 EPOCH |= dict.fromkeys(OF_EPOCH, maybe(NUMBER))
 RECORD = {
@@ -57,16 +59,16 @@ def warn(line):
     print(f"report.py: {line}", file=sys.stderr)
 
 
-def read_folders(folders):
+def read_folders(folders, published=False):
     """(runs, evaluations) under `folders` and all folders in them: lists of Record and of dicts, in order of path.
 
-    A file that is cut short, or is no record of ours, is named on stderr and left out. The same record found twice (a
-    copy) counts once. UserError when a folder is not there.
+    A file that is cut short, or is no record of ours, is named on stderr and left out; with `published`, so is one of
+    no clean commit. The same record found twice (a copy) counts once. UserError when a folder is not there.
     """
     runs, evaluations, seen = [], [], set()
     for path in sorted({path for folder in folders for path in _json_files(Path(folder))}):
         record = _read(path)
-        if record is None:
+        if record is None or (published and refused(path, record)):
             continue
         text = json.dumps(record, sort_keys=True)
         if text in seen:
@@ -77,6 +79,33 @@ def read_folders(folders):
         else:
             runs.append(Record(path, record))
     return runs, evaluations
+
+
+def refused(path, record):
+    """Whether `record` may not be published, since nobody can get the code that made it; stderr names it."""
+    commit = record["machine"].get("commit")
+    if commit and not commit.endswith("-dirty"):
+        return False
+    what = "changed files beside a commit" if commit else "no commit"
+    warn(f"refused {path}: it is of {what}; commit, then make it again")
+    return True
+
+
+def provenance(records):
+    """ "commit 1f098ca, 2026-11-23": what made `records`, dicts, and when; "" where they do not say."""
+    machines = [record["machine"] for record in records]
+    commits = list(dict.fromkeys(machine["commit"][:7] for machine in machines if machine.get("commit")))
+    dates = sorted({machine["date"][:10] for machine in machines if machine.get("date")})
+    words = [f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"] if commits else []
+    return ", ".join(words + ([" to ".join(dict.fromkeys([dates[0], dates[-1]]))] if dates else []))
+
+
+def machine_letter(path):
+    """ "b" of a record in results/<hardware>_b: what tells machines of one kind apart; None elsewhere."""
+    folders = Path(path).parts[:-1]
+    if "results" not in folders[:-1]:
+        return None
+    return folders[folders.index("results") + 1].partition("_")[2] or None
 
 
 def _json_files(folder):
@@ -136,6 +165,12 @@ class Record:
     @property
     def machine(self):
         return self.record["machine"]
+
+    @property
+    def data(self):
+        """What the data is called: a folder by its own name."""
+        is_folder = self.arguments.get("dataset") == "folder" and self.arguments.get("data_dir")
+        return Path(self.arguments["data_dir"]).name if is_folder else self.arguments.get("dataset")
 
     @property
     def precision(self):
@@ -229,6 +264,12 @@ class Record:
     def last(self, key):
         curve = self.curve(key)
         return curve[-1] if curve else None
+
+    def accuracy_by_seconds(self):
+        """[(seconds since the run's start, test accuracy in percent), ...], one for each epoch; [] where that is not
+        known of all."""
+        points = [(epoch.get("elapsed_seconds"), epoch.get("test_acc")) for epoch in self.epochs]
+        return [] if any(None in point for point in points) else points
 
     def last_loss(self):
         return self.last("loss")

@@ -2,7 +2,7 @@
 
 from reporting import published
 from reporting.records import Record
-from reporting.tables import Arm, Study, over_baseline, percent, time, times_baseline, value
+from reporting.tables import Arm, Study, over_baseline, percent, time, times_baseline, value, whole
 
 IMAGES = ("resnext", "resnext_checkpoint")
 LOADING = ("num_worker", "loader")
@@ -69,6 +69,26 @@ def simcls_arm(run):
     return Arm(label, (extras, arguments["num_workers"]), label == "4 workers")
 
 
+def together_arm(run):
+    """Of all ResNeXt runs: what tells each from the original's way, which is resnext.py without any argument."""
+    if run.experiment == "resnext_fast":
+        return Arm("everything on", (3,))
+    if run.experiment == "resnext_checkpoint":
+        return Arm(f"recomputing: {recomputation_label(run)}", (2, -(run.saved_mib() or 0)))
+    if run.experiment != "resnext":
+        return None
+    if run.arguments["half_precision"]:
+        return Arm(f"half precision ({run.precision or 'unknown'})", (1,))
+    loading, batch_size = loading_label(run), run.arguments["batch_size"]
+    if loading == "2 workers" and not run.arguments.get("true_fp32"):
+        return Arm("the original's way", (0, batch_size), is_baseline=True)
+    return Arm("no TF32" if run.arguments.get("true_fp32") else f"loading: {loading}", (1, batch_size))
+
+
+def batch_size(run):
+    return run.arguments["batch_size"]
+
+
 def validation_rouge(run):
     """Mean of ROUGE-1, -2 and -L, in percent, of the candidates that the scorer chose at the last validation."""
     values = [run.last(key) for key in ("val_rouge1", "val_rouge2", "val_rougeL")]
@@ -77,7 +97,7 @@ def validation_rouge(run):
 
 def _published(run, figures, key):
     """The published figures of the arm `key`, or {} for a run that is not of the original's model and data."""
-    is_same = (run.arguments["model"], run.arguments["dataset"]) == (published.MODEL, published.DATASET)
+    is_same = (run.arguments["model"], run.data) == (published.MODEL, published.DATASET)
     return figures.get(key, {}) if is_same else {}
 
 
@@ -169,4 +189,22 @@ SIMCLS = Study(
         value("Training loss", Record.last_loss),
         value("Validation ROUGE, %", validation_rouge),
     ),
+)
+TOGETHER = Study(
+    "together",
+    "Everything together",
+    together_arm,
+    "Way",
+    (),
+    (
+        whole("Batch", batch_size),
+        time("Epoch, s", Record.epoch_seconds),
+        times_baseline("Epoch, ×", Record.epoch_seconds),
+        *PEAK,
+        *SAVED,
+        percent("Training accuracy, %", lambda run: run.last("acc")),
+        percent("Test accuracy, %", test_accuracy),
+        over_baseline("Test accuracy, points", test_accuracy),
+    ),
+    same=("model", "dataset", "data_dir", "num_epoch", "max_steps", "processes"),
 )

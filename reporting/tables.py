@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from reporting.comparison import Sample, difference, quantity, ratio
 from reporting.published import SETUP
+from reporting.records import machine_letter, provenance
 
 # Runs that differ in these alone are the same experiment: they say where and how the process ran.
 NOT_SETTINGS = ("seed", "output_dir", "run_name", "resume", "log", "port", "gpuid", "report_freq", "evaluate")
@@ -46,6 +47,10 @@ def value(header, figure):
     return Column(header, figure)
 
 
+def whole(header, figure):
+    return Column(header, figure, show=lambda sample, base: quantity(sample, places=0))
+
+
 def percent(header, figure):
     return Column(header, figure, show=lambda sample, base: quantity(sample, places=1))
 
@@ -67,8 +72,9 @@ class Study:
     """A table: one row for each setting of the arguments `varies`, with the runs that differ in their seeds alone.
 
     arm: Record -> Arm, or None for a run that has no place in this table. varies: the arguments that tell its arms
-    apart; runs are compared only where everything else is the same, hardware and versions too. row_keys: arguments
-    that make rows of their own besides; each value has its own baseline. published: header -> key of Arm.published.
+    apart; runs are compared only where everything else is the same, hardware and versions too. same: instead, all that
+    must be the same, where arms may differ in whatever else they like. row_keys: arguments that make rows of their own
+    besides; each value has its own baseline. published: header -> key of Arm.published.
     """
 
     name: str
@@ -78,6 +84,7 @@ class Study:
     varies: tuple
     columns: tuple
     row_keys: tuple = ()
+    same: tuple | None = None
     published: dict = dataclasses.field(default_factory=dict)
 
 
@@ -109,13 +116,17 @@ def settings(run, without=()):
     if run.arguments.get("dataset") != "folder":
         left_out.add("data_dir")
     everything = {"experiment": run.experiment} | run.arguments
+    if "dataset" in everything:
+        everything["dataset"] = run.data
     return {name: value for name, value in everything.items() if name not in left_out}
 
 
 def hardware(run):
     """Where `run` ran, as a dict."""
     machine = run.machine
-    place = {"hardware": machine.get("hardware"), "torch": machine.get("versions", {}).get("torch")}
+    place = {"hardware": machine.get("hardware"), "torch": (machine.get("versions") or {}).get("torch")}
+    letter = machine_letter(run.path)
+    place |= {"letter": letter} if letter else {}
     return place | ({"threads": machine.get("threads")} if run.on_cpu else {})
 
 
@@ -126,10 +137,12 @@ def groups(study, runs):
         arm = study.arm(run)
         if arm is None:
             continue
-        everything, common = settings(run), settings(run, (*study.varies, *study.row_keys))
+        everything = settings(run)
+        varies = study.varies if study.same is None else set(everything) - {*study.same, *study.row_keys}
+        common = {name: value for name, value in everything.items() if name not in (*varies, *study.row_keys)}
         group = found.setdefault(_key(common, hardware(run)), Group(common, hardware(run), []))
         keys = tuple(everything.get(name) for name in study.row_keys)
-        flags = {name: everything.get(name) for name in study.varies}
+        flags = {name: everything.get(name) for name in varies}
         row = next((row for row in group.rows if (row.flags, row.keys) == (flags, keys)), None)
         if row is None:
             group.rows.append(row := Row(arm, keys, flags, []))
@@ -155,7 +168,7 @@ def _tell_apart(rows):
     labels = []
     for row in rows:
         same = [other.flags for other in rows if (other.arm.label, other.keys) == (row.arm.label, row.keys)]
-        differing = [name for name in row.flags if any(flags[name] != row.flags[name] for flags in same)]
+        differing = [name for name in row.flags if any(flags.get(name) != row.flags[name] for flags in same)]
         words = ", ".join(f"--{name} {row.flags[name]}" for name in differing)
         labels.append(f"{row.arm.label} ({words})" if words and not row.arm.is_baseline else row.arm.label)
     for row, label in zip(rows, labels, strict=True):
@@ -190,9 +203,9 @@ def render(study, runs, with_cpu_times=True):
 def _cells(study, group, row, with_times):
     """One row of a table: header -> text, or None for what is not known."""
     baseline = group.baseline(row)
-    label = f"{row.arm.label} (baseline)" if row.arm.is_baseline else row.arm.label
+    label = f"{row.arm.label} (baseline)" if row is baseline else row.arm.label
     cells = dict(zip(map(_words, study.row_keys), map(str, row.keys), strict=True))
-    cells |= {study.arm_header: label, "Runs": str(len(row.runs))}
+    cells |= {study.arm_header: label, "n": str(len(row.runs))}
     for column in study.columns:
         if column.is_time and not with_times:
             continue
@@ -214,12 +227,16 @@ def caption(group, all_groups):
     for name in sorted(set(common) - set(phrases)):
         if len({str(other.settings.get(name)) for other in all_groups}) > 1:
             words.append(f"{_words(name).lower()} {common[name]}")
-    return f"{', '.join(words)}; {place(group.machine)}:"
+    records = [run.record for row in group.rows for run in row.runs]
+    made = provenance(records)
+    return f"{', '.join(words)}; {place(group.machine)}{'; ' * bool(made)}{made}:"
 
 
 def place(machine):
     """ "AMD EPYC, 2 cores, 1 thread, torch 2.13.0" of what `hardware` gives."""
     words = [machine["hardware"] or "unknown hardware"]
+    if "letter" in machine:
+        words.append(f"machine {machine['letter']}")
     if "threads" in machine:
         words.append(f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}")
     return ", ".join([*words, f"torch {machine['torch']}"])

@@ -38,7 +38,8 @@ def make_record(scale=1.0, device="cuda", precision="tf32", experiment="resnext"
         }
         for epoch in (1, 2, 3)
     ]  # fmt: skip
-    machine = {"device": device, "hardware": hardware, "threads": 2, "versions": {"torch": "2.13.0"}, "date": "today"}
+    machine = {"device": device, "hardware": hardware, "threads": 2, "versions": {"torch": "2.13.0"}}
+    machine |= {"commit": "0123456789ab", "date": "2026-01-01T00:00:00Z"}
     return {
         "format": 1, "experiment": experiment, "name": f"{experiment}_{precision}", "arguments": ARGUMENTS | arguments,
         "machine": machine, "precision": precision, "saved_activation_bytes": saved, "epochs": epochs,

@@ -2,15 +2,11 @@
 
 import json
 import re
-import shutil
 
 import pytest
-from conftest import ROOT
 from run_records import make_record, make_run, read_table
 
-from harness.endings import UserError
 from reporting import records
-from reporting.readme import rewrite
 
 
 @pytest.fixture
@@ -75,8 +71,8 @@ def test_the_whole_report(run_script, run_folder):
     result = run_script("report.py", run_folder, *options(run_folder))
     headings = re.findall(r"^## (.*)", result.stdout, flags=re.MULTILINE)
     assert headings == [
-        "Runs", "Data loader", "Mixed precision", "Activation checkpointing", "Phases of a step", "Benchmarks",
-        "Benchmark memory", "The original study", "What the figures mean",
+        "What each technique buys", "Runs", "Data loader", "Mixed precision", "Activation checkpointing",
+        "Everything together", "Phases of a step", "Benchmarks", "Benchmark memory", "The original study",
     ]  # fmt: skip
     assert re.search(r"`rouge` \| titles \| 12.3 \| 11.0 to 13.5 \|", result.stdout)
     assert "| policy | saved, MiB | planned |" in result.stdout
@@ -87,10 +83,10 @@ def test_the_whole_report(run_script, run_folder):
         "cut.json", "empty.json", "foreign.json", "hollow.json", "later.json", "broken.json",
     ]  # fmt: skip
     # Every figure that there are records for, beside the runs, not blank and not large.
-    figures = sorted((run_folder / "figures").iterdir())
+    figures = sorted((run_folder / "image").iterdir())
     assert [path.stem for path in figures] == [
         "checkpointing_memory", "resnext_checkpointing", "resnext_data_loader", "resnext_mixed_precision",
-        "step_timeline",
+        "resnext_together", "step_timeline", "techniques",
     ]  # fmt: skip
     for path in figures:
         assert 3_000 < path.stat().st_size < 100_000
@@ -242,62 +238,6 @@ def test_phases_of_one_record(run_script, run_folder):
     assert "| backward | 1155 | 30.00 | 45.00 | 35.10 | 60.00 | 90.00 | 70.20 | 54.0 |" in output
 
 
-def test_readme_is_rewritten_between_its_markers_only(call_report, run_folder, tmp_path):
-    readme = tmp_path / "README.md"
-    text = "# Title\n\n<!-- report:mixed-precision -->\nstale\n<!-- /report:mixed-precision -->\n\nBetween.\n"
-    text += "\n<!-- report:simcls --><!-- /report:simcls -->\n"
-    text += "Änd <!-- report:glossary -->\n<!-- /report:glossary -->!\r\n"
-    readme.write_text(text, newline="")
-    result = call_report(run_folder, "--readme", readme)
-    first = readme.read_bytes()
-    assert "left simcls in README.md as it is" in result.err
-    call_report(run_folder, "--readme", readme)
-    assert readme.read_bytes() == first
-    new = first.decode()
-    assert "stale" not in new
-    assert "| bf16 | 1 | 0.80 |" in new
-    assert "Step, ms" not in read_table(new)[0]  # No time of a CPU.
-    # Without what lies between the markers it is as it was.
-    inside = r"(<!-- report:(\S+) -->).*?(<!-- /report:\2 -->)"
-    assert re.sub(inside, r"\1\3", new, flags=re.DOTALL) == re.sub(inside, r"\1\3", text, flags=re.DOTALL)
-
-
-def test_this_repositorys_readme(monkeypatch, capsys, tmp_path):
-    """Its tables come from the committed records, twice the same, and the figures that it shows are there."""
-    import report
-
-    readme = tmp_path / "README.md"
-    shutil.copy(ROOT / "README.md", readme)
-    monkeypatch.setattr("sys.argv", ["report.py", "--image_dir", str(tmp_path), "--readme", str(readme)])
-    report.main()
-    first = readme.read_bytes()
-    report.main()
-    assert readme.read_bytes() == first
-    said = capsys.readouterr().err
-    assert "skipped" not in said
-    assert "as it is" not in said
-    for path in re.findall(r"\]\((\w[^):#]*)\)", first.decode()):
-        assert (ROOT / path).exists(), path
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("<!-- report:nothing -->\n<!-- /report:nothing -->", "names no table"),
-        ("<!-- report:runs -->\ntext", "no partner"),
-        ("text <!-- /report:runs -->", "no partner"),
-        ("<!-- report:runs -->\n<!-- /report:phases -->", "no partner"),
-        ("<!-- report:runs -->\n<!-- report:phases -->\n<!-- /report:phases -->\n<!-- /report:runs -->", "no partner"),
-    ],
-)
-def test_wrong_markers_leave_the_readme_alone(tmp_path, text, reason):
-    readme = tmp_path / "README.md"
-    readme.write_text(text)
-    with pytest.raises(UserError, match=reason):
-        rewrite(readme, {"runs": "new", "phases": "new"})
-    assert readme.read_text() == text
-
-
 def test_a_record_counts_once_however_often_it_is_copied(run_folder, capsys):
     runs, evaluations = records.read_folders([run_folder, run_folder / "resnext"])
     assert len(runs) == 6
@@ -306,10 +246,11 @@ def test_a_record_counts_once_however_often_it_is_copied(run_folder, capsys):
 
 
 def test_figures_are_the_same_bytes_for_the_same_records(tmp_path):
-    from reporting.figures import draw_all
+    from reporting.figures import draw_studies
 
     runs = [make_run(seed=seed) for seed in range(2)] + [make_run(0.7, precision="fp16", half_precision="float16")]
-    drawn = [draw_all(runs, tmp_path / name) for name in ("one", "two")]
-    assert [path.name for path in drawn[0]] == ["resnext_mixed_precision.png", "step_timeline.png"]
+    drawn = [draw_studies(runs, tmp_path / name) for name in ("one", "two")]
+    names = ["resnext_mixed_precision.png", "resnext_together.png", "step_timeline.png"]
+    assert [path.name for path in drawn[0]] == names
     for one, two in zip(*drawn, strict=True):
         assert one.read_bytes() == two.read_bytes()

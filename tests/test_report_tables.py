@@ -31,7 +31,7 @@ def test_mixed_precision_table():
     half = [make_run(0.7 + 0.01 * seed, precision="fp16", half_precision="float16", seed=seed) for seed in range(3)]
     rows = rows_of(MIXED_PRECISION, [make_run(), *half, make_run(1.6, precision="fp32", true_fp32=True)])
     assert list(rows) == ["tf32 (baseline)", "fp32", "fp16"]
-    assert (rows["fp16"]["Runs"], rows["fp16"]["Step, ms"]) == ("3", "71.0 ± 1.0")
+    assert (rows["fp16"]["n"], rows["fp16"]["Step, ms"]) == ("3", "71.0 ± 1.0")
     assert rows["fp16"]["Step, ×"] == "0.71"
     assert rows["fp16"]["A100: overall, s"] == "6744"
     assert rows["fp32"]["A100: step, ms"] == "–"  # The original never ran it.
@@ -49,7 +49,7 @@ def test_the_same_arithmetic_by_other_flags_is_no_repeat():
         make_run(0.7, **half, half_precision="bfloat16", seed=1),
     ]
     rows = rows_of(MIXED_PRECISION, runs)
-    assert {name: (row["Runs"], row["Step, ms"]) for name, row in rows.items()} == {
+    assert {name: (row["n"], row["Step, ms"]) for name, row in rows.items()} == {
         "fp32 (baseline)": ("1", "100"),
         "fp32 (--true_fp32 True)": ("1", "120"),
         "bf16 (--half_precision float16)": ("1", "50.0"),
@@ -75,9 +75,9 @@ def test_of_several_runs_with_one_seed_the_latest_counts():
     for run, date in zip(runs, ("2026-01-01", "2026-01-03", "2026-01-02", "2026-01-01"), strict=True):
         run.machine["date"] = date
     row = rows_of(DATA_LOADER, runs)["0 workers"]
-    assert (row["Runs"], row["Step, ms"]) == ("2", "80.0 ± 14.1")
+    assert (row["n"], row["Step, ms"]) == ("2", "80.0 ± 14.1")
     listed = read_table(overview.every_run(runs))
-    assert [row["Runs"] for row in listed] == ["1", "2"]
+    assert [row["n"] for row in listed] == ["1", "2"]
 
 
 def test_checkpointing_table_has_a_baseline_for_each_batch_size():

@@ -1,4 +1,4 @@
-"""Rewriting the generated parts of README.md, and nothing else."""
+"""Rewriting the generated parts of README.md and docs/, and nothing else."""
 
 import re
 
@@ -7,24 +7,33 @@ from harness.files import atomic_write
 from reporting.records import warn
 
 MARKER = re.compile(r"<!-- (?P<end>/?)report:(?P<name>[^ >]*) -->")
+NO_RECORD = "No record of a clean commit yet."
 
 
-def rewrite(path, bodies):
+def pages(folder):
+    """The Markdown pages below `folder` that have generated parts: README.md and those in docs/."""
+    found = [folder / "README.md", *sorted((folder / "docs").rglob("*.md"))]
+    return [path for path in found if path.is_file() and b"<!-- report:" in path.read_bytes()]
+
+
+def rewrite(path, bodies, root=None):
     """Put bodies[NAME] between `<!-- report:NAME -->` and `<!-- /report:NAME -->` in the file `path`, for each pair.
 
-    A part whose body is "" stays as it is, and stderr says so. UserError, with the file untouched, when a name is
-    unknown or a marker has no partner. The same bodies twice leave the file as the first time did.
+    A link to /PLACE in a body is one to PLACE in `root`. A body of "" says that there is no record. UserError, with the
+    file untouched, when a name is unknown or a marker has no partner. The same bodies twice leave the file as the first
+    time did.
     """
     try:
         text = path.read_bytes().decode("utf-8")  # Not as text, which would change its line ends.
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}") from None
     new, position = [], 0
+    depth = len(path.relative_to(root).parts) - 1 if root else 0
     for start, end in _pairs(path, text, bodies):
         body = bodies[start["name"]]
         if not body:
-            warn(f"left {start['name']} in {path.name} as it is: there are no records for it")
-            continue
+            warn(f"{path.name} has no records for {start['name']}")
+        body = body.replace("](/", f"]({'../' * depth}") or NO_RECORD
         new += [text[position : start.end()], f"\n{body}\n"]
         position = end.start()
     new = "".join([*new, text[position:]])

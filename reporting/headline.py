@@ -1,0 +1,219 @@
+"""What each technique buys, in one row each: the table, the sentences and the figure that the README shows first."""
+
+import dataclasses
+
+from reporting import published
+from reporting.comparison import Sample, ratio_interval, within_noise
+from reporting.records import Record, provenance
+from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCLS, TOGETHER, test_accuracy
+from reporting.tables import groups, markdown, place
+
+CHECKPOINT = "`resnext_checkpoint.py`"
+# Study, the start of an arm's label -> the technique with the way to switch it on, and when it pays.
+TECHNIQUES = {
+    ("data-loader", "0 workers"): (
+        "No worker processes for loading: `--num_worker 0`",
+        "to debug; else let workers load",
+    ),
+    ("data-loader", "device"): (
+        "Pictures kept and augmented on the GPU (or CPU) that trains: `--loader device`",
+        "when they fit there, and steps are short",
+    ),
+    ("mixed-precision", ""): ("Half precision: `--half_precision`", "on every GPU, and on CPUs that multiply bfloat16"),
+    ("checkpointing", "chain"): (
+        f"Recomputing all but the convolutions: {CHECKPOINT}",
+        "when memory is short by up to a half",
+    ),
+    ("checkpointing", "block"): (
+        f"Recomputing whole blocks: {CHECKPOINT} `--policy block`",
+        "when memory is short by more",
+    ),
+    ("checkpointing", "nested"): (
+        f"Recomputing stages of blocks, as the original study: {CHECKPOINT} `--policy nested`",
+        "never: the others cost less",
+    ),
+    ("checkpointing", "budget"): (
+        f"Recomputing what a memory budget asks for: {CHECKPOINT} `--memory_budget`",
+        "when you know how much memory there is",
+    ),
+    ("together", "everything on"): ("Everything on: `resnext_fast.py`", "to train, rather than to compare"),
+    ("simcls", "4 workers, recomputation"): (
+        "SimCLS, recomputing the encoder's layers: `main.py --use_checkpoint`",
+        "when long documents do not fit",
+    ),
+    ("simcls", "4 workers, "): (
+        "SimCLS, half precision: `main.py --half_precision`",
+        "on every GPU, and on CPUs that multiply bfloat16",
+    ),
+}
+STUDIES = (DATA_LOADER, MIXED_PRECISION, CHECKPOINTING, TOGETHER, SIMCLS)
+
+
+@dataclasses.dataclass(frozen=True)
+class Effect:
+    """What one technique does against its baseline. time, memory: (ratio, low, high), with None where not known."""
+
+    study: str
+    label: str
+    technique: str
+    when: str
+    time: tuple | None
+    memory: tuple | None
+    result: str
+    n: int
+    group: object
+    row: object
+    published: str | None
+
+    @property
+    def where(self):
+        words = [str(self.group.settings[name]) for name in ("model", "dataset") if self.group.settings.get(name)]
+        return "; ".join(filter(None, [", ".join(words), place(self.group.machine)]))
+
+
+def effects(runs):
+    """The Effects of all techniques that `runs` show, in the order of STUDIES: for each study and kind of hardware
+    those of one group, real pictures before digits, then with most seeds, then with most epochs."""
+    found = []
+    for study in STUDIES:
+        of_hardware = {}
+        for group in sorted(groups(study, runs), key=rank):
+            of_hardware.setdefault(group.machine["hardware"], group)
+        for group in of_hardware.values():
+            found += filter(None, (effect(study, group, row) for row in group.rows))
+    return found
+
+
+def rank(group):
+    epochs = max((len(run.curve("loss")) for row in group.rows for run in row.runs), default=0)
+    seeds = min(len(row.runs) for row in group.rows)
+    return group.settings.get("dataset") == "digits", seeds < 2, -epochs, -seeds
+
+
+SHORT = {
+    "0 workers": "loading without workers",
+    "device": "loading on the device",
+    "chain": "recomputing all but convolutions",
+    "block": "recomputing whole blocks",
+    "nested": "recomputing whole stages",
+}
+
+
+def short(effect):
+    """The technique in a few words."""
+    label = effect.label
+    if effect.study == "simcls":
+        return f"SimCLS: {label.removeprefix('4 workers, ')}"
+    if effect.study == "mixed-precision":
+        return f"half precision ({label})"
+    return SHORT.get(label, f"recomputing for a {label.replace(' ', ' of ')}" if label.startswith("budget") else label)
+
+
+def effect(study, group, row):
+    """The Effect of a Row of one of STUDIES; None for one that has no place among the techniques."""
+    base = group.baseline(row)
+    words = next((words for (name, start), words in TECHNIQUES.items()
+                  if name == study.name and row.arm.label.startswith(start)), None)  # fmt: skip
+    if words is None or base is None or row is base:
+        return None
+    technique, when = words
+    if row.arm.label.startswith("budget"):
+        technique += f" {row.arm.label.split()[1]}"
+    memory = Record.allocated_gb if base.runs[0].allocated_gb() else Record.saved_mib
+    return Effect(
+        study.name,
+        row.arm.label,
+        technique,
+        when,
+        _ratio(Record.epoch_seconds, row, base),
+        _ratio(memory, row, base),
+        _result(study, row, base),
+        min(len(row.runs), len(base.runs)),
+        group,
+        row,
+        _published(study.name, row, base),
+    )
+
+
+def _ratio(figure, row, base):
+    new, old = (Sample.of(map(figure, each.runs)) for each in (row, base))
+    return ratio_interval(new, old) if new and old and old.mean else None
+
+
+def _result(study, row, base):
+    """The change in test accuracy, or in the scorer's ROUGE: "none" where each seed's curves are the same numbers."""
+    if study is SIMCLS:
+        return "none" if _same_curves(row, base, "val_rouge1") else "within rounding"
+    if _same_curves(row, base, "test_acc"):
+        return "none: the same numbers"
+    new, old = (Sample.of(map(test_accuracy, each.runs)) for each in (row, base))
+    if new is None or old is None:
+        return "–"
+    noise = within_noise(new, old)
+    note = ", within the noise" if noise else ", one run" if noise is None else ""
+    return f"{new.mean - old.mean:+.1f} points{note}"
+
+
+def _same_curves(row, base, key):
+    theirs = {run.arguments.get("seed"): run.curve(key) for run in base.runs}
+    return all(run.curve(key) == theirs.get(run.arguments.get("seed")) for run in row.runs)
+
+
+def _published(study, row, base):
+    """ "0.76 ×, memory 0.65 ×" of the original study's A100 for the same technique; None where it has none."""
+    tables = {"data-loader": published.DATA_LOADER, "mixed-precision": published.MIXED_PRECISION,
+              "checkpointing": published.CHECKPOINTING}  # fmt: skip
+    key = {"mixed-precision": "fp16"}.get(study, row.arm.label)
+    first = {"data-loader": "2 workers", "mixed-precision": "single", "checkpointing": "none"}.get(study)
+    new, old = (tables.get(study, {}).get((128, each)) for each in (key, first))
+    if new is None or old is None:
+        return None
+    words = [f"time {new['epoch_s'] / old['epoch_s']:.2f}"]
+    if "memory_gb" in new and "memory_gb" in old:
+        words.append(f"memory {new['memory_gb'] / old['memory_gb']:.2f}")
+    return ", ".join(words)
+
+
+def _times(ratio):
+    """ "0.76 (0.71 to 0.82)" of (ratio, low, high)."""
+    if ratio is None:
+        return None
+    found, low, high = ratio
+    exact = low is None or f"{low:.2f}" == f"{high:.2f}"
+    return f"{found:.2f}" if exact else f"{found:.2f} ({low:.2f} to {high:.2f})"
+
+
+def render(runs, study=None):
+    """Markdown: the headline table, with what its rows ran on below; "" when there are no runs for it.
+
+    study: the name of one of STUDIES, for its rows alone.
+    """
+    found = [each for each in effects(runs) if study in (None, each.study)]
+    if not found:
+        return ""
+    places = list(dict.fromkeys(each.where for each in found))
+    rows = [
+        {
+            "Technique": each.technique,
+            "Time, ×": _times(each.time),
+            "Memory, ×": _times(each.memory),
+            "Change in the result": each.result,
+            "When to use it": each.when if study is None else None,
+            "n": str(each.n),
+            "Where": str(places.index(each.where) + 1),
+            "As published, one A100, ×": each.published,
+        }
+        for each in found
+    ]
+    notes = []
+    for number, where in enumerate(places, 1):
+        made = provenance([run.record for each in found if each.where == where for run in each.row.runs])
+        notes.append(f"({number}) {where}; {made}.")
+    return f"{markdown(rows)}\n\n{EXPLANATION} Where: {' '.join(notes)}"
+
+
+EXPLANATION = (
+    "Time is that of an epoch's training steps; memory is what is kept from the forward for the backward pass, on a "
+    "GPU the peak. Both are multiples of the run without the technique, with 95 % intervals over n runs a side that "
+    "differ in their random seed."
+)

@@ -1,0 +1,76 @@
+"""What the records say in a sentence: one a technique for the README, and what interrupted runs lost."""
+
+from reporting import accuracy, headline
+from reporting.comparison import Sample
+from reporting.records import provenance
+from reporting.tables import markdown
+
+PAGE = "/docs/techniques/"
+
+
+def bullets(runs, evaluations):
+    """Markdown: a list of what each technique bought, with the page that tells more; "" without any record."""
+    found = headline.effects(runs)
+    lines = [
+        _loading(runs),
+        _best(found, "mixed-precision", "time", "**Half precision**", "an epoch takes {} × the time", "half-precision"),
+        _best(found, "checkpointing", "memory", "**Recomputing activations**",
+              "the same weights, bit for bit, from {} × the memory", "recomputation"),
+        _everything(found, runs),
+        _re_ranking(evaluations),
+    ]  # fmt: skip
+    return "\n".join(f"- {line}" for line in lines if line)
+
+
+def _loading(runs):
+    found = [run.load_percent() for run in runs if run.experiment == "resnext" and run.arguments["num_worker"] == 2
+             and run.record.get("loading") != "device" and not run.arguments["half_precision"]]  # fmt: skip
+    sample = Sample.of(found)
+    if sample is None:
+        return None
+    text = f"with two worker processes a step waits {sample.mean:.1f} % of its time for pictures"
+    return f"**Loading**: {text} ([page]({PAGE}loading.md))."
+
+
+def _best(effects, study, key, title, text, page):
+    ratios = [getattr(each, key)[0] for each in effects if each.study == study and getattr(each, key)]
+    return f"{title}: {text.format(f'{min(ratios):.2f}')} ([page]({PAGE}{page}.md))." if ratios else None
+
+
+def _everything(effects, runs):
+    for group in accuracy.timed_groups(runs):
+        ratio = accuracy.ratio_of(group, "everything on")
+        if ratio:
+            text = f"the accuracy that the original's way reaches, in {ratio} × its time"
+            return f"**Everything on**: {text} ([page]({PAGE}everything-on.md))."
+    return _best(effects, "together", "time", "**Everything on**", "an epoch takes {} × the time", "everything-on")
+
+
+def _re_ranking(evaluations):
+    gains = []
+    for record in evaluations:
+        figures = [record["systems"].get(name, {}).get("rouge1") for name in ("generator", "SimCLS")]
+        if all(figures):
+            gains.append([100 * figure["mean"] for figure in figures])
+    if not gains:
+        return None
+    first, chosen = max(gains, key=lambda pair: pair[1] - pair[0])
+    return f"**Re-ranking summaries**: ROUGE-1 from {first:.1f} to {chosen:.1f} ([page](/docs/simcls.md#what-it-buys))."
+
+
+def faults(measured):
+    """Markdown: by kind of fault, how many trials of tests/faults.py there were, and in how many nothing was lost."""
+    parts = []
+    for hardware, records in measured.items():
+        for record in records:
+            trials = record.get("trials")
+            if record["benchmark"] != "faults" or not isinstance(trials, list):
+                continue
+            kinds = {}
+            for trial in trials:
+                tried, survived = kinds.get(trial["fault"], (0, 0))
+                kinds[trial["fault"]] = tried + trial["tried"], survived + trial["survived"]
+            tried, survived = (sum(pair[index] for pair in kinds.values()) for index in (0, 1))
+            rows = [{"Fault": kind, "Trials": str(n), "Nothing lost": str(kept)} for kind, (n, kept) in kinds.items()]
+            parts += [f"{survived} of {tried} trials lost nothing; {hardware}; {provenance([record])}:", markdown(rows)]
+    return "\n\n".join(parts)

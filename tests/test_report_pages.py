@@ -1,0 +1,184 @@
+"""README.md and docs/: what is generated in them, from which records, and that their links and numbers hold."""
+
+import json
+import re
+import shutil
+
+import pytest
+from conftest import ROOT
+from run_records import make_record, make_run, read_table
+
+from harness.endings import UserError
+from reporting import accuracy, headline, links, records, sentences, studies, tables
+from reporting.pages import rewrite
+
+DIRTY = "0123456789ab-dirty"
+
+
+def write(path, record):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record))
+
+
+def test_pages_are_rewritten_between_their_markers_only(run_script, tmp_path):
+    half = make_record(0.8, device="cpu", precision="bf16", half_precision="bfloat16")
+    write(tmp_path / "runs" / "a.json", make_record(device="cpu", precision="fp32"))
+    write(tmp_path / "runs" / "b.json", half)
+    write(tmp_path / "runs" / "c.json", half | {"machine": half["machine"] | {"commit": DIRTY}, "precision": "x"})
+    write(tmp_path / "runs" / "d.json", half | {"machine": half["machine"] | {"commit": None}, "precision": "y"})
+    text = "# Title\n\n<!-- report:mixed-precision -->\nstale\n<!-- /report:mixed-precision -->\n\nBetween.\n"
+    text += "\nÄnd <!-- report:simcls --><!-- /report:simcls -->!\r\n"
+    page = tmp_path / "docs" / "deep" / "page.md"
+    page.parent.mkdir(parents=True)
+    page.write_text(text + "<!-- report:bullets -->\n<!-- /report:bullets -->", newline="")
+    (tmp_path / "README.md").write_text("no marker")
+    command = ["report.py", tmp_path / "runs", "--benchmark_dir", tmp_path, "--readme", tmp_path]
+    said = run_script(*command).stderr
+    assert re.findall(r"refused \S*/(\w\.json)", said) == ["c.json", "d.json"]
+    assert "page.md has no records for simcls" in said
+    new = page.read_bytes().decode()
+    run_script(*command)
+    assert page.read_bytes().decode() == new
+    assert "stale" not in new
+    assert "| bf16 | 1 | 0.80 |" in new
+    assert "commit 0123456, 2026-01-01:" in new
+    assert "Step, ms" not in read_table(new)[0]  # No time of a CPU.
+    assert "](../../docs/techniques/half-precision.md)" in new
+    inside = r"(<!-- report:(\S+) -->).*?(<!-- /report:\2 -->)"
+    assert re.sub(inside, r"\1\3", new, flags=re.DOTALL).startswith(re.sub(inside, r"\1\3", text, flags=re.DOTALL))
+    assert (tmp_path / "image" / "techniques.png").is_file()
+
+
+def test_this_repositorys_pages_and_figures_are_what_its_records_make(run_script, tmp_path):
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "README.md", tmp_path)
+    said = run_script("report.py", "--readme", tmp_path).stderr
+    assert "skipped" not in said
+    assert "refused" not in said
+    for folder, pattern in (("", "README.md"), ("docs", "**/*.md"), ("image", "*.png")):
+        committed = {path.relative_to(ROOT) for path in (ROOT / folder).glob(pattern)}
+        made = {path.relative_to(tmp_path) for path in (tmp_path / folder).glob(pattern)}
+        assert committed == made
+        for path in committed:
+            assert (tmp_path / path).read_bytes() == (ROOT / path).read_bytes(), path
+
+
+def prose(page):
+    """The text of a page that a hand wrote, without code, links and what is no measurement."""
+    text = re.sub(r"(<!-- report:(\S+) -->).*?(<!-- /report:\2 -->)", "", page.read_text(), flags=re.DOTALL)
+    text = re.sub(r"```.*?```|`[^`]*`|\]\([^)]*\)", "", text, flags=re.DOTALL)
+    return re.sub(r"95 % (bootstrap )?interval|5 % level|LIMIT=\d+", "", text)
+
+
+MEASURED = re.compile(r"\d\s?(×|%|points|[MG]i?B\b|ms\b|pictures/s|TFLOP)|\d (times|x) as (fast|slow)")
+BY_HAND = ("docs/log.md", "docs/original-study.md", "docs/glossary.md", "docs/techniques/loading.md")
+
+
+def test_measured_numbers_are_generated():
+    """A diary and what others published are written by hand: those figures have no record here."""
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        found = [match[0] for match in MEASURED.finditer(prose(page))]
+        assert not found or str(page.relative_to(ROOT)) in BY_HAND, (page.name, found)
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 150
+
+
+def test_links_that_lead_nowhere_are_found(tmp_path, run_script):
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "there.md").write_text("# A `b` and [c](../README.md)!\n\n```\n# no heading\n[x](y)\n```\n")
+    good = "[1](docs/there.md) [2](docs/there.md#a-b-and-c) [3](https://nowhere.example) ![4](docs) [5](#top) `[6](z)`"
+    bad = "[1](gone.md) [2](docs/there.md#no-heading) [3](#bottom)"
+    (tmp_path / "README.md").write_text(f"# Top\n{good}\n{bad}\n")
+    expected = ["gone.md", "docs/there.md#no-heading", "#bottom"]
+    assert links.broken(tmp_path) == [f"README.md: {link}" for link in expected]
+
+
+def test_this_repositorys_links_lead_somewhere():
+    assert links.broken(ROOT) == []
+
+
+def runs_of(scales, **arguments):
+    return [make_run(scale, seed=seed, **arguments) for seed, scale in enumerate(scales)]
+
+
+def test_the_headline_has_a_row_for_each_technique_with_its_interval_and_what_was_published():
+    runs = runs_of((1.0, 1.1, 0.9)) + runs_of((0.5, 0.52, 0.48), precision="fp16", half_precision="float16", acc=91.0)
+    runs += runs_of((2.0,), num_worker=0) + [make_run(num_worker=4)]
+    none, half = read_table(headline.render(runs))
+    assert none["Technique"].startswith("No worker processes")
+    assert none["Change in the result"] == "none: the same numbers"
+    assert none["As published, one A100, ×"] == "time 1.52"
+    # ln(0.5) with errors of 10 % and 4 % of three runs each: t = 3.07 for 2.62 degrees of freedom.
+    assert half["Time, ×"] == "0.50 (0.40 to 0.62)"
+    assert half["Change in the result"] == "+1.0 points"
+    assert (half["n"], half["Memory, ×"]) == ("3", "1.00")
+    assert half["As published, one A100, ×"] == "time 0.76"
+
+
+def test_real_pictures_are_shown_before_digits():
+    digits = [make_run(dataset="digits"), make_run(2.0, dataset="digits", loader="device")]
+    real = [
+        make_run(dataset="folder", data_dir="cifar10"),
+        make_run(0.7, dataset="folder", data_dir="cifar10", loader="device"),
+    ]
+    (row,) = read_table(headline.render(digits + real))
+    assert row["Time, ×"] == "0.70"
+    assert "resnext29_4x64d, cifar10;" in headline.render(digits + real)
+
+
+def timed(run, *points):
+    for epoch, (seconds, acc) in zip(run.epochs, points, strict=True):
+        epoch |= {"elapsed_seconds": seconds, "test_acc": acc}
+    return run
+
+
+def test_time_to_accuracy():
+    base = [
+        timed(make_run(seed=0), (10, 50), (20, 80), (30, 70)),
+        timed(make_run(seed=1), (12, 50), (24, 60), (36, 75)),
+    ]
+    fast = [timed(make_run(experiment="resnext_fast", seed=seed), (2, 60), (4, 74), (6, 80)) for seed in (0, 1)]
+    slow = [timed(make_run(num_worker=0, seed=0), (9, 50), (19, 60), (29, 74.9))]
+    rows = {row["Way"]: row for row in read_table(accuracy.render(base + fast + slow))}
+    # All of the baseline reach 75 %: after 20 and 36 s.
+    assert rows["the original's way (baseline)"]["Seconds"].startswith("28.0")
+    assert rows["everything on"]["Reached by"] == "2 of 2"
+    assert rows["everything on"]["Time, × (95 % interval)"].startswith("0.21 (")
+    assert rows["loading: 0 workers"]["Reached by"] == "0 of 1"
+    assert rows["loading: 0 workers"]["Seconds"] == "–"
+    assert "Until 75.0 %" in accuracy.render(base + fast)
+    assert "in 0.21 (" in sentences.bullets(base + fast, [])
+    del fast[0].epochs[1]["elapsed_seconds"]
+    assert accuracy.seconds_to(base[0], 75) == 20
+    assert fast[0].accuracy_by_seconds() == []
+
+
+def test_two_machines_of_one_kind_share_no_row(tmp_path):
+    for folder, scale in (("gpu", 1.0), ("gpu_b", 2.0)):
+        for workers in (2, 0):
+            path = tmp_path / "results" / folder / "runs" / "cifar10" / f"resnext_{workers}.json"
+            write(path, make_record(scale, num_worker=workers))
+    runs, _ = records.read_folders([tmp_path])
+    text = tables.render(studies.DATA_LOADER, runs)
+    assert [row["n"] for number in (0, 1) for row in read_table(text, number)] == ["1"] * 4
+    assert "A100, machine b, torch" in text
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("<!-- report:nothing -->\n<!-- /report:nothing -->", "names no table"),
+        ("<!-- report:runs -->\ntext", "no partner"),
+        ("text <!-- /report:runs -->", "no partner"),
+        ("<!-- report:runs -->\n<!-- /report:phases -->", "no partner"),
+        ("<!-- report:runs -->\n<!-- report:phases -->\n<!-- /report:phases -->\n<!-- /report:runs -->", "no partner"),
+    ],
+)
+def test_wrong_markers_leave_the_readme_alone(tmp_path, text, reason):
+    readme = tmp_path / "README.md"
+    readme.write_text(text)
+    with pytest.raises(UserError, match=reason):
+        rewrite(readme, {"runs": "new", "phases": "new"})
+    assert readme.read_text() == text
