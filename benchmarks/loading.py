@@ -1,7 +1,10 @@
-"""How many times faster one process loads on the device than by the original's loader. Target: 40, with two threads.
+"""How many times faster one process loads on the device than by the original's loader. Target: 40, one thread each.
 
-    python3 benchmarks/loading.py                                     handwritten digits, which need no download
+    python3 benchmarks/loading.py                                     50,000 random pictures, as large as CIFAR-10
     python3 benchmarks/loading.py --dataset folder --data_dir DIR     any pictures, as resnext.py takes them
+
+Few pictures lie in the processor's cache, and flatter the device loader, so that the default are as many as there are
+in CIFAR-10, with flips; what they show does not matter.
 
 The original's loader is written as a plain user writes it: a torchvision data set of PIL pictures, transforms v1, a
 DataLoader without workers. Before the timing every picture of an epoch is checked against torchvision's for the same
@@ -26,13 +29,13 @@ from harness.files import write_record
 from harness.loading import EpochBatches
 from harness.machine import describe_machine
 from image_loaders import PADDING, DeviceImages, augmentation
-from images import SIZE, load_images
+from images import SIZE, ImageData, load_images
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 TARGETS = {
     "cpu": {
-        "device loader, contiguous, 2 threads": ("at least", 40.0),
-        "device loader, channels_last, 2 threads": ("at least", 40.0),
+        "device loader, contiguous, 1 thread": ("at least", 40.0),
+        "device loader, channels_last, 1 thread": ("at least", 40.0),
     }
 }
 TOLERANCE = 1e-6  # Transforms v1 divide by 255 where v2, and we, multiply by 1 / 255.
@@ -40,12 +43,11 @@ TOLERANCE = 1e-6  # Transforms v1 divide by 255 where v2, and we, multiply by 1 
 
 def get_args_parser():
     parser = arguments.OneLineParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--dataset", choices=("cifar10", "digits", "folder"), default="digits")
+    parser.add_argument("--dataset", choices=("random", "cifar10", "digits", "folder"), default="random")
     parser.add_argument("--data_dir", default=str(ROOT / "resnext" / "data"))
     parser.add_argument("--batch_size", type=arguments.positive_int, default=128)
-    threads = [1] if torch.cuda.is_available() else [1, 2]
     parser.add_argument(
-        "--threads", type=arguments.positive_int, nargs="+", default=threads, help="of the device loader on a CPU"
+        "--threads", type=arguments.positive_int, nargs="+", default=[1], help="of the device loader on a CPU"
     )
     parser.add_argument("--rounds", type=arguments.positive_int, default=5)
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/loading.json")
@@ -55,7 +57,8 @@ def get_args_parser():
 def main():
     args = get_args_parser().parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = load_images(args.dataset, args.data_dir)
+    data = random_pictures() if args.dataset == "random" else load_images(args.dataset, args.data_dir)
+    torch.set_num_threads(1)  # As the original's loader has.
     largest = largest_difference(data, args.batch_size, device)
     print(f"{len(data.train_labels)} pictures; largest difference from torchvision's: {largest:.1e}", flush=True)
     assert largest <= TOLERANCE
@@ -92,6 +95,12 @@ def main():
     path = args.output or results_path("loading", device)
     write_record(path, record)
     print(f"written: {path}")
+
+
+def random_pictures(count=50_000):
+    draws = np.random.default_rng(0)
+    images, labels = draws.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8), draws.integers(0, 10, count)
+    return ImageData(images, labels, images[:100], labels[:100], [str(label) for label in range(10)], flip=True)
 
 
 class OriginalImages(Dataset):

@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 
 from harness import torchvision_compat  # noqa: F401  (before torchvision)
 from harness.loading import worker_loader
-from images import SIZE
 
 PADDING = 4
 
@@ -50,7 +49,7 @@ def normalise(images, mean, std):
 
 
 class AugmentedImages(Dataset):
-    """Training pictures one by one, for the worker loader: (epoch, index) -> (float32 [3, 32, 32], int)."""
+    """Training pictures one by one, for the worker loader: (epoch, index) -> (float32 [3, H, W], int)."""
 
     def __init__(self, data, seed):
         self.images = torch.from_numpy(data.train_images)
@@ -68,7 +67,7 @@ class AugmentedImages(Dataset):
         top, left, mirrored = (value[0] for value in augmentation(self.seed, epoch, [index], self.flip))
         image = self.images[index].permute(2, 0, 1)
         image = functional.pad(image, [PADDING] * 4)
-        image = functional.crop(image, int(top), int(left), SIZE, SIZE)
+        image = functional.crop(image, int(top), int(left), *self.images.shape[1:3])
         if mirrored:
             image = functional.horizontal_flip(image)
         return normalise(image, self.mean, self.std), int(self.labels[index])
@@ -77,21 +76,29 @@ class AugmentedImages(Dataset):
 class DeviceImages:
     """Loads and augments whole batches on `device`, where all training pictures lie as uint8.
 
-    Iterating yields (`dtype` [n, 3, 32, 32] in `memory_format`, int64 [n]) on the device, in the order of the
+    Iterating yields (`dtype` [n, 3, H, W] in `memory_format`, int64 [n]) on the device, in the order of the
     EpochBatches `batches`, with the pixels that AugmentedImages gives.
     """
 
     def __init__(self, data, seed, batches, device, memory_format=torch.contiguous_format, dtype=torch.float32):
         padded = F.pad(torch.from_numpy(data.train_images).permute(0, 3, 1, 2), [PADDING] * 4)
-        # A mirrored crop is a crop of the mirrored picture. With these at hand, augmenting is one gather of windows.
+        # A mirrored crop is a crop of the mirrored picture.
         pictures = torch.cat([padded, padded.flip(3)]) if data.flip else padded
         pictures = pictures.contiguous(memory_format=memory_format).to(device)
-        self.windows = pictures.unfold(2, SIZE, 1).unfold(3, SIZE, 1)  # A view [pictures, 3, top, left, 32, 32].
+        self.size, self.strides = data.size, pictures.stride()
+        # A crop is some lines of bytes: of a row of one channel, or of all where they lie side by side. The lines from
+        # every byte on, which overlap, are a view, and choosing whole lines several times faster than single bytes.
+        line = self.size * pictures.stride(3)
+        self.lines = pictures.as_strided((pictures.numel() - line + 1, line), (1, 1))
+        starts = torch.arange(self.size)[None, :] * pictures.stride(2)
+        if pictures.stride(1) > 1:
+            starts = starts + torch.arange(3)[:, None] * pictures.stride(1)
+        self.starts = starts.flatten().to(device)  # Of a crop's lines, in its picture.
         self.labels = torch.from_numpy(data.train_labels).to(device)
         # As large as a picture: on a CPU, broadcasting over the last of NHWC's dimensions is slow.
         self.mean, self.std = (
             torch.from_numpy(each)[:, None, None]
-            .expand(1, 3, SIZE, SIZE)
+            .expand(1, 3, self.size, self.size)
             .contiguous(memory_format=memory_format)
             .to(device)
             for each in data.statistics
@@ -101,7 +108,7 @@ class DeviceImages:
 
     @staticmethod
     def bytes_needed(data):
-        return len(data.train_labels) * 3 * (SIZE + 2 * PADDING) ** 2 * (2 if data.flip else 1)
+        return len(data.train_labels) * 3 * (data.size + 2 * PADDING) ** 2 * (2 if data.flip else 1)
 
     def __len__(self):
         return len(self.batches)
@@ -118,10 +125,16 @@ class DeviceImages:
     def augment(self, index, top, left, mirrored):
         """Pictures `index`, cropped at `top` and `left`, mirrored where `mirrored` is 1, normalised.
 
-        All int64 [n]; left is counted in the picture before mirroring. Returns `dtype` [n, 3, 32, 32].
+        All int64 [n]; left is counted in the picture before mirroring. Returns `dtype` [n, 3, H, W].
         """
         left = torch.where(mirrored.bool(), 2 * PADDING - left, left)
-        pixels = self.windows[index + mirrored * len(self.labels), :, top, left]
+        picture, _, row, column = self.strides
+        first = (index + mirrored * len(self.labels)) * picture + top * row + left * column
+        pixels = self.lines.index_select(0, (first[:, None] + self.starts).flatten())
+        if column > 1:
+            pixels = pixels.view(-1, self.size, self.size, 3).permute(0, 3, 1, 2)
+        else:
+            pixels = pixels.view(-1, 3, self.size, self.size)
         return pixels.float().mul_(1 / 255).sub_(self.mean).div_(self.std).to(self.dtype)  # normalise(), in place.
 
 
@@ -145,7 +158,7 @@ def training_loader(kind, data, seed, batches, num_workers, device, say=print, *
 
 
 def evaluation_batches(data, batch_size, device, rank=0, world_size=1):
-    """Yield this process's share of the test pictures on `device`, normalised: (float32 [n, 3, 32, 32], int64 [n]).
+    """Yield this process's share of the test pictures on `device`, normalised: (float32 [n, 3, H, W], int64 [n]).
 
     The shares of all processes hold every test picture exactly once.
     """

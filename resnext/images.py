@@ -20,7 +20,7 @@ SIZE = 32
 @dataclasses.dataclass
 class ImageData:
     """A data set. flip: whether a mirrored picture keeps its class (a digit does not). left_out: Paths of files that
-    lie among the pictures and are none."""
+    lie among the pictures and are none. test_files: the names of the test pictures, where they are files."""
 
     train_images: np.ndarray
     train_labels: np.ndarray
@@ -29,6 +29,12 @@ class ImageData:
     classes: list
     flip: bool
     left_out: list = dataclasses.field(default_factory=list)
+    test_files: list | None = None
+
+    @property
+    def size(self):
+        """The length of a picture's sides, in pixels."""
+        return self.train_images.shape[1]
 
     @functools.cached_property
     def statistics(self):
@@ -63,13 +69,26 @@ class ImageData:
             "classes": self.classes,
             "train_pictures": len(self.train_labels),
             "test_pictures": len(self.test_labels),
-            "size": self.train_images.shape[1],
+            "size": self.size,
             "mean": mean.tolist(),
             "std": std.tolist(),
-            "digest": self._digest(),
+            "digest": self.digest,
         }
 
-    def _digest(self):
+    def differs_from(self, facts):
+        """How this data set differs from that of the `facts`, in words; "" when it is the same."""
+        if facts.get("digest", self.digest) == self.digest:
+            return ""
+        was, now = facts["classes"], self.classes
+        words = [f"class {name!r} is gone" for name in was if name not in now]
+        words += [f"class {name!r} is new" for name in now if name not in was]
+        for key, labels in (("train_pictures", self.train_labels), ("test_pictures", self.test_labels)):
+            if facts[key] != len(labels):
+                words.append(f"{len(labels)} {key.replace('_', ' ')}, then {facts[key]}")
+        return ", ".join(words) or "other pictures, or their order, under the same names"
+
+    @functools.cached_property
+    def digest(self):
         """Of all pixels and labels in their order, in hexadecimal."""
         digest = hashlib.sha256()
         for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
@@ -122,7 +141,7 @@ def _load_folder(data_dir, size):
     for has, lacks, classes in (("test", "train", test.keys() - train), ("train", "test", train.keys() - test)):
         if classes:
             raise UserError(f"{data_dir / has} has the class {min(classes)!r}, which {data_dir / lacks} lacks")
-    arrays = []
+    arrays, files = [], []
     for classes in (train, test):
         files = [(path, label) for label, name in enumerate(sorted(train)) for path in classes[name]]
         images = np.empty((len(files), size, size, 3), np.uint8)
@@ -130,4 +149,5 @@ def _load_folder(data_dir, size):
             for index, image in enumerate(pool.map(lambda file: read_picture(file[0], size), files)):
                 images[index] = image
         arrays += [images, np.array([label for _, label in files], dtype=np.int64)]
-    return ImageData(*arrays, sorted(train), flip=True, left_out=[*others, *more])
+    test_files = [path.relative_to(data_dir).as_posix() for path, _ in files]
+    return ImageData(*arrays, sorted(train), flip=True, left_out=[*others, *more], test_files=test_files)

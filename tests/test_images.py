@@ -194,7 +194,7 @@ def test_folder(pictures, tmp_path):
 def test_a_device_without_room_falls_back_to_workers(monkeypatch):
     said = []
     loader = DeviceImages(random_data(), 0, EpochBatches(40, 9, 0), CPU)
-    assert loader.windows.untyped_storage().nbytes() == DeviceImages.bytes_needed(random_data())
+    assert loader.lines.untyped_storage().nbytes() == DeviceImages.bytes_needed(random_data())
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000, 2000))
     loader = training_loader(
         "device", random_data(), 0, EpochBatches(40, 9, 0), 0, torch.device("cuda"), say=said.append
