@@ -23,7 +23,7 @@ from texts.array_file import read_arrays, write_arrays
 from texts.samples import read_sample, sample_files
 from texts.scoring import check_references, score
 
-FORMAT = 1
+FORMAT = 2
 ROUGE = ("rouge1", "rouge2", "rougeL")  # The published names; rougeL is rougeLsum, as there.
 CHUNK = 256  # Samples that are tokenized together.
 POOL = 32  # Batches whose samples are sorted by length together.
@@ -119,6 +119,11 @@ class SampleSet(torch.utils.data.Dataset):
         """The candidates' ROUGE-1, -2 and -Lsum F-measure, float32 [candidates, 3]; not for a training split."""
         return self._of_candidates("rouge", number)
 
+    def likelihood(self, number):
+        """The candidates' log-probabilities and numbers of tokens, float32 [candidates, 2]; None where samples of the
+        split have none."""
+        return self._of_candidates("likelihood", number) if "likelihood" in self._arrays else None
+
     def _of_candidates(self, name, number):
         start, end = self._arrays["candidate_start"][number : number + 2]
         return self._arrays[name][start:end]
@@ -205,6 +210,7 @@ class TokenizedSample(NamedTuple):
     candidates: list  # Which of `texts` each candidate is.
     scores: list
     rouge: np.ndarray | None  # float32 [candidates, 3]
+    likelihood: np.ndarray | None  # float32 [candidates, 2]
 
 
 def tokenize_samples(samples, encoding, max_num, rouge_tokens=None):
@@ -225,7 +231,10 @@ def tokenize_samples(samples, encoding, max_num, rouge_tokens=None):
         "candidate_text": np.concatenate([np.array(sample.candidates, dtype=np.int64) for sample in tokenized]),
         "score": np.concatenate([np.array(sample.scores, dtype=np.float32) for sample in tokenized]),
     }
-    return arrays | ({"rouge": np.concatenate([sample.rouge for sample in tokenized])} if rouge_tokens else {})
+    for name in ("rouge", "likelihood"):
+        if all(getattr(sample, name) is not None for sample in tokenized):
+            arrays[name] = np.concatenate([getattr(sample, name) for sample in tokenized])
+    return arrays
 
 
 def _tokenize_chunk(samples, encoding, max_num, rouge_tokens):
@@ -244,6 +253,7 @@ def _tokenize_chunk(samples, encoding, max_num, rouge_tokens):
             [place[text] for text in candidates],
             [score for _, score in sample["candidates"][:max_num]],
             figures,
+            np.array(sample["likelihood"][:max_num], dtype=np.float32) if "likelihood" in sample else None,
         )
 
 

@@ -4,8 +4,10 @@
     torchrun --nproc_per_node=2 gen_candidate.py ...    # shares the documents out; the files are the same
 
 Writes {output_dir}/{generator}_{num_cands}/{split}.source, .target and .out, and the same three with .tokenized (Penn
-Treebank tokens): one sample a line, the candidates of a document on neighbouring lines, best first. Killed and started
-again with the same arguments, it goes on where it stopped and ends with the same files.
+Treebank tokens): one sample a line, the candidates of a document on neighbouring lines, best first; and, on the lines
+of `.out`, {split}.likelihood: the sum of the log-probabilities of a candidate's tokens by the generator alone, without
+penalties, and their number. Killed and started again with the same arguments, it goes on where it stopped and ends with
+the same files.
 
 Candidates come from diverse beam search with as many groups as candidates, as in SimCLS (Liu and Liu 2021).
 """

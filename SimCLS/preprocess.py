@@ -9,6 +9,7 @@ sample a line, the --cand_num candidates of a document on neighbouring lines of 
     article_untok, abstract_untok       lists of sentences
     candidates_untok                    [[sentences, score], ...] in the order of generation
     article, abstract, candidates       the same of the tokenized, lower-cased text
+    likelihood                          [[log-probability, tokens], ...], where there is `{split}.likelihood`
 
 score: mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-Lsum, stemmed, of the tokenized candidate and abstract. Sentences
 are split by what Punkt learns from the split's own documents, unless NLTK's English data is installed.
@@ -34,7 +35,7 @@ from utils import map_in_order, progress, read_lines
 
 from harness import arguments, endings, machine
 from harness.files import staging
-from texts.candidate_files import check_counts, read_split, text_files
+from texts.candidate_files import check_counts, likelihood_file, read_likelihoods, read_split, text_files
 from texts.samples import score_sample
 from texts.scoring import add_rouge_argument, check_references
 from texts.sentences import SentenceSplitter
@@ -62,7 +63,8 @@ def get_args_parser():
 def main():
     args = get_args_parser().parse_args()
     plain, tokenized = text_files(args.src_dir, args.split)
-    documents = check_counts(plain, tokenized, args.cand_num)
+    likelihood = likelihood_file(args.src_dir, args.split)
+    documents = check_counts(plain, tokenized, likelihood, args.cand_num)
     check_references(read_lines(plain.target), args.rouge_tokens, plain.target)
     splitter = SentenceSplitter(read_lines(plain.source))
     with staging(args.tgt_dir) as stage:
@@ -70,8 +72,8 @@ def main():
             itertools.count(),
             read_split(plain, args.cand_num),
             read_split(tokenized, args.cand_num),
+            read_likelihoods(likelihood, args.cand_num),
         )
-        kept = splitter, stage, args.rouge_tokens
         kept = splitter, stage, args.rouge_tokens
         written = map_in_order(write_sample, jobs, args.workers, CHUNK, set_up_worker, kept)
         for _ in progress(written, documents, f"{args.split} samples"):
@@ -101,10 +103,10 @@ def set_up_worker(splitter, stage, tokens):
 
 
 def write_sample(job):
-    """Write one sample. job: (index, the document's Lines, its tokenized Lines)."""
-    index, plain, tokenized = job
+    """Write one sample. job: (index, the document's Lines, its tokenized Lines, its likelihoods or None)."""
+    index, plain, tokenized, likelihood = job
     path = _worker["stage"] / f"{index}.json"
-    sample, _ = score_sample(plain, tokenized, _worker["splitter"].split, _worker["tokens"])
+    sample, _ = score_sample(plain, tokenized, _worker["splitter"].split, _worker["tokens"], likelihood)
     try:
         path.write_text(json.dumps(sample) + "\n", encoding="ascii")
     except OSError as error:

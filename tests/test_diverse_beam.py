@@ -13,8 +13,10 @@ import tiny_seq2seq
 import torch
 
 from search import diverse_beam, t5_decoder
-from search.diverse_beam import DiverseBeamSearch, LibraryDecoder, diverse_beam_search, forbid_repeats, top_k
+from search.diverse_beam import DiverseBeamSearch, diverse_beam_search, top_k
+from search.library_decoder import LibraryDecoder
 from search.t5_decoder import DOCUMENTS_TOGETHER, ENCODER_ATTENTION, PaddedAttention, SeparateAttention, T5Decoder
+from search.token_rules import forbid_repeats
 
 RECORD = json.loads((Path(__file__).parent / "fixtures" / "diverse_beam.json").read_text())
 FROM_GENERATION_CONFIG = ("eos_token_id", "suppress_tokens", "bad_words_ids")
@@ -39,7 +41,7 @@ def search(case, model=None):
 
 
 def assert_equal_to_record(case, result):
-    tokens, scores = result
+    tokens, scores, *_ = result
     assert tokens.dtype == torch.int64
     assert tokens.flatten(0, 1).tolist() == case["sequences"], case["settings"]
     torch.testing.assert_close(scores.flatten(), torch.tensor(case["scores"]), rtol=1e-5, atol=2e-5)
@@ -75,10 +77,10 @@ def test_a_document_s_candidates_do_not_depend_on_its_batch(name):
     model = tiny_seq2seq.build(name)
     input_ids, mask = tiny_seq2seq.documents(model)
     run = DiverseBeamSearch(model, num_beams=6, num_groups=3, diversity_penalty=0.7, max_length=18)
-    tokens, scores = run(input_ids, mask)
+    tokens, scores, *_ = run(input_ids, mask)
     for row in range(len(input_ids)):
         length = int(mask[row].sum())
-        alone, alone_scores = run(input_ids[row : row + 1, :length], mask[row : row + 1, :length])
+        alone, alone_scores, *_ = run(input_ids[row : row + 1, :length], mask[row : row + 1, :length])
         assert tokens[row, :, : alone.shape[2]].tolist() == alone[0].tolist()
         assert (tokens[row, :, alone.shape[2] :] == model.config.pad_token_id).all()
         torch.testing.assert_close(alone_scores[0], scores[row], rtol=1e-5, atol=1e-5)
@@ -89,10 +91,37 @@ def test_one_group_is_plain_beam_search():
     input_ids, mask = tiny_seq2seq.documents(model)
     settings = {"num_beams": 5, "max_length": 14, "early_stopping": True}
     expected = model.generate(input_ids=input_ids, attention_mask=mask, num_return_sequences=5, **settings)
-    tokens, _ = diverse_beam_search(model, input_ids, mask, num_groups=1, diversity_penalty=0.0, **settings)
+    tokens, *_ = diverse_beam_search(model, input_ids, mask, num_groups=1, diversity_penalty=0.0, **settings)
     for ours, theirs in zip(tokens.flatten(0, 1).tolist(), expected.tolist(), strict=True):
         end = (theirs + [1]).index(1, 1) + 1  # What the library puts behind the end token is not always padding.
         assert ours[:end] == theirs[:end]
+
+
+@pytest.mark.parametrize("name", tiny_seq2seq.MODELS)
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 6, "num_groups": 3, "no_repeat_ngram_size": 1, "min_length": 5},
+        {"num_beams": 5, "num_groups": 1},
+    ],
+)
+def test_log_probabilities_are_those_of_the_model_alone(name, settings):
+    """Whatever was penalised, forbidden or forced: those of a teacher-forced forward, over the counted tokens."""
+    model = tiny_seq2seq.build(name)
+    input_ids, mask = tiny_seq2seq.documents(model)
+    found = diverse_beam_search(model, input_ids, mask, diversity_penalty=1.5, max_length=12, **settings)
+    tokens, inputs = found.tokens.flatten(0, 1), {"input_ids": input_ids, "attention_mask": mask}
+    inputs = {key: each.repeat_interleave(settings["num_beams"], dim=0) for key, each in inputs.items()}
+    with torch.inference_mode():
+        logits = model(**inputs, decoder_input_ids=tokens[:, :-1]).logits
+    each = logits.double().log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
+    end = model.config.eos_token_id
+    for log_probs, some, total, length in zip(
+        each, tokens.tolist(), found.log_probs.flatten(), found.lengths.flatten(), strict=True
+    ):
+        assert length == ((some + [end]).index(end, 1) if end in some[1:] else len(some) - 1)
+        torch.testing.assert_close(total, log_probs[:length].sum(), rtol=0, atol=1e-4)
+    assert name == "bart" or len(set(found.lengths.flatten().tolist())) > 1
 
 
 def test_ended_beams_leave_the_batch(monkeypatch):
@@ -161,7 +190,7 @@ def test_t5_steps_equal_the_models_own_logits(name, together, private, monkeypat
 def test_half_precision_gives_whole_candidates(name):
     model = tiny_seq2seq.build(name).to(torch.bfloat16)
     settings = {"num_beams": 4, "num_groups": 4, "diversity_penalty": 1.0, "max_length": 10}
-    tokens, scores = diverse_beam_search(model, *tiny_seq2seq.documents(model), **settings)
+    tokens, scores, *_ = diverse_beam_search(model, *tiny_seq2seq.documents(model), **settings)
     assert tokens.shape[:2] == (4, 4)
     assert (tokens[:, :, 0] == model.config.decoder_start_token_id).all()
     assert scores.isfinite().all()

@@ -101,7 +101,7 @@ def test_every_split_has_its_own_documents_and_all_their_candidates(tiny, whole)
         lines = {name: list(read_lines(folder / f"{split}.{name}")) for name in candidate_files.FILES}
         assert lines["source"] == [document.text for document in documents]
         assert lines["target"] == [document.summary for document in documents]
-        assert len(lines["out"]) == 4 * len(documents)
+        assert len(lines["out"]) == len(lines["likelihood"]) == 4 * len(documents)
         for name in ("source", "target", "out"):
             assert lines[f"{name}.tokenized"] == [ptb_tokenize(line) for line in lines[name]]
     assert "it 's ( here ) ." in (folder / "test.target.tokenized").read_text()
@@ -111,11 +111,15 @@ def test_candidates_are_those_of_their_document_in_order(tiny, whole):
     model, tokenizer = load_generator(str(tiny / "generator"), torch.float32)
     settings = {"num_beams": 4, "num_groups": 4, "diversity_penalty": 1.0, "max_length": 7}
     generator = CandidateGenerator(model, tokenizer, settings)
-    lines = list(read_lines(only_folder(whole) / "val.out"))
+    lines, likelihoods = (list(read_lines(only_folder(whole) / f"val.{name}")) for name in ("out", "likelihood"))
     for place, document in enumerate(split_documents(read_documents(tiny / "papers.csv"))["val"]):
         (candidates,) = generator.generate(generator.tokenize([document.text]))
-        assert [" ".join(text.replace("\0", " ").split()) for text in candidates] == lines[4 * place : 4 * place + 4]
-        assert len(set(candidates)) > 1
+        mine = slice(4 * place, 4 * place + 4)
+        assert [candidate.text for candidate in candidates] == lines[mine]
+        assert len(set(lines[mine])) > 1
+        for candidate, line in zip(candidates, likelihoods[mine], strict=True):
+            log_prob, tokens = line.split()
+            assert (float(log_prob), int(tokens)) == (pytest.approx(candidate.log_prob, abs=1e-4), candidate.tokens)
 
 
 def test_tokens_that_break_lines_were_generated(whole):
@@ -207,7 +211,13 @@ def test_another_batch_size_goes_on_with_what_is_made(tiny, whole, tmp_path, mon
     assert "train: the candidates of 48 documents are there already" in out
     assert "going on after 3 of 6 documents" in out
     assert "starting over" not in out
-    assert contents(tmp_path) == contents(whole)
+    made, expected = contents(tmp_path), contents(whole)
+    for split in SPLITS:  # In batches of another size, sums are rounded otherwise.
+        ours, theirs = (
+            [float(number) for number in files.pop(f"{split}.likelihood").split()] for files in (made, expected)
+        )
+        assert ours == pytest.approx(theirs, abs=1e-4)
+    assert made == expected
 
 
 def test_finished_candidates_whose_settings_name_a_batch_size_stay(tiny, whole, tmp_path, monkeypatch, capsys):

@@ -16,6 +16,7 @@ from utils import map_in_order, read_lines
 
 from harness.endings import UserError
 from harness.files import staging
+from texts.samples import read_sample
 from texts.sentences import SentenceSplitter, ptb_tokenize
 
 SCRIPT = "SimCLS/preprocess.py"
@@ -91,6 +92,26 @@ def test_a_sample_is_as_the_published_ones_and_scored_as_rouge_score_does(tmp_pa
     score = sum(value.fmeasure for value in rouge.values()) / 3
     assert sample["candidates_untok"] == [[untok, pytest.approx(score)], [[], 0.0], [untok, pytest.approx(score)]]
     assert sample["candidates"] == [[tokenized, pytest.approx(score)], [[], 0.0], [tokenized, pytest.approx(score)]]
+
+
+def test_likelihoods_reach_their_candidates_and_a_wrong_line_is_named(tmp_path, run_script):
+    write_files(tmp_path / "in", cat_documents(3))
+    args = ("--src_dir", tmp_path / "in", "--tgt_dir", tmp_path / "out", "--split", "train", "--cand_num", 3)
+    lines = [f"{-number - 0.5} {number + 1}" for number in range(9)]
+    path = tmp_path / "in/train.likelihood"
+    path.write_text("\n".join(lines) + "\n")
+    run_script(SCRIPT, *args, "--workers", 1)
+    found = [read_sample(tmp_path / "out" / f"{index}.json") for index in range(3)]
+    assert [pair for sample in found for pair in sample["likelihood"]] == [[-n - 0.5, n + 1] for n in range(9)]
+    sample = found[0] | {"likelihood": found[0]["likelihood"][:2]}
+    (tmp_path / "short.json").write_text(json.dumps(sample))
+    with pytest.raises(UserError, match="has no list of .log-probability, tokens. for its candidates"):
+        read_sample(tmp_path / "short.json")
+    for line in ("-1.5", "nan 3", "-2 0", "- 4"):
+        path.write_text("\n".join([*lines[:4], line, *lines[5:]]) + "\n")
+        assert f"train.likelihood, line 5: {line!r} is no log-prob" in run_script(SCRIPT, *args, code=2).stderr
+    path.write_text("\n".join(lines[:8]) + "\n")
+    assert "train.likelihood has 8 lines, not 9" in run_script(SCRIPT, *args, code=2).stderr
 
 
 @pytest.mark.parametrize("text", ["a\x85b", "a\u2028b\u2029c", "a\x0bb\x0cc\x1cd\x1ee", "a\rb", "\ufeffa\x00"])

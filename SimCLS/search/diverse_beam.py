@@ -10,13 +10,12 @@ log-probability (penalties included) divided by length ** length_penalty.
 """
 
 import itertools
+from typing import NamedTuple
 
 import torch
-from transformers.cache_utils import DynamicCache, EncoderDecoderCache
-from transformers.modeling_outputs import BaseModelOutput
 
 from search.hypotheses import Hypotheses, take
-from search.t5_decoder import T5Decoder
+from search.token_rules import TokenRules
 
 # Steps between two looks at what has ended. Each look makes the host wait for a GPU; on a CPU it costs nothing.
 STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}
@@ -24,19 +23,6 @@ STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}
 WORTH_LEAVING = 1 / 8
 # Columns in a block of `top_k`.
 BLOCK = 128
-# Settings of a generation config that would change the candidates, and the values that leave them as they are.
-UNSUPPORTED = {
-    "repetition_penalty": (None, 1.0),
-    "encoder_repetition_penalty": (None, 1.0),
-    "encoder_no_repeat_ngram_size": (None, 0),
-    "guidance_scale": (None, 1, 1.0),
-    "renormalize_logits": (None, False),
-    "exponential_decay_length_penalty": (None,),
-    "begin_suppress_tokens": (None, []),
-    "sequence_bias": (None, {}),
-    "stop_strings": (None, []),
-    "min_new_tokens": (None, 0),
-}
 
 
 def diverse_beam_search(model, input_ids, attention_mask, **settings):
@@ -44,11 +30,19 @@ def diverse_beam_search(model, input_ids, attention_mask, **settings):
     return DiverseBeamSearch(model, **settings)(input_ids, attention_mask)
 
 
-class DiverseBeamSearch:
+class Candidates(NamedTuple):
+    """What a search found for a batch of documents, best first."""
+
+    tokens: torch.Tensor  # int64 [documents, candidates, length]: the start token first, padding behind the end token.
+    scores: torch.Tensor  # float32 [documents, candidates], by which they are ranked.
+    log_probs: torch.Tensor  # float64 [documents, candidates]: the model's own, summed over `lengths` tokens.
+    lengths: torch.Tensor  # int64 [documents, candidates]: tokens behind the start token, the end token counted.
+
+
+class DiverseBeamSearch(TokenRules):
     """Diverse beam search over one model, called with one batch of documents after another.
 
-    model: any AutoModelForSeq2SeqLM in eval mode. Its generation config gives the start, end and padding tokens, forced
-        first and last tokens, and suppressed ones. The weights are read here: train on, and a new object is needed.
+    model: as for TokenRules.
     num_beams: candidates a document; num_groups divides it. One group is plain beam search.
     diversity_penalty: at least 0, in units of log-probability.
     max_length: the most tokens of a candidate, start and end token counted; at least 2.
@@ -77,55 +71,24 @@ class DiverseBeamSearch:
     ):
         if num_beams < 1 or num_groups < 1 or num_beams % num_groups:
             raise ValueError(f"{num_beams} beams cannot be shared out equally over {num_groups} groups")
-        if max_length < 2:
-            raise ValueError(f"a maximum length of {max_length} leaves no room behind the start token")
         if diversity_penalty < 0:
             raise ValueError(f"a diversity penalty of {diversity_penalty} is below 0")
         if not abs(length_penalty) <= 100:
             raise ValueError(f"a length penalty of {length_penalty} is not between -100 and 100")
-        self.decoder = T5Decoder(model) if T5Decoder.supports(model) else LibraryDecoder(model)
-        self.device = model.device
+        super().__init__(model, max_length, min_length, no_repeat_ngram_size)
         self.num_beams, self.num_groups, self.group_size = num_beams, num_groups, num_beams // num_groups
         self.diversity_penalty = diversity_penalty
-        self.max_length, self.min_length = max_length, min_length
-        self.no_repeat_ngram_size = no_repeat_ngram_size
         self.early_stopping, self.rewards_length = early_stopping, length_penalty > 0
         # By number of tokens behind the start token. A table, since CUDA multiplies by the inverse of a Python number.
         divisors = [1.0] + [float(length) ** length_penalty for length in range(1, max_length)]
         self.divisors = torch.tensor(divisors, dtype=torch.float64, device=self.device)
-        self._read_tokens(model.generation_config)
-
-    def _read_tokens(self, config):
-        for name, neutral in UNSUPPORTED.items():
-            if getattr(config, name, None) not in neutral:
-                raise ValueError(f"the model's generation config sets {name}, which diverse beam search leaves out")
-        self.start_token = _first(config.decoder_start_token_id, config.bos_token_id)
-        if self.start_token is None:
-            raise ValueError("the model's generation config has no decoder_start_token_id")
-        end_tokens = _as_list(config.eos_token_id)
-        self.pad_token = _first(config.pad_token_id, *end_tokens, 0)
-        suppressed = list(config.suppress_tokens or [])
-        for words in config.bad_words_ids or []:
-            if len(words) > 1:
-                raise ValueError("the model's generation config has bad_words_ids of more than one token")
-            suppressed += [token for token in words if token not in end_tokens]
-        self.end_tokens = torch.tensor(end_tokens, dtype=torch.long, device=self.device)
-        self.suppressed = torch.tensor(suppressed, dtype=torch.long, device=self.device)
-        self.forced = {1: _as_list(config.forced_bos_token_id)}
-        if config.forced_eos_token_id is not None:
-            self.forced[self.max_length - 1] = _as_list(config.forced_eos_token_id)
         # Enough of a group's best tokens that as many as it has beams do not end.
-        self.offers = max(2, 1 + len(end_tokens)) * self.group_size
+        self.offers = max(2, 1 + len(self.end_tokens)) * self.group_size
 
     @torch.inference_mode()
     def __call__(self, input_ids, attention_mask):
-        """The candidates of a batch of documents, best first.
-
-        input_ids, attention_mask: int64 [documents, length], padded at the end.
-
-        Returns the tokens, int64 [documents, num_beams, length], with the start token first and padding behind the end
-        token; and the scores, float32 [documents, num_beams].
-        """
+        """The Candidates of a batch of documents. input_ids, attention_mask: int64 [documents, length], padded at the
+        end."""
         documents = len(input_ids)
         beams = Beams(self, documents)
         self.decoder.start(input_ids, attention_mask, self.max_length)
@@ -133,12 +96,12 @@ class DiverseBeamSearch:
         look = STEPS_BETWEEN_LOOKS.get(self.device.type, 8)
         for length in range(1, self.max_length):
             history = beams.tokens[:, 0, :length] if rows is None else beams.tokens.flatten(0, 1)[rows, :length]
-            scores, tokens = self._best_tokens(self.decoder.step(history[:, -1]), history)
+            offers = self._best_tokens(self.decoder.step(history[:, -1]), history)
             if rows is None:
                 rows = torch.arange(documents * self.num_beams, device=self.device)
                 self.decoder.spread(self.num_beams)
-                scores, tokens = (x.repeat_interleave(self.num_beams, dim=0) for x in (scores, tokens))
-            parents = beams.advance(*_place(rows, documents * self.num_beams, scores, tokens), length)
+                offers = [offer.repeat_interleave(self.num_beams, dim=0) for offer in offers]
+            parents = beams.advance(*_place(rows, documents * self.num_beams, *offers), length)
             if self.group_size > 1:
                 position = torch.empty_like(parents).index_copy_(0, rows, torch.arange(len(rows), device=self.device))
                 self.decoder.reorder(position[parents[rows]])
@@ -154,24 +117,21 @@ class DiverseBeamSearch:
         return beams.best()
 
     def _best_tokens(self, logits, history):
-        """Log-probabilities (float32) and ids (int64) of each row's best tokens, both [rows, tokens], best first.
+        """Each row's best tokens, best first, all [rows, tokens]: the log-probabilities by which it is searched
+        (float32), ids (int64), and the model's own log-probabilities, also of what is forced or forbidden (float32).
 
         logits: [rows, vocabulary]; history: int64 [rows, length].
         """
-        length = history.shape[1]
         # The penalties of earlier groups can push aside as many tokens as these groups have beams.
         count = min(self.offers + self.num_beams - self.group_size, logits.shape[1])
-        forced = self.forced.get(length)
+        forced = self.forced.get(history.shape[1])
         if forced:
-            return self._forced_tokens(forced, len(history), count)
-        scores = logits.float().log_softmax(-1)
-        if self.no_repeat_ngram_size:
-            forbid_repeats(scores, history, self.no_repeat_ngram_size)
-        if len(self.suppressed):
-            scores[:, self.suppressed] = float("-inf")
-        if length < self.min_length:
-            scores[:, self.end_tokens] = float("-inf")
-        return top_k(scores, count)
+            scores, tokens = self._forced_tokens(forced, len(history), count)
+            return scores, tokens, logits.float().log_softmax(-1).gather(1, tokens)
+        scores, tokens = top_k(self.allowed(logits, history), count)
+        # By the differences of the logits: an own copy of all log-probabilities would have to be made at each step.
+        chosen = logits.gather(1, tokens).float()
+        return scores, tokens, scores[:, :1] + (chosen - chosen[:, :1])
 
     def _forced_tokens(self, forced, rows, count):
         scores = torch.full((rows, count), float("-inf"), device=self.device)
@@ -192,22 +152,26 @@ class Beams:
         # All but the first beam of a group start hopeless: the equal beams would choose equal tokens.
         self.scores = torch.full(shape, -1e9, device=search.device)
         self.scores[:, :: search.group_size] = 0
+        self.log_probs = torch.zeros(shape, dtype=torch.float64, device=search.device)
         self.done = torch.zeros(documents, search.num_groups, dtype=torch.bool, device=search.device)
         self.ended = Hypotheses(documents, search.num_groups, search.group_size, search.max_length, search.device)
 
-    def advance(self, scores, tokens, length):
+    def advance(self, scores, tokens, log_probs, length):
         """Add one token to every open beam.
 
-        scores, tokens: [documents * num_beams, offers], the best tokens of each beam. length: tokens of a beam so far.
+        scores, tokens, log_probs: [documents * num_beams, offers], of each beam's best tokens. length: tokens of a beam
+        so far.
         Returns the beam that each beam now continues, int64 [documents * num_beams]; always one of its own group.
         """
         search = self.search
-        tops, top_tokens, ends, top_parents, nexts = self._choose(scores, tokens, length)
+        tops, top_tokens, ends, places, nexts = self._choose(scores, tokens, length)
+        top_parents = places // scores.shape[-1]
+        log_probs = (log_probs + self.log_probs.flatten().unsqueeze(1)).view(*places.shape[:2], -1).gather(2, places)
         groups = self.tokens.unflatten(1, (search.num_groups, search.group_size))
         for rank in range(search.group_size):
             hypothesis = take(groups, top_parents[:, :, rank : rank + 1]).squeeze(2)
             score = tops[:, :, rank].double() / search.divisors[length]
-            self.ended.add(ends[:, :, rank] & ~self.done, score, hypothesis, length)
+            self.ended.add(ends[:, :, rank] & ~self.done, score, log_probs[:, :, rank], hypothesis, length)
         was_done = self.done.unsqueeze(2)
         self.done = self.done | self._cannot_improve(tops[:, :, 0].double(), length)
 
@@ -215,6 +179,7 @@ class Beams:
         parents = torch.where(was_done, here, top_parents.gather(2, nexts))
         next_tokens = torch.where(was_done, search.pad_token, top_tokens.gather(2, nexts))
         self.scores = torch.where(was_done, 0.0, tops.gather(2, nexts)).flatten(1)
+        self.log_probs = torch.where(was_done, 0.0, log_probs.gather(2, nexts)).flatten(1)
         if search.group_size > 1:
             self.tokens = take(groups, parents).flatten(1, 2)
         self.tokens[:, :, length] = next_tokens.flatten(1)
@@ -224,9 +189,9 @@ class Beams:
     def _choose(self, scores, tokens, length):
         """Let the groups choose in turn.
 
-        Returns the best continuations of each group, best first: scores, tokens, whether these end, and parents (places
-        within the group), each [documents, groups, offers]; and which of them its beams take, [documents, groups, group
-        size].
+        Returns the best continuations of each group, best first: scores, tokens, whether these end, and their places
+        among the offers of all the group's beams, each [documents, groups, offers]; and which of them its beams take,
+        [documents, groups, group size].
         """
         search = self.search
         documents, size = len(self.tokens), search.group_size
@@ -251,7 +216,7 @@ class Beams:
                 next_tokens = top_tokens.gather(1, nexts).masked_fill(self.done[:, group, None], search.pad_token)
                 taken = torch.cat([taken, next_tokens], dim=1)
         tops, top_tokens, ends, places, nexts = (torch.stack(parts, dim=1) for parts in zip(*chosen, strict=True))
-        return tops, top_tokens, ends, places // scores.shape[-1], nexts
+        return tops, top_tokens, ends, places, nexts
 
     def _cannot_improve(self, best, length):
         search = self.search
@@ -262,55 +227,22 @@ class Beams:
         return full & (self.ended.worst() >= best / search.divisors[furthest])
 
     def best(self):
-        """All hypotheses of each document, best first: tokens [documents, num_beams, length] and float32 scores."""
+        """All hypotheses of each document as Candidates."""
         search = self.search
         scores = self.scores.double().unflatten(1, self.done.shape[1:] + (-1,)) / search.divisors[-1]
         groups = self.tokens.unflatten(1, (search.num_groups, search.group_size))
+        log_probs = self.log_probs.view_as(scores)
         for rank in range(search.group_size):
-            self.ended.add(~self.done, scores[:, :, rank], groups[:, :, rank], search.max_length)
-        tokens, scores, lengths = self.ended.ranked()
+            open_beams = scores[:, :, rank], log_probs[:, :, rank], groups[:, :, rank]
+            self.ended.add(~self.done, *open_beams, search.max_length)
+        tokens, scores, log_probs, lengths = self.ended.ranked()
         longest = min(int(lengths.max()) + 1, search.max_length)
         tokens, column = tokens[:, :, :longest], torch.arange(longest, device=search.device)
         tokens = torch.where(column < lengths.unsqueeze(2), tokens, search.pad_token)
         if len(search.end_tokens):
             tokens = torch.where(column == lengths.unsqueeze(2), search.end_tokens[0], tokens)
-        return tokens, scores.float()
-
-
-class LibraryDecoder:
-    """Decodes for beam search by the model's own forward; see T5Decoder for what the methods are given and return."""
-
-    def __init__(self, model):
-        self.model, self.encoder = model, model.get_encoder()
-
-    def start(self, input_ids, attention_mask, max_length):
-        self.hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-        self.mask = attention_mask
-        self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
-
-    def step(self, tokens):
-        output = self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=self.hidden),
-            attention_mask=self.mask,
-            decoder_input_ids=tokens.unsqueeze(1),
-            past_key_values=self.cache,
-            use_cache=True,
-            return_dict=True,
-        )
-        return output.logits[:, -1]
-
-    def spread(self, beams):
-        self.cache.batch_repeat_interleave(beams)
-        self.hidden = self.hidden.repeat_interleave(beams, dim=0)
-        self.mask = self.mask.repeat_interleave(beams, dim=0)
-
-    def reorder(self, rows):
-        # The documents' keys and values stay: rows change places only within a document.
-        self.cache.self_attention_cache.reorder_cache(rows)
-
-    def keep(self, rows):
-        self.cache.batch_select_indices(rows)
-        self.hidden, self.mask = self.hidden[rows], self.mask[rows]
+        # Those that were cut at the maximum length have no end token.
+        return Candidates(tokens, scores.float(), log_probs, lengths.clamp(max=search.max_length - 1))
 
 
 def _first_open(ends, count):
@@ -318,20 +250,6 @@ def _first_open(ends, count):
     if count == 1:
         return ends.byte().argmin(dim=1, keepdim=True)
     return ends.byte().argsort(dim=1, stable=True)[:, :count]
-
-
-def forbid_repeats(scores, history, size):
-    """Set to -inf, in place, each token that would complete an n-gram that its row has already.
-
-    scores: float [rows, vocabulary]; history: int64 [rows, length]; size: the n of the n-grams.
-    """
-    length = history.shape[1]
-    if length < size:
-        return
-    ngrams = history.unfold(1, size, 1)
-    matches = (ngrams[:, :, :-1] == history[:, None, length - size + 1 :]).all(-1)
-    bans = torch.where(matches, float("-inf"), float("inf"))
-    scores.scatter_reduce_(1, ngrams[:, :, -1], bans, "amin")
 
 
 def top_k(scores, count):
@@ -355,11 +273,3 @@ def _place(rows, total, *tensors):
     if len(rows) == total:
         return tensors
     return [tensor.new_zeros(total, tensor.shape[1]).index_copy_(0, rows, tensor) for tensor in tensors]
-
-
-def _first(*values):
-    return next((value for value in values if value is not None), None)
-
-
-def _as_list(tokens):
-    return [] if tokens is None else [tokens] if isinstance(tokens, int) else list(tokens)

@@ -5,6 +5,7 @@ import hashlib
 import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -99,6 +100,14 @@ def load_generator(name, dtype=torch.float32, argument="--generator_name", dropo
     return model.eval(), tokenizer
 
 
+class Candidate(NamedTuple):
+    """A summary, the sum of its tokens' log-probabilities by the generator alone, and how many tokens these are."""
+
+    text: str
+    log_prob: float
+    tokens: int
+
+
 class CandidateGenerator:
     """Documents to candidate summaries, by diverse beam search.
 
@@ -137,17 +146,23 @@ class CandidateGenerator:
         return sources
 
     def generate(self, sources):
-        """Candidates of one batch of tokenized documents: for each a list of str, best first."""
+        """Candidates of one batch of tokenized documents: for each a list of Candidate, best first."""
         lengths = torch.tensor([len(source) for source in sources]).unsqueeze(1)
         mask = (torch.arange(int(lengths.max())) < lengths).long()
         input_ids = torch.full(mask.shape, self.search.pad_token)
         input_ids[mask.bool()] = torch.from_numpy(np.concatenate(sources)).long()
-        tokens, _ = self.search(input_ids.to(self.model.device), mask.to(self.model.device))
+        found = self.search(input_ids.to(self.model.device), mask.to(self.model.device))
         texts = self.tokenizer.batch_decode(
-            tokens.flatten(0, 1).tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
+            found.tokens.flatten(0, 1).tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
-        count = self.settings["num_beams"]
-        return [texts[start : start + count] for start in range(0, len(texts), count)]
+        likelihoods = found.log_probs.flatten().tolist(), found.lengths.flatten().tolist()
+        # Rounded as the files have them.
+        every = [
+            Candidate(clean(text), round(log_prob, 6), tokens)
+            for text, log_prob, tokens in zip(texts, *likelihoods, strict=True)
+        ]
+        count = found.tokens.shape[1]
+        return [every[start : start + count] for start in range(0, len(every), count)]
 
     @functools.cached_property
     def fingerprint(self):
@@ -174,10 +189,16 @@ def generate_samples(generator, documents, batch_size, rouge_tokens="standard"):
     batches = length_batches(sources, batch_size)
     candidates = [None] * len(documents)
     for places in progress(batches, len(batches), "candidates, in batches"):
-        for place, texts in zip(places, generator.generate([sources[place] for place in places]), strict=True):
-            candidates[place] = [clean(text) for text in texts]
+        for place, some in zip(places, generator.generate([sources[place] for place in places]), strict=True):
+            candidates[place] = some
     split = SentenceSplitter(document.text for document in documents).split
     return [
-        as_sample(document.text, document.summary, texts, split, rouge_tokens)
-        for document, texts in zip(documents, candidates, strict=True)
+        as_sample(
+            *document,
+            [candidate.text for candidate in some],
+            split,
+            rouge_tokens,
+            [[candidate.log_prob, candidate.tokens] for candidate in some],
+        )
+        for document, some in zip(documents, candidates, strict=True)
     ]

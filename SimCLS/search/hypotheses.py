@@ -13,6 +13,7 @@ class Hypotheses:
     def __init__(self, documents, groups, size, max_length, device):
         shape = (documents, groups, size)
         self.scores = torch.full(shape, float("inf"), dtype=torch.float64, device=device)
+        self.log_probs = torch.zeros(shape, dtype=torch.float64, device=device)
         self.lengths = torch.zeros(shape, dtype=torch.long, device=device)
         self.came = torch.zeros(shape, dtype=torch.long, device=device)
         self.tokens = torch.zeros((*shape, max_length), dtype=torch.long, device=device)
@@ -23,10 +24,11 @@ class Hypotheses:
         """The lowest score of each group, float64 [documents, groups]."""
         return self.scores.amin(-1)
 
-    def add(self, offered, scores, tokens, length):
+    def add(self, offered, scores, log_probs, tokens, length):
         """Offer one hypothesis to each group where `offered`, bool [documents, groups], is true.
 
-        scores: float64 [documents, groups]; tokens: int64 [documents, groups, max_length], `length` of them used.
+        scores, log_probs: float64 [documents, groups]; tokens: int64 [documents, groups, max_length], `length` of them
+        used.
         """
         self.clock += 1
         size = self.scores.shape[2]
@@ -36,6 +38,7 @@ class Hypotheses:
         slot = torch.where(full, oldest_worst, self.count).unsqueeze(2)
         here = accepted.unsqueeze(2) & (torch.arange(size, device=slot.device) == slot)
         self.scores = torch.where(here, scores.unsqueeze(2), self.scores)
+        self.log_probs = torch.where(here, log_probs.unsqueeze(2), self.log_probs)
         self.lengths = torch.where(here, length, self.lengths)
         self.came = torch.where(here, self.clock, self.came)
         self.tokens = torch.where(here.unsqueeze(3), tokens.unsqueeze(2), self.tokens)
@@ -44,15 +47,15 @@ class Hypotheses:
     def ranked(self):
         """All hypotheses of each document, best first, the later one first of two equal ones.
 
-        Returns tokens [documents, hypotheses, max_length], scores and lengths [documents, hypotheses].
+        Returns tokens [documents, hypotheses, max_length]; scores, log_probs and lengths [documents, hypotheses].
         """
         oldest_first = self.came.argsort(dim=2)
-        scores = self.scores.gather(2, oldest_first).flatten(1)
-        lengths = self.lengths.gather(2, oldest_first).flatten(1)
+        kept = (self.scores, self.log_probs, self.lengths)
+        scores, log_probs, lengths = (each.gather(2, oldest_first).flatten(1) for each in kept)
         tokens = take(self.tokens, oldest_first).flatten(1, 2)
         order = scores.flip(1).argsort(dim=1, descending=True, stable=True)
         order = scores.shape[1] - 1 - order
-        return take(tokens, order), scores.gather(1, order), lengths.gather(1, order)
+        return take(tokens, order), *(each.gather(1, order) for each in (scores, log_probs, lengths))
 
 
 def take(tensor, index):

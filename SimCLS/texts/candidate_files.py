@@ -5,7 +5,9 @@ a first line with the settings. The six text files are written when all batches 
 when it is whole, and last `{split}.settings.json`, by which a later run knows that there is nothing left to do.
 """
 
+import itertools
 import json
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,10 +15,9 @@ from utils import count_lines, read_lines
 
 from harness.endings import UserError
 from harness.files import atomic_write, write_json
-from texts.documents import clean
 from texts.sentences import ptb_tokenize
 
-FILES = ("source", "target", "out", "source.tokenized", "target.tokenized", "out.tokenized")
+FILES = ("source", "target", "out", "source.tokenized", "target.tokenized", "out.tokenized", "likelihood")
 
 
 class CandidateFiles:
@@ -68,14 +69,15 @@ class CandidateFiles:
 
     def add(self, file, places, documents, candidates):
         """Write one batch. places: those of its documents in the split; documents: list of Document; candidates: for
-        each a list of str, best first."""
-        candidates = [[clean(candidate) for candidate in some] for some in candidates]
+        each a list of Candidate, best first."""
+        texts = [[candidate.text for candidate in some] for some in candidates]
         record = {
             "places": places,
             "source.tokenized": [[ptb_tokenize(document.text)] for document in documents],
             "target.tokenized": [[ptb_tokenize(document.summary)] for document in documents],
-            "out": candidates,
-            "out.tokenized": [[ptb_tokenize(candidate) for candidate in some] for some in candidates],
+            "out": texts,
+            "out.tokenized": [[ptb_tokenize(text) for text in some] for some in texts],
+            "likelihood": [[f"{each.log_prob:.6f} {each.tokens}" for each in some] for some in candidates],
         }
         _append(file, record)
 
@@ -168,20 +170,47 @@ class Lines(NamedTuple):
     candidates: list
 
 
+def likelihood_file(src_dir, split):
+    """The Path of a split's likelihoods, or None where there are none: files of elsewhere have no such file."""
+    path = src_dir / f"{split}.likelihood"
+    return path if path.exists() else None
+
+
+def read_likelihoods(path, cand_num):
+    """Yield for each document the [log-probability, tokens] of its candidates, a list; None for each where `path` is
+    None. UserError that names a line which does not hold these."""
+    if path is None:
+        yield from itertools.repeat(None)
+    numbered = enumerate(read_lines(path), 1)
+    while group := list(itertools.islice(numbered, cand_num)):
+        yield [_likelihood(path, *line) for line in group]
+
+
+def _likelihood(path, number, line):
+    try:
+        log_prob, tokens = line.split(" ")
+        log_prob, tokens = float(log_prob), int(tokens)
+    except ValueError:
+        log_prob, tokens = math.nan, 0
+    if not math.isfinite(log_prob) or tokens < 1:
+        raise UserError(f"{path}, line {number}: {line!r} is no log-probability and number of tokens; generate again")
+    return [log_prob, tokens]
+
+
 def text_files(src_dir, split):
     """The (plain, tokenized) TextFiles of a split. They need not exist."""
     plain = TextFiles(*(src_dir / f"{split}.{field}" for field in TextFiles._fields))
     return plain, TextFiles(*(path.with_name(path.name + ".tokenized") for path in plain))
 
 
-def check_counts(plain, tokenized, cand_num):
+def check_counts(plain, tokenized, likelihood, cand_num):
     """The number of documents; UserError when a file cannot be read, or the line counts do not fit `cand_num`."""
-    counts = {path: count_lines(path) for path in (*plain, *tokenized)}
+    of_candidates = [path for path in (plain.out, tokenized.out, likelihood) if path]
+    counts = {path: count_lines(path) for path in (*plain, *tokenized, *of_candidates)}
     documents = counts[plain.source]
     if documents == 0:
         raise UserError(f"{plain.source} is empty; it needs one document a line")
-    needed = dict.fromkeys(counts, documents)
-    needed.update({plain.out: documents * cand_num, tokenized.out: documents * cand_num})
+    needed = dict.fromkeys(counts, documents) | dict.fromkeys(of_candidates, documents * cand_num)
     wrong = [
         f"{path.name} has {count} lines, not {needed[path]}" for path, count in counts.items() if count != needed[path]
     ]

@@ -1,6 +1,7 @@
 """Samples: a document with its scored candidates, as preprocess.py writes them to `{i}.json`, one file a document.
 
-Those of the published SimCLS and BRIO releases are the same: a dict with KEYS.
+Those of the published SimCLS and BRIO releases are the same: a dict with KEYS. Ours have "likelihood" too, for each
+candidate [log-probability, tokens] by the generator, where that is known.
 """
 
 import json
@@ -60,6 +61,12 @@ def _problem(sample):
     counts = len(sample["candidates"]), len(sample["candidates_untok"])
     if counts[0] != counts[1]:
         return f"has {counts[0]} 'candidates' but {counts[1]} 'candidates_untok'"
+    if "likelihood" in sample and not (
+        isinstance(sample["likelihood"], list)
+        and len(sample["likelihood"]) == counts[0]
+        and all(map(_is_likelihood, sample["likelihood"]))
+    ):
+        return "has no list of [log-probability, tokens] for its candidates under 'likelihood'"
     return None if counts[0] else "has no candidates"
 
 
@@ -71,14 +78,18 @@ def _is_candidate(value):
     return isinstance(value, list) and len(value) == 2 and _is_text(value[0]) and isinstance(value[1], (int, float))
 
 
+def _is_likelihood(value):
+    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], (int, float)) and type(value[1]) is int
+
+
 # ------------------------------------------------------------------------------------------------- to make them
 
 
-def score_sample(plain, tokenized, split, tokens="standard"):
+def score_sample(plain, tokenized, split, tokens="standard", likelihood=None):
     """(the sample of one document as a dict of JSON values, the ROUGE of its candidates as from `score`)
 
-    plain, tokenized: Lines. split: text -> list of sentences. Only white space between sentences is lost of the
-    plain text.
+    plain, tokenized: Lines. split: text -> list of sentences. likelihood: [log-probability, tokens] of each candidate,
+    or None, which leaves the key out. Only white space between sentences is lost of the plain text.
     """
     abstract = split_lower(tokenized.target, split)
     candidates = [split_lower(text, split) for text in tokenized.candidates]
@@ -93,7 +104,7 @@ def score_sample(plain, tokenized, split, tokens="standard"):
         "abstract_untok": split(plain.target),
         "candidates_untok": list(zip(candidates_untok, scores, strict=True)),
     }
-    return sample, rouge
+    return sample | ({"likelihood": likelihood} if likelihood else {}), rouge
 
 
 def split_lower(text, split):
@@ -101,14 +112,14 @@ def split_lower(text, split):
     return [sentence.lower() for sentence in split(text)]
 
 
-def as_sample(document, summary, candidates, split, tokens="standard"):
+def as_sample(document, summary, candidates, split, tokens="standard", likelihood=None):
     """The sample that gen_candidate.py and preprocess.py would make, and under "rouge" what `rouge_of` returns.
 
     split: text -> list of sentences.
     """
     plain = Lines(document, summary, candidates)
     tokenized = Lines(ptb_tokenize(document), ptb_tokenize(summary), [ptb_tokenize(text) for text in candidates])
-    sample, rouge = score_sample(plain, tokenized, split, tokens)
+    sample, rouge = score_sample(plain, tokenized, split, tokens, likelihood)
     return sample | {"rouge": rouge}
 
 

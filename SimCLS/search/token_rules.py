@@ -1,0 +1,97 @@
+"""What every search reads from a generator: its decoder, its special tokens, and which tokens may follow a text."""
+
+import torch
+
+from search.library_decoder import LibraryDecoder
+from search.t5_decoder import T5Decoder
+
+# Settings of a generation config that would change the candidates, and the values that leave them as they are.
+UNSUPPORTED = {
+    "repetition_penalty": (None, 1.0),
+    "encoder_repetition_penalty": (None, 1.0),
+    "encoder_no_repeat_ngram_size": (None, 0),
+    "guidance_scale": (None, 1, 1.0),
+    "renormalize_logits": (None, False),
+    "exponential_decay_length_penalty": (None,),
+    "begin_suppress_tokens": (None, []),
+    "sequence_bias": (None, {}),
+    "stop_strings": (None, []),
+    "min_new_tokens": (None, 0),
+}
+
+
+class TokenRules:
+    """The decoder of a model and the tokens that may come next; the searches are subclasses.
+
+    model: any AutoModelForSeq2SeqLM in eval mode. Its generation config gives the start, end and padding tokens, forced
+    first and last tokens, and suppressed ones. The weights are read here: train on, and a new object is needed.
+    max_length, min_length, no_repeat_ngram_size: as for DiverseBeamSearch.
+
+    Raises ValueError for a maximum length without room, and for a generation config with a setting that is not
+    implemented (a repetition penalty, say).
+    """
+
+    def __init__(self, model, max_length, min_length, no_repeat_ngram_size):
+        if max_length < 2:
+            raise ValueError(f"a maximum length of {max_length} leaves no room behind the start token")
+        self.decoder = T5Decoder(model) if T5Decoder.supports(model) else LibraryDecoder(model)
+        self.device = model.device
+        self.max_length, self.min_length = max_length, min_length
+        self.no_repeat_ngram_size = no_repeat_ngram_size
+        self._read_tokens(model.generation_config)
+
+    def _read_tokens(self, config):
+        for name, neutral in UNSUPPORTED.items():
+            if getattr(config, name, None) not in neutral:
+                raise ValueError(f"the model's generation config sets {name}, which the search leaves out")
+        self.start_token = _first(config.decoder_start_token_id, config.bos_token_id)
+        if self.start_token is None:
+            raise ValueError("the model's generation config has no decoder_start_token_id")
+        end_tokens = _as_list(config.eos_token_id)
+        self.pad_token = _first(config.pad_token_id, *end_tokens, 0)
+        suppressed = list(config.suppress_tokens or [])
+        for words in config.bad_words_ids or []:
+            if len(words) > 1:
+                raise ValueError("the model's generation config has bad_words_ids of more than one token")
+            suppressed += [token for token in words if token not in end_tokens]
+        self.end_tokens = torch.tensor(end_tokens, dtype=torch.long, device=self.device)
+        self.suppressed = torch.tensor(suppressed, dtype=torch.long, device=self.device)
+        self.forced = {1: _as_list(config.forced_bos_token_id)}
+        if config.forced_eos_token_id is not None:
+            self.forced[self.max_length - 1] = _as_list(config.forced_eos_token_id)
+
+    def allowed(self, logits, history):
+        """Log-probabilities of the next token, float32 [rows, vocabulary], -inf where it may not come.
+
+        logits: [rows, vocabulary]; history: int64 [rows, length], the start token first.
+        """
+        log_probs = logits.float().log_softmax(-1)
+        if self.no_repeat_ngram_size:
+            forbid_repeats(log_probs, history, self.no_repeat_ngram_size)
+        if len(self.suppressed):
+            log_probs[:, self.suppressed] = float("-inf")
+        if history.shape[1] < self.min_length:
+            log_probs[:, self.end_tokens] = float("-inf")
+        return log_probs
+
+
+def forbid_repeats(scores, history, size):
+    """Set to -inf, in place, each token that would complete an n-gram that its row has already.
+
+    scores: float [rows, vocabulary]; history: int64 [rows, length]; size: the n of the n-grams.
+    """
+    length = history.shape[1]
+    if length < size:
+        return
+    ngrams = history.unfold(1, size, 1)
+    matches = (ngrams[:, :, :-1] == history[:, None, length - size + 1 :]).all(-1)
+    bans = torch.where(matches, float("-inf"), float("inf"))
+    scores.scatter_reduce_(1, ngrams[:, :, -1], bans, "amin")
+
+
+def _first(*values):
+    return next((value for value in values if value is not None), None)
+
+
+def _as_list(tokens):
+    return [] if tokens is None else [tokens] if isinstance(tokens, int) else list(tokens)
