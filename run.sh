@@ -22,7 +22,7 @@ cd "$(dirname "$0")"
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 export STEPS=${STEPS:-30}
 SEEDS=${SEEDS:-0}
-resume=$([ -n "${AGAIN:-}" ] || echo --resume)
+resume=$([ -n "${AGAIN:-}" ] && echo --restart || echo --resume)
 cuda=$(nvidia-smi -L >/dev/null 2>&1 && echo --cuda || true)
 short_percent=10
 # A processor without instructions for bfloat16 would take minutes longer.

@@ -33,10 +33,10 @@ def run(main):
         finally:
             # torch raises, wherever the process is, when a data worker is killed: not in what follows.
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    except KeyboardInterrupt:
-        _end(130, "interrupted")
-    except Terminated:
-        _end(143, "terminated")
+    except KeyboardInterrupt as error:
+        _end(130, "; ".join(["interrupted", *error.args]))
+    except Terminated as error:
+        _end(143, "; ".join(["terminated", *error.args]))
     except BrokenPipeError:
         # The reader of our output went away (`| head`); point stdout elsewhere so that the flush at exit is quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -84,7 +84,7 @@ def explain(error):
     if text.startswith("DataLoader worker (pid") or isinstance(error, (ConnectionError, EOFError)):
         return (
             "a process that loads data was killed; is memory or /dev/shm short? Try fewer --num_worker (--num_workers "
-            "for SimCLS); --resume goes on from the last epoch"
+            "for SimCLS); --resume goes on from the last saved state"
         )
     return None
 

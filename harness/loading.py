@@ -36,6 +36,10 @@ class EpochBatches(torch.utils.data.Sampler):
         """How many samples, over all processes, the batches from number `first` on hold."""
         return max(0, self.size - first * self.batch_size)
 
+    def ends_update(self, number):
+        """Whether the weights are updated after batch `number`: between updates no run can stop."""
+        return True
+
     def order(self):
         """This epoch's permutation of the sample numbers, int64 [size]."""
         return np.random.default_rng((self.seed, self.epoch)).permutation(self.size)

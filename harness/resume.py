@@ -25,17 +25,17 @@ def save_state(path, arguments, **parts):
         torch.save({"format": FORMAT, "arguments": arguments, "random": random, "parts": parts}, file)
 
 
-def load_state(path, arguments):
-    """The `parts` that save_state wrote, with the random number generators put back; None when there is no file.
+def read_state(path, **how):
+    """What save_state wrote to `path`, a dict of "arguments", "random" and "parts"; None when there is no file.
 
-    UserError when the file is no training state or is cut short, and when it was saved with other arguments (the
-    line names them). Nothing in the file can run code.
+    how: of torch.load; with mmap=True tensors that are not looked at are not read. UserError when the file is no
+    training state or is cut short. Nothing in the file can run code.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, **how)
         ours = isinstance(state, dict) and state.get("format") == FORMAT
         ours = ours and {"arguments", "random", "parts"} <= state.keys()
-        ours = ours and isinstance(state["arguments"], dict)
+        ours = ours and isinstance(state["arguments"], dict) and isinstance(state["parts"], dict)
     except FileNotFoundError:
         return None
     except (PermissionError, IsADirectoryError) as error:
@@ -44,6 +44,17 @@ def load_state(path, arguments):
         ours = False
     if not ours:
         raise no_state(path)
+    return state
+
+
+def load_state(path, arguments):
+    """The `parts` that save_state wrote, with the random number generators put back; None when there is no file.
+
+    UserError as of read_state, and when the state was saved with other arguments (the line names them).
+    """
+    state = read_state(path)
+    if state is None:
+        return None
     check_arguments(path, state["arguments"], arguments)
     try:
         torch.set_rng_state(state["random"]["cpu"])
@@ -54,24 +65,15 @@ def load_state(path, arguments):
     return state["parts"]
 
 
-def saved_arguments(path):
-    """The arguments that save_state wrote to `path`, read without the tensors; None when it is no training state."""
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        return dict(state["arguments"])
-    except Exception:  # As above.
-        return None
-
-
 def no_state(path):
-    return UserError(f"{path} is not a whole training state of this program; delete it to start the run afresh")
+    return UserError(f"{path} is not a whole training state of this program; delete it, or --restart the run")
 
 
 def check_arguments(path, saved, arguments):
     """UserError naming each argument that the run of `path` had otherwise: two dicts of plain values."""
     was = changes(saved, arguments)
     if was:
-        raise UserError(f"{path} was saved with {was}; resume with the same arguments, or start without --resume")
+        raise UserError(f"{path} was saved with {was}; resume with the same arguments, or delete it")
 
 
 def changes(saved, arguments):
@@ -81,17 +83,20 @@ def changes(saved, arguments):
 
 
 class StopRequest:
-    """Whether SIGINT or SIGTERM has arrived: `if stop: ...`."""
+    """Whether training is to stop early: `if stop: ...`.
+
+    signal: the SIGINT or SIGTERM that has arrived, or None. enough: whether the steps of --max_steps are done.
+    """
 
     def __init__(self):
-        self.signal = None
+        self.signal, self.enough = None, False
 
     def __bool__(self):
-        return self.signal is not None
+        return self.signal is not None or self.enough
 
-    def leave(self):
-        """End the script as the signal would have: exit code 130 or 143."""
-        raise KeyboardInterrupt if self.signal == signal.SIGINT else Terminated
+    def leave(self, *words):
+        """End the script as the signal would have, with exit code 130 or 143; `words` say how to go on."""
+        raise (KeyboardInterrupt if self.signal == signal.SIGINT else Terminated)(*words)
 
 
 @contextlib.contextmanager

@@ -1,34 +1,52 @@
-"""One training run's files: its lock, its state while it trains, its record when it has."""
+"""One training run: its files (a lock, its state while it trains, its record when it has), and its epochs."""
 
 import contextlib
 import json
 import time
 from pathlib import Path
 
+from harness.arguments import boolean
 from harness.endings import UserError
+from harness.epochs import Epoch
 from harness.files import output_lock, places, portable, write_record
 from harness.machine import describe_machine
-from harness.resume import changes, load_state, no_state, save_state, saved_arguments
+from harness.resume import changes, load_state, no_state, read_state, save_state, stop_requests
+from harness.timing import nvtx_range
 
 FORMAT = 1
+
+
+def add_arguments(parser):
+    """--resume and --restart: what to do about the files that an earlier run of the same name has left."""
+    flag = {"type": boolean, "nargs": "?", "const": True, "default": False}
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--resume", **flag, help="go on where a run with these arguments was interrupted, or a shorter one ended")
+    add("--restart", **flag, help="begin anew, and replace the files of an earlier run")
 
 
 class Run:
     """The files `folder`/`name`.* of a run of the script `experiment`; only the main process writes them.
 
     args: the parsed arguments. not_results: the names of those that a resumed run may change, since they choose where
-    and how long a process runs, and not what it computes. facts: what else the record says of the run; more may be
-    put in while it goes. `epochs` is the history, one dict an epoch, as the record has it.
+    and how a process runs, and not what it computes. facts: what else the record says of the run; more may be put in
+    while it goes. history: of the epochs that are done, one dict an epoch, as the record has it.
+
+    A subclass says how an epoch is taken down and shown: `add_epoch`, `line`, `progress_bar`, `finish_profiling`.
     """
 
+    title = "training"  # The NVTX range around all epochs.
     elsewhere = "output folder"  # What to choose another of where a name is taken.
     only_of_records = ("max_steps",)  # Of `not_results`, what tells finished runs apart all the same.
 
-    def __init__(self, experiment, folder, name, args, world, not_results=(), **facts):
+    def __init__(self, experiment, folder, name, args, world, not_results=(), fixed_length=None, **facts):
+        """fixed_length: why a finished run cannot go on to a larger --num_epoch; None where it can."""
         self.experiment, self.folder, self.name = experiment, Path(folder), name
-        self.args, self.world, self.facts = args, world, facts
-        self.epochs = []
+        self.args, self.world, self.facts, self.fixed_length = args, world, facts, fixed_length
+        self.history = []
+        self.part = None  # Of an epoch that was stopped and resumed: the timing of its longest part.
         self._started, self._seconds_before = time.perf_counter(), 0.0
+        if fixed_length is None:
+            not_results = (*not_results, "num_epoch")
         self.arguments = {key: value for key, value in vars(args).items() if key not in not_results}
         # --half_precision means one type on a CPU and another on CUDA, so what ran counts.
         self.arguments |= {"processes": world.size, "precision": facts.get("precision")}
@@ -41,79 +59,161 @@ class Run:
         saving. What a killed process did after its last saved state is done again, and does not count twice."""
         return self._seconds_before + time.perf_counter() - self._started
 
+    # -------------------------------------------------------------------------------------- the name and its files
+
     @contextlib.contextmanager
     def lock(self):
         """Hold the run's name, so that no second run writes the same files.
 
-        UserError when one does, and when files of that name are those of a run with other arguments.
+        UserError when one does, and when this run would replace the files of an earlier one without being asked to.
         """
         with contextlib.ExitStack() as held:
             with self.world.main_first():  # Where it is refused, every process ends.
                 if self.world.is_main:
                     held.enter_context(output_lock(self.path(".lock")))
-                    self._refuse_to_replace()
+                    self._claim_name()
                     for abandoned in self.temporary_files():
                         abandoned.unlink()
             yield
 
-    def _refuse_to_replace(self):
-        """UserError when this run would replace the state or the finished record of one with other arguments."""
-        args = vars(self.args)
-        own = {} if args.get("resume") else {name: args.get(name) for name in self.only_of_records}
-        saved = {
-            self.path(".state"): (saved_arguments(self.path(".state")), self.arguments),
-            self.path(".json"): (self._finished_arguments(), _as_recorded(self.arguments | own)),
-        }
-        for path, (theirs, ours) in saved.items():
-            was = theirs and changes({name: theirs.get(name) for name in ours}, ours)
-            if was:
-                raise UserError(f"{path} is of a run with {was}; choose another {self.elsewhere}, or delete it")
+    def _claim_name(self):
+        """UserError when an earlier run's files would be lost. With --restart each goes when there is a new one."""
+        asked = vars(self.args)
+        if asked.get("restart"):
+            return
+        saved, finished = read_state(self.path(".state"), mmap=True), self._finished_arguments()
+        own = {} if asked.get("resume") else {name: asked.get(name) for name in self.only_of_records}
+        self._refuse_another(self.path(".state"), saved and saved["arguments"], self.arguments)
+        self._refuse_another(self.path(".json"), finished, _as_recorded(self.arguments | own))
+        if asked.get("resume"):
+            return
+        if self._is_interrupted(saved, finished):
+            done = f"{saved['parts'].get('epoch')} of {asked.get('num_epoch')} epochs done"
+            ways = "--resume goes on with it, --restart begins anew"
+            raise UserError(f"{self.path('.state')} holds an interrupted run ({done}); {ways}")
+        if finished:
+            longer = "" if self.fixed_length else ", --resume with a larger --num_epoch goes on from it"
+            raise UserError(f"{self.path('.json')} is a finished run; --restart runs it again{longer}")
+
+    def _refuse_another(self, path, theirs, ours):
+        """UserError when the file `path` is of a run with other arguments than `ours`."""
+        was = theirs and changes({name: theirs.get(name) for name in ours}, ours)
+        if was:
+            longer = self.fixed_length and "--num_epoch" in was
+            why = f"{self.fixed_length}, so that no other length goes on from it; " if longer else ""
+            raise UserError(
+                f"{path} is of a run with {was}; {why}choose another {self.elsewhere}, or --restart to replace it"
+            )
+
+    @staticmethod
+    def _is_interrupted(saved, finished):
+        """Whether a state is not that of the end of the finished run whose arguments are `finished`."""
+        return saved is not None and not (finished and saved["parts"].get("epoch") == finished["num_epoch"])
 
     def temporary_files(self):
         """The Paths of what a killed run of this name was writing."""
         return self.folder.glob(f".{self.name}.*.tmp")
 
-    @property
-    def finished(self):
-        """Whether the record is there, and no state; `lock` has seen to it that it is of the same arguments."""
-        return not self.path(".state").exists() and self._finished_arguments() is not None
-
     def is_done(self):
         """Whether --resume has nothing left to do, which is told."""
-        done = self.args.resume and self.finished
-        if done:
-            self.world.say(f"{self.path('.json')} is finished; nothing to resume")
-        return done
+        finished = self.args.resume and self._finished_arguments()
+        if not finished or finished["num_epoch"] != self.args.num_epoch:
+            return False
+        if self._is_interrupted(read_state(self.path(".state"), mmap=True), finished):
+            return False
+        self.world.say(f"{self.path('.json')} is finished; nothing to resume")
+        return True
 
-    def _finished_arguments(self):
-        """The arguments in the record, a dict; None when there is none, and when --max_steps cut its run short."""
+    def _finished_arguments(self, name=None):
+        """The arguments in the record of the run `name`, this one by default, a dict; None when there is no record, and
+        when --max_steps cut its run short."""
+        path = self.folder / f"{name or self.name}.json"
         try:
-            record = json.loads(self.path(".json").read_text(encoding="utf-8"))
-            arguments = record["arguments"] | {"precision": record.get("precision")}
+            record = json.loads(path.read_text(encoding="utf-8"))
+            arguments = {"num_epoch": None} | record["arguments"] | {"precision": record.get("precision")}
             arguments = _as_recorded(arguments, record.get("places"))
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return None if arguments.get("max_steps") else arguments
+
+    # ------------------------------------------------------------------------------------------------- its epochs
+
+    def epochs(self, phase, batches, **state):
+        """Yield an Epoch for each that is left of --num_epoch. Meanwhile a first SIGINT or SIGTERM only sets `stop`, so
+        that an epoch can end its step and save.
+
+        phase: the PhaseTimer of the steps. batches: the EpochBatches of the loader. state: name -> object with
+        state_dict and load_state_dict, all that a resumed run needs.
+        """
+        self.phase, self.batches, self.state = phase, batches, state
+        first, done = self.resume(**state) if self.args.resume else (0, 0)
+        with nvtx_range(self.title), stop_requests(enabled=self.world.size == 1) as self.stop:
+            for number in range(first, self.args.num_epoch):
+                yield Epoch(self, number, done)
+                if self.stop.enough:
+                    return
+                done = 0
+
+    def leave(self, epoch):
+        """Save the state in the middle of `epoch`, unless no run could go on from it, and end the script."""
+        if self.may_go_on():
+            self.save(epoch.number, epoch.done, **self.state)
+        state = self.path(".state")
+        self.stop.leave(*[f"the same command with --resume goes on ({state})"] * state.exists())
+
+    def may_go_on(self):
+        """Whether training can go on from here: no loss is NaN."""
+        return True
+
+    # -------------------------------------------------------------------------------------- its state and its record
+
+    def other_names(self):
+        """The names of runs whose interrupted states this one can go on from as from its own."""
+        return ()
+
+    def _state_to_resume(self):
+        """The Path of this run's own state; where it has none, of the furthest state of `other_names`."""
+        own, found = self.path(".state"), []
+        if own.exists() or self._finished_arguments():
+            return own
+        for name in self.other_names():
+            path = self.folder / f"{name}.state"
+            saved = read_state(path, mmap=True)
+            interrupted = self._is_interrupted(saved, self._finished_arguments(name))
+            if interrupted and not changes(saved["arguments"], self.arguments):
+                found.append((saved["parts"]["epoch"], saved["parts"]["step"], path))
+        return max(found)[-1] if found else own
 
     def resume(self, **parts):
         """Load the saved state into `parts`, name -> object with load_state_dict.
 
         Returns (epoch, step) to go on from, both from 0; (0, 0) without a saved state. UserError as for load_state.
         """
-        state = load_state(self.path(".state"), self.arguments)
-        self.world.check_equal(state is not None, f"whether {self.path('.state')} exists; the processes must share it")
+        path = self._state_to_resume()
+        state = load_state(path, self.arguments)
+        self.world.check_equal(state is not None, f"whether {path} exists; the processes must share it")
         if state is None:
-            self.world.say(f"no saved state {self.path('.state')}; starting from the beginning")
+            if self._finished_arguments():
+                raise UserError(f"{path}, from which a longer run would go on, is not there any more; --restart")
+            self.world.say(f"no saved state {path}; starting from the beginning")
             return 0, 0
         try:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
-            self.epochs = state["epochs"]
+            self.history, self.part = state["history"], state["part"]
             self._seconds_before = state["elapsed_seconds"]
             self.facts = state["facts"] | self.facts
-            return state["epoch"], state["step"]
+            epoch, step = state["epoch"], state["step"]
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):
-            raise no_state(self.path(".state")) from None
+            raise no_state(path) from None
+        if path != self.path(".state"):
+            self.facts["continues"] = path.stem
+            self.world.say(f"going on from {path}")
+        if epoch > self.args.num_epoch:
+            raise UserError(
+                f"{path} is of {epoch} epochs, more than --num_epoch {self.args.num_epoch}; name a larger one"
+            )
+        return epoch, step
 
     def save(self, epoch, step, **parts):
         """Save the state of `parts` before step `step` of `epoch`."""
@@ -124,7 +224,8 @@ class Run:
                 self.arguments,
                 epoch=epoch,
                 step=step,
-                epochs=self.epochs,
+                history=self.history,
+                part=self.part,
                 facts=self.facts,
                 elapsed_seconds=self.elapsed_seconds(),
                 **states,
@@ -141,12 +242,12 @@ class Run:
                 "places": places(vars(self.args)),
                 "machine": describe_machine(self.world.device),
                 **self.facts,
-                "epochs": self.epochs,
+                "epochs": self.history,
             }
             write_record(self.path(".json"), record)
 
     def drop_state(self):
-        """Forget the saved state, once everything that it is good for has been written."""
+        """Forget the saved state."""
         if self.world.is_main:
             self.path(".state").unlink(missing_ok=True)
 

@@ -166,7 +166,7 @@ class _Phase:
 
     def __exit__(self, error, *_):
         elapsed = time.perf_counter_ns() - self._start
-        if error is None:
+        if error in (None, GeneratorExit):  # The second is of a `break` after the phase.
             self._timer._host[self._name].append(elapsed)
             if self._timer._on_cuda:
                 self._timer._events[self._name].append((self._event, self._timer._record_event()))

@@ -1,6 +1,7 @@
 """What the ResNeXt scripts share around their loops: arguments, names, metrics, evaluation, records."""
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
@@ -9,19 +10,18 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from harness import determinism
+from harness import determinism, runs
 from harness.arguments import HelpWithDefaults, OneLineParser, boolean, learning_rate, positive_int, seed, workers
 from harness.endings import UserError
 from harness.files import atomic_write
 from harness.loading import EpochBatches
 from harness.precision import half_precision_type
-from harness.runs import Run
 from harness.timing import nvtx_range
 from image_loaders import evaluation_batches, loading_of, training_loader
 from models.resnext import parse_name
 
-# They choose where and how long a process runs, not what it computes: a resumed run may change them.
-NOT_RESULTS = ("resume", "output_dir", "data_dir")
+# They choose where and how a process runs, not what it computes: a resumed run may change them.
+NOT_RESULTS = ("resume", "restart", "output_dir", "data_dir", "num_worker", "loader")
 
 
 def get_args_parser(description, kind=OneLineParser):
@@ -45,8 +45,7 @@ def get_args_parser(description, kind=OneLineParser):
     add("--seed", type=seed, default=0, help="of the weights, the order and the augmentation")
     determinism.add_argument(parser)
     add("--output_dir", default="model_history", help="where the run's files go")
-    add("--resume", type=boolean, nargs="?", const=True, default=False,
-        help="go on where an interrupted run with the same arguments stopped")  # fmt: skip
+    runs.add_arguments(parser)
     add("--max_steps", type=positive_int,
         help="stop after so many steps, for profiling; a run stopped so writes its timings alone")  # fmt: skip
     return parser
@@ -60,13 +59,16 @@ def model_name(text):
     return text
 
 
+def loading_name(args):
+    return "device" if args.loader == "device" else f"{args.num_worker}_worker"
+
+
 def run_name(args, suffix=""):
     """The name of a run's files: workers and batch size, then whatever differs from the defaults.
 
     resnext_2_worker_128, resnext_0_worker_128_fp16, resnext_device_512_digits_checkpoint, ...
     """
-    loading = "device" if args.loader == "device" else f"{args.num_worker}_worker"
-    parts = [f"resnext_{loading}_{args.batch_size}"]
+    parts = [f"resnext_{loading_name(args)}_{args.batch_size}"]
     if args.model != "resnext29_4x64d":
         parts.append(args.model)
     if args.dataset != "cifar10":
@@ -132,8 +134,10 @@ class Metrics:
 def evaluate(model, data, precision, world, batch_size, stop):
     """Accuracy in percent on the test pictures, each counted once, in the training precision.
 
-    A stop request ends it early, with None.
+    A StopRequest ends it early, with None.
     """
+    if stop:
+        return None
     world.broadcast_buffers(model)
     model.eval()
     metrics = Metrics(world.device)
@@ -148,79 +152,102 @@ def evaluate(model, data, precision, world, batch_size, stop):
     return None if stop else metrics.result(world)[1]
 
 
-class ImageRun(Run):
+class ImageRun(runs.Run):
     """A Run under --output_dir that ends with the weights (.pt), the curves (.npz) and the record (.json)."""
 
+    title = "training resnext"
     elsewhere = "--output_dir"
 
-    def __init__(self, experiment, suffix, args, world, **facts):
+    def __init__(self, experiment, suffix, args, world, **more):
         if args.dataset == "folder":
             # Such a data set is known by its place alone, though a run may be resumed when it has moved.
             self.only_of_records = (*self.only_of_records, "data_dir")
-        super().__init__(experiment, args.output_dir, run_name(args, suffix), args, world, NOT_RESULTS, **facts)
+        super().__init__(experiment, args.output_dir, run_name(args, suffix), args, world, NOT_RESULTS, **more)
+
+    def other_names(self):
+        """Those of runs that differ in how they load alone."""
+        before, after = self.name.split(loading_name(self.args), 1)
+        alike = re.compile(rf"{before}(device|\d+_worker){re.escape(after)}")
+        return [path.stem for path in sorted(self.folder.glob("*.state")) if alike.fullmatch(path.stem)]
 
     def note_saved(self, size):
         """Put the bytes that forward saved for backward into the record: of the run's first step, once it is done."""
         if size is not None:
             self.facts.setdefault("saved_activation_bytes", size)
 
-    def add_epoch(self, epoch, loss, acc, test_acc, timing, samples):
-        """Append an epoch (from 0) to the history; UserError when its loss is not finite.
+    def may_go_on(self):
+        return self.state["metrics"].finite()
 
-        samples: how many the epoch trained on in this process's time; fewer than an epoch has after a resume.
-        """
+    def add_epoch(self, epoch, test_acc, evaluation_seconds):
+        """Append an Epoch to the history; UserError when its loss is not finite."""
+        loss, acc = self.state["metrics"].result(self.world)
         if not np.isfinite(loss):
+            kept = f"; {self.path('.state')} is from before it" if self.path(".state").exists() else ""
             raise UserError(
-                f"the loss became {loss} in epoch {epoch + 1}; the state before it is kept. "
+                f"the loss became {loss} in epoch {epoch.number + 1}{kept}. "
                 "Use a smaller --lr, or bfloat16 or single precision instead of float16"
             )
-        self.epochs.append(
+        self.state["metrics"].reset()
+        self.history.append(
             {
-                "epoch": epoch + 1,
+                "epoch": epoch.number + 1,
                 "loss": loss,
                 "acc": acc,
                 "test_acc": test_acc,
-                "samples_per_second": samples / timing["seconds"],
-                "peak_memory": timing["peak_memory"],
+                "samples_per_second": epoch.samples / epoch.timing["seconds"],
+                "peak_memory": epoch.timing["peak_memory"],
                 # Until the epoch's accuracy was known: what it takes to reach an accuracy.
                 "elapsed_seconds": self.elapsed_seconds(),
-                "timing": timing,
+                "evaluation_seconds": evaluation_seconds,
+                "timing": epoch.timing,
             }
         )
 
     def finish(self, model):
-        """Write the weights, the curves and the record, then drop the state; each file is whole or not there."""
-        if not self.world.is_main:
+        """Write the weights, the curves and the record; each file is whole or not there. The state goes, or becomes the
+        one that a longer run can go on from. Of a run that --max_steps ended, there is nothing more to write."""
+        if self.stop.enough or not self.world.is_main:
             return
-        curves = {key: np.array([epoch[key] for epoch in self.epochs]) for key in ("loss", "acc", "test_acc")}
+        curves = {key: np.array([epoch[key] for epoch in self.history]) for key in ("loss", "acc", "test_acc")}
         with atomic_write(self.path(".pt")) as file:
             # On the CPU, so that the file loads on a machine without this one's GPU.
             torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, file)
         with atomic_write(self.path(".npz")) as file:
             np.savez(file, **curves)
         self.write_record()
-        self.drop_state()
+        if self.fixed_length:
+            self.drop_state()
+        else:
+            self.save(self.args.num_epoch, 0, **self.state)
+        longer = "" if self.fixed_length else ", .state (a larger --num_epoch --resume goes on from it)"
+        self.world.say(f"{self.path('.pt')} (weights), .npz (curves), .json (record){longer}")
 
     def finish_profiling(self, timing):
         """Write the record of a run that --max_steps ended: the timings of its last epoch, no weights, no curves."""
-        self.epochs.append({"epoch": len(self.epochs) + 1, "peak_memory": timing["peak_memory"], "timing": timing})
+        self.history.append({"epoch": len(self.history) + 1, "peak_memory": timing["peak_memory"], "timing": timing})
         self.write_record()
         self.drop_state()
         self.world.say(f"stopped after {self.args.max_steps} steps: {self.path('.json')}")
 
-    def progress_bar(self, epoch, samples):
-        """A bar over the epoch's pictures, on a terminal alone. It shows the newest loss and accuracies that are known
+    def progress_bar(self, epoch):
+        """A bar over the Epoch's pictures, on a terminal alone. It shows the newest loss and accuracies that are known
         on the host: the last epoch's, since asking the device for this one's would make it wait."""
         known = {}
-        if self.epochs:
-            known = {key: f"{self.epochs[-1][key]:.3f}" for key in ("loss", "acc", "test_acc")}
-        quiet = not (self.world.is_main and sys.stderr.isatty())
-        title = f"epoch {epoch + 1}/{self.args.num_epoch}"
-        return tqdm(total=samples, desc=title, unit=" pictures", postfix=known, leave=False, disable=quiet)
+        if self.history:
+            known = {key: f"{self.history[-1][key]:.3f}" for key in ("loss", "acc", "test_acc")}
+        return tqdm(
+            desc=f"epoch {epoch.number + 1}/{self.args.num_epoch}",
+            total=self.batches.samples_from(0),
+            initial=self.batches.samples_from(0) - self.batches.samples_from(epoch.done),
+            unit=" pictures",
+            postfix=known,
+            leave=False,
+            disable=not (self.world.is_main and sys.stderr.isatty()),
+        )
 
     def line(self):
         """The newest epoch in one plain line."""
-        epoch = self.epochs[-1]
+        epoch = self.history[-1]
         return (
             f"epoch {epoch['epoch']}/{self.args.num_epoch}: loss {epoch['loss']:.4f}, acc {epoch['acc']:.2f} %, "
             f"test acc {epoch['test_acc']:.2f} %, {epoch['timing']['seconds']:.1f} s, "

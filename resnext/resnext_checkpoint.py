@@ -19,8 +19,7 @@ from harness import determinism, distributed, endings
 from harness.memory import SavedBytes
 from harness.planning import StepCost
 from harness.precision import choose_precision
-from harness.resume import stop_requests
-from harness.timing import PhaseTimer, nvtx_range
+from harness.timing import PhaseTimer
 from images import load_images
 from memory_plan import add_budget_arguments, compare_with_plan, plan_memory, policy_label
 from models.resnext import parse_name
@@ -59,56 +58,35 @@ def train(args, world, precision, run):
     plan = plan_memory(model, data, args, world, precision, run)
     parallel_model = world.wrap(model)
     criterion = nn.CrossEntropyLoss()
-    optimizer = torch.optim.Adam(model.parameters(), lr=args.lr, weight_decay=5e-4, fused=device.type == "cuda")
+    optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=5e-4, fused=device.type == "cuda")
     batches, loader = training_batches(args, world, data, run)
     scaler, metrics = precision.scaler, Metrics(device)
-    phase, saved, cost = PhaseTimer(device), SavedBytes(model), StepCost(model, device, enabled=plan is not None)
+    phase, saved = PhaseTimer(device), SavedBytes(model)
+    cost = StepCost(model, device, enabled=plan is not None)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler, "metrics": metrics}
-    first_epoch, first_step = run.resume(**state) if args.resume else (0, 0)
 
-    with nvtx_range("training resnext"), stop_requests(enabled=world.size == 1) as stop:
-        for epoch in range(first_epoch, args.num_epoch):
-            batches.start(epoch, first_step)
-            step, bar = first_step - 1, run.progress_bar(epoch, batches.samples_from(first_step))
-            with nvtx_range(f"epoch {epoch + 1}"):
-                phase.start_epoch()
-                # --------------------------------------------------------------- the training step
-                for step, (images, labels) in phase.steps(loader, f"epoch {epoch + 1}", first_step, args.max_steps):
-                    with phase("data copy"):
-                        images = images.to(device, non_blocking=True)
-                        labels = labels.to(device, non_blocking=True)
-                    with phase("zero grad"):
-                        optimizer.zero_grad(set_to_none=True)
-                    with phase("forward"), precision.autocast(), saved.first_time(), cost.first_forward():
-                        output = parallel_model(images)
-                        loss = criterion(output, labels)
-                    with phase("backward"), cost.first_backward():
-                        scaler.scale(loss * batches.weight(step)).backward()
-                    with phase("optimizer"):
-                        scaler.step(optimizer)
-                        scaler.update()
-                    metrics.add(loss, output, labels, batches.weight(step))
-                    bar.update(len(labels) * world.size)
-                    if stop:
-                        break
-                # ---------------------------------------------------------------------------------
-                timing = phase.end_epoch()
-            bar.close()
-            run.note_saved(saved.bytes)
-            compare_with_plan(plan, saved, cost, run)
-            if phase.steps_done == args.max_steps:
-                run.finish_profiling(timing)
-                return
-            test_acc = evaluate(model, data, precision, world, args.batch_size, stop)
-            if stop:
-                if metrics.finite():
-                    run.save(epoch, step + 1, **state)
-                stop.leave()
-            run.add_epoch(epoch, *metrics.result(world), test_acc, timing, batches.samples_from(first_step))
-            metrics.reset()
-            first_step = 0
-            run.save(epoch + 1, 0, **state)
-            world.say(run.line())
+    for epoch in run.epochs(phase, batches, **state):
+        # ------------------------------------------------------------------------------------ the training step
+        for images, labels in epoch.steps(loader):  # The wait for a batch is the phase "data load".
+            with phase("data copy"):
+                images = images.to(device, non_blocking=True)
+                labels = labels.to(device, non_blocking=True)
+            with phase("zero grad"):
+                optimizer.zero_grad(set_to_none=True)
+            with phase("forward"), precision.autocast(), saved.first_time(), cost.first_forward():
+                output = parallel_model(images)
+                loss = criterion(output, labels)
+            with phase("backward"), cost.first_backward():
+                # Where an epoch's last batch does not fall to all processes alike, its mean is not the mean of means.
+                scaler.scale(loss * epoch.weight).backward()
+            with phase("optimizer"):
+                scaler.step(optimizer)
+                scaler.update()
+            metrics.add(loss, output, labels, epoch.weight)  # On the device: nothing waits for it.
+        # ---------------------------------------------------------------------------------------------------------
+        run.note_saved(saved.bytes)
+        compare_with_plan(plan, saved, cost, run)
+        epoch.end(evaluate(model, data, precision, world, args.batch_size, run.stop))
     run.finish(model)
 
 

@@ -27,8 +27,7 @@ from harness import determinism, distributed, endings
 from harness.arguments import OneLineParser, boolean, fraction, learning_rate, share
 from harness.memory import SavedBytes
 from harness.precision import choose_precision
-from harness.resume import stop_requests
-from harness.timing import PhaseTimer, nvtx_range
+from harness.timing import PhaseTimer
 from images import load_images
 from models.grouped_convolution import FORMS, set_form
 from models.resnext import ResNeXt, parse_name
@@ -85,7 +84,8 @@ def main():
     with distributed.world() as world:
         world.check_divisible(args.batch_size)
         precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
-        run = ImageRun("resnext_fast", suffix(args), args, world, precision=precision.label)
+        length = "the rate follows one cycle over all epochs" if args.optimizer == "sgd" else None
+        run = ImageRun("resnext_fast", suffix(args), args, world, fixed_length=length, precision=precision.label)
         with run.lock():
             if not run.is_done():
                 train(args, world, precision, run)
@@ -138,8 +138,33 @@ def compiled(model, args):
     return torch.compile(model, dynamic=False, options=options)
 
 
+def for_full_batches(model, args, data, world):
+    """`model`, compiled for the batches that are full where args.compile says so. An epoch's last batch is smaller: to
+    compile for it would take longer than it does."""
+    if not args.compile:
+        return model
+    fast_model, full = compiled(model, args), min(args.batch_size, len(data.train_labels)) // world.size
+    return lambda images: (fast_model if len(images) == full else model)(images)
+
+
+class NoAverage:
+    """What stands where the AveragedModel of --ema would: the model as it is."""
+
+    def __init__(self, model):
+        self.module = model
+
+    def update_parameters(self, model):
+        pass
+
+    def state_dict(self):
+        return {}
+
+    def load_state_dict(self, state):
+        pass
+
+
 def load_parts(args, world, run, memory_format):
-    """(the ImageData, the model on this process's device, the AveragedModel of --ema or None)"""
+    """(the ImageData, the model on this process's device, its average)"""
     with world.first_on_machine():
         data = load_images(args.dataset, args.data_dir)
     torch.manual_seed(args.seed)
@@ -148,73 +173,47 @@ def load_parts(args, world, run, memory_format):
     set_form(model, args.grouped_convolution)
     run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
     if not args.ema:
-        return data, model, None
+        return data, model, NoAverage(model)
     return data, model, AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
 
 
 def train(args, world, precision, run):
     device, layout = world.device, layout_of(args, precision)
     data, model, average = load_parts(args, world, run, layout["memory_format"])
-    judged = average.module if args.ema else model
-    plain_model = world.wrap(model)
-    fast_model = compiled(plain_model, args) if args.compile else plain_model
-    full_batch = min(args.batch_size, len(data.train_labels)) // world.size
+    parallel_model = world.wrap(model)
+    fast_model = for_full_batches(parallel_model, args, data, world)
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
     optimizer = make_optimizer(model, args.optimizer, args.lr, device, precision.scaler)
     batches, loader = training_batches(args, world, data, run, **layout)
     scaler, metrics, steps = precision.scaler, Metrics(device), len(batches)
     phase, saved = PhaseTimer(device), SavedBytes(model)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler, "metrics": metrics}
-    state |= {"average": average} if args.ema else {}
-    first_epoch, first_step = run.resume(**state) if args.resume else (0, 0)
+    state |= {"average": average}
 
-    with nvtx_range("training resnext"), stop_requests(enabled=world.size == 1) as stop:
-        for epoch in range(first_epoch, args.num_epoch):
-            batches.start(epoch, first_step)
-            step, bar = first_step - 1, run.progress_bar(epoch, batches.samples_from(first_step))
-            with nvtx_range(f"epoch {epoch + 1}"):
-                phase.start_epoch()
-                # --------------------------------------------------------------- the training step
-                for step, (images, labels) in phase.steps(loader, f"epoch {epoch + 1}", first_step, args.max_steps):
-                    with phase("data copy"):
-                        images = images.to(device, non_blocking=True, **layout)
-                        labels = labels.to(device, non_blocking=True)
-                    with phase("zero grad"):
-                        optimizer.zero_grad(set_to_none=True)
-                    with phase("forward"), precision.autocast(), saved.first_time():
-                        # An epoch's last batch is smaller: to compile for it would take longer than it does.
-                        output = (fast_model if len(labels) == full_batch else plain_model)(images)
-                        loss = criterion(output, labels)
-                    with phase("backward"):
-                        scaler.scale(loss * batches.weight(step)).backward()
-                    with phase("optimizer"):
-                        set_rate(optimizer, args, epoch * steps + step, args.num_epoch * steps)
-                        scaler.step(optimizer)
-                        scaler.update()
-                        if args.ema:
-                            average.update_parameters(model)
-                    metrics.add(loss, output, labels, batches.weight(step))
-                    bar.update(len(labels) * world.size)
-                    if stop:
-                        break
-                # ---------------------------------------------------------------------------------
-                timing = phase.end_epoch()
-            bar.close()
-            run.note_saved(saved.bytes)
-            if phase.steps_done == args.max_steps:
-                run.finish_profiling(timing)
-                return
-            test_acc = evaluate(judged, data, precision, world, args.batch_size, stop)
-            if stop:
-                if metrics.finite():
-                    run.save(epoch, step + 1, **state)
-                stop.leave()
-            run.add_epoch(epoch, *metrics.result(world), test_acc, timing, batches.samples_from(first_step))
-            metrics.reset()
-            first_step = 0
-            run.save(epoch + 1, 0, **state)
-            world.say(run.line())
-    run.finish(judged)
+    for epoch in run.epochs(phase, batches, **state):
+        # ------------------------------------------------------------------------------------ the training step
+        for images, labels in epoch.steps(loader):  # The wait for a batch is the phase "data load".
+            with phase("data copy"):
+                images = images.to(device, non_blocking=True, **layout)
+                labels = labels.to(device, non_blocking=True)
+            with phase("zero grad"):
+                optimizer.zero_grad(set_to_none=True)
+            with phase("forward"), precision.autocast(), saved.first_time():
+                output = fast_model(images)
+                loss = criterion(output, labels)
+            with phase("backward"):
+                # Where an epoch's last batch does not fall to all processes alike, its mean is not the mean of means.
+                scaler.scale(loss * epoch.weight).backward()
+            with phase("optimizer"):
+                set_rate(optimizer, args, epoch.number * steps + epoch.step, args.num_epoch * steps)
+                scaler.step(optimizer)
+                scaler.update()
+                average.update_parameters(model)
+            metrics.add(loss, output, labels, epoch.weight)  # On the device: nothing waits for it.
+        # ---------------------------------------------------------------------------------------------------------
+        run.note_saved(saved.bytes)
+        epoch.end(evaluate(average.module, data, precision, world, args.batch_size, run.stop))
+    run.finish(average.module)
 
 
 if __name__ == "__main__":

@@ -42,14 +42,15 @@ atexit.register(tell)
 class Experiment(NamedTuple):
     """A script with its arguments, which write below the current folder alone.
 
-    go_on: what is added to them to go on after a fault. overwrites: whether it does its work anew when its files are
-    there. workers: the arguments that give it worker processes. model: it has one, on whatever device there is.
-    processes: torchrun can share it out.
+    go_on: what is added to them to go on after a fault; anew: to do the work again where it is done. overwrites:
+    whether it does its work anew when its files are there. workers: the arguments that give it worker processes.
+    model: it has one, on whatever device there is. processes: torchrun can share it out.
     """
 
     name: str
     args: list
     go_on: tuple = ()
+    anew: tuple = ()
     overwrites: bool = True
     workers: tuple = ()
     model: bool = True
@@ -80,11 +81,12 @@ def experiments(inputs):
     candidates = tiny_inputs.make_candidates(inputs / "candidates", 60, 3)
     resnext = ["--dataset", "folder", "--data_dir", pictures, "--model", "resnext29_1x4d", "--batch_size", 8,
                "--num_worker", 0, "--num_epoch", 4, "--lr", 0.002]  # fmt: skip
-    image_script = {"go_on": ("--resume",), "workers": ("--num_worker", 2)}
+    again = {"go_on": ("--resume",), "anew": ("--restart",)}
+    image_script = {**again, "workers": ("--num_worker", 2)}
     found = [
         Experiment("resnext.py", resnext, processes=True, **image_script),
         Experiment("resnext_checkpoint.py", [*resnext, "--memory_budget", 0.8], **image_script),
-        Experiment("resnext_fast.py", resnext, go_on=("--resume",), workers=("--loader", "workers", "--num_worker", 2)),
+        Experiment("resnext_fast.py", resnext, **again, workers=("--loader", "workers", "--num_worker", 2)),
         Experiment(
             "finetune_model.py",
             [
@@ -154,7 +156,7 @@ def experiments(inputs):
                 "--dropout",
                 0.1,
             ],
-            go_on=("--resume",),
+            **again,
             workers=("--num_workers", 2),
             processes=True,
         ),  # fmt: skip
@@ -173,6 +175,8 @@ def snapshot(folder):
 
 
 def _content(path):
+    if path.suffix == ".state":
+        return b""  # Its history has times in it.
     content = path.read_bytes()
     if path.suffix != ".json":
         return content

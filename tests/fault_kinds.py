@@ -129,8 +129,8 @@ def kill_while_files_change(trial):
 
 def signals(trial):
     number, code = trial.random.choice([(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-    for _ in range(5):
-        script = trial.start()
+    for attempt in range(5):
+        script = trial.start(*trial.experiment.anew * (attempt > 0))
         # Until it has begun to work: while it is imported it ends as any Python process.
         wait_until(lambda: any(trial.folder.iterdir()) or not script.running(), 30)  # noqa: B023 (called here)
         trial.some_time(0, 0.4)
@@ -175,7 +175,7 @@ def full_disk(trial):
         free = os.statvfs(disk).f_bavail * 4096
         with open(disk / "filler", "wb") as filler:
             filler.write(bytes(free - int(trial.random.uniform(0, 0.8) * needed)))
-        script = trial.start(folder=disk)
+        script = trial.start(*trial.experiment.anew * earlier, folder=disk)
         script.wait()
         # Those that need more while they work than they leave, find the disk full at a point that cannot be told.
         if script.code != 0:
@@ -209,8 +209,8 @@ def wait_for_workers(script):
 
 def killed_worker(trial):
     """SIGKILL for a process that loads or scores data."""
-    for _ in range(5):
-        script = trial.start(*trial.experiment.workers)
+    for attempt in range(5):
+        script = trial.start(*trial.experiment.workers, *trial.experiment.anew * (attempt > 0))
         wait_for_workers(script)
         trial.some_time(0, 0.3)
         workers = [pid for pid in script.relatives() if pid != script.pid]
@@ -258,7 +258,7 @@ def second_run(trial):
     first.wait()
     for script in (first, second):
         if script.code != 0:
-            said_in_one_line(script, 2, "another run is writing|holds an interrupted run")
+            said_in_one_line(script, 2, "another run is writing|holds an interrupted run|is a finished run")
     check(0 in (first.code, second.code), "both have ended without a result")
     trial.compare(snapshot(trial.folder))
 

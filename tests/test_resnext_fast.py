@@ -115,7 +115,7 @@ from harness import loading
 weight, seen = loading.EpochBatches.weight, []
 def spy(self, number):
     seen.append(number)
-    if len(seen) == 9: os.kill(os.getpid(), signal.SIGTERM)
+    if len(seen) == 5: os.kill(os.getpid(), signal.SIGTERM)
     return weight(self, number)
 loading.EpochBatches.weight = spy
 runpy.run_path(sys.argv[0], run_name='__main__')

@@ -13,6 +13,7 @@ from reporting.records import read_folders
 
 BASELINE, CHECKPOINT = "resnext/resnext.py", "resnext/resnext_checkpoint.py"
 NAME = "resnext_0_worker_8_resnext29_1x4d_folder"
+ENDS = (".json", ".lock", ".npz", ".pt", ".state")
 
 
 @pytest.fixture(scope="module")
@@ -43,18 +44,17 @@ def assert_same_results(one, other, name=NAME, other_name=None):
 def test_files_of_a_run(baseline):
     folder, printed = baseline
     history = folder / "model_history"
-    assert sorted(path.name for path in history.iterdir()) == [
-        f"{NAME}{end}" for end in (".json", ".lock", ".npz", ".pt")
-    ]
+    assert sorted(path.name for path in history.iterdir()) == [f"{NAME}{end}" for end in ENDS]
     weights = torch.load(history / f"{NAME}.pt", weights_only=True)
     assert "layer1.0.shortcut.0.weight" in weights
     assert not any(key.startswith("module.") for key in weights)
     curves = np.load(history / f"{NAME}.npz", allow_pickle=False)
     assert [curves[key].shape for key in ("loss", "acc", "test_acc")] == [(2,)] * 3
     assert curves["loss"][1] < curves["loss"][0]
-    lines = printed.splitlines()
-    assert len(lines) == 2
-    assert lines[0].startswith(f"epoch 1/2: loss {curves['loss'][0]:.4f}, acc {curves['acc'][0]:.2f} %")
+    *epochs, files = printed.splitlines()
+    assert [line.split(":")[0] for line in epochs] == ["epoch 1/2", "epoch 2/2"]
+    assert epochs[0].startswith(f"epoch 1/2: loss {curves['loss'][0]:.4f}, acc {curves['acc'][0]:.2f} %")
+    assert files.startswith(f"model_history/{NAME}.pt")
 
 
 def test_record_describes_itself(baseline):
@@ -207,7 +207,7 @@ def run_changed(change, script, *args):
 
 @pytest.mark.parametrize(
     ("change", "code", "position"),
-    [(STOP_IN_STEP, 143, (0, 4)), (STOP_IN_EVALUATION, 143, (0, 6)), (STOP_AFTER_LAST_SAVE, -9, (2, 0))],
+    [(STOP_IN_STEP, 143, (0, 4)), (STOP_IN_EVALUATION, 143, (0, 6)), (STOP_AFTER_LAST_SAVE, -9, (1, 0))],
     ids=["in a step", "in evaluation", "between the files of the record"],
 )
 def test_stopped_and_resumed_is_bit_equal(run_script, tiny, baseline, tmp_path, change, code, position):
@@ -260,7 +260,7 @@ def test_torchrun_ends_with_one_set_of_files(tiny, tmp_path):
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("epoch 2/2") == 1
-    assert {path.name for path in tmp_path.iterdir()} == {f"{NAME}{end}" for end in (".json", ".lock", ".npz", ".pt")}
+    assert {path.name for path in tmp_path.iterdir()} == {f"{NAME}{end}" for end in ENDS}
     record = json.loads((tmp_path / f"{NAME}.json").read_text())
     assert record["arguments"]["processes"] == 2
     assert not any(key.startswith("module.") for key in torch.load(tmp_path / f"{NAME}.pt"))

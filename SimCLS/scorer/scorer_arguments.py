@@ -5,7 +5,7 @@ from pathlib import Path
 
 from model import MARGIN, MAX_LEN, TOTAL_LEN, read_description
 
-from harness import determinism
+from harness import determinism, runs
 from harness.arguments import (
     HelpWithDefaults,
     OneLineParser,
@@ -39,7 +39,7 @@ def get_args_parser(description):
     add("-e", "--evaluate", action="store_true", help="become evaluate_model.py on the test samples by --model_pt")
     add("-l", "--log", action="store_true", help="write log.txt and TensorBoard events beside the weights")
     add("--run_name", type=run_name_type, help="folder below ./cache; by default named by the settings")
-    add("--resume", **FLAG, help="go on where an interrupted run with the same arguments stopped")
+    runs.add_arguments(parser)
     add("--max_steps", type=positive_int, help="stop after so many steps, for profiling; writes the timings alone, "
         "below a name that ends with _{max_steps}_steps")  # fmt: skip
     add("--seed", type=seed, default=0, help=" ")

@@ -15,7 +15,8 @@ from scorer.metrics import MOST_UPDATES_A_REPORT, CollapseWatch, mean_rouge
 from scorer.scorer_arguments import CACHE, run_name
 
 # They choose where and how long a process runs, not what it computes: a resumed run may change them.
-NOT_RESULTS = ("resume", "max_steps", "log", "port", "gpuid", "evaluate", "run_name")
+NOT_RESULTS = ("resume", "restart", "max_steps", "log", "port", "gpuid", "evaluate", "run_name")
+FIXED_LENGTH = "the learning rate falls to zero over all updates"
 POINTS_PER_EPOCH = 200  # Of the loss curve in the record.
 REPORTS = 100  # Lines about the loss in a whole run, unless MOST_UPDATES_A_REPORT asks for more.
 
@@ -32,7 +33,7 @@ class ScorerRun(Run):
 
     def __init__(self, args, world, **facts):
         name = run_name(args)
-        super().__init__("simcls", CACHE / name, name, args, world, NOT_RESULTS, **facts)
+        super().__init__("simcls", CACHE / name, name, args, world, NOT_RESULTS, FIXED_LENGTH, **facts)
         self.validations, self.losses, self.best = [], [], None
         self._watch = CollapseWatch(args.margin)
         self._log = self._board = None
@@ -75,7 +76,7 @@ class ScorerRun(Run):
             return
         from torch.utils.tensorboard import SummaryWriter  # It takes a second to import.
 
-        made = self._update(len(self.epochs), 0)
+        made = self._update(len(self.history), 0)
         with open(self.folder / "log.txt", "a", encoding="utf-8", buffering=1) as self._log:
             self._board = SummaryWriter(str(self.folder), purge_step=made or None)
             try:
@@ -138,7 +139,7 @@ class ScorerRun(Run):
         """UserError when the `value` of a loss in `epoch` (from 0) is not finite."""
         if np.isfinite(value):
             return
-        every = [each for past in self.epochs for each in past["validations"]] + self.validations
+        every = [each for past in self.history for each in past["validations"]] + self.validations
         kept = f"keeps what there was at update {every[-1]['update']}" if every else "has no weights of this run"
         single = ", or with bfloat16 or single precision" if self.facts["precision"] == "fp16" else ""
         raise UserError(
@@ -203,7 +204,7 @@ class ScorerRun(Run):
         """
         validation = timing["phases"].get("validation")
         seconds = timing["seconds"] - (validation["host_ms"]["total"] / 1e3 if validation else 0)
-        self.epochs.append(
+        self.history.append(
             {
                 "epoch": epoch + 1,
                 "loss": loss,
@@ -229,7 +230,7 @@ class ScorerRun(Run):
 
     def finish_profiling(self, timing):
         """Write the record of a run that --max_steps ended: the timings of its last epoch, no weights."""
-        self.epochs.append({"epoch": len(self.epochs) + 1, "peak_memory": timing["peak_memory"], "timing": timing})
+        self.history.append({"epoch": len(self.history) + 1, "peak_memory": timing["peak_memory"], "timing": timing})
         self.write_record()
         self.world.say(f"stopped after {self.args.max_steps} steps: {self.path('.json')}")
 

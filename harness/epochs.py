@@ -1,0 +1,68 @@
+"""What surrounds a training step: the batches of an epoch, from where it goes on to where it stops. The step is the
+script's own: what is here yields to it, and never calls it.
+"""
+
+import time
+
+from harness.timing import nvtx_range
+
+
+class Epoch:
+    """One epoch of a Run, which `run.epochs` yields:
+
+        for epoch in run.epochs(phase, batches, **state):
+            for images, labels in epoch.steps(loader):
+                ...                                             # the training step
+            epoch.end(evaluate(model, ..., run.stop))
+
+    number: of the epoch, from 0. step: of the batch in hand, from 0 in each epoch. weight: what this process's mean
+    loss over that batch is multiplied by, so that the mean over the processes is the mean over the batch. done: how
+    many steps are done, those before a resume with them. timing: of `steps`, as from PhaseTimer.end_epoch, once they
+    have ended; samples: how many they trained on, over all processes. Both are of the longest part of an epoch that was
+    resumed.
+    """
+
+    def __init__(self, run, number, done):
+        self.run, self.number, self.done = run, number, done
+        self.step = self.weight = self.timing = None
+        self.samples = 0
+
+    def steps(self, loader):
+        """Yield each batch of `loader`; the wait for it is the phase "data load". Ends early where the run is to."""
+        run, first = self.run, self.done  # A resumed epoch begins with the step before which its state was saved.
+        run.batches.start(self.number, first)
+        label = f"epoch {self.number + 1}"
+        with nvtx_range(label), run.progress_bar(self) as bar:
+            run.phase.start_epoch()
+            for self.step, batch in run.phase.steps(loader, label, first, run.args.max_steps):
+                self.weight = run.batches.weight(self.step)
+                yield batch
+                self.done = self.step + 1
+                samples = run.batches.samples_from(self.step) - run.batches.samples_from(self.done)
+                self.samples += samples
+                bar.update(samples)
+                if run.stop and run.batches.ends_update(self.step):
+                    break
+            self.timing = run.phase.end_epoch()
+        run.stop.enough = run.phase.steps_done == run.args.max_steps
+        self._steps_ended = time.perf_counter()
+
+    def end(self, result):
+        """Take the epoch down, with `result`, what its evaluation found (None where a stop has cut that short).
+
+        Saves the state. After SIGINT or SIGTERM the script ends here. UserError when the epoch's loss is not finite.
+        """
+        run, evaluation_seconds = self.run, time.perf_counter() - self._steps_ended
+        if run.part and run.part["samples"] > self.samples:
+            self.timing, self.samples = run.part["timing"], run.part["samples"]
+        if run.stop.signal is not None:
+            run.part = {"timing": self.timing, "samples": self.samples}
+            run.leave(self)
+        if run.stop.enough:
+            run.finish_profiling(self.timing)
+            return
+        run.part = None
+        run.add_epoch(self, result, evaluation_seconds)
+        if self.number + 1 < run.args.num_epoch:  # After the last one `finish` knows what to keep.
+            run.save(self.number + 1, 0, **run.state)
+        run.world.say(run.line())

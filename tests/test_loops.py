@@ -1,0 +1,75 @@
+"""The three training loops of ResNeXt are one: they differ in the lines that are their technique, and in no other."""
+
+import ast
+import difflib
+
+import pytest
+from conftest import ROOT
+
+BASELINE = "resnext.py"
+# What the loop of each script has more than the baseline's, and what it has in place of the baseline's own.
+TECHNIQUE = {
+    "resnext_checkpoint.py": (
+        [
+            "plan = plan_memory(model, args, world, precision, run)",
+            "cost = StepCost(model, device, enabled=plan is not None)",
+            'with phase("forward"), precision.autocast(), saved.first_time(), cost.first_forward():',
+            'with phase("backward"), cost.first_backward():',
+            "compare_with_plan(plan, saved, cost, run)",
+        ],
+        ['with phase("forward"), precision.autocast(), saved.first_time():', 'with phase("backward"):'],
+    ),
+    "resnext_fast.py": (
+        [
+            "device, layout = world.device, layout_of(args, precision)",
+            'data, model, average = load_parts(args, world, run, layout["memory_format"])',
+            "fast_model = for_full_batches(parallel_model, args, data, world)",
+            "criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)",
+            "optimizer = make_optimizer(model, args.optimizer, args.lr, device, precision.scaler)",
+            "batches, loader = training_batches(args, world, data, run, **layout)",
+            "scaler, metrics, steps = precision.scaler, Metrics(device), len(batches)",
+            'state |= {"average": average}',
+            "images = images.to(device, non_blocking=True, **layout)",
+            "output = fast_model(images)",
+            "set_rate(optimizer, args, epoch.number * steps + epoch.step, args.num_epoch * steps)",
+            "average.update_parameters(model)",
+            "epoch.end(evaluate(average.module, data, precision, world, args.batch_size, run.stop))",
+            "run.finish(average.module)",
+        ],
+        [
+            "device = world.device",
+            "data, model = load_parts(args, world, run)",
+            "criterion = nn.CrossEntropyLoss()",
+            'optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=5e-4, fused=device.type == "cuda")',
+            "batches, loader = training_batches(args, world, data, run)",
+            "scaler, metrics = precision.scaler, Metrics(device)",
+            "images = images.to(device, non_blocking=True)",
+            "output = parallel_model(images)",
+            "epoch.end(evaluate(model, data, precision, world, args.batch_size, run.stop))",
+            "run.finish(model)",
+        ],
+    ),
+}
+
+
+def loop(script):
+    """The lines of a script's `train`, stripped."""
+    source = (ROOT / "resnext" / script).read_text()
+    (train,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "train")
+    return [line.strip() for line in ast.get_source_segment(source, train).splitlines()]
+
+
+@pytest.mark.parametrize("script", [BASELINE, *TECHNIQUE])
+def test_a_loop_is_read_at_one_look_and_in_order(script):
+    lines = loop(script)
+    assert len(lines) <= 45
+    phases = [line.split('"')[1] for line in lines if line.startswith("with phase(")]
+    assert phases == ["data copy", "zero grad", "forward", "backward", "optimizer"]
+
+
+@pytest.mark.parametrize("script", TECHNIQUE)
+def test_loops_differ_in_their_technique_alone(script):
+    marked = [line for line in difflib.ndiff(loop(BASELINE), loop(script)) if line[0] in "+-"]
+    more, less = TECHNIQUE[script]
+    assert [line[2:] for line in marked if line[0] == "+"] == more
+    assert [line[2:] for line in marked if line[0] == "-"] == less

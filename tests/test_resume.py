@@ -1,0 +1,150 @@
+"""Going on with a ResNeXt run: where it was interrupted, or ended, or elsewhere; and what no run replaces unasked."""
+
+import json
+
+import launch
+import numpy as np
+import pytest
+import torch
+
+SCRIPT = "resnext/resnext.py"
+NAME = "resnext_0_worker_8_resnext29_1x4d_folder"
+# SIGTERM during a step of this process; `kill` is how often a batch's weight has been asked for.
+STOP_IN_STEP = f"""
+import os, signal, sys
+sys.path.insert(0, {str(launch.ROOT)!r})
+from harness import loading
+weight, seen = loading.EpochBatches.weight, []
+def spy(self, number):
+    seen.append(number)
+    if len(seen) == {{}}: os.kill(os.getpid(), signal.SIGTERM)
+    return weight(self, number)
+loading.EpochBatches.weight = spy
+"""
+
+
+@pytest.fixture(scope="module")
+def tiny(pictures):
+    """The arguments of runs of 6 steps an epoch."""
+    return ["--dataset", "folder", "--data_dir", pictures, "--model", "resnext29_1x4d", "--batch_size", 8,
+            "--num_worker", 0, "--lr", 0.002]  # fmt: skip
+
+
+@pytest.fixture
+def run(tiny, tmp_path):
+    """run("--num_epoch", 2, code=0, before="") -> the ended Script, in a folder of the test's own."""
+
+    def run(*more, code=0, before="", script=SCRIPT):
+        ended = launch.run(script, *tiny, "--output_dir", ".", *more, cwd=tmp_path, before=before)
+        assert ended.code == code, ended.err
+        assert ended.err.count("\n") == (code != 0)
+        return ended
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def whole(tiny, tmp_path_factory):
+    """The folder of a run of 3 epochs that nothing disturbed."""
+    folder = tmp_path_factory.mktemp("whole")
+    ended = launch.run(SCRIPT, *tiny, "--output_dir", ".", "--num_epoch", 3, cwd=folder)
+    assert ended.code == 0, ended.err
+    return folder
+
+
+def assert_same_results(one, other, name=NAME):
+    weights, others = (torch.load(path) for path in (one / f"{NAME}.pt", other / f"{name}.pt"))
+    assert all(torch.equal(weights[key], others[key]) for key in weights)
+    curves, other_curves = (np.load(path) for path in (one / f"{NAME}.npz", other / f"{name}.npz"))
+    for key in ("loss", "acc", "test_acc"):
+        assert np.array_equal(curves[key], other_curves[key]), key
+
+
+def position(folder, name=NAME):
+    parts = torch.load(folder / f"{name}.state", weights_only=True)["parts"]
+    return parts["epoch"], parts["step"]
+
+
+def test_stopped_twice_in_one_epoch_and_at_its_very_end(run, whole, tmp_path):
+    for steps, where in ((2, (0, 2)), (1, (0, 3)), (3, (0, 6)), (8, (2, 2))):
+        go_on = ["--resume"] if where != (0, 2) else []
+        stopped = run("--num_epoch", 3, *go_on, code=143, before=STOP_IN_STEP.format(steps))
+        assert "the same command with --resume goes on" in stopped.err
+        assert position(tmp_path) == where
+    run("--num_epoch", 3, "--resume")
+    assert_same_results(whole, tmp_path)
+    epochs = json.loads((tmp_path / f"{NAME}.json").read_text())["epochs"]
+    assert [epoch["epoch"] for epoch in epochs] == [1, 2, 3]
+    # Of each epoch its longest part, since no part has seen the first one whole.
+    assert [epoch["timing"]["steps"] for epoch in epochs] == [3, 6, 4]
+    assert all(epoch["samples_per_second"] > 0 for epoch in epochs)
+
+
+def test_an_interrupted_run_is_not_begun_anew_unasked(run, tmp_path):
+    run("--num_epoch", 2, code=143, before=STOP_IN_STEP.format(8))
+    state = (tmp_path / f"{NAME}.state").read_bytes()
+    line = run("--num_epoch", 2, code=2).err
+    assert f"{NAME}.state holds an interrupted run (1 of 2 epochs done)" in line
+    assert "--resume goes on with it, --restart begins anew" in line
+    assert "--lr 0.002 (now 0.1)" in run("--num_epoch", 2, "--lr", 0.1, code=2).err
+    assert (tmp_path / f"{NAME}.state").read_bytes() == state
+    assert "epoch 1/2" in run("--num_epoch", 2, "--restart").out
+
+
+def test_a_finished_run_is_not_replaced_unasked(run, pictures, tmp_path):
+    run("--num_epoch", 1, "--max_steps", 2)
+    (tmp_path / f"{NAME}_2_steps.json").rename(tmp_path / f"{NAME}.json")
+    run("--num_epoch", 1, "--lr", 0.003)  # A record of a profiled run is neither finished nor worth keeping.
+    finished = (tmp_path / f"{NAME}.pt").read_bytes()
+    again = ["--num_epoch", 1, "--lr", 0.003]
+    assert f"{NAME}.json is a finished run; --restart runs it again" in run(*again, code=2).err
+    (tmp_path / "moved").symlink_to(pictures)
+    moved = ["--data_dir", tmp_path / "moved"]
+    for more, change in ((["--lr", 0.001], "--lr 0.003 (now 0.001)"), (moved, f"--data_dir {pictures.name} (")):
+        line = run(*again, *more, code=2).err
+        assert f"is of a run with {change}" in line
+        assert "choose another --output_dir, or --restart to replace it" in line
+    assert "nothing to resume" in run(*again, *moved, "--resume").out
+    assert (tmp_path / f"{NAME}.pt").read_bytes() == finished
+    run("--num_epoch", 1, "--lr", 0.001, "--restart")
+    assert json.loads((tmp_path / f"{NAME}.json").read_text())["arguments"]["lr"] == 0.001
+
+
+def test_what_is_no_state_is_not_replaced_unasked(run, tmp_path):
+    (tmp_path / f"{NAME}.state").write_text("no state")
+    assert "not a whole training state" in run("--num_epoch", 1, code=2).err
+    run("--num_epoch", 1, "--restart")
+
+
+def test_a_finished_run_is_made_longer(run, whole, tmp_path):
+    run("--num_epoch", 1)
+    assert "is a finished run; --restart runs it again, --resume with a larger" in run("--num_epoch", 3, code=2).err
+    run("--num_epoch", 3, "--resume", code=143, before=STOP_IN_STEP.format(8))
+    assert position(tmp_path) == (2, 2)
+    assert len(json.loads((tmp_path / f"{NAME}.json").read_text())["epochs"]) == 1  # Still that of the shorter run.
+    run("--num_epoch", 3, "--resume")
+    assert_same_results(whole, tmp_path)
+    assert "nothing to resume" in run("--num_epoch", 3, "--resume").out
+    assert "is of 3 epochs, more than --num_epoch 2" in run("--num_epoch", 2, "--resume", code=2).err
+    (tmp_path / f"{NAME}.state").unlink()
+    assert "is not there any more" in run("--num_epoch", 4, "--resume", code=2).err
+
+
+def test_a_run_whose_rate_depends_on_its_length_is_not_made_longer(run, tmp_path):
+    fast = {"script": "resnext/resnext_fast.py"}
+    run("--num_epoch", 1, **fast)
+    assert not list(tmp_path.glob("*.state"))
+    line = run("--num_epoch", 2, "--resume", code=2, **fast).err
+    assert "--num_epoch 1 (now 2); the rate follows one cycle over all epochs, so that no other length" in line
+
+
+def test_a_run_goes_on_with_other_workers(run, whole, tmp_path):
+    other = NAME.replace("0_worker", "2_worker")
+    run("--num_epoch", 3, "--num_worker", 2, code=143, before=STOP_IN_STEP.format(8))
+    assert position(tmp_path, other) == (1, 2)
+    assert f"going on from {other}.state" in run("--num_epoch", 3, "--resume").out
+    assert_same_results(whole, tmp_path)
+    assert json.loads((tmp_path / f"{NAME}.json").read_text())["continues"] == other
+    # A finished run's state is no interrupted one: other arms of a study begin anew.
+    (tmp_path / f"{other}.state").unlink()
+    assert "starting from the beginning" in run("--num_epoch", 3, "--loader", "device", "--resume").out
