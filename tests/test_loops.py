@@ -11,7 +11,7 @@ BASELINE = "resnext.py"
 TECHNIQUE = {
     "resnext_checkpoint.py": (
         [
-            "plan = plan_memory(model, args, world, precision, run)",
+            "plan = plan_memory(model, data, args, world, precision, run)",
             "cost = StepCost(model, device, enabled=plan is not None)",
             'with phase("forward"), precision.autocast(), saved.first_time(), cost.first_forward():',
             'with phase("backward"), cost.first_backward():',
