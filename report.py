@@ -5,6 +5,7 @@
     python3 report.py --only data-loader evaluation    some of the tables; the figures all the same
     python3 report.py --readme                 the tables of the published records, between their markers in README.md
                                                and docs/, and the figures in image/
+    python3 report.py --compare A B            two runs, or two folders of seeds: what differs, and if that is noise
     python3 report.py --phases RECORD.json     the phases of one run in full
     python3 report.py --nsys TRACE.sqlite      the same of an Nsight Systems trace, exported to SQLite
 
@@ -20,15 +21,15 @@ sys.path.insert(0, str(ROOT))
 
 from harness import arguments, endings
 from harness.endings import UserError
-from reporting import accuracy, benchmarks, headline, loops, overview, records, sentences, studies, tables
+from reporting import accuracy, benchmarks, headline, loops, overview, records, sentences, studies, tables, terminal
 from reporting.pages import pages, rewrite
 
 FOLDERS = ("runs", "model_history", "resnext/model_history", "SimCLS/cache")
 PUBLISHED = "benchmarks/results/*/runs"  # What README shows: records that were copied there to be kept.
 STUDIES = (studies.DATA_LOADER, studies.MIXED_PRECISION, studies.CHECKPOINTING, studies.TOGETHER, studies.SIMCLS)
 TABLES = (
-    "headline",
     "runs",
+    "headline",
     *(study.name for study in STUDIES),
     "time-to-accuracy",
     "evaluation",
@@ -52,8 +53,11 @@ def get_args_parser():
     instead.add_argument("--readme", type=Path, nargs="?", const=ROOT, metavar="FOLDER",
         help="rewrite the generated parts of README.md and docs/ in FOLDER, by default this repository")  # fmt: skip
     instead.add_argument("--only", nargs="+", metavar="TABLE", choices=TABLES, help=f"print these: {', '.join(TABLES)}")
+    instead.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"),
+        help="print two runs side by side, and draw them; each a record, or a folder of seeds")  # fmt: skip
     instead.add_argument("--phases", type=Path, metavar="RECORD", help="print the phases of one run")
     instead.add_argument("--nsys", type=Path, metavar="TRACE", help="print the phases of an exported trace")
+    add("--markdown", action="store_true", help="Markdown on a terminal, too, as it is when piped")
     add("--image_dir", type=Path,
         help="where the figures go; by default image/ in the first folder, or in the one of --readme")  # fmt: skip
     add("--benchmark_dir", type=Path, default=ROOT / "benchmarks" / "results", help="where the benchmarks' records are")
@@ -62,15 +66,22 @@ def get_args_parser():
 
 def main():
     args = get_args_parser().parse_args()
+    show = print if args.markdown or not sys.stdout.isatty() else show_aligned
     if args.nsys:
-        print_trace(args.nsys)
+        print_trace(args.nsys, show)
     elif args.phases:
-        print_phases(args.phases)
+        print_phases(args.phases, show)
+    elif args.compare:
+        compare_two(args, show)
     else:
-        report(args)
+        report(args, show)
 
 
-def report(args):
+def show_aligned(text):
+    print(terminal.aligned(text))
+
+
+def report(args, show):
     folders = args.folders or default_folders(published=args.readme is not None)
     runs, evaluations = records.read_folders(folders, published=args.readme is not None)
     if not runs:
@@ -86,8 +97,8 @@ def report(args):
             rewrite(page, bodies, args.readme)
     else:
         shown = [parts[name] for name in args.only or TABLES]
-        print("\n\n".join(f"## {title}\n\n{body}" for title, body in shown if body))
-        print("\nThe words are explained in docs/glossary.md.")
+        show("\n\n".join(f"## {title}\n\n{body}" for title, body in shown if body))
+        show("\nThe words are explained in docs/glossary.md.")
     for path in figures.draw_all(runs, measured, args.image_dir or (args.readme or beside(folders)) / "image"):
         print(f"drawn: {path}", file=sys.stderr)
 
@@ -109,8 +120,8 @@ def sections(runs, evaluations, measured, with_cpu_times):
 
     measured: the benchmarks' records, as benchmarks.read gives them.
     """
-    parts = {"headline": ("What each technique buys", headline.render(runs))}
-    parts["runs"] = ("Runs", overview.every_run(runs, with_cpu_times))
+    parts = {"runs": ("Runs", overview.every_run(runs, with_cpu_times))}
+    parts["headline"] = ("What each technique buys", headline.render(runs))
     for study in STUDIES:
         parts[study.name] = (study.title, tables.render(study, runs, with_cpu_times))
     parts["time-to-accuracy"] = ("Time to accuracy", accuracy.render(runs))
@@ -136,19 +147,30 @@ def with_picture(name, body):
     return f"{body}\n\n{PICTURES[name]}" if body and name in PICTURES else body
 
 
-def print_phases(path):
-    runs, _ = records.read_folders([path])
-    if not runs or not runs[0].epochs:
+def compare_two(args, show):
+    from reporting import compare
+
+    sides = [compare.read_side(path) for path in args.compare]
+    show(compare.render(sides))
+    path = compare.draw(sides, (args.image_dir or beside([args.compare[1]]) / "image") / "compare.png")
+    print(f"drawn: {path}", file=sys.stderr)
+
+
+def print_phases(path, show):
+    runs = [run for run in records.read_folders([path])[0] if run.epochs]
+    if not runs:
         raise UserError(f"{path} is no record of a training run with an epoch in it")
-    print(overview.phase_table(runs[0].timing()))
+    if len(runs) > 1:
+        raise UserError(f"{path} holds {len(runs)} runs; name one: {', '.join(run.path.name for run in runs)}")
+    show(f"{runs[0].path}, {runs[0].epochs[-1]['epoch']} epochs:\n\n{overview.phase_table(runs[0].timing())}")
 
 
-def print_trace(path):
+def print_trace(path, show):
     from reporting import nsys
 
     for process, timings in nsys.read_trace(path).items():
-        print(f"process {process}, {sum(timing['steps'] for timing in timings)} steps:\n")
-        print(overview.phase_table(records.combine(timings)))
+        steps = sum(timing["steps"] for timing in timings)
+        show(f"process {process}, {steps} steps:\n\n{overview.phase_table(records.combine(timings))}")
 
 
 if __name__ == "__main__":

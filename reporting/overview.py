@@ -23,15 +23,40 @@ def by_place(runs):
     return [(where, [one_a_seed(runs) for runs in repeats.values()]) for where, repeats in places.values()]
 
 
+# The settings that columns of their own show, in other words.
+SHOWN = {
+    "experiment", "model", "model_type", "dataset", "data_dir", "batch_size", "num_worker", "num_workers", "loader",
+    "half_precision", "policy", "memory_budget", "max_steps", "num_epoch",
+}  # fmt: skip
+
+
 def _tables(runs, cells, with_cpu_times):
-    """A table for each hardware; cells(repeats, with_times) gives a row."""
+    """A table for each hardware; cells(repeats, with_times) gives a row, to which comes what else tells rows apart."""
     parts = []
     for where, rows in by_place(runs):
         on_cpu = rows[0][0].on_cpu
-        table = markdown([cells(repeats, with_cpu_times or not on_cpu) for repeats in rows])
+        further = further_settings([repeats[0] for repeats in rows])
+        table = markdown(
+            [cells(repeats, with_cpu_times or not on_cpu) | more for repeats, more in zip(rows, further, strict=True)]
+        )
         made = provenance([run.record for repeats in rows for run in repeats])
         parts += [f"{place(where)}{'; ' * bool(made)}{made}:", table, *[CPU_NOTE] * (on_cpu and with_cpu_times)]
     return "\n\n".join(parts)
+
+
+def further_settings(runs):
+    """For each of `runs` {argument: value as text}, of those that differ between runs of one experiment and that no
+    column shows."""
+    found = [settings(run, SHOWN) for run in runs]
+    differing = []
+    for name in dict.fromkeys(name for each in found for name in each):
+        of_experiment = {}
+        for run, each in zip(runs, found, strict=True):
+            if name in each:
+                of_experiment.setdefault(run.experiment, set()).add(str(each[name]))
+        if any(len(values) > 1 for values in of_experiment.values()):
+            differing.append(name)
+    return [{name: str(each[name]) if name in each else None for name in differing} for each in found]
 
 
 def _description(repeats):

@@ -126,6 +126,7 @@ DATA_LOADER = Study(
     "Data loader",
     loading_arm,
     "Loading",
+    "resnext.py with 2 workers",
     LOADING,
     (
         *LOAD,
@@ -139,6 +140,7 @@ MIXED_PRECISION = Study(
     "Mixed precision",
     precision_arm,
     "Precision",
+    "resnext.py without --half_precision",
     PRECISION,
     (
         *STEP_AND_EPOCH,
@@ -156,6 +158,7 @@ CHECKPOINTING = Study(
     "Activation checkpointing",
     checkpointing_arm,
     "Recomputed in backward",
+    "resnext.py",
     RECOMPUTATION,
     (
         time("Optimizer, ms", Record.optimizer_ms),
@@ -180,6 +183,7 @@ SIMCLS = Study(
     "SimCLS",
     simcls_arm,
     "Set-up",
+    "main.py with 4 workers",
     ("num_workers", "half_precision", "use_checkpoint"),
     (
         *LOAD,
@@ -195,6 +199,7 @@ TOGETHER = Study(
     "Everything together",
     together_arm,
     "Way",
+    "resnext.py with 2 workers and without --half_precision",
     (),
     (
         whole("Batch", batch_size),

@@ -81,6 +81,7 @@ class Study:
     title: str
     arm: Callable
     arm_header: str
+    baseline: str  # Which run the others are compared with, in words.
     varies: tuple
     columns: tuple
     row_keys: tuple = ()
@@ -194,10 +195,21 @@ def render(study, runs, with_cpu_times=True):
         notes = [CPU_NOTE] * (on_cpu and with_cpu_times)
         if all(len(row.runs) < 2 for row in group.rows):
             notes.append(ONE_RUN_NOTE)
+        notes += _without_baseline(study, group)
         if any(row.arm.published for row in group.rows):
             notes.append(PUBLISHED_NOTE)
         parts.append("\n\n".join([caption(group, found), markdown(rows), *([" ".join(notes)] if notes else [])]))
     return "\n\n".join(parts)
+
+
+def _without_baseline(study, group):
+    """A note for the rows that are compared with nothing: why."""
+    alone = [row for row in group.rows if group.baseline(row) is None]
+    if not alone:
+        return []
+    keys = ", ".join(dict.fromkeys(f"{_words(name).lower()} {key}" for row in alone
+                                   for name, key in zip(study.row_keys, row.keys, strict=True)))  # fmt: skip
+    return [f"No × {f'at {keys} ' if keys else ''}without a run of {study.baseline}, all else being the same."]
 
 
 def _cells(study, group, row, with_times):

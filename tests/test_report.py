@@ -71,7 +71,7 @@ def test_the_whole_report(run_script, run_folder):
     result = run_script("report.py", run_folder, *options(run_folder))
     headings = re.findall(r"^## (.*)", result.stdout, flags=re.MULTILINE)
     assert headings == [
-        "What each technique buys", "Runs", "Data loader", "Mixed precision", "Activation checkpointing",
+        "Runs", "What each technique buys", "Data loader", "Mixed precision", "Activation checkpointing",
         "Everything together", "Phases of a step", "Benchmarks", "Benchmark memory", "The original study",
     ]  # fmt: skip
     assert re.search(r"`rouge` \| titles \| 12.3 \| 11.0 to 13.5 \|", result.stdout)

@@ -1,0 +1,96 @@
+"""report.py --compare and --phases, and what it prints on a terminal."""
+
+import json
+
+import pytest
+from run_records import make_record, make_run, read_table
+
+from harness.endings import UserError
+from reporting import compare, overview, tables, terminal
+from reporting.studies import CHECKPOINTING, DATA_LOADER
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """a: two seeds of the plain run; b: three of a slower one, as exact, with less memory, and one of them twice."""
+    for seed, scale in enumerate((1.0, 1.02)):
+        write(tmp_path / "a" / f"a{seed}.json", make_record(scale, seed=seed, acc=80 + seed))
+    block = {"experiment": "resnext_checkpoint", "policy": "block", "saved": 2**28}
+    for name, seed, scale in (("b0", 0, 1.5), ("b1", 1, 1.52), ("b2", 2, 1.48)):
+        write(tmp_path / "b" / f"{name}.json", make_record(scale, seed=seed, acc=80.5 + seed, **block))
+    return tmp_path
+
+
+def write(path, record):
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(record))
+
+
+def test_two_folders_of_seeds_side_by_side(run_script, folders):
+    result = run_script("report.py", "--compare", folders / "a", folders / "b")
+    assert "n = 2" in result.stdout
+    assert "n = 3" in result.stdout
+    assert read_table(result.stdout) == [
+        {"Setting": "experiment", "A": "resnext", "B": "resnext_checkpoint"},
+        {"Setting": "policy", "A": "–", "B": "block"},
+    ]
+    rows = {row["Figure"]: row for row in read_table(result.stdout, 1)}
+    assert rows["Step, ms"]["B / A"].startswith("1.49 (")
+    assert rows["Step, ms"]["Difference"] == "more than the noise"
+    assert rows["Saved for backward, MiB"]["B / A"] == "0.25"
+    assert rows["Test accuracy, %"]["Difference"] == "within the noise"
+    assert rows["Training loss"]["Difference"] == "none"
+    assert (folders / "b" / "image" / "compare.png").stat().st_size > 3_000
+
+
+def test_a_run_may_be_named_by_its_weights_and_has_no_noise(folders):
+    (folders / "a" / "a0.pt").touch()
+    sides = [compare.read_side(folders / "a" / "a0.pt"), compare.read_side(folders / "a" / "a1.json")]
+    rows = {row["Figure"]: row for row in read_table(compare.render(sides))}
+    assert rows["Step, ms"]["Difference"] == "not known: one run each"
+    assert "No setting differs" in compare.render(sides)
+
+
+def test_what_cannot_be_compared_is_one_line(folders):
+    write(folders / "a" / "other.json", make_record(num_worker=7))
+    with pytest.raises(UserError, match="2 set-ups; name one of them: a0.json, other.json"):
+        compare.read_side(folders / "a")
+    (folders / "empty").mkdir()
+    with pytest.raises(UserError, match="no record of a training run"):
+        compare.read_side(folders / "empty")
+
+
+def test_another_machine_is_told(folders):
+    write(folders / "cpu.json", make_record(device="cpu"))
+    sides = [compare.read_side(folders / name) for name in ("a/a0.json", "cpu.json")]
+    assert "different hardware" in compare.render(sides)
+
+
+def test_phases_of_a_folder_name_the_run_or_list_them(run_script, folders):
+    output = run_script("report.py", "--phases", folders / "a" / "a0.json").stdout
+    assert "a0.json, 3 epochs:" in output
+    said = run_script("report.py", "--phases", folders / "b", code=2).stderr
+    assert "holds 3 runs; name one: b0.json, b1.json, b2.json" in said
+
+
+def test_tables_on_a_terminal_are_aligned():
+    table = tables.markdown([{"Name": "a|b `c`", "Value": "10.5"}, {"Name": "long name", "Value": None}])
+    assert terminal.aligned(f"Before:\n\n{table}\n\nafter").splitlines() == [
+        "Before:", "", "Name       Value", "---------  -----", "a|b `c      10.5", "long name      –", "", "after",
+    ]  # fmt: skip
+
+
+def test_every_argument_that_tells_runs_apart_has_a_column():
+    rows = read_table(overview.every_run([make_run(lr=0.01), make_run(lr=0.1), make_run(lr=0.1, seed=1)]))
+    assert [(row["lr"], row["n"]) for row in rows] == [("0.01", "1"), ("0.1", "2")]
+    assert "| lr |" not in overview.every_run([make_run(), make_run(num_worker=1)])
+
+
+def test_rows_without_a_baseline_say_why():
+    runs = [make_run(), make_run(experiment="resnext_checkpoint", policy="chain")]
+    alone = make_run(experiment="resnext_checkpoint", policy="chain", batch_size=512)
+    note = "No × at batch size 512 without a run of resnext.py, all else being the same."
+    assert note in tables.render(CHECKPOINTING, [*runs, alone])
+    assert "No ×" not in tables.render(CHECKPOINTING, runs)
+    alone = [make_run(num_worker=0), make_run(num_worker=1)]
+    assert "No × without a run of resnext.py with 2 workers" in tables.render(DATA_LOADER, alone)
