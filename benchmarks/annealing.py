@@ -1,0 +1,36 @@
+"""A search that benchmarks/memory.py checks the planner by: simulated annealing over all plans."""
+
+import math
+import random
+
+from harness.planning import describe, simulate
+
+HOTTEST, COLDEST = 0.03, 3e-5  # In FLOPs over those of the plain step.
+
+
+def anneal(timeline, limits, tries):
+    """The fewest FLOPs, over those of the plain step, that a plan within `limits` redoes, of those that were found.
+
+    Plans that differ in one step follow each other; a dearer one is taken the more seldom, the dearer it is and the
+    later. What a plan is over its limits counts as cost. limits: {"held" or "peak": share of the plain step's}.
+    """
+    generator, names = random.Random(0), list(timeline.steps)
+    plain = describe(timeline, frozenset())
+    plain_bytes = plain.plain_bytes, plain.plain_peak_bytes
+    allowed = [limits.get(what, math.inf) * size for what, size in zip(("held", "peak"), plain_bytes, strict=True)]
+    flops = {name: step.flops / plain.plain_flops for name, step in timeline.steps.items()}
+
+    def cost_of(redo):
+        over = [max(0, size / limit - 1) for size, limit in zip(simulate(timeline, redo), allowed, strict=True)]
+        return sum(map(flops.get, redo)) + sum(over), not any(over)
+
+    redo, best = frozenset(names), math.inf
+    now, _ = cost_of(redo)
+    for index in range(tries):
+        other = redo ^ {generator.choice(names)}
+        cost, fits = cost_of(other)
+        best = min(best, cost) if fits else best
+        temperature = HOTTEST * (COLDEST / HOTTEST) ** (index / tries)
+        if cost <= now or generator.random() < math.exp((now - cost) / temperature):
+            redo, now = other, cost
+    return best

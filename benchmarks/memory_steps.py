@@ -1,0 +1,156 @@
+"""Training steps of benchmarks/memory.py: each arm's, timed in turn with the plain model's, and the largest batch."""
+
+import contextlib
+import gc
+import sys
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from common import interleaved, ratio_summary
+
+from harness import endings
+from harness.memory import SavedBytes, reset_peak_memory
+from harness.precision import choose_precision
+
+GOAL = {"peak_share": 0.60, "step_times_plain": 1.10}  # On CUDA, for at least one arm.
+BATCH_STEP = 128  # The largest batch is given as a multiple of it.
+# Not searched beyond: from 4096 pictures on, the first stage's outputs have over 2**31 elements, and kernels that count
+# them in 32 bits refuse.
+LARGEST_BATCH = 4096 - BATCH_STEP
+NO_CONTEXT = contextlib.nullcontext()
+
+
+def train_all(arms, make_plain, args, device, counted):
+    """Yield a flat row for each arm: training steps timed in turn with the plain model's, saved bytes, the peak, and
+    the largest batch.
+
+    make_plain: makes the plain arm. counted: {name: row} of what is known of the arms besides.
+    """
+    torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cudnn.benchmark = True
+    on_cuda = device.type == "cuda"
+    plain_bytes = plain_peak = None
+    for name, make in arms.items():
+        try:
+            arm = Trainer(make, args, device, args.timed_batch_size)
+            plain = Trainer(make_plain, args, device, args.timed_batch_size)
+            seconds = interleaved({"plain": plain.run, "arm": arm.run}, args.rounds)
+            trained = {"precision": arm.precision.label, "saved_bytes": arm.saved_bytes, "peak_bytes": arm.peak_bytes}
+            plan = getattr(arm.model, "the_plan", None)
+            arm = plain = None  # Their memory is the search's.
+            # Compiled code would be compiled for every size that is tried.
+            largest = largest_batch(make, args, device) if on_cuda and "compile" not in name else None
+        except Exception as error:
+            arm = plain = None
+            yield failed(name, error)
+            continue
+        saved, peak = trained["saved_bytes"], trained["peak_bytes"]
+        plain_bytes, plain_peak = plain_bytes or saved, plain_peak or peak
+        time, plain_step = ratio_summary(seconds["arm"], seconds["plain"]), median(seconds["plain"]) / args.steps
+        row = {
+            "policy": name,
+            "batch_size": args.timed_batch_size,
+            "precision": trained["precision"],
+            "step_times_plain": time["median"],
+            "step_low": time["low"],
+            "step_high": time["high"],
+            "predicted_step": 1 + plan.extra_seconds / plain_step if plan else None,
+            "saved_share": saved / plain_bytes,
+            "peak_allocated_bytes": peak,
+            # Without an allocator that counts, of the tensors.
+            "peak_share": peak / plain_peak if peak else counted.get(name, {}).get("peak_share"),
+        }
+        if on_cuda:
+            row["reaches_goal"] = all(row[key] <= limit for key, limit in GOAL.items())
+        row["largest_batch"] = largest
+        print(
+            f"{name}: step {time['median']:.2f} x plain ({time['low']:.2f} to {time['high']:.2f})"
+            + (f", largest batch {largest}" if largest else ""),
+            flush=True,
+        )
+        yield row
+
+
+def failed(name, error):
+    """The row of an arm that raised `error`: it should not cost the others. That of the plain model ends all."""
+    if name == "plain":
+        raise error
+    text = str(error).strip() or type(error).__name__
+    print(f"{name}: {text}", file=sys.stderr, flush=True)
+    return {"policy": name, "missed": text.splitlines()[0]}
+
+
+class Trainer:
+    """Training steps of a model with Adam, as resnext.py's, on one batch.
+
+    saved_bytes: saved for backward. peak_bytes: allocated at the peak of a step, weights and Adam's moments among them;
+    None without CUDA.
+    """
+
+    def __init__(self, make, args, device, batch_size):
+        on_cuda = device.type == "cuda"
+        before = torch.cuda.memory_allocated() if on_cuda else None
+        self.precision = choose_precision(args.half_precision, device, say=lambda line: None)
+        self.steps, self.device = args.steps, device
+        self.images = torch.randn(batch_size, 3, 32, 32, device=device)
+        self.labels = torch.randint(10, (batch_size,), device=device)
+        self.model = make(batch_size, self.precision)
+        self.optimizer = torch.optim.Adam(self.model.parameters(), fused=on_cuda)
+        saved = SavedBytes(self.model)
+        self.step(saved)
+        self.saved_bytes = saved.bytes
+        reset_peak_memory(device)
+        self.step()
+        self.peak_bytes = torch.cuda.max_memory_allocated() - before if on_cuda else None
+
+    def run(self):
+        for _ in range(self.steps):
+            self.step()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def step(self, forward_context=NO_CONTEXT):
+        self.optimizer.zero_grad(set_to_none=True)
+        with self.precision.autocast(), forward_context:
+            loss = F.cross_entropy(self.model(self.images), self.labels)
+        self.precision.scaler.scale(loss).backward()
+        self.precision.scaler.step(self.optimizer)
+        self.precision.scaler.update()
+
+
+def largest_batch(make, args, device):
+    """The largest batch, a multiple of BATCH_STEP, whose training step fits; 0 when none does.
+
+    A step's memory is linear in the pictures: that of two small batches tells where to look.
+    """
+
+    def peak_bytes(batch_size):
+        """At the peak of a step; None when it does not fit."""
+        gc.collect()  # What an exception that was caught here held may be held by itself.
+        torch.cuda.empty_cache()
+        try:
+            return Trainer(make, args, device, batch_size).peak_bytes
+        except RuntimeError as error:
+            if not endings.is_out_of_gpu_memory(error):
+                raise
+            return None
+
+    # Else cuDNN searches for its fastest algorithms at each size.
+    before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
+    try:
+        one, two = peak_bytes(BATCH_STEP), peak_bytes(2 * BATCH_STEP)
+        if two is None:
+            return BATCH_STEP if one else 0
+        spare = torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - two
+        guess = 2 + max(0, int(spare // (two - one)))
+        good = min(guess * BATCH_STEP, LARGEST_BATCH)
+        while not peak_bytes(good):
+            good -= BATCH_STEP
+        while good < LARGEST_BATCH and peak_bytes(good + BATCH_STEP):
+            good += BATCH_STEP
+        return good
+    finally:
+        torch.backends.cudnn.benchmark = before
+        gc.collect()
+        torch.cuda.empty_cache()
