@@ -160,7 +160,7 @@ def test_the_largest_batch_is_found(monkeypatch, limit, free_for):
 
 
 def test_a_claim_that_does_not_hold_is_told():
-    row = {"policy": "budget 0.394", "share": 0.3, "bytes": 100, "predicted_bytes": 101, "extra": 0.1,
+    row = {"policy": "budget 0.394", "share": 0.3, "bytes": 100, "predicted_bytes": 100, "extra": 0.1,
            "peak_share": 0.39, "peak_bytes": 200, "predicted_peak_bytes": 200}  # fmt: skip
     claims = functools.partial(memory.broken_claims, rows={}, model="resnext29_4x64d", device=CPU)
     assert claims(row) == []
