@@ -31,7 +31,7 @@ import torch
 import transformers
 from pretrained import check_length, half_precision_dtype
 
-from harness import arguments, determinism, endings, torchvision_compat  # noqa: F401
+from harness import arguments, determinism, endings, torchvision_compat, tracing  # noqa: F401
 from harness.endings import UserError
 from harness.files import output_lock, publish, staging, write_json
 from harness.machine import describe_machine
@@ -64,6 +64,7 @@ def get_args_parser():
     training = parser.add_argument_group("training")
     training.add_argument("--num_epoch", type=integer, default=5, help="default: %(default)s")
     training.add_argument("--max_steps", type=integer, help="end after this many updates, whatever --num_epoch says")
+    tracing.add_argument(training)
     training.add_argument("--batch_size", type=integer, default=16, help="documents a step, over all processes "
                           "(default: %(default)s)")  # fmt: skip
     training.add_argument("--lr", type=number, default=3e-4, help="peak learning rate of AdamW (default: %(default)s)")
@@ -153,7 +154,9 @@ def state_to_resume(args, checkpoints):
     """The state from which to go on, or None; UserError where that of another run would be lost or gone on from."""
     arguments_path = checkpoints / "arguments.json"
     last = last_checkpoint(checkpoints)
-    settings = {name: value for name, value in plain_arguments(args).items() if name not in ("resume", "save_dir")}
+    settings = {
+        name: value for name, value in plain_arguments(args).items() if name not in ("resume", "save_dir", "trace")
+    }
     if last is None:
         if args.resume:
             print(f"no saved state in {checkpoints}; starting from the beginning", flush=True)
@@ -181,7 +184,8 @@ def finetune(args, model, tokenizer, splits, dtype):
     generation_config = copy.deepcopy(model.generation_config)  # Validation fills it up.
     started = time.perf_counter()
     # Many processes would stop at different steps, and wait for each other.
-    with stop_requests(enabled=trainer.args.world_size == 1) as stop:
+    traced = tracing.trace(args.trace if trainer.is_world_process_zero() else None, trainer.args.device, print)
+    with stop_requests(enabled=trainer.args.world_size == 1) as stop, traced:
         trainer.add_callback(StopAndSave(stop))
         trainer.train(resume_from_checkpoint=last)
     seconds = time.perf_counter() - started

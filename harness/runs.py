@@ -12,6 +12,7 @@ from harness.files import output_lock, places, portable, write_record
 from harness.machine import describe_machine
 from harness.resume import changes, load_state, no_state, read_state, save_state, stop_requests
 from harness.timing import nvtx_range
+from harness.tracing import trace
 
 FORMAT = 1
 
@@ -147,7 +148,8 @@ class Run:
         """
         self.phase, self.batches, self.state = phase, batches, state
         first, done = self.resume(**state) if self.args.resume else (0, 0)
-        with nvtx_range(self.title), stop_requests(enabled=self.world.size == 1) as self.stop:
+        traced = trace(self.args.trace if self.world.is_main else None, self.world.device, self.world.say)
+        with nvtx_range(self.title), traced, stop_requests(enabled=self.world.size == 1) as self.stop:
             for number in range(first, self.args.num_epoch):
                 yield Epoch(self, number, done)
                 if self.stop.enough:

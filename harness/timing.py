@@ -23,6 +23,7 @@ except ModuleNotFoundError:
     from torch.cuda.nvtx import range_pop as pop_range
     from torch.cuda.nvtx import range_push as push_range
 
+watchers = []  # What takes part in each range, as a profiler does: callables, its name -> a context manager.
 WARMUP_STEPS = 5  # Of each process: allocator growth, cuDNN's choice of algorithm and worker start-up fall here.
 
 
@@ -30,10 +31,20 @@ WARMUP_STEPS = 5  # Of each process: allocator growth, cuDNN's choice of algorit
 def nvtx_range(name):
     """An NVTX range alone, for what is looked at in a profiler but not timed: a run, an epoch, validation."""
     push_range(name)
+    watched = _enter_watchers(name)
     try:
         yield
     finally:
+        watched.close()
         pop_range()
+
+
+def _enter_watchers(name):
+    """An ExitStack of what the watchers enter with the range `name`."""
+    stack = contextlib.ExitStack()
+    for watch in watchers:
+        stack.enter_context(watch(name))
+    return stack
 
 
 class PhaseTimer:
@@ -156,10 +167,11 @@ class _Phase:
     def __init__(self, timer, name):
         self._timer, self._name = timer, name
         self.range_name = name  # In the profiler; steps have a number there.
-        self._start = self._event = None
+        self._start = self._event = self._watched = None
 
     def __enter__(self):
         push_range(self.range_name)
+        self._watched = _enter_watchers(self.range_name) if watchers else None
         if self._timer._on_cuda:
             self._event = self._timer._record_event()
         self._start = time.perf_counter_ns()
@@ -170,6 +182,8 @@ class _Phase:
             self._timer._host[self._name].append(elapsed)
             if self._timer._on_cuda:
                 self._timer._events[self._name].append((self._event, self._timer._record_event()))
+        if self._watched:
+            self._watched.close()
         pop_range()
 
 

@@ -5,6 +5,7 @@
 #
 # for example: bash reporting/profile.sh runs/profile/baseline resnext/resnext.py --output_dir runs/profile
 # Without --max_steps among the arguments the run ends after STEPS steps (30), by itself: nsys stops nothing.
+# Without nsys, PyTorch's own profiler traces some of them into OUTPUT.json.gz.
 # Writes OUTPUT.nsys-rep, for the nsys-ui viewer, and OUTPUT.sqlite. PYTHON names the interpreter (python3).
 set -euo pipefail
 
@@ -16,9 +17,13 @@ if [ $# -lt 2 ]; then
     exit 2
 fi
 if ! command -v nsys >/dev/null; then
-    echo "profile.sh: nsys is not installed; get Nsight Systems from https://developer.nvidia.com/nsight-systems," \
-        "or on Debian: apt install nsight-systems (in non-free)" >&2
-    exit 2
+    # PyTorch's own profiler shows the same phases, and on CUDA the memory, without another program.
+    echo "profile.sh: nsys is not installed (https://developer.nvidia.com/nsight-systems, or on Debian: apt install" \
+        "nsight-systems, in non-free); $1.json.gz is by PyTorch's profiler, for https://ui.perfetto.dev" >&2
+    set -- "$@" --trace "$1.json.gz"
+    shift
+    [[ " $* " == *" --max_steps"* ]] || set -- "$@" --max_steps "${STEPS:-30}"
+    exec "$python" "$@"
 fi
 
 # quietly WHAT COMMAND...: run the command without its output; when it fails, the last line of that is the reason.

@@ -9,7 +9,9 @@ from reporting.published import SETUP
 from reporting.records import machine_letter, provenance
 
 # Runs that differ in these alone are the same experiment: they say where and how the process ran.
-NOT_SETTINGS = ("seed", "output_dir", "run_name", "resume", "log", "port", "gpuid", "report_freq", "evaluate")
+NOT_SETTINGS = (
+    "seed", "output_dir", "run_name", "resume", "restart", "log", "port", "gpuid", "report_freq", "evaluate", "trace",
+)  # fmt: skip
 
 NUMBER = re.compile(r"[+-]?[\d.]+( ± [\d.]+)?(, within the noise)?")
 CPU_NOTE = (

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from harness import determinism, runs
+from harness import determinism, runs, tracing
 from harness.arguments import HelpWithDefaults, OneLineParser, boolean, learning_rate, positive_int, seed, workers
 from harness.endings import UserError
 from harness.files import atomic_write
@@ -21,7 +21,7 @@ from image_loaders import evaluation_batches, loading_of, training_loader
 from models.resnext import parse_name
 
 # They choose where and how a process runs, not what it computes: a resumed run may change them.
-NOT_RESULTS = ("resume", "restart", "output_dir", "data_dir", "num_worker", "loader")
+NOT_RESULTS = ("resume", "restart", "output_dir", "data_dir", "num_worker", "loader", "trace")
 
 
 def get_args_parser(description, kind=OneLineParser):
@@ -48,6 +48,7 @@ def get_args_parser(description, kind=OneLineParser):
     runs.add_arguments(parser)
     add("--max_steps", type=positive_int,
         help="stop after so many steps, for profiling; a run stopped so writes its timings alone")  # fmt: skip
+    tracing.add_argument(parser)
     return parser
 
 

@@ -151,15 +151,16 @@ def test_no_trace_of_ours_is_one_line(tmp_path, run_script):
     assert "Traceback" not in result.stderr
 
 
-def test_profile_without_nsys_says_how_to_get_it(tmp_path):
-    command = [shutil.which("bash"), str(ROOT / "reporting" / "profile.sh"), str(tmp_path / "trace"), "script.py"]
-    # A PATH with what the script needs before it looks for nsys, and without nsys.
-    for tool in ("dirname", "mkdir"):
-        (tmp_path / tool).symlink_to(shutil.which(tool))
-    result = subprocess.run(command, capture_output=True, text=True, env={"PATH": str(tmp_path)})
-    assert result.returncode == 2
+def test_profile_without_nsys_says_how_to_get_it_and_traces_by_torch(tmp_path):
+    (tmp_path / "script.py").write_text("import sys; print(sys.argv[1:])")
+    command = [shutil.which("bash"), str(ROOT / "reporting" / "profile.sh"), "trace", "script.py", "--lr", "1"]
+    (tmp_path / "dirname").symlink_to(shutil.which("dirname"))  # A PATH without nsys.
+    environment = {"PATH": str(tmp_path), "PYTHON": sys.executable, "STEPS": "12"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
     assert len(result.stderr.splitlines()) == 1
     assert "developer.nvidia.com" in result.stderr
+    assert result.stdout.strip() == "['--lr', '1', '--trace', 'trace.json.gz', '--max_steps', '12']"
 
 
 @pytest.fixture

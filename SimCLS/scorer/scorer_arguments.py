@@ -5,7 +5,7 @@ from pathlib import Path
 
 from model import MARGIN, MAX_LEN, TOTAL_LEN, read_description
 
-from harness import determinism, runs
+from harness import determinism, runs, tracing
 from harness.arguments import (
     HelpWithDefaults,
     OneLineParser,
@@ -42,6 +42,7 @@ def get_args_parser(description):
     runs.add_arguments(parser)
     add("--max_steps", type=positive_int, help="stop after so many steps, for profiling; writes the timings alone, "
         "below a name that ends with _{max_steps}_steps")  # fmt: skip
+    tracing.add_argument(parser)
     add("--seed", type=seed, default=0, help=" ")
     add_machine_arguments(parser.add_argument_group("machine"))
     add_learning_arguments(parser.add_argument_group("learning"))

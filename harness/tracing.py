@@ -1,0 +1,133 @@
+"""`--trace FILE`: a few training steps as a trace of every operator, on any device, without another program.
+
+FILE is read by https://ui.perfetto.dev and chrome://tracing; the ranges in it are the phases of timing.py. On CUDA a
+snapshot of the memory, for https://docs.pytorch.org/memory_viz, lies beside it.
+"""
+
+import argparse
+import contextlib
+import os
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from harness import timing
+from harness.files import make_folder
+
+STEPS = 5  # That are traced, after timing.WARMUP_STEPS of warm-up.
+COSTLIEST = 10
+STEP = re.compile(r".+ - step \d+")
+SUFFIXES = (".json", ".json.gz")
+
+
+def add_argument(parser):
+    """Add `--trace` to an argument parser or group."""
+    parser.add_argument("--trace", type=_trace_file, metavar="FILE",
+        help=f"write what {STEPS} steps after warm-up do, operator by operator, to FILE{SUFFIXES[1]}, and print what "
+             "cost most; these steps are slower")  # fmt: skip
+
+
+def _trace_file(text):
+    if not text.endswith(SUFFIXES):
+        raise argparse.ArgumentTypeError(f"{text} must end with {' or '.join(SUFFIXES)}, which viewers open")
+    return text
+
+
+@contextlib.contextmanager
+def trace(path, device, say):
+    """Within the block, trace the steps that PhaseTimers time, to the file `path`; do nothing when that is None.
+
+    say: takes the lines to print. A block that ends before the warm-up does leaves no file, which is said.
+    """
+    if path is None:
+        yield
+        return
+    make_folder(Path(path).parent)
+    tracer = _Tracer(Path(path), device, say)
+    timing.watchers.append(tracer)
+    try:
+        yield
+    finally:
+        timing.watchers.remove(tracer)
+        tracer.end()
+
+
+class _Tracer:
+    """A watcher of ranges that profiles STEPS of the steps among them. Called with a range's name, it gives what is to
+    be entered with it."""
+
+    def __init__(self, path, device, say):
+        self._path, self._device, self._say = path, device, say
+        self._steps = 0  # That have begun.
+        self._profile = self._is_done = None
+
+    def __call__(self, name):
+        if STEP.fullmatch(name):
+            self._steps += 1
+            if self._steps == timing.WARMUP_STEPS + 1:
+                self._start()
+            elif self._steps == timing.WARMUP_STEPS + STEPS + 1:
+                self.end()
+        return record_function(name) if self._profile else contextlib.nullcontext()
+
+    def _start(self):
+        on_cuda = self._device.type == "cuda"
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # It tells on stderr when it starts and stops.
+        if on_cuda:
+            torch.cuda.memory._record_memory_history(max_entries=1_000_000)
+        self._profile = profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda])
+        self._profile.start()
+
+    def end(self):
+        """Stop, write the files, and say what cost most; nothing when that is done."""
+        if self._is_done:
+            return
+        self._is_done = True
+        if self._profile is None:
+            self._say(f"no trace: the run has no {timing.WARMUP_STEPS + 1} steps")
+            return
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        self._profile.stop()
+        suffix = next(suffix for suffix in reversed(SUFFIXES) if self._path.name.endswith(suffix))
+        unfinished = self._path.with_name(f".{self._path.name}.tmp{suffix}")
+        self._profile.export_chrome_trace(str(unfinished))
+        os.replace(unfinished, self._path)
+        written = [str(self._path)]
+        if self._device.type == "cuda":
+            written.append(str(self._path).removesuffix(suffix) + ".memory.pickle")
+            torch.cuda.memory._dump_snapshot(written[1])
+            torch.cuda.memory._record_memory_history(enabled=None)
+        rows = costliest(self._profile.events(), self._device)
+        self._profile = None
+        for line in [f"traced {STEPS} steps: {', '.join(written)}", *rows]:
+            self._say(line)
+
+
+def costliest(events, device):
+    """The operators that took most time by themselves, with the phase that they ran in, as lines of a table.
+
+    events: of a torch.profiler.profile. Backward runs in a thread of its own on CUDA, so that an operator belongs to
+    the phase in whose time it was called.
+    """
+    phases = [event for event in events if event.is_user_annotation and not STEP.fullmatch(event.name)]
+    spans = [(event.time_range.start, event.time_range.end, event.name) for event in phases]
+    costs = defaultdict(lambda: [0.0, 0])
+    for event in events:
+        if event.is_user_annotation:
+            continue
+        start = event.time_range.start
+        phase = next((name for first, last, name in spans if first <= start <= last), "in no phase")
+        cost = costs[phase, event.name]
+        cost[0] += event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
+        cost[1] += 1
+    total = sum(microseconds for microseconds, _ in costs.values())
+    most = sorted(costs.items(), key=lambda item: -item[1][0])[:COSTLIEST]
+    lines = [f"{'phase':12} {'operator':45} {'ms a step':>10} {'share':>7} {'calls a step':>13}"]
+    for (phase, name), (microseconds, calls) in most:
+        share = microseconds / total if total else 0.0
+        lines.append(f"{phase:12} {name[:45]:45} {microseconds / 1e3 / STEPS:10.3f} {share:7.1%} {calls / STEPS:13.1f}")
+    return lines

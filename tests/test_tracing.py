@@ -1,0 +1,52 @@
+"""--trace: what is in the file, what is printed, and what happens where there is nothing to trace."""
+
+import gzip
+import json
+from collections import Counter
+
+import pytest
+
+from harness import timing, tracing
+
+PHASES = {"data load", "data copy", "zero grad", "forward", "backward", "optimizer"}
+
+
+@pytest.fixture
+def train(run_script, pictures, tmp_path):
+    options = ["--dataset", "folder", "--data_dir", pictures, "--model", "resnext29_1x4d", "--batch_size", 4]
+    options += ["--num_worker", 0, "--num_epoch", 1, "--output_dir", tmp_path / "runs"]
+
+    def run(*more, code=0):
+        return run_script("resnext/resnext.py", *options, *more, cwd=tmp_path, code=code)
+
+    return run
+
+
+def test_a_trace_has_the_phases_of_some_steps_after_warm_up_and_their_operators(train, tmp_path):
+    result = train("--trace", "traces/run.json.gz", "--max_steps", 12)
+    events = json.loads(gzip.decompress((tmp_path / "traces" / "run.json.gz").read_bytes()))["traceEvents"]
+    ranges = [event for event in events if event.get("cat") == "user_annotation"]
+    counts = Counter(event["name"] for event in ranges if event["name"] in PHASES)
+    assert counts == dict.fromkeys(PHASES, tracing.STEPS)
+    steps = [event["name"] for event in ranges if " - step " in event["name"]]
+    assert steps == [f"epoch 1 - step {timing.WARMUP_STEPS + 1 + number}" for number in range(tracing.STEPS)]
+    forward = next(event for event in ranges if event["name"] == "forward")
+    inside = [event for event in events if event.get("name") == "aten::conv2d"
+              and forward["ts"] <= event["ts"] <= forward["ts"] + forward["dur"]]  # fmt: skip
+    assert len(inside) == 31  # The convolutions of one forward.
+    lines = result.stdout.splitlines()
+    start = next(index for index, line in enumerate(lines) if line.startswith("traced 5 steps: traces/run.json.gz"))
+    table = lines[start + 2 : start + 2 + tracing.COSTLIEST]
+    assert any(line.startswith("backward") and "convolution_backward" in line and "31.0" in line for line in table)
+    assert not result.stderr
+    assert [path.name for path in (tmp_path / "traces").iterdir()] == ["run.json.gz"]
+    assert timing.watchers == []
+
+
+def test_a_run_that_is_too_short_says_so(train, tmp_path):
+    assert "no trace: the run has no 6 steps" in train("--trace", "run.json", "--max_steps", 3).stdout
+    assert not (tmp_path / "run.json").exists()
+
+
+def test_a_name_that_no_viewer_opens_is_refused(train):
+    assert "must end with .json" in train("--trace", "run.txt", code=2).stderr
