@@ -26,7 +26,7 @@ def by_place(runs):
 # The settings that columns of their own show, in other words.
 SHOWN = {
     "experiment", "model", "model_type", "dataset", "data_dir", "batch_size", "num_worker", "num_workers", "loader",
-    "half_precision", "policy", "memory_budget", "max_steps", "num_epoch",
+    "half_precision", "policy", "memory_budget", "budget_of", "max_steps", "num_epoch",
 }  # fmt: skip
 
 

@@ -24,7 +24,7 @@ OF_ALL = {"seed": maybe(COUNT), "max_steps": maybe(COUNT), "num_epoch": maybe(CO
 ARGUMENTS = {
     "resnext": OF_IMAGES,
     "resnext_checkpoint": OF_IMAGES | {"policy": TEXT, "memory_budget": maybe(NUMBER)},
-    "resnext_fast": OF_IMAGES,
+    "resnext_fast": OF_IMAGES | {"policy": maybe(TEXT), "memory_budget": maybe(NUMBER)},
     "simcls": {"batch_size": COUNT, "num_workers": COUNT, "half_precision": maybe(ANY), "use_checkpoint": ANY},
     EVALUATION: {},
 }

@@ -7,7 +7,7 @@ from reporting.tables import Arm, Study, over_baseline, percent, time, times_bas
 IMAGES = ("resnext", "resnext_checkpoint")
 LOADING = ("num_worker", "loader")
 PRECISION = ("half_precision", "true_fp32")
-RECOMPUTATION = ("experiment", "policy", "memory_budget")
+RECOMPUTATION = ("experiment", "policy", "memory_budget", "budget_of")
 
 
 def test_accuracy(run):
@@ -23,12 +23,11 @@ def loading_label(run):
 
 
 def recomputation_label(run):
-    """ "none", a policy, or "budget 0.5"."""
-    if run.experiment != "resnext_checkpoint":
-        return "none"
+    """ "none", a policy, "budget 0.5" (of the peak), or "held 0.5": all budgets were, before there was a choice."""
     if run.arguments.get("memory_budget") is not None:
-        return f"budget {run.arguments['memory_budget']:g}"
-    return run.arguments["policy"]
+        of = "budget" if run.arguments.get("budget_of") == "peak" else "held"
+        return f"{of} {run.arguments['memory_budget']:g}"
+    return run.arguments.get("policy") or "none"
 
 
 def loading_arm(run):

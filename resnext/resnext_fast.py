@@ -26,11 +26,14 @@ from experiment import ImageRun, Metrics, evaluate, get_args_parser, training_ba
 from harness import determinism, distributed, endings
 from harness.arguments import OneLineParser, boolean, fraction, learning_rate, share
 from harness.memory import SavedBytes
+from harness.planning import StepCost
 from harness.precision import choose_precision
 from harness.timing import PhaseTimer
 from images import load_images
+from memory_plan import add_budget_arguments, compare_with_plan, plan_memory, policy_label
 from models.grouped_convolution import FORMS, set_form
 from models.resnext import ResNeXt, parse_name
+from models.resnext_checkpoint import CheckpointResNeXt
 
 WARMUP = 0.2  # The share of training in which the learning rate rises.
 LEARNING_RATES = {"sgd": 0.1, "adam": 0.01}  # Where --lr names none.
@@ -47,6 +50,9 @@ class FastParser(OneLineParser):
         args, unknown = super().parse_known_args(*texts)
         if args.cuda_graphs and not args.compile:
             self.error("--cuda_graphs launches what --compile makes; add --compile")
+        if args.compile and policy_label(args):
+            self.error("--policy and --memory_budget redo in hooks, which --compile leaves no place for; "
+                       "add --compile False")  # fmt: skip
         if args.lr is None:
             args.lr = LEARNING_RATES[args.optimizer]
         return args, unknown
@@ -68,6 +74,7 @@ def get_fast_args_parser():
     add("--label_smoothing", type=share, default=0.1, help="weight of the uniform distribution in the target")
     add("--ema", type=fraction, metavar="DECAY",
         help="evaluate and keep an exponential moving average of the weights")  # fmt: skip
+    add_budget_arguments(parser, policy=None)
     return parser
 
 
@@ -85,7 +92,8 @@ def main():
         world.check_divisible(args.batch_size)
         precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
         length = "the rate follows one cycle over all epochs" if args.optimizer == "sgd" else None
-        run = ImageRun("resnext_fast", suffix(args), args, world, fixed_length=length, precision=precision.label)
+        facts = {"precision": precision.label} | ({"policy": policy_label(args)} if policy_label(args) else {})
+        run = ImageRun("resnext_fast", suffix(args), args, world, fixed_length=length, **facts)
         with run.lock():
             if not run.is_done():
                 train(args, world, precision, run)
@@ -95,7 +103,8 @@ def suffix(args):
     """The end of the name of a run's files: "_fast", then whatever differs from this device's defaults."""
     parser = get_fast_args_parser()
     changed = [name for name in SWITCHES if getattr(args, name) != parser.get_default(name)]
-    return "_fast" + "".join(f"_{name}_{getattr(args, name)}" for name in changed)
+    redone = f"_{policy_label(args)}" if policy_label(args) else ""
+    return "_fast" + "".join(f"_{name}_{getattr(args, name)}" for name in changed) + redone
 
 
 def layout_of(args, precision):
@@ -168,7 +177,8 @@ def load_parts(args, world, run, memory_format):
     with world.first_on_machine():
         data = load_images(args.dataset, args.data_dir)
     torch.manual_seed(args.seed)
-    model = ResNeXt(*parse_name(args.model), num_classes=len(data.classes)).to(world.device)
+    kind, redone = (CheckpointResNeXt, {"policy": args.policy}) if policy_label(args) else (ResNeXt, {})
+    model = kind(*parse_name(args.model), num_classes=len(data.classes), **redone).to(world.device)
     model.to(memory_format=memory_format)
     set_form(model, args.grouped_convolution)
     run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
@@ -180,6 +190,7 @@ def load_parts(args, world, run, memory_format):
 def train(args, world, precision, run):
     device, layout = world.device, layout_of(args, precision)
     data, model, average = load_parts(args, world, run, layout["memory_format"])
+    plan = plan_memory(model, data, args, world, precision, run, **layout)
     parallel_model = world.wrap(model)
     fast_model = for_full_batches(parallel_model, args, data, world)
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
@@ -187,6 +198,7 @@ def train(args, world, precision, run):
     batches, loader = training_batches(args, world, data, run, **layout)
     scaler, metrics, steps = precision.scaler, Metrics(device), len(batches)
     phase, saved = PhaseTimer(device), SavedBytes(model)
+    cost = StepCost(model, device, enabled=plan is not None)
     state = {"model": model, "optimizer": optimizer, "scaler": scaler, "metrics": metrics}
     state |= {"average": average}
 
@@ -198,10 +210,10 @@ def train(args, world, precision, run):
                 labels = labels.to(device, non_blocking=True)
             with phase("zero grad"):
                 optimizer.zero_grad(set_to_none=True)
-            with phase("forward"), precision.autocast(), saved.first_time():
+            with phase("forward"), precision.autocast(), saved.first_time(), cost.first_forward():
                 output = fast_model(images)
                 loss = criterion(output, labels)
-            with phase("backward"):
+            with phase("backward"), cost.first_backward():
                 # Where an epoch's last batch does not fall to all processes alike, its mean is not the mean of means.
                 scaler.scale(loss * epoch.weight).backward()
             with phase("optimizer"):
@@ -212,6 +224,7 @@ def train(args, world, precision, run):
             metrics.add(loss, output, labels, epoch.weight)  # On the device: nothing waits for it.
         # ---------------------------------------------------------------------------------------------------------
         run.note_saved(saved.bytes)
+        compare_with_plan(plan, saved, cost, run)
         epoch.end(evaluate(average.module, data, precision, world, args.batch_size, run.stop))
     run.finish(average.module)
 

@@ -85,7 +85,7 @@ def test_checkpointing_table_has_a_baseline_for_each_batch_size():
     runs = [
         make_run(),
         make_run(1.4, saved=2**29, policy="nested", **redo),
-        make_run(1.1, saved=2**28, **(redo | {"policy": "chain", "memory_budget": 0.25})),
+        make_run(1.1, saved=2**28, **(redo | {"policy": "chain", "memory_budget": 0.25, "budget_of": "peak"})),
         make_run(4.0, saved=2**32, batch_size=512),
         make_run(4.4, saved=2**31, batch_size=512, policy="chain", **redo),
         make_run(9.0, saved=2**32, batch_size=896, policy="nested", **redo),

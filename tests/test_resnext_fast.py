@@ -195,6 +195,22 @@ def test_a_form_is_an_argument_and_part_of_the_name(run_script, tiny, tmp_path):
     assert "--grouped_convolution" in errors
 
 
+@pytest.mark.parametrize("redone", [["--policy", "block"], ["--memory_budget", 0.8]], ids=["policy", "budget"])
+def test_recomputation_changes_no_result(run_script, tiny, tmp_path, redone):
+    """Together with all that is fast on a CPU: channels last, bfloat16, SGD."""
+    args = [*tiny, "--half_precision", "bfloat16", "--num_epoch", 2, "--output_dir", tmp_path]
+    run_script(SCRIPT, *args)
+    printed = run_script(SCRIPT, *args, *redone).stdout
+    name, other = sorted((path.stem for path in tmp_path.glob("*.pt")), key=len)
+    assert other == name + {"--policy": "_block", "--memory_budget": "_budget0.8"}[redone[0]]
+    plain, ours = (torch.load(tmp_path / f"{each}.pt") for each in (name, other))
+    assert plain.keys() == ours.keys()
+    assert all(torch.equal(plain[key], ours[key]) for key in plain)
+    before, after = (json.loads((tmp_path / f"{each}.json").read_text()) for each in (name, other))
+    assert after["saved_activation_bytes"] < 0.85 * before["saved_activation_bytes"]
+    assert ("measured: peak" in printed) == (redone[0] == "--memory_budget")
+
+
 def test_names_tell_what_was_switched(monkeypatch):
     def name(*flags):
         return suffix(get_fast_args_parser().parse_args(list(flags)))
@@ -264,7 +280,8 @@ def test_compiled_it_computes_the_same(monkeypatch):
 
 
 def test_bad_arguments_are_one_line(run_script, tiny):
-    for flags in (["--label_smoothing", 1.5], ["--ema", 0], ["--optimizer", "adagrad"]):
+    compiled = ["--policy", "block", "--compile", "True"]
+    for flags in (["--label_smoothing", 1.5], ["--ema", 0], ["--optimizer", "adagrad"], compiled):
         errors = run_script(SCRIPT, *tiny, *flags, code=2).stderr
         assert errors.count("\n") == 1
         assert str(flags[0]) in errors
