@@ -25,14 +25,15 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import numpy as np
 from data_utils import ROUGE, SampleSet, tokenize_samples
 from model import load_scorer, score_samples
+from pretrained import half_precision_name
 from utils import read_lines
 
-from harness import arguments, distributed, endings
+from harness import arguments, devices, distributed, endings
 from harness.arguments import positive_float, positive_int
 from harness.endings import UserError
-from harness.files import write_json
+from harness.files import write_record
 from harness.machine import describe_machine
-from harness.precision import choose_precision
+from harness.precision import choose_precision, half_precision_or_auto
 from harness.runs import FORMAT
 from search.generator import (
     CANDIDATES,
@@ -41,7 +42,6 @@ from search.generator import (
     check_groups,
     generate_samples,
     generator_dtype,
-    half_precision_or_auto,
     load_generator,
     search_settings,
 )
@@ -66,6 +66,7 @@ def get_args_parser():
     add("--half_precision", type=half_precision_or_auto, nargs="?", const="auto", metavar="float16|bfloat16",
         help="generate and score in float16 when no type is named; on a CPU, and for a generator of the T5 family, "
              "bfloat16")  # fmt: skip
+    devices.add_arguments(parser)
     add("--batch_size", type=positive_int, default=16, help="documents scored together (default: %(default)s)")
     add(
         "--output",
@@ -93,14 +94,15 @@ def get_args_parser():
 def main():
     args = get_args_parser().parse_args()
     check_arguments(args)
-    with distributed.world() as world:
+    with distributed.world(devices.choose(args)) as world:
         if args.summaries:
             systems = {"summaries": score_files(args.summaries, args.references, args.sources, args.rouge_tokens)}
             default_output = args.summaries.with_name("evaluation.json")
         else:
-            precision = choose_precision(args.half_precision, world.device, true_fp32=True)
             lengths = {"total_len": args.total_len, "max_len": args.max_len}
             scorer, encoding, description = load_scorer(args.model_type, args.scorer_path, **lengths)
+            half_precision = half_precision_name(args.half_precision, description["architecture"])
+            precision = choose_precision(half_precision, world.device, true_fp32=True)
             samples = load_test_samples(args, world, precision)
             compare_counts(samples, args.num_cands, description.get("candidates"))
             systems, choices = compare(scorer.to(world.device), encoding, samples, args.batch_size, world, precision)
@@ -108,9 +110,8 @@ def main():
             default_output = args.scorer_path.with_name("evaluation.json")
         result = summarise(systems)
         print_table(result)
-        arguments = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        record = {"format": FORMAT, "experiment": "simcls_evaluation", "arguments": arguments}
-        write_json(args.output or default_output, record | {"machine": describe_machine(world.device)} | result)
+        record = {"format": FORMAT, "experiment": "simcls_evaluation", "arguments": vars(args)}
+        write_record(args.output or default_output, record | {"machine": describe_machine(world.device)} | result)
 
 
 def check_arguments(args):

@@ -31,9 +31,10 @@ import torch
 import transformers
 from pretrained import check_length, half_precision_dtype
 
-from harness import arguments, determinism, endings, torchvision_compat, tracing  # noqa: F401
+from harness import arguments, determinism, devices, endings, torchvision_compat, tracing  # noqa: F401
+from harness.distributed import read_job
 from harness.endings import UserError
-from harness.files import output_lock, publish, staging, write_json
+from harness.files import output_lock, publish, staging, write_json, write_record
 from harness.machine import describe_machine
 from harness.precision import choose_precision, half_precision_type
 from harness.resume import check_arguments, stop_requests
@@ -43,7 +44,7 @@ from texts.documents import find_dataset, read_documents, split_documents, take_
 from texts.scoring import add_rouge_argument, check_references
 from texts.sentences import SentenceSplitter
 
-PROCESSES = int(os.environ.get("WORLD_SIZE", 1))  # Of torchrun.
+NOT_RESULTS = ("resume", "save_dir", "trace", "device", "threads")  # What a resumed run may change.
 STATE_FILES = ("model*", "optimizer.pt", "scheduler.pt", "rng_state*")  # Of the Trainer, besides trainer_state.json.
 
 
@@ -79,6 +80,7 @@ def get_args_parser():
         metavar="float16|bfloat16",
         help="autocast, in float16 when no type is named; on a CPU, and for the T5 family, in bfloat16")  # fmt: skip
     training.add_argument("--gradient_checkpointing", **_flag("recompute activations in the backward pass"))
+    devices.add_arguments(parser)
     determinism.add_argument(training)
 
     lengths = parser.add_argument_group("lengths, in tokens; longer texts are cut")
@@ -101,12 +103,15 @@ def main():
     for name in ("label_smoothing", "dropout"):
         if (getattr(args, name) or 0) >= 1:
             raise UserError(f"--{name} {getattr(args, name)} is not below 1")
-    if args.batch_size % PROCESSES:
-        raise UserError(f"--batch_size {args.batch_size} is shared out over {PROCESSES} processes; make it a multiple")
-    use_one_gpu()
+    job = read_job()
+    if args.batch_size % job.size:
+        raise UserError(f"--batch_size {args.batch_size} is shared out over {job.size} processes; make it a multiple")
     determinism.apply(args)
-    is_main = int(os.environ.get("RANK", 0)) == 0
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    is_main = job.rank == 0
+    device = devices.choose(args)
+    args.device = device.type  # As the Trainer is told, and the record.
+    if not job.is_started:
+        show_only(device)
     say = print if is_main else lambda line: None
     precision = choose_precision(args.half_precision, device, say=say)
     documents = read_documents(find_dataset(args.data_file), args.doc_col_name, args.sum_col_name)
@@ -123,12 +128,12 @@ def main():
         finetune(args, model, tokenizer, splits, dtype)
 
 
-def use_one_gpu():
-    """Show this process one GPU, unless torchrun gives it one: the Trainer would share each batch out over all that it
-    sees, and what --batch_size and --warmup say would no longer hold."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if "RANK" not in os.environ:
-        os.environ["CUDA_VISIBLE_DEVICES"] = "0" if visible is None else visible.split(",")[0]
+def show_only(device):
+    """Show this process no GPU but `device`: the Trainer would share each batch out over all that it sees, and what
+    --batch_size and --warmup say would no longer hold. To be called before anything has used a GPU."""
+    if device.type == "cuda":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # By which `device` is counted.
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device.index] if visible else str(device.index)
 
 
 def with_lead(document, words):
@@ -154,9 +159,7 @@ def state_to_resume(args, checkpoints):
     """The state from which to go on, or None; UserError where that of another run would be lost or gone on from."""
     arguments_path = checkpoints / "arguments.json"
     last = last_checkpoint(checkpoints)
-    settings = {
-        name: value for name, value in plain_arguments(args).items() if name not in ("resume", "save_dir", "trace")
-    }
+    settings = {name: value for name, value in plain_arguments(args).items() if name not in NOT_RESULTS}
     if last is None:
         if args.resume:
             print(f"no saved state in {checkpoints}; starting from the beginning", flush=True)
@@ -195,7 +198,7 @@ def finetune(args, model, tokenizer, splits, dtype):
         trainer.model.generation_config = generation_config
         with staging(args.save_dir) as stage:
             trainer.save_model(stage)
-            write_json(stage / "finetune.json", record(args, trainer, seconds))
+            write_record(stage / "finetune.json", record(args, trainer, seconds))
             publish(stage, args.save_dir)
         # At once, since half a state would be gone on from.
         checkpoints.rename(finished)
@@ -248,7 +251,7 @@ def training_arguments(args, checkpoints, num_samples, dtype):
         output_dir=str(checkpoints),
         num_train_epochs=args.num_epoch,
         max_steps=args.max_steps or -1,
-        per_device_train_batch_size=args.batch_size // PROCESSES,
+        per_device_train_batch_size=args.batch_size // read_job().size,
         per_device_eval_batch_size=4 * args.batch_size,
         learning_rate=args.lr,
         warmup_steps=round(args.warmup * updates),
@@ -266,7 +269,7 @@ def training_arguments(args, checkpoints, num_samples, dtype):
         metric_for_best_model="rouge",
         logging_steps=50,
         report_to="none",
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=args.device == "cpu",
         disable_tqdm=not sys.stderr.isatty(),
         seed=args.seed,
     )

@@ -22,19 +22,18 @@ from pathlib import Path
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
-from harness import arguments, endings, torchvision_compat  # noqa: F401  # isort: skip (before transformers)
+from harness import arguments, devices, endings, torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
 from tqdm import tqdm
 
 from harness.distributed import world as join_world
 from harness.files import output_lock
-from harness.precision import choose_precision
+from harness.precision import choose_precision, half_precision_or_auto
 from search.generator import (
     CandidateGenerator,
     add_search_arguments,
     check_groups,
     generator_dtype,
-    half_precision_or_auto,
     length_batches,
     load_generator,
     search_settings,
@@ -57,6 +56,7 @@ def get_args_parser():
     parser.add_argument(
         "--output_dir", type=Path, default=Path("candidates"), help="parent of the new folder (default: %(default)s)"
     )
+    devices.add_arguments(parser)
     parser.add_argument("--half_precision", type=half_precision_or_auto, nargs="?", const="auto",
         metavar="float16|bfloat16", help="float16 when no type is named; on a CPU, and for the T5 family, which "
         "overflows in float16, bfloat16")  # fmt: skip
@@ -69,7 +69,7 @@ def main():
     check_groups(args)
     documents = read_documents(find_dataset(args.dataset_name), args.doc_col_name, args.sum_col_name)
     splits = {split: take_percent(part, args.dataset_percent) for split, part in split_documents(documents).items()}
-    with join_world() as world:
+    with join_world(devices.choose(args)) as world:
         precision = choose_precision(args.half_precision, world.device, say=world.say)
         with world.first_on_machine():
             model, tokenizer = load_generator(args.generator_name, generator_dtype(args.half_precision, precision))

@@ -18,7 +18,7 @@ import torch
 from data_utils import LengthBatches, load_samples
 from model import load_scorer
 
-from harness import determinism, distributed, endings
+from harness import determinism, devices, distributed, endings
 from harness.endings import UserError
 from harness.loading import worker_loader
 from harness.memory import SavedBytes
@@ -27,7 +27,7 @@ from harness.resume import stop_requests
 from harness.timing import PhaseTimer, nvtx_range
 from scorer.metrics import Metrics, loss_of, validate
 from scorer.optimization import Schedule, clip_gradients, seed_step
-from scorer.scorer_arguments import cached_path, fill_in_lengths, get_args_parser
+from scorer.scorer_arguments import cached_path, fill_in_lengths, get_args_parser, half_precision_of
 from scorer.scorer_run import ScorerRun
 
 
@@ -35,15 +35,16 @@ def main():
     args = get_args_parser(__doc__).parse_args()
     device = choose_device(args)
     if args.evaluate:
-        become_evaluation(args)
+        become_evaluation(args, device)
     start_processes(args)
     determinism.apply(args)
     with distributed.world(device) as world:
         world.check_divisible(args.batch_size)
-        # TensorFloat-32 is off: in this model it would be for the matrix products, where PyTorch leaves it off too.
-        precision = choose_precision(args.half_precision, device, true_fp32=True, say=world.say)
         with world.first_on_machine():
             fill_in_lengths(args)
+            half_precision = half_precision_of(args, device)
+        # TensorFloat-32 is off: in this model it would be for the matrix products, where PyTorch leaves it off too.
+        precision = choose_precision(half_precision, device, true_fp32=True, say=world.say)
         run = ScorerRun(args, world, precision=precision.label)
         with run.lock():
             if not run.is_done():
@@ -158,12 +159,15 @@ def choose_device(args):
     """The torch.device of this process; UserError when there is no such GPU."""
     if len(set(args.gpuid)) < len(args.gpuid):
         raise UserError(f"--gpuid {' '.join(map(str, args.gpuid))} names a GPU twice")
-    processes, rank = int(os.environ.get("LOCAL_WORLD_SIZE", 1)), int(os.environ.get("LOCAL_RANK", 0))
-    both_say = len(args.gpuid) > 1 and processes > 1
-    if both_say and len(args.gpuid) != processes:
+    job = distributed.read_job()
+    processes, rank = job.local_size, job.local_rank
+    if job.is_started and len(args.gpuid) not in (1, processes):
         raise UserError(f"--gpuid names {len(args.gpuid)} GPUs, but there are {processes} processes; leave it out")
+    if args.device and args.cuda:
+        raise UserError(f"--device {args.device} and --cuda both say where to train; leave one of them out")
     if not args.cuda:
-        return torch.device("cpu")
+        args.device = args.device or "cpu"
+        return devices.choose(args)
     if not torch.cuda.is_available():
         raise UserError("--cuda: PyTorch finds no CUDA GPU on this machine; leave --cuda out to train on the CPU")
     # Processes that torchrun started take the GPUs in order, unless told which.
@@ -174,28 +178,25 @@ def choose_device(args):
     return torch.device("cuda", gpus[rank])
 
 
-def become_evaluation(args):
+def become_evaluation(args, device):
     """Become evaluate_model.py for `-e`, on the test samples and by --model_pt."""
     if not args.model_pt:
         raise UserError("-e evaluates trained weights: name them by --model_pt, such as run/scorer.bin")
-    if "RANK" in os.environ or len(args.gpuid) > 1:
+    if distributed.read_job().is_started or len(args.gpuid) > 1:
         raise UserError("-e takes one process: start it without torchrun, with one --gpuid")
     command = [sys.executable, Path(__file__).resolve().with_name("evaluate_model.py")]
     command += ["--samples", Path(args.dataset) / "test", "--scorer_path", cached_path(args.model_pt)]
-    for name in ("model_type", "total_len", "max_len", "half_precision", "batch_size", "rouge_tokens"):
+    command += ["--device", device]
+    for name in ("threads", "model_type", "total_len", "max_len", "half_precision", "batch_size", "rouge_tokens"):
         if getattr(args, name) is not None:
             command += [f"--{name}", getattr(args, name)]
-    gpu = ""
-    if args.cuda:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # `choose_device` has counted among these.
-        gpu = visible.split(",")[args.gpuid[0]] if visible else str(args.gpuid[0])
     sys.stdout.flush()
-    os.execve(sys.executable, list(map(str, command)), os.environ | {"CUDA_VISIBLE_DEVICES": gpu})
+    os.execv(sys.executable, list(map(str, command)))
 
 
 def start_processes(args):
     """Become torchrun with one process for each of --gpuid, when there are many and this is none of them."""
-    if len(args.gpuid) == 1 or "RANK" in os.environ:
+    if len(args.gpuid) == 1 or distributed.read_job().is_started:
         return
     meeting = ["--standalone"] if args.port is None else ["--nnodes=1", f"--master_port={args.port}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc_per_node={len(args.gpuid)}"]

@@ -22,8 +22,8 @@ from harness.endings import UserError
 from harness.files import atomic_write, write_json
 
 # isort: split
-from pretrained import check_length, load
-from transformers import AutoModelForTextEncoding
+from pretrained import check_length, hub_answers, load
+from transformers import AutoConfig, AutoModelForTextEncoding
 
 from scorer import minilm
 
@@ -140,6 +140,15 @@ def load_encoder(name, dropout=0.0):
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # Nothing uses it, so it would never get a gradient.
     return encoder.train(), tokenizer  # from_pretrained switches dropout off.
+
+
+def encoder_family(name):
+    """The model_type of the encoder `name`; None where none can be read, of which `load_encoder` tells."""
+    try:
+        offline = Path(name).is_dir() or not hub_answers()
+        return AutoConfig.from_pretrained(minilm.resolve(name), local_files_only=offline).model_type
+    except Exception:  # As `load` says.
+        return None
 
 
 def longest_input(encoder, tokenizer):

@@ -66,6 +66,11 @@ def hub_answers():
     return True
 
 
+def half_precision_name(half_precision, family):
+    """`half_precision` as `choose_precision` takes it, for a model of that model_type: "auto" is bfloat16 for T5's."""
+    return {"auto": "bfloat16" if family in T5_FAMILY else "float16"}.get(half_precision, half_precision)
+
+
 def half_precision_dtype(config, half_precision, precision):
     """The dtype in which a model runs, or None for single precision.
 

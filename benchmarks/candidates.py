@@ -23,7 +23,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "SimCLS")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "SimCLS")]
 
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 

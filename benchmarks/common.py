@@ -24,6 +24,12 @@ def results_path(benchmark_name, device):
     return RESULTS / slug / f"{benchmark_name}.json"
 
 
+def check(good, what):
+    """AssertionError `what` unless `good`. An assert would be left out by python3 -O, and a wrong result be timed."""
+    if not good:
+        raise AssertionError(what)
+
+
 def interleaved(arms, rounds):
     """Run every arm once a round, and return each arm's wall-clock seconds by round: dict[str, list[float]].
 

@@ -29,11 +29,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "resnext")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "resnext")]
 
 import torch
 import torch.nn.functional as F
-from common import interleaved_rounds, ratio_summary, results_path, verdict
+from common import check, interleaved_rounds, ratio_summary, results_path, verdict
 from hardware_limits import distance, forward_work
 from resnext_fast import compiled, get_fast_args_parser, layout_of, make_optimizer, suffix
 from torch import nn
@@ -100,7 +100,7 @@ class Row:
 
 def get_args_parser():
     on_cuda = torch.cuda.is_available()
-    parser = arguments.OneLineParser(description=__doc__.partition("\n")[0])
+    parser = arguments.OneLineParser(description=arguments.first_line(__doc__))
     add = parser.add_argument
     add("--dataset", choices=("cifar10", "digits", "folder"), default="digits")
     add("--data_dir", default=str(ROOT / "resnext" / "data"))
@@ -179,7 +179,7 @@ def time_rows(rows, args, device):
         trainings[row.label] = training = Training(row.args, data, device)
         check_enough_steps(args.steps, training.loaded_ahead)
         loss, right = training.first_loss, trainings["original"].first_loss
-        assert abs(loss / right - 1) <= TOLERANCES[training.precision.label], f"{row.label}: loss {loss}, not {right}"
+        check(abs(loss / right - 1) <= TOLERANCES[training.precision.label], f"{row.label}: loss {loss}, not {right}")
         print(f"{row.label}: {training.precision.label}, first loss {loss:.6f}", flush=True)
     arms = {name: lambda each=each: each.run(args.steps) for name, each in trainings.items()}
     for seconds in interleaved_rounds(arms, args.rounds):

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "resnext")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "resnext")]
 
 import torch
 from common import interleaved

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "resnext")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "resnext")]
 
 import torch
-from common import interleaved, results_path
+from common import check, interleaved, results_path
 
 from experiment import model_name
 from harness import arguments, endings
@@ -51,7 +51,7 @@ class Shape(NamedTuple):
 
 def get_args_parser():
     on_cuda = torch.cuda.is_available()
-    parser = arguments.OneLineParser(description=__doc__.partition("\n")[0])
+    parser = arguments.OneLineParser(description=arguments.first_line(__doc__))
     add = parser.add_argument
     # The small model's convolutions would take a GPU no longer than launching them.
     models = ["resnext29_4x64d"] if on_cuda else ["resnext29_4x64d", "resnext29_2x16d"]
@@ -116,7 +116,7 @@ def measure(shape, args, device):
             operands = [each.to(DTYPES[precision], memory_format=memory_format) for each in (x, weight)]
             for ours, right in zip(call_once(function, *operands, shape), exact, strict=True):
                 error = (ours.double() - right).abs().max() / right.abs().max()
-                assert error <= TOLERANCES[precision], f"{form} {layout} {precision} {shape}: off by {error:.1e}"
+                check(error <= TOLERANCES[precision], f"{form} {layout} {precision} {shape}: off by {error:.1e}")
             arms |= make_arms(f"{form} {layout}", function, operands, shape, args.repeats, device)
         for arm in arms.values():
             arm()  # Warm up.

@@ -16,11 +16,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "resnext")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "resnext")]
 
 import numpy as np
 import torch
-from common import interleaved, ratio_summary, results_path, verdict
+from common import check, interleaved, ratio_summary, results_path, verdict
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -42,7 +42,7 @@ TOLERANCE = 1e-6  # Transforms v1 divide by 255 where v2, and we, multiply by 1 
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__.partition("\n")[0])
+    parser = arguments.OneLineParser(description=arguments.first_line(__doc__))
     parser.add_argument("--dataset", choices=("random", "cifar10", "digits", "folder"), default="random")
     parser.add_argument("--data_dir", default=str(ROOT / "resnext" / "data"))
     parser.add_argument("--batch_size", type=arguments.positive_int, default=128)
@@ -61,8 +61,8 @@ def main():
     torch.set_num_threads(1)  # As the original's loader has.
     largest = largest_difference(data, args.batch_size, device)
     print(f"{len(data.train_labels)} pictures; largest difference from torchvision's: {largest:.1e}", flush=True)
-    assert largest <= TOLERANCE
-    assert_evenly_spread()
+    check(largest <= TOLERANCE, f"the device loader is off by {largest:.1e}")
+    check_evenly_spread()
 
     original = DataLoader(OriginalImages(data), batch_size=args.batch_size, shuffle=True, num_workers=0)
     arms = {"original": lambda: load_epoch(original)}
@@ -153,7 +153,7 @@ def largest_difference(data, batch_size, device):
     mean, std = (each.tolist() for each in data.statistics)
     largest = 0.0
     for index, (images, labels) in zip(batches.batches(), DeviceImages(data, 0, batches, device), strict=True):
-        assert labels.tolist() == data.train_labels[index].tolist()
+        check(labels.tolist() == data.train_labels[index].tolist(), "the device loader has other labels")
         expected = []
         for number, top, left, mirrored in zip(index, *augmentation(0, 0, index, data.flip), strict=True):
             picture = functional.pad(Image.fromarray(data.train_images[number]), PADDING)
@@ -164,13 +164,14 @@ def largest_difference(data, batch_size, device):
     return largest
 
 
-def assert_evenly_spread(pictures=200_000):
+def check_evenly_spread(pictures=200_000):
     """Each of the 9 x 9 x 2 crops has to be as frequent as torchvision makes it, up to five standard deviations."""
     top, left, mirrored = augmentation(0, 0, np.arange(pictures), flip=True)
     span = 2 * PADDING + 1
     counts = np.bincount((top * span + left) * 2 + mirrored, minlength=2 * span**2)
     share = 1 / (2 * span**2)
-    assert np.abs(counts - pictures * share).max() <= 5 * np.sqrt(pictures * share * (1 - share))
+    worst = np.abs(counts - pictures * share).max() / np.sqrt(pictures * share * (1 - share))
+    check(worst <= 5, f"a crop is {worst:.1f} standard deviations from its share")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "resnext")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "resnext")]
 
 import torch
 from common import interleaved, ratio_summary, results_path, verdict
@@ -34,7 +34,7 @@ PHASES = ("data copy", "zero grad", "forward", "backward", "optimizer")
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__.partition("\n")[0])
+    parser = arguments.OneLineParser(description=arguments.first_line(__doc__))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", type=model_name, help="by default resnext29_1x4d; with cuda resnext29_4x64d")
     parser.add_argument("--batch_size", type=arguments.positive_int, help="by default 32; with cuda 128")

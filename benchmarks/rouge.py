@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "SimCLS")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "SimCLS")]
 
 import numpy as np
 import torch
@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__.partition("\n")[0])
+    parser = arguments.OneLineParser(description=arguments.first_line(__doc__))
     parser.add_argument("--data", default="sample", help="CSV file of documents, or sample")
     parser.add_argument("--documents", type=arguments.positive_int, help="check the first ones only")
     parser.add_argument("--timed_titles", type=arguments.positive_int, default=1500, help="documents a round")

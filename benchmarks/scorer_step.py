@@ -20,7 +20,7 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "SimCLS")]
+sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "SimCLS")]
 
 from harness import torchvision_compat  # noqa: F401
 
@@ -49,7 +49,7 @@ TARGETS = {"cpu": {"original": ("at least", 1.5)}, "cuda": {"original": ("at lea
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__.partition("\n")[0])
+    parser = arguments.OneLineParser(description=arguments.first_line(__doc__))
     parser.add_argument("--data", default="sample", help="CSV file of documents, or sample")
     parser.add_argument("--updates", type=arguments.positive_int, default=2, help="in a timed epoch")
     parser.add_argument("--rounds", type=arguments.positive_int, default=5)

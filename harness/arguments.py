@@ -84,6 +84,11 @@ def boolean(text):
     return value
 
 
+def first_line(text):
+    """The first line of a docstring; "" where python3 -OO has left none."""
+    return (text or "").partition("\n")[0]
+
+
 class OneLineParser(argparse.ArgumentParser):
     """An ArgumentParser whose errors are one line, without the usage before it."""
 

@@ -16,6 +16,7 @@ from harness.endings import UserError
 TRAINING_TIMEOUT = datetime.timedelta(minutes=10)
 # Of waiting for a process that works alone: it may download, or tokenize a large data set.
 PATIENCE = datetime.timedelta(days=1)
+JOB_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 class World(NamedTuple):
@@ -75,8 +76,9 @@ class World(NamedTuple):
                 raise UserError(f"the processes of this job do not agree on {what}")
 
     def barrier(self):
+        """Wait until every process has come here, as long as `patient` does."""
         if self.size > 1:
-            dist.barrier()
+            dist.barrier(group=self.patient)
 
     def main_first(self):
         """A context: the block runs in the main process first, then in the others.
@@ -87,7 +89,7 @@ class World(NamedTuple):
 
     def first_on_machine(self):
         """As `main_first`, but with one process of each machine before its others: it downloads, say."""
-        return self._first(int(os.environ.get("LOCAL_RANK", 0)) == 0)
+        return self._first(read_job().local_rank == 0)
 
     @contextlib.contextmanager
     def _first(self, is_first):
@@ -114,27 +116,52 @@ class World(NamedTuple):
         return bool(least)
 
 
+class Job(NamedTuple):
+    """What torchrun tells a process by environment variables. is_started: whether it started this one."""
+
+    is_started: bool
+    rank: int
+    local_rank: int
+    size: int
+    local_size: int
+
+
+def read_job():
+    """The Job of this process; UserError when some of its variables are left over from another, or make no sense."""
+    told = {name: os.environ[name] for name in JOB_VARIABLES if name in os.environ}
+    if not told:
+        return Job(False, 0, 0, 1, 1)
+    try:
+        rank, size, local_rank, local_size = (int(told[name]) for name in JOB_VARIABLES)
+        fit = 0 <= local_rank <= rank < size and local_rank < local_size <= size
+        fit = fit and os.environ["MASTER_ADDR"] and int(os.environ["MASTER_PORT"])
+    except (KeyError, ValueError):
+        fit = False
+    if not fit:
+        words = " ".join(f"{name}={value}" for name, value in told.items())
+        raise UserError(
+            f"the environment has {words}, which torchrun did not set so; unset {', '.join(told)}, or start the script "
+            "by torchrun"
+        )
+    return Job(True, rank, local_rank, size, local_size)
+
+
 @contextlib.contextmanager
-def world(device=None):
+def world(device):
     """Join the processes that torchrun started, if it did; a context that leaves them again.
 
-    device: a torch.device to use instead of CUDA when it is there, else the CPU.
+    device: the torch.device of this process, as `devices.choose` gives it.
     """
-    size, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
-    if device is None:
-        device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    job = read_job()
     if device.type == "cuda":
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise UserError(f"there is no GPU {device.index}: this machine has {torch.cuda.device_count()}")
         torch.cuda.set_device(device)
-    if "RANK" not in os.environ:
+    if not job.is_started:
         yield World(0, 1, device)
         return
     on_cuda = device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_cuda else "gloo", timeout=TRAINING_TIMEOUT, device_id=device if on_cuda else None
     )
-    yield World(rank, size, device, dist.new_group(backend="gloo", timeout=PATIENCE))
+    yield World(job.rank, job.size, device, dist.new_group(backend="gloo", timeout=PATIENCE))
     # Not after an error: NCCL would wait for the others, which may wait for this process.
     dist.destroy_process_group()

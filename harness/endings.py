@@ -26,7 +26,9 @@ def run(main):
     the end of another process of the job end with one line and exit code 2; SIGINT with 130; SIGTERM with 143. Any
     other exception is a defect of ours, and keeps its traceback, as all do where TRACEBACK=1 is set.
     """
-    signal.signal(signal.SIGTERM, _terminate)
+    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # Who started it may want it to outlive one.
+        signal.signal(signal.SIGTERM, _terminate)
+    _print_what_can_be_printed()
     try:
         try:
             main()
@@ -48,6 +50,13 @@ def run(main):
         _end(2, line)
 
 
+def _print_what_can_be_printed():
+    """What the terminal's encoding lacks, and file names that are no text, become marks instead of an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def is_out_of_gpu_memory(error):
     """Whether an exception says that a GPU has not enough memory."""
     return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _OUT_OF_GPU_MEMORY)
@@ -55,13 +64,13 @@ def is_out_of_gpu_memory(error):
 
 def explain(error):
     """The one line for an error that the user can put right, or None for a defect of ours."""
+    text = _words_of(error)
     if isinstance(error, UserError):
-        return str(error)
+        return text
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return f"cannot open or write {error.filename or 'the output'}: {error.strerror}; {_DISK_ERRORS[error.errno]}"
-    text = str(error)
-    # Libraries that are not written in Python tell of these in words alone.
-    number = re.search(r"\(os error (\d+)\)", text)
+    # Libraries that are not written in Python tell of these in words alone, and so do worker processes.
+    number = re.search(r"[\[(](?:os error|Errno) (\d+)[\])]", text)
     if number and int(number[1]) in _DISK_ERRORS:
         return f"cannot write the output: {os.strerror(int(number[1]))}; {_DISK_ERRORS[int(number[1])]}"
     if "PytorchStreamWriter failed" in text:
@@ -80,6 +89,12 @@ def explain(error):
         )
     if "RANK" in os.environ and any(words in text for words in _PEER_IS_GONE):
         return "another process of this job has ended; its own line says why"
+    if any(words in text for words in _NO_SHARED_MEMORY):
+        return (
+            "the processes that load data have no room for batches in shared memory (/dev/shm; in a container "
+            "--shm-size makes it larger), or no more files to open (ulimit -n); with --num_worker 0 (--num_workers 0 "
+            "for SimCLS) none is needed, and --resume goes on from the last epoch"
+        )
     # The second is what taking a tensor from a worker raises, when that was killed in between.
     if text.startswith("DataLoader worker (pid") or isinstance(error, (ConnectionError, EOFError)):
         return (
@@ -87,6 +102,15 @@ def explain(error):
             "for SimCLS); --resume goes on from the last saved state"
         )
     return None
+
+
+def _words_of(error):
+    """str(error); of an error that a worker process met, and DataLoader raised again, its own words."""
+    text = str(error)
+    if not re.match(r"Caught \w+ in \w+ worker process", text):
+        return text
+    # A traceback, whose last line without an indent begins with the error's type.
+    return re.findall(r"^[\w.]+(?:: (.*))?$", text, re.MULTILINE)[-1]
 
 
 def _reason(text):
@@ -102,6 +126,15 @@ _OUT_OF_GPU_MEMORY = (
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     "CUBLAS_STATUS_ALLOC_FAILED",
+)
+# Torch's words where a worker has no place to put a batch, or the main process no descriptor to take it by.
+_NO_SHARED_MEMORY = (
+    "shared memory(shm)",
+    "shared memory object",
+    "out of shared memory",
+    "file </torch_",
+    "received 0 items of ancdata",
+    "Too many open files",
 )
 # Of gloo, where the process that it waits for is there no more.
 _PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer")
@@ -121,7 +154,7 @@ def _terminate(signum, frame):
 
 def _end(code, line):
     # Of a torchrun job's processes one tells of a signal, and each of what is wrong with it.
-    if int(os.environ.get("RANK", 0)) == 0 or code == 2:
+    if os.environ.get("RANK", "0") == "0" or code == 2:
         print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
     sys.stdout.flush()
     sys.exit(code)

@@ -1,17 +1,26 @@
 """Files that are either whole or not there, and folders that one run at a time writes."""
 
 import contextlib
-import fcntl
+import errno
+import functools
 import hashlib
 import json
 import os
 import shutil
+import sys
 import tempfile
 from pathlib import Path
+
+try:
+    import fcntl
+except ModuleNotFoundError:  # On Windows.
+    fcntl = None
 
 from harness.endings import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+# Of file systems without locks: FUSE and older network ones, NFS without its daemon, and its folders.
+NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL, errno.EBADF}
 
 
 @contextlib.contextmanager
@@ -119,12 +128,14 @@ def make_folder(folder):
 def output_lock(path):
     """Hold the lock file `path`, so that a second run with the same output is refused (UserError).
 
-    The kernel drops the lock when the process dies, however it dies. The empty file itself stays.
+    The kernel drops the lock when the process dies, however it dies. The empty file itself stays. Where there are no
+    locks, a warning says so, once. (The library filelock puts a file there instead, which a killed run leaves behind,
+    and it does not lock folders.)
     """
     path = Path(path)
     make_folder(path.parent)
     # For writing, though nothing is written: a folder that is read-only is found out before the work.
-    with _locked(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666), path.with_suffix("")):
+    with _locked(path, os.O_RDWR | os.O_CREAT, path.with_suffix("")):
         yield
 
 
@@ -138,7 +149,7 @@ def staging(folder):
     folder = Path(folder)
     make_folder(folder)
     stage = folder / ".unfinished"
-    with _locked(os.open(folder, os.O_RDONLY | os.O_CLOEXEC), folder):
+    with _locked(folder, os.O_RDONLY, folder):
         shutil.rmtree(stage, ignore_errors=True)  # Of a killed run.
         stage.mkdir()
         try:
@@ -158,17 +169,31 @@ _locks = set()  # The descriptors that hold one.
 
 
 @contextlib.contextmanager
-def _locked(descriptor, output):
+def _locked(path, flags, output):
+    if fcntl is None:
+        _warn_of_no_locks("this system has no locks that end with their process")
+        yield
+        return
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
     try:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise UserError(f"another run is writing {output}; wait for it to end, or choose another output") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            _warn_of_no_locks(f"the file system of {output} has no locks ({error.strerror})")
         _locks.add(descriptor)
         yield
     finally:
         _locks.discard(descriptor)
         os.close(descriptor)
+
+
+@functools.cache  # Once a process is enough.
+def _warn_of_no_locks(reason):
+    print(f"warning: {reason}; see to it that no second run writes the same output", file=sys.stderr, flush=True)
 
 
 def _leave_locks_to_the_parent():
@@ -177,4 +202,5 @@ def _leave_locks_to_the_parent():
         os.close(_locks.pop())
 
 
-os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_leave_locks_to_the_parent)

@@ -2,6 +2,7 @@
 
 import argparse
 import dataclasses
+import functools
 
 import torch
 
@@ -23,6 +24,10 @@ def half_precision_type(text, unnamed="float16"):
     if text not in names:
         raise argparse.ArgumentTypeError(f"{text!r} is neither float16 nor bfloat16")
     return names[text]
+
+
+# Where "auto" says that no type was named, for a script that chooses by the model.
+half_precision_or_auto = functools.partial(half_precision_type, unnamed="auto")
 
 
 @dataclasses.dataclass

@@ -113,6 +113,8 @@ def stop_requests(enabled=True):
         return
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    # What is ignored stays so: SIGINT is, in a script's background jobs, which are not meant when Ctrl-C ends another.
+    before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
     process = os.getpid()
 
     def request(number, frame):

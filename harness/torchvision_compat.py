@@ -3,8 +3,11 @@
 torchvision's wheel from PyPI is built against CUDA. Its C++ operators cannot load beside a CPU-only torch, and its
 Python part then fails at import while it registers a fake for `torchvision::nms`. Data sets and transforms need none
 of these operators, so it is enough that their schemas exist. transformers imports torchvision when it is installed.
+
+And where docstrings are stripped (python3 -OO), transformers' decorators that rewrite them are left out: they fail.
 """
 
+import contextlib
 import sys
 
 import torch
@@ -29,3 +32,9 @@ except RuntimeError as error:
     import torchvision  # noqa: F401
 except ImportError:
     pass  # SimCLS does not need it.
+
+if sys.flags.optimize > 1:
+    with contextlib.suppress(ImportError):
+        import transformers.utils
+
+        transformers.utils.auto_docstring = lambda decorated=None, **options: decorated or (lambda each: each)

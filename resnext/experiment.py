@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from harness import determinism, runs, tracing
+from harness import determinism, devices, runs, tracing
 from harness.arguments import HelpWithDefaults, OneLineParser, boolean, learning_rate, positive_int, seed, workers
 from harness.endings import UserError
 from harness.files import atomic_write
@@ -21,7 +21,7 @@ from image_loaders import evaluation_batches, loading_of, training_loader
 from models.resnext import parse_name
 
 # They choose where and how a process runs, not what it computes: a resumed run may change them.
-NOT_RESULTS = ("resume", "restart", "output_dir", "data_dir", "num_worker", "loader", "trace")
+NOT_RESULTS = ("resume", "restart", "output_dir", "data_dir", "num_worker", "loader", "trace", "device", "threads")
 
 
 def get_args_parser(description, kind=OneLineParser):
@@ -44,6 +44,7 @@ def get_args_parser(description, kind=OneLineParser):
         help="no TensorFloat-32, which GPUs since Ampere use for single precision")  # fmt: skip
     add("--seed", type=seed, default=0, help="of the weights, the order and the augmentation")
     determinism.add_argument(parser)
+    devices.add_arguments(parser)
     add("--output_dir", default="model_history", help="where the run's files go")
     runs.add_arguments(parser)
     add("--max_steps", type=positive_int,
@@ -100,21 +101,24 @@ def training_batches(args, world, data, run, **layout):
 
 
 class Metrics:
-    """Loss and accuracy of an epoch, summed on the device: nothing waits for it until the epoch ends."""
+    """Loss and accuracy of an epoch, summed on the device: nothing waits for it until the epoch ends.
+
+    totals: the sums of the losses, of the right predictions, and of the pictures.
+    """
 
     def __init__(self, device):
         self.device = device
         self.reset()
 
     def reset(self):
-        self.totals = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss * count, correct, count
+        self.totals = torch.zeros(3, dtype=devices.widest_float(self.device), device=self.device)
 
     def add(self, loss, output, labels, weight=1.0):
         """loss: the batch's mean, a scalar; output: logits [n, classes]; labels: int64 [n]. weight 0 leaves it out."""
         if weight:
             correct = (output.detach().argmax(1) == labels).sum()
-            count = torch.full_like(correct, len(labels))
-            self.totals += torch.stack([loss.detach().double() * count, correct.double(), count.double()])
+            count, wide = torch.full_like(correct, len(labels)), self.totals.dtype
+            self.totals += torch.stack([loss.detach().to(wide) * count, correct.to(wide), count.to(wide)])
 
     def result(self, world):
         """(mean loss, accuracy in percent) over all processes."""

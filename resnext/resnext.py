@@ -8,13 +8,13 @@ decay 5e-4. Each argument adds one technique; resnext_checkpoint.py is the same 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import torch
 from torch import nn
 
 from experiment import ImageRun, Metrics, evaluate, get_args_parser, training_batches
-from harness import determinism, distributed, endings
+from harness import determinism, devices, distributed, endings
 from harness.memory import SavedBytes
 from harness.precision import choose_precision
 from harness.timing import PhaseTimer
@@ -25,7 +25,7 @@ from models.resnext import ResNeXt, parse_name
 def main():
     args = get_args_parser(__doc__).parse_args()
     determinism.apply(args)
-    with distributed.world() as world:
+    with distributed.world(devices.choose(args)) as world:
         world.check_divisible(args.batch_size)
         precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
         run = ImageRun("resnext", "", args, world, precision=precision.label)

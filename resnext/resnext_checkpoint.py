@@ -9,13 +9,13 @@ BatchNorm statistics are those of resnext.py, bit for bit on a CPU.
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import torch
 from torch import nn
 
 from experiment import ImageRun, Metrics, evaluate, get_args_parser, training_batches
-from harness import determinism, distributed, endings
+from harness import determinism, devices, distributed, endings
 from harness.memory import SavedBytes
 from harness.planning import StepCost
 from harness.precision import choose_precision
@@ -31,7 +31,7 @@ def main():
     add_budget_arguments(parser, DEFAULT_POLICY)
     args = parser.parse_args()
     determinism.apply(args)
-    with distributed.world() as world:
+    with distributed.world(devices.choose(args)) as world:
         world.check_divisible(args.batch_size)
         precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
         policy = policy_label(args)

@@ -16,14 +16,14 @@ resnext29_4x64d, batch 8: 1.24 times (1.10 to 1.33). Not yet measured: a GPU, an
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from experiment import ImageRun, Metrics, evaluate, get_args_parser, training_batches
-from harness import determinism, distributed, endings
+from harness import determinism, devices, distributed, endings
 from harness.arguments import OneLineParser, boolean, fraction, learning_rate, share
 from harness.memory import SavedBytes
 from harness.planning import StepCost
@@ -88,7 +88,7 @@ def main():
     args = get_fast_args_parser().parse_args()
     determinism.apply(args)
     torch.backends.cudnn.benchmark = not args.deterministic
-    with distributed.world() as world:
+    with distributed.world(devices.choose(args)) as world:
         world.check_divisible(args.batch_size)
         precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
         length = "the rate follows one cycle over all epochs" if args.optimizer == "sgd" else None

@@ -34,6 +34,10 @@ GOOD = {
 # folder with a file, both in the current folder.
 TABLE = {
     "resnext/resnext.py": [
+        ("--device gpu", "--device: 'gpu' is none of cpu, cuda, cuda:1 and the like, and mps"),
+        ("--device cuda", "--device cuda: PyTorch finds no CUDA GPU on this machine"),
+        ("--device mps", "--device mps: PyTorch finds no GPU of Apple's on this machine"),
+        ("--threads 0", "--threads: '0' is not a whole number of at least 1"),
         ("--num_worker -1", "--num_worker: '-1' is not a whole number from 0 to "),
         ("--num_epoch 0", "--num_epoch: '0' is not"),
         ("--num_epoch 1.5", "--num_epoch: '1.5' is not"),
@@ -83,6 +87,7 @@ TABLE = {
         ("--optimizer lion", "--optimizer: invalid choice"),
     ],
     "SimCLS/finetune_model.py": [
+        ("--device cuda:1", "--device cuda:1: PyTorch finds no CUDA GPU on this machine"),
         ("--pt_model no/such-model", "--pt_model 'no/such-model': no sequence-to-sequence model"),
         ("--pt_model {good}/bert", ": no sequence-to-sequence model"),
         ("--pt_model {bad}/models/hostile", ": no sequence-to-sequence model"),
@@ -100,6 +105,7 @@ TABLE = {
         ("--max_target_length 1", "--max_target_length 1 leaves no room for a text"),
     ],
     "SimCLS/gen_candidate.py": [
+        ("--device cuda:1", "--device cuda:1: PyTorch finds no CUDA GPU on this machine"),
         ("--generator_name no/such/folder", "'no/such/folder': no sequence-to-sequence model"),
         ("--generator_name mine", "can be loaded in this folder"),
         ("--generator_name {bad}/models/hostile", "can be loaded in this folder"),
@@ -138,6 +144,9 @@ TABLE = {
         ("--workers 0", "--workers: '0' is not"),
     ],
     "SimCLS/main.py": [
+        ("--device gpu", "--device: 'gpu' is none of cpu, cuda, cuda:1 and the like, and mps"),
+        ("--device cuda", "--device cuda: PyTorch finds no CUDA GPU on this machine"),
+        ("--device cpu --cuda", "--device cpu and --cuda both say where to train"),
         ("--dataset nowhere", "cannot read the sample folder nowhere/train"),
         ("--dataset {bad}/samples/none", "holds no sample 0.json, 1.json"),
         ("--dataset {bad}/samples/text", "text/train/3.json is not JSON"),
@@ -183,6 +192,7 @@ TABLE = {
         ("--save_dir taken", "the output folder taken is a file"),
     ],
     "SimCLS/evaluate_model.py": [
+        ("--samples x --scorer_path y --device cuda", "--device cuda: PyTorch finds no CUDA GPU on this machine"),
         ("", "name one of --generator_name, --samples"),
         ("--samples x", "--samples needs --scorer_path"),
         ("--samples x --generator_name y", "name one of"),

@@ -239,6 +239,21 @@ def test_fast(fast_record, pictures):
     assert "not carried on" in printed
 
 
+@pytest.mark.parametrize(("precision", "off"), [("fp32", 1e-3), ("tf32", 1e-2), ("fp16", 3e-2), ("bf16", 1e-1)])
+@pytest.mark.parametrize("sign", [-1, 1])
+def test_a_row_that_computes_something_else_is_not_timed(precision, off, sign, monkeypatch, pictures):
+    def training(args, data, device):
+        loss = 2.3 * (1 + sign * off * (args.loader == "device"))
+        return SimpleNamespace(first_loss=loss, loaded_ahead=0, precision=SimpleNamespace(label=precision))
+
+    monkeypatch.setattr(fast, "Training", training)
+    args = fast.get_args_parser().parse_args(["--dataset", "folder", "--data_dir", str(pictures), "--batch_size", "4"])
+    rows = [fast.Row("original", []), fast.Row("other", ["--loader", "device"])]
+    rows[0].flags = ["--loader", "workers"]
+    with pytest.raises(AssertionError, match="^other: loss "):
+        next(fast.time_rows(rows, args, CPU))
+
+
 def test_every_row_is_trained_and_what_it_reaches_stands_beside_its_speed(monkeypatch):
     def train(row, epochs, seed, folder):
         return {"epochs": [{"test_acc": 10.0 * epochs + seed + len(row.label)}]}

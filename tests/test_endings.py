@@ -1,10 +1,17 @@
 """The one line that stands for an error."""
 
+import errno
+import os
+import signal
+import subprocess
+import sys
+
 import pytest
 import torch
+from torch._utils import ExceptionWrapper
 
 from harness import endings
-from harness.endings import explain
+from harness.endings import UserError, explain
 
 
 @pytest.mark.parametrize(
@@ -50,3 +57,78 @@ def test_a_compiler_that_fails_is_one_line_with_its_reason():
                                    RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")])  # fmt: skip
 def test_a_killed_data_worker_is_one_line(error):
     assert "a process that loads data was killed" in explain(error)
+
+
+def raised_again(error):
+    """`error` as DataLoader raises it, when a worker process has met it."""
+    try:
+        raise error
+    except type(error):
+        wrapper = ExceptionWrapper(where="in DataLoader worker process 0")
+    try:
+        wrapper.reraise()
+    except Exception as again:
+        return again
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (UserError("cannot decode the picture a/b.png"), "cannot decode the picture a/b.png"),
+        (
+            OSError(errno.ENOSPC, "No space left on device", "x"),
+            "output: No space left on device; free",
+        ),
+        (MemoryError(), "the machine is out of memory"),
+        (
+            RuntimeError("unable to allocate shared memory(shm) for file </torch_9_1>: Success"),
+            "no room for batches",
+        ),
+        (RuntimeError("unable to write to file </torch_9_1_0>: No space left on device (28)"), "no room for batches"),
+        (RuntimeError("received 0 items of ancdata"), "no room for batches"),
+        (OSError(errno.EMFILE, "Too many open files"), "no room for batches"),
+        (ValueError("a defect of ours"), None),
+    ],
+)
+def test_what_a_worker_met_is_told_as_if_it_had_been_met_here(error, line):
+    told = explain(raised_again(error))
+    assert told is None if line is None else line in told
+    assert "\n" not in str(told)
+
+
+ENDS = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from harness import endings
+from harness.resume import stop_requests
+def main():
+    os.kill(os.getpid(), signal.SIGTERM)
+    with stop_requests() as stop:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            os.kill(os.getpid(), number)
+        assert not stop
+    print("a dash – and a name that is no text: \\udce9")
+endings.run(main)
+"""
+
+
+def ignore_signals():
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8", "latin-1:strict"])
+def test_what_an_encoding_lacks_is_marked_and_an_ignored_signal_stays_ignored(encoding):
+    command = [sys.executable, "-c", ENDS, os.path.dirname(os.path.dirname(endings.__file__))]
+    ended = subprocess.run(command, capture_output=True, env=os.environ | {"PYTHONIOENCODING": encoding},
+                           preexec_fn=ignore_signals)  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    dash = {"utf-8": "–".encode()}.get(encoding, b"\\u2013")
+    assert ended.stdout == b"a dash " + dash + b" and a name that is no text: \\udce9\n"
+
+
+def test_a_rank_that_is_empty_does_not_hide_the_line(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "")
+    with pytest.raises(SystemExit):
+        endings._end(2, "what is wrong")
+    assert capsys.readouterr().err.endswith(": what is wrong\n")

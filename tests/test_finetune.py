@@ -209,15 +209,14 @@ def test_phases_of_the_trainer_are_nvtx_ranges_as_the_other_scripts_have_them(mo
     assert depth == 0
 
 
-@pytest.mark.parametrize(("visible", "torchrun", "left"), [
-    (None, False, "0"), ("2,3", False, "2"), ("", False, ""), ("2,3", True, "2,3"), (None, True, None),
+@pytest.mark.parametrize(("visible", "device", "left"), [
+    (None, "cuda:0", "0"), ("2,3", "cuda:0", "2"), ("2,3", "cuda:1", "3"), (None, "cuda:1", "1"), ("2,3", "cpu", "2,3"),
 ])  # fmt: skip
-def test_one_gpu_unless_torchrun_shares_them_out(visible, torchrun, left, monkeypatch):
-    from finetune_model import use_one_gpu
+def test_the_trainer_sees_one_gpu(visible, device, left, monkeypatch):
+    from finetune_model import show_only
 
-    environment = {"RANK": "1"} if torchrun else {}
-    monkeypatch.setattr("os.environ", environment | ({} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}))
-    use_one_gpu()
+    monkeypatch.setattr("os.environ", {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
+    show_only(torch.device(device))
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == left
 
 

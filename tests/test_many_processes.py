@@ -3,10 +3,14 @@
 import json
 import socket
 
+import bad_inputs
 import launch
 import pytest
 import tiny_inputs
 import torch
+
+from harness import distributed
+from harness.endings import UserError
 
 SCORER_CHECK = """
 import sys
@@ -44,7 +48,8 @@ with distributed.world(torch.device("cpu")) as world:
 KEEP_EVERY_RANK = """
 import os, sys
 sys.path[:0] = [{root!r}, {root!r} + "/SimCLS"]
-import torch, scorer_run
+import torch
+from scorer import scorer_run
 add = scorer_run.ScorerRun.add_validation
 def spy(self, epoch, step, result, scorer, description):
     torch.save(scorer.state_dict(), "rank" + os.environ["RANK"] + ".pt")
@@ -53,12 +58,15 @@ scorer_run.ScorerRun.add_validation = spy
 """
 
 
+JOB = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
 def run_two(script, *args, cwd, code=0, **more):
     """The two processes of a job, after they have ended."""
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = found.getsockname()[1]
-    job = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    job = JOB | {"MASTER_PORT": str(port)}
     ranks = [launch.Script(script, *args, cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank), **job, **more)
              for rank in range(2)]  # fmt: skip
     for rank in ranks:
@@ -84,6 +92,9 @@ def main():
         with world.first_on_machine():
             if world.is_main:
                 time.sleep(6)
+        if world.is_main:
+            time.sleep(4)
+        world.barrier()
         assert world.sum(torch.ones(1)) == 2
         if "fail" in sys.argv:
             if world.is_main:
@@ -135,6 +146,46 @@ def test_fine_tuning_of_two_processes_leaves_one_set_of_files(encoders, tmp_path
     record = json.loads((tmp_path / "tuned/finetune.json").read_text())
     assert record["history"][-1]["step"] == 6  # 48 documents.
     assert not (tmp_path / "tuned/checkpoints").exists()
-    refused = launch.run("SimCLS/finetune_model.py", *command, "--batch_size", 9, cwd=tmp_path, WORLD_SIZE="2")
+    refused = launch.run("SimCLS/finetune_model.py", *command, "--batch_size", 9, cwd=tmp_path, **JOB,
+                         RANK="0", LOCAL_RANK="0")  # fmt: skip
     assert refused.code == 2
     assert "shared out over 2 processes" in refused.err
+
+
+@pytest.mark.parametrize(
+    "left_over",
+    [
+        {"RANK": "0"},
+        {"WORLD_SIZE": ""},
+        {"WORLD_SIZE": "2"},
+        {"LOCAL_RANK": "0"},
+        {"RANK": "zero", "LOCAL_RANK": "0", **JOB},
+        {"RANK": "2", "LOCAL_RANK": "0", **JOB},
+        {"RANK": "1", "LOCAL_RANK": "-1", **JOB},
+        {"RANK": "0", "LOCAL_RANK": "0", **JOB, "MASTER_ADDR": ""},
+        {"RANK": "0", "LOCAL_RANK": "0", **JOB, "MASTER_PORT": "auto"},
+    ],
+)
+def test_what_is_left_over_of_another_job_is_one_line(left_over, monkeypatch):
+    for name in (*distributed.JOB_VARIABLES, "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    assert distributed.read_job() == (False, 0, 0, 1, 1)
+    for name, value in left_over.items():
+        monkeypatch.setenv(name, value)
+    name = next(iter(left_over))
+    with pytest.raises(UserError, match=f"{name}={left_over[name]}.*, which torchrun did not set so; unset .*{name}"):
+        distributed.read_job()
+
+
+def test_the_variables_of_torchrun_make_a_job(monkeypatch):
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", **JOB, "WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    assert distributed.read_job() == (True, 3, 1, 4, 2)
+
+
+@pytest.mark.parametrize("script", ["resnext/resnext.py", "SimCLS/main.py", "SimCLS/finetune_model.py"])
+def test_every_script_refuses_what_is_left_over_of_another_job(script, tmp_path):
+    good = {"good": tmp_path, "bad": tmp_path}
+    ended = launch.run(script, *bad_inputs.GOOD[script].format(**good).split(), cwd=tmp_path, WORLD_SIZE="")
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "the environment has WORLD_SIZE=, which torchrun did not set so" in ended.err

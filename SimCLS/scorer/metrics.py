@@ -5,6 +5,7 @@ import torch
 from data_utils import ROUGE
 from model import ranking_loss, score_samples
 
+from harness.devices import widest_float
 from harness.timing import nvtx_range
 
 MOST_UPDATES_A_REPORT = 50  # Further apart, a collapse would be seen too late.
@@ -22,7 +23,7 @@ class Metrics:
 
     def __init__(self, device):
         # [epoch, report] x [documents, loss, spread of the scores]
-        self.totals = torch.zeros(2, 3, dtype=torch.float64, device=device)
+        self.totals = torch.zeros(2, 3, dtype=widest_float(device), device=device)
         self._last = None
 
     @torch.no_grad()
@@ -35,7 +36,7 @@ class Metrics:
         highest = scores.masked_fill(~batch.present, -2).amax(1)
         lowest = scores.masked_fill(~batch.present, 2).amin(1)
         means = torch.stack([torch.ones_like(loss), loss, (highest - lowest).mean()])
-        self.totals += len(scores) * means.double()
+        self.totals += len(scores) * means.to(self.totals.dtype)
 
     def epoch_loss(self, world):
         """The mean loss of the epoch over all processes; the epoch's sums begin anew."""
@@ -113,19 +114,19 @@ def validate(scorer, samples, args, precision, world, stop=None):
     None.
     """
     numbers = np.argsort(samples.document_lengths, kind="stable")[world.rank :: world.size]
-    losses, chosen = torch.zeros((), dtype=torch.float64, device=world.device), []
+    losses, chosen = torch.zeros((), dtype=widest_float(world.device), device=world.device), []
     with nvtx_range("validation"):
         batches = score_samples(scorer, samples, numbers, 2 * args.batch_size, world.device, precision)
         for part, batch, scores, gold_scores in batches:
             if stop:
                 batches.close()
                 return None
-            losses += len(part) * loss_of(args, scores, gold_scores, batch).double()
+            losses += len(part) * loss_of(args, scores, gold_scores, batch).to(losses.dtype)
             chosen.append(scores.masked_fill(~batch.present, -2).argmax(1))
         chosen = torch.cat(chosen).tolist() if chosen else []
     figures = [samples.rouge(number)[choice] for number, choice in zip(numbers, chosen, strict=True)]
     rouge = np.sum(figures, axis=0, dtype=np.float64) if figures else np.zeros(len(ROUGE))
-    totals = torch.tensor([len(numbers), losses.item(), *rouge], dtype=torch.float64, device=world.device)
+    totals = torch.tensor([len(numbers), losses.item(), *rouge], dtype=losses.dtype, device=world.device)
     count, *sums = world.sum(totals).tolist()
     return {f"val_{name}": value / count for name, value in zip(("loss", *ROUGE), sums, strict=True)}
 

@@ -3,9 +3,10 @@
 import argparse
 from pathlib import Path
 
-from model import MARGIN, MAX_LEN, TOTAL_LEN, read_description
+from model import MARGIN, MAX_LEN, TOTAL_LEN, encoder_family, read_description
+from pretrained import half_precision_name
 
-from harness import determinism, runs, tracing
+from harness import determinism, devices, runs, tracing
 from harness.arguments import (
     HelpWithDefaults,
     OneLineParser,
@@ -20,7 +21,7 @@ from harness.arguments import (
     workers,
 )
 from harness.endings import UserError
-from harness.precision import half_precision_type
+from harness.precision import half_precision_or_auto
 from texts.scoring import add_rouge_argument
 
 CACHE = Path("cache")
@@ -62,10 +63,12 @@ def add_machine_arguments(group):
         help="numbers of the GPUs, one process each; without --cuda as many processes on the CPU")  # fmt: skip
     add("-p", "--port", type=positive_int, help="TCP port at which the processes meet; by default a free one")
     add("--num_workers", type=workers, default=4, help="processes that make batches; 0 makes them in this one")
-    add("--half_precision", type=half_precision_type, nargs="?", const="float16", metavar="float16|bfloat16",
-        help="autocast, in float16 with loss scaling when no type is named; on a CPU always in bfloat16")  # fmt: skip
+    add("--half_precision", type=half_precision_or_auto, nargs="?", const="auto", metavar="float16|bfloat16",
+        help="autocast, in float16 with loss scaling when no type is named; on a CPU, and for an encoder of the T5 "
+             "family, in bfloat16")  # fmt: skip
     add("--use_checkpoint", **FLAG, help="recompute the activations of each encoder layer in backward")
     determinism.add_argument(group)
+    devices.add_arguments(group, default="the CPU, or with --cuda the GPUs of --gpuid")
 
 
 def add_learning_arguments(group):
@@ -131,7 +134,7 @@ def run_name(args):
 def name_by_settings(args):
     parts = [f"simcls_{args.num_workers}_worker"]
     if args.half_precision:
-        parts.append({"float16": "fp16", "bfloat16": "bf16"}[args.half_precision])
+        parts.append({"auto": "fp16", "float16": "fp16", "bfloat16": "bf16"}[args.half_precision])
     if args.use_checkpoint:
         parts.append("checkpoint")
     if args.seed:
@@ -152,6 +155,15 @@ def cached_path(name):
         there = sorted(str(path.relative_to(CACHE)) for path in CACHE.glob("*/*.bin"))
         raise UserError(f"there are no weights {path}; below {CACHE} there are: {', '.join(there) or 'none'}")
     return path
+
+
+def half_precision_of(args, device):
+    """What --half_precision means for the encoder of the run: where no type is named, it depends on the family."""
+    if args.half_precision != "auto" or device.type == "cpu":
+        return args.half_precision
+    trained = (args.model_pt and read_description(cached_path(args.model_pt))) or {}
+    family = encoder_family(args.model_type) if args.model_type else trained.get("architecture")
+    return half_precision_name(args.half_precision, family)
 
 
 def fill_in_lengths(args):

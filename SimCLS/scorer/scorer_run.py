@@ -15,7 +15,8 @@ from scorer.metrics import MOST_UPDATES_A_REPORT, CollapseWatch, mean_rouge
 from scorer.scorer_arguments import CACHE, run_name
 
 # They choose where and how long a process runs, not what it computes: a resumed run may change them.
-NOT_RESULTS = ("resume", "restart", "max_steps", "log", "port", "gpuid", "evaluate", "run_name", "trace")
+NOT_RESULTS = ("resume", "restart", "max_steps", "log", "port", "evaluate", "run_name", "trace")
+NOT_RESULTS += ("cuda", "gpuid", "device", "threads")
 FIXED_LENGTH = "the learning rate falls to zero over all updates"
 POINTS_PER_EPOCH = 200  # Of the loss curve in the record.
 REPORTS = 100  # Lines about the loss in a whole run, unless MOST_UPDATES_A_REPORT asks for more.

@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import torch
 
+from harness.devices import widest_float
 from search.hypotheses import Hypotheses, take
 from search.token_rules import TokenRules
 
@@ -35,7 +36,7 @@ class Candidates(NamedTuple):
 
     tokens: torch.Tensor  # int64 [documents, candidates, length]: the start token first, padding behind the end token.
     scores: torch.Tensor  # float32 [documents, candidates], by which they are ranked.
-    log_probs: torch.Tensor  # float64 [documents, candidates]: the model's own, summed over `lengths` tokens.
+    log_probs: torch.Tensor  # wide float [documents, candidates]: the model's own, summed over `lengths` tokens.
     lengths: torch.Tensor  # int64 [documents, candidates]: tokens behind the start token, the end token counted.
 
 
@@ -81,7 +82,7 @@ class DiverseBeamSearch(TokenRules):
         self.early_stopping, self.rewards_length = early_stopping, length_penalty > 0
         # By number of tokens behind the start token. A table, since CUDA multiplies by the inverse of a Python number.
         divisors = [1.0] + [float(length) ** length_penalty for length in range(1, max_length)]
-        self.divisors = torch.tensor(divisors, dtype=torch.float64, device=self.device)
+        self.divisors = torch.tensor(divisors, dtype=widest_float(self.device), device=self.device)
         # Enough of a group's best tokens that as many as it has beams do not end.
         self.offers = max(2, 1 + len(self.end_tokens)) * self.group_size
 
@@ -152,7 +153,7 @@ class Beams:
         # All but the first beam of a group start hopeless: the equal beams would choose equal tokens.
         self.scores = torch.full(shape, -1e9, device=search.device)
         self.scores[:, :: search.group_size] = 0
-        self.log_probs = torch.zeros(shape, dtype=torch.float64, device=search.device)
+        self.log_probs = torch.zeros(shape, dtype=search.divisors.dtype, device=search.device)
         self.done = torch.zeros(documents, search.num_groups, dtype=torch.bool, device=search.device)
         self.ended = Hypotheses(documents, search.num_groups, search.group_size, search.max_length, search.device)
 
@@ -170,10 +171,10 @@ class Beams:
         groups = self.tokens.unflatten(1, (search.num_groups, search.group_size))
         for rank in range(search.group_size):
             hypothesis = take(groups, top_parents[:, :, rank : rank + 1]).squeeze(2)
-            score = tops[:, :, rank].double() / search.divisors[length]
+            score = tops[:, :, rank].to(search.divisors.dtype) / search.divisors[length]
             self.ended.add(ends[:, :, rank] & ~self.done, score, log_probs[:, :, rank], hypothesis, length)
         was_done = self.done.unsqueeze(2)
-        self.done = self.done | self._cannot_improve(tops[:, :, 0].double(), length)
+        self.done = self.done | self._cannot_improve(tops[:, :, 0].to(search.divisors.dtype), length)
 
         here = torch.arange(search.group_size, device=search.device)
         parents = torch.where(was_done, here, top_parents.gather(2, nexts))
@@ -229,7 +230,7 @@ class Beams:
     def best(self):
         """All hypotheses of each document as Candidates."""
         search = self.search
-        scores = self.scores.double().unflatten(1, self.done.shape[1:] + (-1,)) / search.divisors[-1]
+        scores = self.scores.to(search.divisors.dtype).unflatten(1, self.done.shape[1:] + (-1,)) / search.divisors[-1]
         groups = self.tokens.unflatten(1, (search.num_groups, search.group_size))
         log_probs = self.log_probs.view_as(scores)
         for rank in range(search.group_size):

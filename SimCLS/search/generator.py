@@ -15,7 +15,6 @@ from utils import progress
 
 from harness import arguments
 from harness.endings import UserError
-from harness.precision import half_precision_type
 from search.diverse_beam import DiverseBeamSearch
 from texts.documents import clean
 from texts.samples import as_sample
@@ -25,7 +24,6 @@ from texts.sentences import SentenceSplitter
 SOURCE_LENGTH, SUMMARY_LENGTH = 512, 64
 CANDIDATES = 16
 TOKENIZED_TOGETHER = 1000
-half_precision_or_auto = functools.partial(half_precision_type, unnamed="auto")
 
 
 def add_search_arguments(parser):

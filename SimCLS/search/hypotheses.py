@@ -2,6 +2,8 @@
 
 import torch
 
+from harness.devices import widest_float
+
 
 class Hypotheses:
     """The best ended hypotheses of every group of every document, `size` a group.
@@ -12,8 +14,8 @@ class Hypotheses:
 
     def __init__(self, documents, groups, size, max_length, device):
         shape = (documents, groups, size)
-        self.scores = torch.full(shape, float("inf"), dtype=torch.float64, device=device)
-        self.log_probs = torch.zeros(shape, dtype=torch.float64, device=device)
+        self.scores = torch.full(shape, float("inf"), dtype=widest_float(device), device=device)
+        self.log_probs = torch.zeros(shape, dtype=widest_float(device), device=device)
         self.lengths = torch.zeros(shape, dtype=torch.long, device=device)
         self.came = torch.zeros(shape, dtype=torch.long, device=device)
         self.tokens = torch.zeros((*shape, max_length), dtype=torch.long, device=device)
@@ -21,14 +23,14 @@ class Hypotheses:
         self.clock = 0
 
     def worst(self):
-        """The lowest score of each group, float64 [documents, groups]."""
+        """The lowest score of each group, wide float [documents, groups]."""
         return self.scores.amin(-1)
 
     def add(self, offered, scores, log_probs, tokens, length):
         """Offer one hypothesis to each group where `offered`, bool [documents, groups], is true.
 
-        scores, log_probs: float64 [documents, groups]; tokens: int64 [documents, groups, max_length], `length` of them
-        used.
+        scores, log_probs: wide float [documents, groups], float64 but on MPS; tokens: int64 [documents, groups,
+        max_length], `length` of them used.
         """
         self.clock += 1
         size = self.scores.shape[2]

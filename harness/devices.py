@@ -1,0 +1,56 @@
+"""Where a script computes: the device and the threads that a user asks for, or what the machine has.
+
+"mps" (Apple's GPUs) is untested: nothing here runs on it but by its documentation.
+"""
+
+import argparse
+import re
+
+import torch
+
+from harness.arguments import positive_int
+from harness.distributed import read_job
+from harness.endings import UserError
+
+
+def add_arguments(parser, default="a CUDA GPU where there is one, else the CPU"):
+    """Add `--device` and `--threads` to an argument parser or group. default: in words, where no device is named."""
+    parser.add_argument("--device", type=device_name, metavar="cpu|cuda|cuda:1|mps",
+        help=f"where the model is; by default {default}")  # fmt: skip
+    parser.add_argument("--threads", type=positive_int, help="of the processor; by default PyTorch's choice")
+
+
+def widest_float(device):
+    """The floating-point type for sums on `device`: float64, which Apple's GPUs lack."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
+def device_name(text):
+    """An argparse type: the name of a device of a kind that the scripts know."""
+    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda, cuda:1 and the like, and mps")
+    return text
+
+
+def choose(args):
+    """The torch.device of this process by `--device`; UserError where it is not there. Sets `--threads`, too.
+
+    Of a job's processes each has a GPU of its own.
+    """
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    job, gpus = read_job(), torch.cuda.device_count() if torch.cuda.is_available() else 0
+    name = args.device or ("cuda" if gpus else "cpu")
+    kind, _, number = name.partition(":")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError("--device mps: PyTorch finds no GPU of Apple's on this machine")
+    if kind != "cuda":
+        return torch.device(kind)
+    if not gpus:
+        raise UserError(f"--device {name}: PyTorch finds no CUDA GPU on this machine; leave it out to use the CPU")
+    if number and job.local_size > 1:
+        raise UserError(f"--device {name}: this job has {job.local_size} processes; --device cuda gives each its GPU")
+    index = int(number or job.local_rank)
+    if index >= gpus:
+        raise UserError(f"--device {name}: there is no GPU {index}; this machine has {gpus}, counted from 0")
+    return torch.device("cuda", index)

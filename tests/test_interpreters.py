@@ -1,0 +1,39 @@
+"""Every script runs without docstrings and asserts (python3 -OO), and where Python leaves its folder off sys.path."""
+
+import os
+import subprocess
+import sys
+
+from conftest import ROOT
+
+# One process, since most of the time goes into torch; each script finds its own modules anew.
+HELP_OF_ALL = """
+import os, runpy, sys
+root, *scripts = sys.argv[1:]
+path = list(sys.path)
+for script in scripts:
+    sys.path[:], sys.argv = path, [script, "--help"]
+    try:
+        runpy.run_path(os.path.join(root, script), run_name="__main__")
+    except SystemExit as end:
+        print(script, "ended with", end.code, file=sys.stderr)
+    for name, module in list(sys.modules.items()):
+        if str(vars(module).get("__file__")).startswith(root):
+            del sys.modules[name]
+"""
+
+
+def scripts():
+    """Every script that a user may start, from the root."""
+    found = [path for folder in ("resnext", "SimCLS", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    found = [path for path in [*found, ROOT / "report.py"] if "endings.run(main)" in path.read_text(encoding="utf-8")]
+    return sorted(str(path.relative_to(ROOT)) for path in found)
+
+
+def test_help_of_every_script_without_docstrings_and_without_its_folder_on_the_path(tmp_path):
+    assert len(scripts()) > 15
+    command = [sys.executable, "-OO", "-c", HELP_OF_ALL, f"{ROOT}{os.sep}", *scripts()]
+    environment = os.environ | {"PYTHONSAFEPATH": "1", "PYTHONDONTWRITEBYTECODE": "1"}
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stderr.splitlines() == [f"{script} ended with 0" for script in scripts()]
