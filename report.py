@@ -138,6 +138,7 @@ def page_parts(runs, evaluations, measured):
     """Name -> Markdown: the generated parts of the pages besides the tables of `sections`."""
     parts = {f"headline-{study.name}": headline.render(runs, study.name) for study in headline.STUDIES}
     parts |= {"bullets": sentences.bullets(runs, evaluations), "faults": sentences.faults(measured)}
+    parts |= {"step-memory": sentences.step_memory(measured)}
     parts |= {"loop": loops.whole("resnext.py")}
     return parts | {f"loop-{name}": loops.difference(f"resnext_{name}.py") for name in ("checkpoint", "fast")}
 

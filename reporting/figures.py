@@ -39,9 +39,10 @@ def draw_all(runs, measured, folder):
     """
     from reporting.frontier import draw_frontier  # They take their style from this module.
     from reporting.headline_figures import draw_time_to_accuracy, draw_waterfall
+    from reporting.step_memory import draw_step_memory
 
     written = [*draw_waterfall(runs, folder), *draw_time_to_accuracy(runs, folder), *draw_studies(runs, folder)]
-    return [*written, *draw_frontier(measured, folder)]
+    return [*written, *draw_frontier(measured, folder), *draw_step_memory(measured, folder)]
 
 
 def draw_studies(runs, folder):

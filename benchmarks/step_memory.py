@@ -1,0 +1,153 @@
+#!/usr/bin/env python3
+"""The memory of one training step over time, by what it holds: plain, and with what backward recomputes.
+
+Every tensor that an operator returns is followed from its birth until it is freed, on a CPU too. In forward it is an
+activation that is kept for backward, or one that passes; in backward a gradient, or an activation that is redone.
+report.py draws the figure from the record.
+"""
+
+import argparse
+import contextlib
+import sys
+import weakref
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent / name) for name in ("", "resnext")]
+
+import torch
+import torch.nn.functional as F
+from common import results_path
+
+from experiment import model_name
+from harness import arguments, endings
+from harness.files import write_record
+from harness.machine import describe_machine
+from harness.memory import LiveBytes
+from harness.planning import plan_recomputation
+from harness.recompute import Tape
+from models.resnext import ResNeXt, parse_name
+from models.resnext_checkpoint import CheckpointResNeXt
+
+KINDS = ("kept for backward", "passing", "redone", "gradients of activations", "gradients of weights")
+POINTS = 150  # Of the curve that is recorded: in each stretch of time the moment with most memory.
+
+
+class Lives(LiveBytes):
+    """Follows each storage in one step: [kind, bytes, born, freed], in ticks of `clock`, which counts both."""
+
+    def __init__(self, model):
+        super().__init__(model)
+        self._weights, self._shapes = self._shapes, set()
+        self.lives, self.clock = [], 0
+        self.in_backward = self.is_redoing = False
+
+    def follow(self, tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._live:
+            return
+        life = [self._kind(tensor), storage.nbytes(), self.clock, None]
+        self.clock += 1
+        self.lives.append(life)
+        self._live[storage._cdata] = weakref.finalize(storage, self._free, storage._cdata, life)
+
+    def _kind(self, tensor):
+        if not self.in_backward:
+            return "passing"  # Until forward ends, and it is still there.
+        if self.is_redoing:
+            return "redone"
+        return "gradients of weights" if tuple(tensor.shape) in self._weights else "gradients of activations"
+
+    def _free(self, key, life):
+        del self._live[key]
+        life[3] = self.clock
+        self.clock += 1
+
+    def begin_backward(self):
+        self.in_backward = True
+        for life in self.lives:
+            if life[3] is None:
+                life[0] = "kept for backward"
+
+    @contextlib.contextmanager
+    def told_of_redoing(self):
+        """Within the block, what harness.recompute redoes counts as redone."""
+        redo = Tape.redo
+
+        def told(tape, step, inputs):
+            self.is_redoing = True
+            try:
+                return redo(tape, step, inputs)
+            finally:
+                self.is_redoing = False
+
+        Tape.redo = told
+        try:
+            yield
+        finally:
+            Tape.redo = redo
+
+
+def follow_step(model, images, labels):
+    """(the Lives of one forward and backward of `model`, the tick at which backward begins)"""
+    lives = Lives(model)
+    with lives.told_of_redoing():
+        with lives:
+            loss = F.cross_entropy(model(images), labels)
+        lives.begin_backward()
+        turn = lives.clock
+        with lives:
+            loss.backward()
+    return lives, turn
+
+
+def curve(lives):
+    """[[tick, bytes of each of KINDS], ...], at most POINTS of them, each the fullest of its stretch of ticks."""
+    changes = [{} for _ in range(lives.clock + 1)]
+    for kind, size, born, freed in lives.lives:
+        for tick, change in ((born, size), (freed, -size)):
+            if tick is not None:
+                changes[tick][kind] = changes[tick].get(kind, 0) + change
+    now, points = dict.fromkeys(KINDS, 0), []
+    for tick, change in enumerate(changes[:-1]):
+        for kind, size in change.items():
+            now[kind] += size
+        points.append([tick, *now.values()])
+    stretch = -(-len(points) // POINTS)
+    return [max(points[first : first + stretch], key=lambda point: sum(point[1:]))
+            for first in range(0, len(points), stretch)]  # fmt: skip
+
+
+def main():
+    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=model_name, default="resnext29_4x64d")
+    parser.add_argument("--batch_size", type=arguments.positive_int, default=16)
+    parser.add_argument("--budget", type=arguments.share, default=0.5, help="peak of the plan, as a share of plain's")
+    parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/step_memory.json")
+    args = parser.parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    shape = parse_name(args.model)
+    torch.manual_seed(0)
+    images = torch.randn(args.batch_size, 3, 32, 32, device=device)
+    labels = torch.randint(10, (args.batch_size,), device=device)
+    planned = CheckpointResNeXt(*shape).to(device).train()
+    planned.policy = plan_recomputation(planned.rehearse(args.batch_size, timed=False), args.budget, cost="flops").redo
+    models = {"plain": ResNeXt(*shape)}
+    models |= {policy: CheckpointResNeXt(*shape, policy=policy) for policy in ("chain", "block")}
+    models[f"budget {args.budget:g}"] = planned
+    weights = sum(weight.nbytes for weight in planned.parameters())
+    record = {"benchmark": "step_memory", "machine": describe_machine(device), "model": args.model}
+    record |= {"batch_size": args.batch_size, "weight_bytes": weights, "kinds": KINDS, "steps": {}}
+    for name, model in models.items():
+        lives, turn = follow_step(model.to(device).train(), images, labels)
+        points = curve(lives)
+        held = sum(size for kind, size, *_ in lives.lives if kind == "kept for backward")
+        peak = max(sum(point[1:5]) for point in points)  # Without the gradients of weights.
+        record["steps"][name] = {"backward_begins": turn, "ends": lives.clock, "held_bytes": held, "points": points}
+        print(f"{name:12} held {held / 2**20:7.1f} MiB, peak {peak / 2**20:7.1f} MiB")
+    path = args.output or results_path("step_memory", device)
+    write_record(path, record)
+    print(f"written: {path}")
+
+
+if __name__ == "__main__":
+    endings.run(main)

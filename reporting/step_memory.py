@@ -1,0 +1,59 @@
+"""The figure of benchmarks/step_memory.py: what one training step holds in memory, over its time."""
+
+import matplotlib
+import matplotlib.pyplot as plt
+import numpy as np
+
+from reporting import shapes
+from reporting.figures import STYLE, WIDTH, save
+from reporting.records import provenance
+from reporting.shapes import COUNT, NUMBER, TEXT, each
+
+GIB = 2**30
+CURVE = {"backward_begins": COUNT, "ends": COUNT, "held_bytes": NUMBER, "points": each(list, each(list, COUNT))}
+RECORD = {
+    "model": TEXT, "batch_size": COUNT, "weight_bytes": COUNT, "kinds": each(list, TEXT), "steps": each(dict, CURVE),
+}  # fmt: skip
+ADAM = 3  # Weights, and two moments of each.
+
+
+def draw_step_memory(measured, folder):
+    """Write `folder`/step_memory.png from the benchmark's record, one from a GPU before one from a CPU.
+
+    measured: the benchmarks' records, as benchmarks.read gives them. Returns the paths written.
+    """
+    records = [record for group in measured.values() for record in group if record["benchmark"] == "step_memory"]
+    records = [record for record in records if shapes.fault(record, RECORD) is None and record["steps"]]
+    if not records:
+        return []
+    with plt.rc_context(STYLE):
+        figure = draw(min(records, key=lambda record: record["machine"].get("device") == "cpu"))
+    save(figure, folder / "step_memory.png")
+    plt.close(figure)
+    return [folder / "step_memory.png"]
+
+
+def draw(record):
+    """A panel for each way to train, all of one scale, with the kinds of memory stacked."""
+    steps = record["steps"]
+    shape = {"figsize": (WIDTH, 7.2), "layout": "constrained", "sharey": True, "squeeze": False}
+    figure, panels = plt.subplots(-(-len(steps) // 2), 2, **shape)
+    kinds = ["weights and Adam's moments", *record["kinds"]]
+    colours = matplotlib.color_sequences["petroff10"]
+    for panel, (name, step) in zip(panels.flat, steps.items(), strict=False):
+        points = np.array(step["points"], dtype=float)
+        base = np.full(len(points), ADAM * record["weight_bytes"])
+        panel.stackplot(points[:, 0] / step["ends"], base / GIB, *(points[:, 1:].T / GIB), labels=kinds, colors=colours)
+        panel.axvline(step["backward_begins"] / step["ends"], color="black", linestyle="--", linewidth=1)
+        peak = (base + points[:, 1:].sum(1)).max() / GIB
+        panel.set_title(f"{name}: {step['held_bytes'] / GIB:.2f} GiB kept, peak {peak:.2f} GiB", fontsize=10)
+        panel.set_xlim(0, 1)
+    for panel in panels[-1]:
+        panel.set_xlabel("share of the step's operators that have run; dashed: backward begins")
+    for panel in panels[:, 0]:
+        panel.set_ylabel("memory, GiB")
+    figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
+    facts = f"{record['machine']['hardware']}; {provenance([record])}"
+    title = f"The memory of one training step: {record['model']}, batch {record['batch_size']}"
+    figure.suptitle(f"{title}\n{facts}", fontsize=11)
+    return figure
