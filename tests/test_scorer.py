@@ -162,9 +162,10 @@ def test_texts_begin_with_a_token_that_is_no_word_and_are_cut(encoders, kind):
     assert ids[-1] == other[-1] == last
     assert len(ids) == 9
     assert len(encoding.summaries(["returns the sum " * 9])[0]) == 7
-    assert (
-        longest_input(encoder, tokenizer) == {"t5": longest_input(encoder, tokenizer), "bert": 64, "roberta": 62}[kind]
-    )
+    longest = longest_input(encoder, tokenizer)
+    assert longest > 10**6 if kind == "t5" else longest == {"bert": 64, "roberta": 62}[kind]
+    tokenizer.model_max_length = 48
+    assert longest_input(encoder, tokenizer) == 48
 
 
 def test_equal_texts_of_a_sample_are_encoded_once(sample_folder, encoding):
