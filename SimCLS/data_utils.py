@@ -35,8 +35,8 @@ TOKENS_PER_CALL = {"cpu": 64, "cuda": 2048}
 class TextEncoding:
     """How texts become token ids: [first] text [end], with the tokenizer's own special tokens.
 
-    A tokenizer that puts neither a CLS nor a BOS token first, such as T5's, gets its end token there, so that the
-    state of the first token is that of a text and not of a word.
+    Where a tokenizer puts none of them first, its CLS, BOS or, as for T5, end token is put there, so that the state of
+    the first token is that of a text and not of a word.
 
     total_len, max_len: the most tokens of a document, and of a summary, special ones included; longer ones are cut.
     """
@@ -44,10 +44,7 @@ class TextEncoding:
     def __init__(self, tokenizer, total_len, max_len):
         self.tokenizer, self.total_len, self.max_len = tokenizer, total_len, max_len
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
-        first = tokenizer.cls_token_id if tokenizer.cls_token_id is not None else tokenizer.bos_token_id
-        self._first = [] if first is not None else [tokenizer.eos_token_id]
-        if self._first == [None]:
-            raise UserError(f"the tokenizer {tokenizer.name_or_path} has no CLS, BOS or EOS token to begin a text with")
+        self._first = [] if _begins_with_special_token(tokenizer) else [_token_to_begin_with(tokenizer)]
         self.fingerprint = _digest(_tokenizer_text(tokenizer))
 
     def documents(self, texts):
@@ -62,6 +59,19 @@ class TextEncoding:
             texts, truncation=True, max_length=length - len(self._first), return_attention_mask=False
         )
         return [self._first + ids for ids in encoded["input_ids"]]
+
+
+def _begins_with_special_token(tokenizer):
+    """Whether the tokenizer puts a token before every text. That it has a CLS token does not say where that goes."""
+    empty, *others = tokenizer(["", "a", "the 7"])["input_ids"]
+    return bool(empty) and all(ids[0] == empty[0] and len(ids) > len(empty) for ids in others)
+
+
+def _token_to_begin_with(tokenizer):
+    for token in (tokenizer.cls_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise UserError(f"the tokenizer {tokenizer.name_or_path} has no CLS, BOS or EOS token to begin a text with")
 
 
 def _tokenizer_text(tokenizer):
@@ -110,6 +120,13 @@ class SampleSet(torch.utils.data.Dataset):
     def most_candidates(self):
         """Candidates of the sample that has most."""
         return int(np.diff(self._arrays["candidate_start"]).max())
+
+    @property
+    def all_tied(self):
+        """Whether no sample has candidates of different scores."""
+        counts = np.diff(self._arrays["candidate_start"])
+        firsts = self._arrays["score"][self._arrays["candidate_start"][:-1]]
+        return bool((self._arrays["score"] == np.repeat(firsts, counts)).all())
 
     def scores(self, number):
         """The candidates' scores as the sample file has them, float32 [candidates]."""

@@ -17,6 +17,7 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import torch
 from data_utils import LengthBatches, load_samples
 from model import load_scorer
+from pretrained import half_precision_name
 
 from harness import determinism, devices, distributed, endings
 from harness.endings import UserError
@@ -27,7 +28,7 @@ from harness.resume import stop_requests
 from harness.timing import PhaseTimer, nvtx_range
 from scorer.metrics import Metrics, loss_of, validate
 from scorer.optimization import Schedule, clip_gradients, seed_step
-from scorer.scorer_arguments import cached_path, fill_in_lengths, get_args_parser, half_precision_of
+from scorer.scorer_arguments import cached_path, get_args_parser
 from scorer.scorer_run import ScorerRun
 
 
@@ -40,20 +41,20 @@ def main():
     determinism.apply(args)
     with distributed.world(device) as world:
         world.check_divisible(args.batch_size)
-        with world.first_on_machine():
-            fill_in_lengths(args)
-            half_precision = half_precision_of(args, device)
+        scorer, encoding, description = load_model(args, world)
+        half_precision = half_precision_name(args.half_precision, description["architecture"])
         # TensorFloat-32 is off: in this model it would be for the matrix products, where PyTorch leaves it off too.
         precision = choose_precision(half_precision, device, true_fp32=True, say=world.say)
         run = ScorerRun(args, world, precision=precision.label)
         with run.lock():
             if not run.is_done():
-                train(args, world, precision, run)
+                train(args, world, precision, run, scorer, encoding, description)
 
 
-def train(args, world, precision, run):
+def train(args, world, precision, run, scorer, encoding, description):
     device = world.device
-    scorer, description, train_set, val_set = load_parts(args, world)
+    train_set, val_set = load_data(args, world, encoding)
+    description["candidates"] = train_set.most_candidates
     parallel_scorer = world.wrap(scorer)
     batches, loader = training_batches(args, world, train_set)
     optimizer = torch.optim.Adam(scorer.parameters(), fused=True)
@@ -121,21 +122,32 @@ def train(args, world, precision, run):
     run.finish()
 
 
-def load_parts(args, world):
-    """(scorer on its device, its description, training SampleSet, validation SampleSet)"""
+def load_model(args, world):
+    """(scorer on its device, its TextEncoding, its description); the lengths in `args` become those that it uses."""
     weights = args.model_pt and cached_path(args.model_pt)
     torch.manual_seed(args.seed)
     with world.first_on_machine():
         scorer, encoding, description = load_scorer(
             args.model_type, weights, args.total_len, args.max_len, args.dropout
         )
-        if args.use_checkpoint:
-            recompute_activations(scorer, description)
-        folder, to_load = Path(args.dataset), {"device_type": world.device.type, "say": world.say}
+    args.total_len, args.max_len = encoding.total_len, encoding.max_len
+    if args.use_checkpoint:
+        recompute_activations(scorer, description)
+    return scorer.to(world.device), encoding, description
+
+
+def load_data(args, world, encoding):
+    """(training SampleSet, validation SampleSet)"""
+    folder, to_load = Path(args.dataset), {"device_type": world.device.type, "say": world.say}
+    with world.first_on_machine():
         train_set = load_samples(folder / "train", encoding, args.max_num, None, **to_load)
         val_set = load_samples(folder / "val", encoding, args.max_num, args.rouge_tokens, **to_load)
-    description["candidates"] = train_set.most_candidates
-    return scorer.to(world.device), description, train_set, val_set
+    if train_set.all_tied:
+        raise UserError(
+            f"{folder / 'train'}: no document has candidates of different scores, so that there is nothing to learn; "
+            "make more of them, or score them with preprocess.py --rouge_tokens, if their script is not a to z"
+        )
+    return train_set, val_set
 
 
 def recompute_activations(scorer, description):

@@ -22,8 +22,8 @@ from harness.endings import UserError
 from harness.files import atomic_write, write_json
 
 # isort: split
-from pretrained import check_length, hub_answers, load
-from transformers import AutoConfig, AutoModelForTextEncoding
+from pretrained import check_length, load, most_tokens
+from transformers import AutoModelForTextEncoding
 
 from scorer import minilm
 
@@ -142,44 +142,27 @@ def load_encoder(name, dropout=0.0):
     return encoder.train(), tokenizer  # from_pretrained switches dropout off.
 
 
-def encoder_family(name):
-    """The model_type of the encoder `name`; None where none can be read, of which `load_encoder` tells."""
-    try:
-        offline = Path(name).is_dir() or not hub_answers()
-        return AutoConfig.from_pretrained(minilm.resolve(name), local_files_only=offline).model_type
-    except Exception:  # As `load` says.
-        return None
-
-
-def longest_input(encoder, tokenizer):
-    """How many tokens of a text `encoder` can read; a huge number when there is no limit."""
-    positions = getattr(encoder.config, "max_position_embeddings", None) or sys.maxsize
-    for name, module in encoder.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            positions -= module.padding_idx + 1  # RoBERTa counts positions from there.
-    return min(positions, tokenizer.model_max_length)
-
-
 def load_scorer(name=None, weights=None, total_len=None, max_len=None, dropout=0.0):
     """(Scorer on the CPU, data_utils.TextEncoding, description) to train or to score with.
 
     name: the encoder, as for `load_encoder`; None for the one that `weights` was trained for, else roberta-base.
     weights: path of a trained scorer, or None for the encoder as it is. total_len, max_len: tokens of a document and of
-    a summary; None for those of the training. An encoder that reads less has its own limit. dropout: in training.
+    a summary; None for those of the training, else for TOTAL_LEN and MAX_LEN or what the encoder and its tokenizer are
+    made for, if that is less. The encoding has those that are used. dropout: in training.
 
     UserError when the encoder or the weights cannot be loaded, or do not belong together, and for lengths without room
-    for a text.
+    for a text, or beyond the encoder's positions.
     """
     trained = (weights and read_description(weights)) or {}
     name = name or trained.get("encoder", "roberta-base")
     encoder, tokenizer = load_encoder(name, dropout)
-    limit = longest_input(encoder, tokenizer)
     encoding = TextEncoding(tokenizer, TOTAL_LEN, MAX_LEN)
-    special = len(encoding.summaries([""])[0])
-    encoding.total_len = min(total_len or trained.get("total_len", TOTAL_LEN), limit)
-    encoding.max_len = min(max_len or trained.get("max_len", MAX_LEN), limit)
-    check_length("--total_len", encoding.total_len, special)
-    check_length("--max_len", encoding.max_len, special)
+    special, most = len(encoding.summaries([""])[0]), most_tokens(encoder)
+    own = min(most, tokenizer.model_max_length)
+    encoding.total_len = total_len or trained.get("total_len") or min(TOTAL_LEN, own)
+    encoding.max_len = max_len or trained.get("max_len") or min(MAX_LEN, own)
+    check_length("--total_len", encoding.total_len, special, most)
+    check_length("--max_len", encoding.max_len, special, most)
     scorer, description = Scorer(encoder), _describe(name, encoder, encoding)
     if "candidates" in trained:  # How many a document had in training.
         description["candidates"] = trained["candidates"]

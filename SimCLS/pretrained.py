@@ -1,5 +1,6 @@
 """Loading a model with its tokenizer in `from_pretrained` form, a folder or a name on the hub."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from harness.endings import UserError
 HUB_TIMEOUT = 5  # seconds
 # They overflow in float16.
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
+# What models call their tables of absolute positions; relative ones have no end.
+POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 
 
 def load(name, kind, problem, advice, dtype=torch.float32, **settings):
@@ -43,6 +46,8 @@ def load(name, kind, problem, advice, dtype=torch.float32, **settings):
         return model, load_tokenizer(name, **options)
     except Exception as error:  # Of damaged folders come OSError, ValueError, KeyError, SafetensorError and more.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "sentencepiece" in str(error) and importlib.util.find_spec("sentencepiece") is None:
+            reason, advice = "its tokenizer is one of sentencepiece", "pip install sentencepiece"
         raise UserError(f"{problem} ({reason}); {advice}") from None
 
 
@@ -77,10 +82,27 @@ def half_precision_dtype(config, half_precision, precision):
     config: the model's. half_precision: as from the command line; with "auto", where no type is named, the T5 family
     runs in bfloat16. precision: the harness Precision that was chosen by it.
     """
-    return torch.bfloat16 if half_precision == "auto" and config.model_type in T5_FAMILY else precision.dtype
+    family_type = half_precision_name(half_precision, config.model_type)
+    return torch.bfloat16 if family_type == "bfloat16" else precision.dtype
 
 
-def check_length(argument, length, special):
-    """UserError unless `length` tokens hold one of a text, too. special: tokens that an empty text has."""
+def most_tokens(module):
+    """How many tokens `module`, an encoder or a decoder, has positions for; sys.maxsize where nothing limits it."""
+    most = sys.maxsize
+    for name, table in module.named_modules():
+        if isinstance(table, torch.nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
+            # BART's family counts from 2, RoBERTa's from the row behind that of padding.
+            first = getattr(table, "offset", 0) or (0 if table.padding_idx is None else table.padding_idx + 1)
+            most = min(most, table.num_embeddings - first)
+    return most
+
+
+def check_length(argument, length, special, most=sys.maxsize):
+    """UserError unless `length` tokens hold one of a text, too, and are not more than the model has positions for.
+
+    special: tokens that an empty text has. most: as from `most_tokens`.
+    """
     if length <= special:
         raise UserError(f"{argument} {length} leaves no room for a text; this model needs {special + 1} tokens")
+    if length > most:
+        raise UserError(f"{argument} {length} is more than the {most} positions of this model")

@@ -8,6 +8,7 @@ import sqlite3
 import struct
 import zlib
 
+import tiny_inputs
 import torch
 from PIL import Image
 
@@ -103,6 +104,15 @@ TABLE = {
         ("--seed 4294967296", "--seed: '4294967296' is not a whole number from 0 to 2**32 - 1"),
         ("--max_source_length 1", "--max_source_length 1 leaves no room for a text; this model needs 2 tokens"),
         ("--max_target_length 1", "--max_target_length 1 leaves no room for a text"),
+        ("--pt_model {bad}/models/bart --max_source_length 65", "65 is more than the 64 positions of this model"),
+        ("--pt_model {bad}/models/bart --max_target_length 65", "65 is more than the 64 positions of this model"),
+        ("--pt_model {bad}/models/penalty", "`length_penalty`: `num_beams` is set to None"),
+        ("--pt_model {bad}/models/sequences", "do not support `num_return_sequences` different than 1"),
+        ("--pt_model {bad}/models/starts", "decoder_start_token_id is [3, 4]; it has to be one token"),
+        ("--pt_model {bad}/models/start", "start with token 0 in training and with 5 in generation"),
+        ("--data_file {bad}/tables/chinese.csv", "letters are others; add --rouge_tokens unicode (words)"),
+        ("--rouge_tokens letters", "--rouge_tokens: invalid choice: 'letters'"),
+        ("--data_file {bad}/tables/shifted.csv", "shifted.csv, line 8: 3 fields, where the header has 2"),
     ],
     "SimCLS/gen_candidate.py": [
         ("--device cuda:1", "--device cuda:1: PyTorch finds no CUDA GPU on this machine"),
@@ -121,6 +131,10 @@ TABLE = {
         ("--dataset_name {bad}/tables/few.csv", "few.csv has 9 usable documents"),
         ("--dataset_name {bad}/tables/same.csv", "same.csv has 1 usable documents"),
         ("--dataset_name {bad}/tables/quote.csv", "quote.csv"),
+        ("--dataset_name {bad}/tables/shifted.csv", "shifted.csv, line 8: 3 fields, where the header has 2"),
+        ("--generator_name {bad}/models/start", "start with token 0 in training and with 5 in generation"),
+        ("--generator_name {bad}/models/bart --max_source_length 65", "65 is more than the 64 positions of this model"),
+        ("--generator_name {bad}/models/bart --decoder_max_len 65", "65 is more than the 64 positions of this model"),
         ("--dataset_name {bad}/tables/cut.csv.gz", "no complete gzip file"),
         ("--dataset_name {bad}/tables/text.csv.gz", "no complete gzip file"),
         ("--num_groups 3", "--num_groups 3 does not divide --num_cands 4"),
@@ -157,6 +171,9 @@ TABLE = {
         ("--dataset {bad}/samples/score", "3.json has no list of [sentences, score] under 'candidates'"),
         ("--dataset {bad}/samples/count", "3.json has 5 'candidates' but 6 'candidates_untok'"),
         ("--dataset {bad}/samples/no_candidates", "3.json has no candidates"),
+        ("--dataset {bad}/samples/tied", "has candidates of different scores, so that there is nothing to learn"),
+        ("--dataset {bad}/samples/chinese", "letters are others; add --rouge_tokens unicode (words)"),
+        ("--model_type {good}/bert --total_len 65", "--total_len 65 is more than the 64 positions of this model"),
         ("--model_type nowhere", "no encoder can be loaded from 'nowhere'"),
         ("--model_type {bad}/models/hostile", "no encoder can be loaded from"),
         ("--model_type {bad}/models/remote", "no encoder can be loaded from"),
@@ -312,6 +329,10 @@ def make_tables(folder):
     folder.mkdir()
     for name, text in texts.items():
         (folder / name).write_text(text)
+    (folder / "shifted.csv").write_text("\n".join(["abstract,title", *rows[:6], "a, b and c,title", *rows]))
+    (folder / "chinese.csv").write_text(
+        "\n".join(["abstract,title", *(f"文本 {row},猫坐在垫子上 {row}" for row in range(20))])
+    )
     lines = [b"abstract,title", *(row.encode() for row in rows)]
     lines[7] = b"caf\xe9,title"
     (folder / "latin.csv").write_bytes(b"\n".join(lines))
@@ -326,12 +347,29 @@ def make_models(good, folder):
     (folder / "damaged/model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0broken")
     for path in folder.glob("no_tokenizer/tokenizer*"):
         path.unlink()
+    configs = {"penalty": {"length_penalty": 2.0}, "sequences": {"num_return_sequences": 4}}
+    configs |= {"start": {"decoder_start_token_id": 5}, "starts": {"decoder_start_token_id": [3, 4]}}
+    for name, config in configs.items():
+        shutil.copytree(good / "t5", folder / name)
+        usual = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+        (folder / name / "generation_config.json").write_text(json.dumps(usual | config))
+    make_bart(good, folder / "bart")
     (folder / "bad_config/config.json").write_text('{"model_type": "t5",')
     code = "open('the-pickle-ran', 'w')\nfrom transformers import T5Config as Config\n"
     (folder / "remote/evil.py").write_text(code)
     classes = ("AutoConfig", "AutoModelForSeq2SeqLM", "AutoModelForTextEncoding", "AutoModel")
     config = {"model_type": "evil", "auto_map": dict.fromkeys(classes, "evil.Config")}
     (folder / "remote/config.json").write_text(json.dumps(config))
+
+
+def make_bart(good, folder):
+    """A BART of 64 positions with the tokenizer of a RoBERTa, which is made alike."""
+    from transformers import BartConfig, BartForConditionalGeneration
+
+    sizes = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    sizes |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "d_model": 16, "vocab_size": 400}
+    BartForConditionalGeneration(BartConfig(max_position_embeddings=64, **sizes)).save_pretrained(folder)
+    tiny_inputs.make_tokenizer("roberta").save_pretrained(folder)
 
 
 def make_candidates(good, folder):
@@ -357,6 +395,7 @@ def make_samples(good, folder):
         "sentences": sample | {"article": "one text"},
         "score": sample | {"candidates": [["one text", 1.0]]},
         "count": sample | {"candidates": sample["candidates"][:5]},
+        "tied": sample | {"candidates": [[text, 0.5] for text, _ in sample["candidates"]]},
         "no_candidates": sample | {"candidates": [], "candidates_untok": []},
     }
     for name, content in changes.items():
@@ -364,6 +403,9 @@ def make_samples(good, folder):
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
         (folder / name / "train/3.json").write_bytes(content)
         (folder / name / "val").symlink_to(good / "val")
+    (folder / "chinese/val").mkdir(parents=True)
+    (folder / "chinese/train").symlink_to(good / "train")
+    (folder / "chinese/val/3.json").write_text(json.dumps(sample | {"abstract": ["猫坐在垫子上"]}))
     (folder / "none/train").mkdir(parents=True)
     (folder / "none/train/notes.txt").write_text("no sample")
 

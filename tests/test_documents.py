@@ -28,9 +28,13 @@ def twenty_documents(words="words"):
     return [Document(f"{words} {index}", f"summary {index}") for index in range(20)]
 
 
-def test_text_is_one_line_and_repeats_and_empty_rows_are_dropped(tmp_path):
-    rows = ['"a\n b\x0b\x1c\x85\u2028\t c\x00",  first ', "a b c,again", ",no text", "no summary, ", "short"]
+def test_text_is_one_line_and_repeats_and_empty_rows_are_dropped_and_counted(tmp_path, capsys):
+    rows = ['"a\n b\x0b\x1c\x85\u2028\t c\x00",  first ', "a b c,again", ",no text", "no summary, ", "", ",no text,,"]
     read = read_documents(write_csv(tmp_path / "x.csv", rows + twenty_rows()))
+    told = "4 of 25 rows dropped: 3 without text or summary, 1 that repeat an earlier text\n"
+    assert capsys.readouterr().out == f"{tmp_path / 'x.csv'}: {told}"
+    read_documents(write_csv(tmp_path / "y.csv", twenty_rows()))
+    assert capsys.readouterr().out == ""
     assert read[0] == Document("a b c", "first")
     assert len(read) == 21
     assert all(len(text.splitlines()) == 1 for document in read for text in document)
@@ -52,6 +56,11 @@ def test_compressed_file_byte_order_mark_and_named_columns(tmp_path):
         (b"a,b\n1,2\n", "no column 'abstract'; its columns are: 'a', 'b'"),
         (b"abstract,title\nx,y\nx,\xff\n", "line 3: not UTF-8"),
         (b"abstract,title\n" + b"a,b\n" * 30, "has 1 usable documents"),
+        (b"abstract,title\nx,y\nno quotes, shifted,z\n", "line 3: 3 fields, where the header has 2; quote the fields"),
+        (b"abstract,title\nx,y\nbroken\nin two,z\n", "line 3: 1 fields, where the header has 2"),
+        (b'abstract,title\nx,y\n"quoted" and on,z\n', "line 3: not a CSV file"),
+        (b'abstract,title\nx,y\n"never closed,z\na,b\n', "not a CSV file"),
+        (b"title,abstract,year\nx,y,2020\nx,y\n", "line 3: 2 fields, where the header has 3"),
     ],
 )
 def test_bad_files_are_user_errors_that_say_where(tmp_path, content, message):

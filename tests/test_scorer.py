@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from data_utils import LengthBatches, SampleSet, TextEncoding, load_samples, tokenize_samples
-from model import Scorer, load_encoder, load_scorer, longest_input, ranking_loss, score_samples
+from model import Scorer, load_encoder, load_scorer, ranking_loss, score_samples
 
 from harness.distributed import World
 from harness.endings import UserError
@@ -153,7 +153,7 @@ def test_scorer_keeps_the_states_of_the_first_tokens(encoders):
 
 @pytest.mark.parametrize("kind", ["t5", "bert", "roberta"])
 def test_texts_begin_with_a_token_that_is_no_word_and_are_cut(encoders, kind):
-    encoder, tokenizer = load_encoder(encoders[kind])
+    _, tokenizer = load_encoder(encoders[kind])
     encoding = TextEncoding(tokenizer, 9, 7)
     ids, other = encoding.documents(["returns the sum " * 9, "open a file"])
     first = {"t5": tokenizer.eos_token_id}.get(kind, tokenizer.cls_token_id)
@@ -162,10 +162,6 @@ def test_texts_begin_with_a_token_that_is_no_word_and_are_cut(encoders, kind):
     assert ids[-1] == other[-1] == last
     assert len(ids) == 9
     assert len(encoding.summaries(["returns the sum " * 9])[0]) == 7
-    longest = longest_input(encoder, tokenizer)
-    assert longest > 10**6 if kind == "t5" else longest == {"bert": 64, "roberta": 62}[kind]
-    tokenizer.model_max_length = 48
-    assert longest_input(encoder, tokenizer) == 48
 
 
 def test_equal_texts_of_a_sample_are_encoded_once(sample_folder, encoding):

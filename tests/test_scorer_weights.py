@@ -5,11 +5,12 @@ import pickle
 
 import pytest
 import torch
+from main import load_model
 from model import load_encoder, load_scorer, save_scorer
 
 from harness.distributed import World
 from harness.endings import UserError
-from scorer.scorer_arguments import cached_path, fill_in_lengths, get_args_parser
+from scorer.scorer_arguments import cached_path, get_args_parser
 from scorer.scorer_run import ScorerRun
 
 CPU = torch.device("cpu")
@@ -40,15 +41,16 @@ def test_published_weights_load(encoders, tmp_path):
 
 @pytest.mark.parametrize(
     ("arguments", "lengths"),
-    [([], (512, 120)), (["--model_pt", "run/scorer.bin"], (60, 20)),
+    [(["--model_type", "t5"], (512, 120)), (["--model_pt", "run/scorer.bin"], (60, 20)),
      (["--model_pt", "run/scorer.bin", "--max_len", "30"], (60, 30))],
 )  # fmt: skip
 def test_lengths_are_those_of_the_weights_unless_they_are_given(encoders, tmp_path, monkeypatch, arguments, lengths):
     monkeypatch.chdir(tmp_path)
     scorer, _, description = load_scorer(encoders["t5"], total_len=60, max_len=20)
     save_scorer(tmp_path / "cache/run/scorer.bin", scorer, description)
+    os.symlink(encoders["t5"], "t5")
     args = get_args_parser("").parse_args(arguments)
-    fill_in_lengths(args)
+    load_model(args, World(0, 1, CPU))
     assert (args.total_len, args.max_len) == lengths
 
 

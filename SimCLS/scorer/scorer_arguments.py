@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from model import MARGIN, MAX_LEN, TOTAL_LEN, encoder_family, read_description
-from pretrained import half_precision_name
+from model import MARGIN, MAX_LEN, TOTAL_LEN
 
 from harness import determinism, devices, runs, tracing
 from harness.arguments import (
@@ -155,20 +154,3 @@ def cached_path(name):
         there = sorted(str(path.relative_to(CACHE)) for path in CACHE.glob("*/*.bin"))
         raise UserError(f"there are no weights {path}; below {CACHE} there are: {', '.join(there) or 'none'}")
     return path
-
-
-def half_precision_of(args, device):
-    """What --half_precision means for the encoder of the run: where no type is named, it depends on the family."""
-    if args.half_precision != "auto" or device.type == "cpu":
-        return args.half_precision
-    trained = (args.model_pt and read_description(cached_path(args.model_pt))) or {}
-    family = encoder_family(args.model_type) if args.model_type else trained.get("architecture")
-    return half_precision_name(args.half_precision, family)
-
-
-def fill_in_lengths(args):
-    """Set --total_len and --max_len, where they are not given, to those of --model_pt's training, else to the defaults;
-    so that a record, and the state to resume from, tell those that were used."""
-    trained = (args.model_pt and read_description(cached_path(args.model_pt))) or {}
-    args.total_len = args.total_len or trained.get("total_len", TOTAL_LEN)
-    args.max_len = args.max_len or trained.get("max_len", MAX_LEN)

@@ -184,14 +184,14 @@ class ScorerRun(Run):
         self._check_loss(epoch, "validation loss", result["val_loss"])
         update = self._update(epoch, step)
         self.validations.append({"update": update, **result})
-        rouge = mean_rouge(result)
-        best = self.best is None or rouge > self.best
-        figures = ", ".join(f"{name} {100 * result[f'val_{name}']:.2f}" for name in ROUGE)
+        figures = [mean_rouge(result), -result["val_loss"]]  # Of equal ROUGE the lower loss is the better.
+        best = self.best is None or figures > self.best
+        shown = ", ".join(f"{name} {100 * result[f'val_{name}']:.2f}" for name in ROUGE)
         mark = " (best)" if best else ""
-        self.say(f"update {update}: validation loss {result['val_loss']:.4f}, {figures}{mark}")
+        self.say(f"update {update}: validation loss {result['val_loss']:.4f}, {shown}{mark}")
         self.plot(result, update)
         if best:
-            self.best = rouge
+            self.best = figures
         if self.world.is_main:
             # That of an earlier run, whose weights go now; with it, --resume would take this run for finished.
             self.path(".json").unlink(missing_ok=True)
@@ -227,7 +227,9 @@ class ScorerRun(Run):
         """Write the record, then drop the state."""
         self.write_record()
         self.drop_state()
-        self.world.say(f"{self.folder / 'scorer.bin'}: best validation ROUGE {100 * self.best:.2f} (mean of the three)")
+        self.world.say(
+            f"{self.folder / 'scorer.bin'}: best validation ROUGE {100 * self.best[0]:.2f} (mean of the three)"
+        )
 
     def finish_profiling(self, timing):
         """Write the record of a run that --max_steps ended: the timings of its last epoch, no weights."""

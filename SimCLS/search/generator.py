@@ -3,14 +3,13 @@
 import functools
 import hashlib
 import json
-import sys
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import transformers
-from pretrained import check_length, half_precision_dtype, load
+from pretrained import check_length, half_precision_dtype, load, most_tokens
 from utils import progress
 
 from harness import arguments
@@ -60,18 +59,25 @@ def search_settings(args, config):
                 return value
         return neutral
 
-    # 20 is what transformers fills in where nothing is said.
-    own_length = config.max_length if config.max_length not in (None, 20) else SUMMARY_LENGTH
     return {
         "num_beams": args.num_cands,
         "num_groups": args.num_groups or args.num_cands,
         "diversity_penalty": args.diversity_penalty,
-        "max_length": args.decoder_max_len or own_length,
+        "max_length": args.decoder_max_len or own_length(config),
         "min_length": choose("min_length", 0),
         "length_penalty": choose("length_penalty", 1.0),
         "no_repeat_ngram_size": choose("no_repeat_ngram_size", 0),
         "early_stopping": choose("early_stopping", False),
     }
+
+
+def own_length(config):
+    """The most tokens of a summary, its start token counted, that a generation config says; SUMMARY_LENGTH where it
+    says nothing."""
+    if config.max_new_tokens is not None:  # It outdoes max_length, as in transformers.
+        return config.max_new_tokens + 1
+    unset = transformers.GenerationConfig().max_length  # None, but 20 in older versions.
+    return SUMMARY_LENGTH if config.max_length in (None, unset) else config.max_length
 
 
 def generator_dtype(half_precision, precision):
@@ -95,6 +101,10 @@ def load_generator(name, dtype=torch.float32, argument="--generator_name", dropo
         # The one is T5's name, the other BART's and Pegasus'.
         **({} if dropout is None else {"dropout_rate": dropout, "dropout": dropout}),
     )
+    try:
+        check_start(model, tokenizer)
+    except ValueError as error:
+        raise UserError(f"{argument} {name!r}: {error}") from None
     return model.eval(), tokenizer
 
 
@@ -106,6 +116,36 @@ class Candidate(NamedTuple):
     tokens: int
 
 
+def check_start(model, tokenizer):
+    """ValueError unless summaries start in generation with the token with which they start in training.
+
+    decoder_start_token_id as a list of one token becomes that token.
+    """
+    for config in (model.config, model.generation_config):
+        start = getattr(config, "decoder_start_token_id", None)
+        if isinstance(start, list):
+            if len(set(start)) != 1:
+                raise ValueError(f"decoder_start_token_id is {start}; it has to be one token")
+            config.decoder_start_token_id = start[0]
+    generated = model.generation_config.decoder_start_token_id
+    if generated is None:
+        generated = model.generation_config.bos_token_id
+    if hasattr(tokenizer, "tgt_lang") and tokenizer.tgt_lang is None:
+        raise ValueError("its tokenizer names no target language; set tgt_lang in tokenizer_config.json")
+    try:
+        labels = torch.tensor([tokenizer(text_target="a")["input_ids"]])  # Of mBART the last one comes first.
+        trained = int(model.prepare_decoder_input_ids_from_labels(labels=labels)[0, 0])
+    except AttributeError:  # The model shifts its labels itself.
+        trained = getattr(model.config, "decoder_start_token_id", None)
+    except (ValueError, TypeError, RuntimeError) as error:
+        raise ValueError(str(error).splitlines()[0]) from None
+    if trained != generated:
+        raise ValueError(
+            f"summaries start with token {trained} in training and with {generated} in generation; set "
+            "decoder_start_token_id in config.json and generation_config.json"
+        )
+
+
 class CandidateGenerator:
     """Documents to candidate summaries, by diverse beam search.
 
@@ -115,17 +155,13 @@ class CandidateGenerator:
 
     def __init__(self, model, tokenizer, settings, max_source_length=None):
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
-        positions = getattr(model.config, "max_position_embeddings", None) or sys.maxsize
+        positions = most_tokens(model.get_encoder())
         # A tokenizer without a limit says 1e30.
-        own_length = tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else SOURCE_LENGTH
-        self.max_source_length = max_source_length or min(own_length, positions)
-        for argument, length in (
-            ("--max_source_length", self.max_source_length),
-            ("--decoder_max_len", settings["max_length"]),
-        ):
-            if length > positions:
-                raise UserError(f"{argument} {length} is more than the {positions} positions of this generator")
-        check_length("--max_source_length", self.max_source_length, len(tokenizer("")["input_ids"]))
+        own_source = tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else SOURCE_LENGTH
+        self.max_source_length = max_source_length or min(own_source, positions)
+        special = len(tokenizer("")["input_ids"])
+        check_length("--max_source_length", self.max_source_length, special, positions)
+        check_length("--decoder_max_len", settings["max_length"], 1, most_tokens(model.get_decoder()))
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             raise UserError(f"the tokenizer has {len(tokenizer)} tokens, more than the generator's embeddings")
         try:

@@ -8,6 +8,7 @@ import csv
 import gzip
 import hashlib
 import io
+import os
 import re
 import zlib
 from pathlib import Path
@@ -36,17 +37,23 @@ def read_documents(path, document_column="abstract", summary_column="title"):
     """Read the documents of a .csv or .csv.gz file with a header row, in the order of the rows.
 
     Runs of white space and control characters become one space. Rows without text or summary are dropped, and
-    so is every row whose text repeats that of an earlier one.
+    so is every row whose text repeats that of an earlier one; a line says how many.
 
     Returns a list of Document. Raises UserError for a file that cannot be read, is empty or is no UTF-8, for a
-    missing column, and for fewer than 10 usable documents.
+    missing column, for a row with more or fewer fields than the header, and for fewer than 10 usable documents.
     """
     path = Path(path)
-    documents = {}
+    documents, rows, empty = {}, 0, 0
     for text, summary in _read_columns(path, document_column, summary_column):
-        text, summary = clean(text), clean(summary)
+        text, summary, rows = clean(text), clean(summary), rows + 1
         if text and summary:
             documents.setdefault(text, Document(text, summary))
+        else:
+            empty += 1
+    dropped = rows - len(documents)
+    if dropped and int(os.environ.get("RANK") or 0) == 0:
+        repeated = f"{dropped - empty} that repeat an earlier text"
+        print(f"{path}: {dropped} of {rows} rows dropped: {empty} without text or summary, {repeated}", flush=True)
     if len(documents) < FEWEST_DOCUMENTS:
         raise UserError(
             f"{path} has {len(documents)} usable documents (different texts in column {document_column!r}, each with "
@@ -125,7 +132,7 @@ def _read_columns(path, *columns):
     """The text of the named columns, one tuple a row."""
     # A field of a document may well be longer than csv's default limit of 131,072 characters.
     csv.field_size_limit(2**31 - 1)
-    rows = csv.reader(io.StringIO(_read_text(path), newline=""))
+    rows = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
     try:
         header = next(rows, None)
         if header is None:
@@ -135,8 +142,15 @@ def _read_columns(path, *columns):
         if missing:
             raise UserError(f"{path} has no column {missing[0]!r}; its columns are: {', '.join(map(repr, header))}")
         places = [header.index(column) for column in columns]
-        # A row that is too short lacks a text or a summary: as good as empty.
-        return [tuple(row[place] for place in places) for row in rows if len(row) > max(places)]
+        found = []
+        for row in filter(None, rows):  # Of a blank line comes nothing.
+            if len(row) < len(header) or any(row[len(header) :]):
+                raise UserError(
+                    f"{path}, line {rows.line_num}: {len(row)} fields, where the header has {len(header)}; quote the "
+                    "fields that hold a comma or a line end"
+                )
+            found.append(tuple(row[place] for place in places))
+        return found
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num}: not a CSV file ({error})") from None
 

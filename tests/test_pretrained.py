@@ -1,0 +1,219 @@
+"""What a stage asks of a model before it works with it: lengths, the first token of a text and of a summary."""
+
+import sys
+from types import SimpleNamespace
+
+import finetune_model
+import pytest
+import tiny_inputs
+import tiny_seq2seq
+import torch
+import transformers
+from data_utils import TextEncoding
+from main import load_model
+from model import load_encoder, load_scorer
+from pretrained import half_precision_name, most_tokens
+from tokenizers.processors import TemplateProcessing
+from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel, GenerationConfig
+
+from harness.distributed import World
+from harness.endings import UserError
+from scorer.scorer_arguments import get_args_parser
+from search.generator import CandidateGenerator, check_start, own_length, search_settings
+
+SMALL_BERT = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
+SMALL_BERT |= {"num_hidden_layers": 1, "max_position_embeddings": 48, "pad_token_id": 0}
+MBART = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_attention_heads": 2}
+MBART |= {"decoder_attention_heads": 2, "encoder_ffn_dim": 8, "decoder_ffn_dim": 8, "vocab_size": 41}
+
+
+def bert2bert(**ids):
+    parts = BertConfig(**SMALL_BERT), BertConfig(**SMALL_BERT | {"max_position_embeddings": 24})
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(*parts, **ids)
+    return EncoderDecoderModel(config).eval()
+
+
+# ------------------------------------------------------------------------------------------------------- lengths
+
+
+@pytest.mark.parametrize(("kind", "positions"), [("t5", sys.maxsize), ("bert", 64), ("roberta", 62)])
+def test_an_encoder_has_so_many_positions(encoders, kind, positions):
+    assert most_tokens(load_encoder(encoders[kind])[0]) == positions
+
+
+def test_generators_have_so_many_positions_wherever_they_keep_them():
+    led = transformers.LEDForConditionalGeneration(
+        transformers.LEDConfig(**MBART, max_encoder_position_embeddings=96, max_decoder_position_embeddings=40,
+                               attention_window=8)
+    )  # fmt: skip
+    models = {name: tiny_seq2seq.build(name) for name in ("t5", "bart", "pegasus")} | {"bert2bert": bert2bert()}
+    found = {
+        name: (most_tokens(model.get_encoder()), most_tokens(model.get_decoder()))
+        for name, model in (models | {"led": led}).items()
+    }
+    assert found == {"t5": (sys.maxsize,) * 2, "bart": (64, 64), "pegasus": (64, 64), "bert2bert": (48, 24),
+                     "led": (96, 40)}  # fmt: skip
+
+
+def test_lengths_that_are_asked_for_are_obeyed_recorded_or_refused(tmp_path):
+    folder = tiny_inputs.make_model(tmp_path / "t5", "t5")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = 64  # As fine-tuning leaves it: where documents were cut, and no limit of the model.
+    tokenizer.save_pretrained(folder)
+    _, encoding, description = load_scorer(folder)
+    assert (encoding.total_len, encoding.max_len) == (64, 64)
+    _, encoding, description = load_scorer(folder, total_len=96)
+    assert (
+        len(encoding.documents(["alpha beta gamma " * 99])[0]) == encoding.total_len == description["total_len"] == 96
+    )
+    args = get_args_parser("").parse_args(["--model_type", str(folder), "--max_len", "80"])
+    load_model(args, World(0, 1, torch.device("cpu")))
+    assert (args.total_len, args.max_len) == (64, 80)
+
+
+@pytest.mark.parametrize(("kind", "limit"), [("bert", 64), ("roberta", 62)])
+@pytest.mark.parametrize("name", ["total_len", "max_len"])
+def test_more_tokens_than_an_encoder_has_positions_are_refused(encoders, kind, limit, name):
+    assert load_scorer(encoders[kind])[1].total_len == limit
+    load_scorer(encoders[kind], **{name: limit})
+    with pytest.raises(UserError, match=f"--{name} {limit + 1} is more than the {limit} positions of this model"):
+        load_scorer(encoders[kind], **{name: limit + 1})
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [({"max_length": 20}, 20), ({"max_length": 33}, 33), ({"max_new_tokens": 9, "max_length": 33}, 10), ({}, 64)],
+)
+def test_a_generator_ends_summaries_where_its_generation_config_says(config, length):
+    assert own_length(GenerationConfig(**config)) == length
+
+
+def test_a_generator_that_was_tuned_to_20_tokens_generates_no_more(tmp_path, encoders):
+    args = finetune_model.get_args_parser().parse_args(
+        ["--pt_model", "x", "--save_dir", "y", "--max_target_length", "20", "--max_source_length", "30"]
+    )
+    model, tokenizer = finetune_model.load_generator(encoders["t5"])
+    model.generation_config.max_new_tokens = 50
+    finetune_model.set_lengths(args, model, tokenizer)
+    model.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    model, tokenizer = finetune_model.load_generator(tmp_path)
+    arguments = SimpleNamespace(num_cands=2, num_groups=2, diversity_penalty=1.0, decoder_max_len=None)
+    settings = search_settings(arguments, model.generation_config)
+    assert settings["max_length"] == 20
+    assert CandidateGenerator(model, tokenizer, settings).max_source_length == 30
+
+
+def test_half_precision_of_a_model_that_overflows_in_float16_is_bfloat16():
+    assert [half_precision_name("auto", kind) for kind in ("t5", "mt5", "bert")] == ["bfloat16", "bfloat16", "float16"]
+    assert [half_precision_name(name, "t5") for name in ("float16", None)] == ["float16", None]
+    parse = get_args_parser("").parse_args
+    assert [parse(["--half_precision", *more]).half_precision for more in ([], ["True"], ["float16"], ["no"])] == [
+        "auto", "auto", "float16", None,
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------ what comes first
+
+
+@pytest.mark.parametrize(
+    ("special", "template", "first", "added"),
+    [
+        ({"cls_token": "<s>", "sep_token": "</s>"}, "<s> $A </s>", "<s>", 0),
+        ({"cls_token": "<s>", "sep_token": "</s>"}, "$A </s> <s>", "<s>", 1),  # As XLNet has it.
+        ({"bos_token": "<s>", "eos_token": "</s>"}, "$A </s>", "<s>", 1),
+        ({"bos_token": "<s>", "eos_token": "</s>"}, "<s> $A", "<s>", 0),
+        ({"eos_token": "</s>"}, "$A </s>", "</s>", 1),
+        ({"eos_token": "</s>"}, "$A", "</s>", 1),
+    ],
+)
+def test_the_first_token_of_a_text_is_no_word(special, template, first, added):
+    tokenizer = tiny_inputs.make_tokenizer("roberta")
+    backend = tokenizer._tokenizer
+    backend.post_processor = TemplateProcessing(
+        single=template, special_tokens=[(token, backend.token_to_id(token)) for token in ("<s>", "</s>")]
+    )
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", **special)
+    plain = tokenizer("alpha beta")["input_ids"]
+    (ids,) = TextEncoding(tokenizer, 40, 40).documents(["alpha beta"])
+    assert tokenizer.convert_ids_to_tokens(ids[0]) == first
+    assert ids[added:] == plain
+
+
+def mbart(**ids):
+    return transformers.MBartForConditionalGeneration(transformers.MBartConfig(**MBART, **ids))
+
+
+def with_start(model, tokens):
+    model.generation_config.decoder_start_token_id = tokens
+    return model
+
+
+def target_tokens(text_target):
+    """As mBART's tokenizer has them: the end token, and the language, with which summaries are to start."""
+    return {"input_ids": [5, 6, 2, 7]}
+
+
+def switch():
+    sizes = {**tiny_seq2seq.T5, "vocab_size": 41, "num_experts": 2, "num_sparse_encoder_layers": 1}
+    return transformers.SwitchTransformersForConditionalGeneration(transformers.SwitchTransformersConfig(**sizes))
+
+
+@pytest.mark.parametrize(
+    ("model", "reason"),
+    [
+        (lambda: tiny_seq2seq.build("t5"), None),
+        (lambda: tiny_seq2seq.build("bart"), None),
+        (lambda: tiny_seq2seq.build("pegasus"), None),
+        (switch, None),
+        (lambda: mbart(decoder_start_token_id=7), None),
+        (lambda: with_start(mbart(decoder_start_token_id=7), [7]), None),
+        (lambda: bert2bert(decoder_start_token_id=5, pad_token_id=0), None),
+        (mbart, "summaries start with token 7 in training and with 0 in generation"),
+        (lambda: with_start(mbart(), [7, 8]), "it has to be one token"),
+        (lambda: mbart(decoder_start_token_id=9), "start with token 7 in training and with 9 in generation"),
+        (bert2bert, "decoder_start_token_id"),
+        (lambda: bert2bert(decoder_start_token_id=5), "pad_token_id"),
+    ],
+)
+def test_summaries_start_alike_in_training_and_generation_or_are_refused(model, reason):
+    model = model()
+    if reason is None:
+        check_start(model, target_tokens)
+        assert isinstance(model.generation_config.decoder_start_token_id, int)
+    else:
+        with pytest.raises(ValueError, match=reason):
+            check_start(model, target_tokens)
+
+
+def test_a_tokenizer_of_many_languages_without_a_target_is_refused():
+    with pytest.raises(ValueError, match="names no target language"):
+        check_start(tiny_seq2seq.build("bart"), SimpleNamespace(tgt_lang=None))
+    target_tokens.tgt_lang = "de"
+    check_start(tiny_seq2seq.build("bart"), target_tokens)
+    del target_tokens.tgt_lang
+
+
+# ---------------------------------------------------------------------------------------- before training, not after
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"length_penalty": 2.0}, {"early_stopping": True}, {"temperature": 0.5}, {"force_words_ids": [[5]]},
+     {"num_beam_groups": 2, "num_beams": 4, "diversity_penalty": 1.0}],
+    ids=str,
+)  # fmt: skip
+def test_a_generation_config_that_will_fail_is_refused_before_training(settings, encoders):
+    model, tokenizer = finetune_model.load_generator(encoders["t5"])
+    for name, value in settings.items():
+        setattr(model.generation_config, name, value)
+    args = SimpleNamespace(pt_model="mine", num_beams=settings.get("num_beams", 1))
+    with pytest.raises(UserError, match="'mine': validation cannot generate by its generation config, or not save it"):
+        finetune_model.check_generation(args, model, tokenizer)
+
+
+def test_a_generation_config_of_many_sequences_validates_by_one(encoders):
+    model, tokenizer = finetune_model.load_generator(encoders["t5"])
+    model.generation_config.num_beams = model.generation_config.num_return_sequences = 4
+    finetune_model.check_generation(SimpleNamespace(pt_model="mine", num_beams=1), model, tokenizer)
+    assert model.generation_config.num_return_sequences == 4
