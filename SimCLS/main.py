@@ -24,8 +24,7 @@ from harness.endings import UserError
 from harness.loading import worker_loader
 from harness.memory import SavedBytes
 from harness.precision import choose_precision
-from harness.resume import stop_requests
-from harness.timing import PhaseTimer, nvtx_range
+from harness.timing import PhaseTimer
 from scorer.metrics import Metrics, loss_of, validate
 from scorer.optimization import Schedule, clip_gradients, seed_step
 from scorer.scorer_arguments import cached_path, get_args_parser
@@ -53,8 +52,7 @@ def main():
 
 def train(args, world, precision, run, scorer, encoding, description):
     device = world.device
-    train_set, val_set = load_data(args, world, encoding)
-    description["candidates"] = train_set.most_candidates
+    train_set, val_set = load_data(args, world, encoding, description)
     parallel_scorer = world.wrap(scorer)
     batches, loader = training_batches(args, world, train_set)
     optimizer = torch.optim.Adam(scorer.parameters(), fused=True)
@@ -62,63 +60,40 @@ def train(args, world, precision, run, scorer, encoding, description):
     scaler, metrics = precision.scaler, Metrics(device)
     phase, saved = PhaseTimer(device), SavedBytes(scorer)
     state = {"scorer": scorer, "optimizer": optimizer, "scaler": scaler, "metrics": metrics, "run": run}
-    first_epoch, first_step = run.resume(**state) if args.resume else (0, 0)
+    run.describe(scorer, description, schedule)
 
-    with run.begin(scorer, schedule), nvtx_range("training simcls"), stop_requests(world.size == 1) as stop:
-        for epoch in range(first_epoch, args.num_epoch):
-            batches.start(epoch, first_step)
-            next_step, bar = first_step, run.progress_bar(epoch, batches.samples_from(first_step))
-            with nvtx_range(f"epoch {epoch + 1}"):
-                phase.start_epoch()
-                for step, batch in phase.steps(loader, f"epoch {epoch + 1}", first_step, args.max_steps):
-                    starts_update, ends_update = batches.starts_update(step), batches.ends_update(step)
-                    # -------------------------------------------------- once in a while: validate
-                    if starts_update and run.validation_is_due(epoch, step):
-                        with phase("validation"):
-                            result = validate(scorer, val_set, args, precision, world, stop)
-                        if stop:
-                            break
-                        run.keep_within_epoch(epoch, step, result, description, **state)
-                    # ---------------------------------------------------------- the training step
-                    seed_step(args.seed, epoch, step, world.rank)
-                    with phase("data copy"):
-                        batch = batch.to(device)
-                    if starts_update:
-                        with phase("zero grad"):
-                            optimizer.zero_grad(set_to_none=True)
-                    with phase("forward"), precision.autocast(), saved.first_time():
-                        parallel_scorer.require_backward_grad_sync = ends_update  # Of DistributedDataParallel.
-                        scores, gold_scores = parallel_scorer(batch)
-                        loss = loss_of(args, scores, gold_scores, batch)
-                    run.facts.setdefault("saved_activation_bytes", saved.bytes)  # Of the run's first batch.
-                    with phase("backward"):
-                        scaler.scale(loss * batches.weight(step)).backward()
-                    if ends_update:
-                        with phase("optimizer"):
-                            scaler.unscale_(optimizer)
-                            clip_gradients(scorer, args.grad_norm)
-                            schedule.set()
-                            scaler.step(optimizer)
-                            scaler.update()
-                    # ----------------------------------------------------------------------------
-                    metrics.add(loss, scores, batch, batches.weight(step))
-                    bar.update(len(scores) * world.size)
-                    next_step = step + 1
-                    if ends_update:
-                        run.report(epoch, next_step, metrics, schedule, bar)
-                        if stop:
-                            break
-                timing = phase.end_epoch()
-            bar.close()
-            if phase.steps_done == args.max_steps:
-                run.finish_profiling(timing)
-                return
-            result = validate(scorer, val_set, args, precision, world, stop)
-            if stop:
-                run.save_unless_diverged(epoch, next_step, **state)
-                stop.leave()
-            run.end_epoch(epoch, next_step, result, description, timing, batches.samples_from(first_step), **state)
-            first_step = 0
+    for epoch in run.epochs(phase, batches, **state):
+        for batch in epoch.steps(loader):  # The wait for a batch is the phase "data load".
+            # --------------------------------------------------------------------- once in a while: validate
+            if run.validation_is_due(epoch):
+                with phase("validation"):
+                    result = validate(scorer, val_set, args, precision, world, run.stop)
+                run.keep_within_epoch(epoch, result)
+            # ----------------------------------------- the training step; --accumulate_step of them make an update
+            seed_step(args.seed, epoch.number, epoch.step, world.rank)
+            with phase("data copy"):
+                batch = batch.to(device)
+            if batches.starts_update(epoch.step):
+                with phase("zero grad"):
+                    optimizer.zero_grad(set_to_none=True)
+            with phase("forward"), precision.autocast(), saved.first_time():
+                parallel_scorer.require_backward_grad_sync = batches.ends_update(epoch.step)  # Of DDP.
+                scores, gold_scores = parallel_scorer(batch)
+                loss = loss_of(args, scores, gold_scores, batch)
+            with phase("backward"):
+                # An update's last batch may be smaller, or fall to some processes alone: weights make means of means.
+                scaler.scale(loss * epoch.weight).backward()
+            if batches.ends_update(epoch.step):
+                with phase("optimizer"):
+                    scaler.unscale_(optimizer)
+                    clip_gradients(scorer, args.grad_norm)
+                    schedule.set()
+                    scaler.step(optimizer)
+                    scaler.update()
+            metrics.add(loss, scores, batch, epoch.weight)  # On the device: nothing waits for it.
+            run.note_saved(saved.bytes)
+            run.report(epoch)
+        epoch.end(validate(scorer, val_set, args, precision, world, run.stop))
     run.finish()
 
 
@@ -136,8 +111,8 @@ def load_model(args, world):
     return scorer.to(world.device), encoding, description
 
 
-def load_data(args, world, encoding):
-    """(training SampleSet, validation SampleSet)"""
+def load_data(args, world, encoding, description):
+    """(training SampleSet, validation SampleSet); `description` gets the candidates that a document has."""
     folder, to_load = Path(args.dataset), {"device_type": world.device.type, "say": world.say}
     with world.first_on_machine():
         train_set = load_samples(folder / "train", encoding, args.max_num, None, **to_load)
@@ -147,6 +122,7 @@ def load_data(args, world, encoding):
             f"{folder / 'train'}: no document has candidates of different scores, so that there is nothing to learn; "
             "make more of them, or score them with preprocess.py --rouge_tokens, if their script is not a to z"
         )
+    description["candidates"] = train_set.most_candidates
     return train_set, val_set
 
 

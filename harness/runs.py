@@ -233,6 +233,11 @@ class Run:
                 **states,
             )
 
+    def note_saved(self, size):
+        """Put the bytes that forward saved for backward into the record: of the run's first step, once it is done."""
+        if size is not None:
+            self.facts.setdefault("saved_activation_bytes", size)
+
     def write_record(self):
         """Write the record, `name`.json, which describes itself: arguments, machine, versions, commit, epochs."""
         if self.world.is_main:

@@ -175,11 +175,6 @@ class ImageRun(runs.Run):
         alike = re.compile(rf"{before}(device|\d+_worker){re.escape(after)}")
         return [path.stem for path in sorted(self.folder.glob("*.state")) if alike.fullmatch(path.stem)]
 
-    def note_saved(self, size):
-        """Put the bytes that forward saved for backward into the record: of the run's first step, once it is done."""
-        if size is not None:
-            self.facts.setdefault("saved_activation_bytes", size)
-
     def may_go_on(self):
         return self.state["metrics"].finite()
 

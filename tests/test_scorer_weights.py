@@ -2,14 +2,18 @@
 
 import os
 import pickle
+import signal
 
 import pytest
 import torch
+from data_utils import LengthBatches
 from main import load_model
 from model import load_encoder, load_scorer, save_scorer
 
 from harness.distributed import World
 from harness.endings import UserError
+from harness.epochs import Epoch
+from harness.resume import StopRequest, read_state
 from scorer.scorer_arguments import cached_path, get_args_parser
 from scorer.scorer_run import ScorerRun
 
@@ -61,7 +65,9 @@ def run(tmp_path, monkeypatch):
     scorer = torch.nn.Linear(2, 2)
     run = ScorerRun(get_args_parser("").parse_args(["--run_name", "x"]), World(0, 1, CPU), precision="fp32")
     run._updates_an_epoch, run.facts["peak_rate"] = 10, 1.0
-    run.add_validation(0, 6, result_of(1.0), scorer, {"encoder": "x"})
+    run._description, run.batches, run.stop = {"encoder": "x"}, LengthBatches([1] * 80, 4, 2, 0), StopRequest()
+    run.stop.signal = signal.SIGINT
+    run.add_validation(3, result_of(1.0), scorer)
     return run, scorer
 
 
@@ -96,10 +102,12 @@ def files(folder):
 def test_a_diverged_run_leaves_the_files_as_they_were(run, loss, good_sums):
     run, scorer = run
     (run.folder / "x.json").write_text("of an earlier run")
-    before, state = files(run.folder), {"scorer": scorer, "metrics": Sums(good_sums)}
+    before, run.state = files(run.folder), {"scorer": scorer, "metrics": Sums(good_sums)}
+    epoch = Epoch(run, 0, 20)
+    epoch.step = 8
     for keep in (
-        lambda: run.keep_within_epoch(0, 8, result_of(loss), {"encoder": "x"}, **state),
-        lambda: run.end_epoch(0, 20, result_of(loss), {"encoder": "x"}, None, 8, **state),
+        lambda: run.keep_within_epoch(epoch, result_of(loss)),
+        lambda: run.add_epoch(epoch, result_of(loss), 0),
     ):
         with pytest.raises(UserError, match=r"loss became (nan|inf) in epoch 1: cache/x keeps .* at update 3; .* --lr"):
             keep()
@@ -108,13 +116,15 @@ def test_a_diverged_run_leaves_the_files_as_they_were(run, loss, good_sums):
 
 def test_a_stopped_run_saves_only_what_it_can_go_on_from(run):
     run, scorer = run
-    run.save_unless_diverged(0, 8, scorer=scorer, metrics=Sums(False))
     broken = torch.nn.Linear(2, 2)
     broken.weight.data[0, 0] = float("nan")
-    run.save_unless_diverged(0, 8, scorer=broken, metrics=Sums(True))
-    assert not run.path(".state").exists()
-    run.save_unless_diverged(0, 8, scorer=scorer, metrics=Sums(True))
-    assert run.path(".state").exists()
+    for weights, sums, saves in ((scorer, False, False), (broken, True, False), (scorer, True, True)):
+        run.state = {"scorer": weights, "metrics": Sums(sums)}
+        with pytest.raises(KeyboardInterrupt) as stopped:
+            run.keep_within_epoch(Epoch(run, 0, 8), None)  # Whose validation a stop has cut short.
+        assert run.path(".state").exists() == saves
+        assert ("--resume" in str(stopped.value)) == saves
+    assert read_state(run.path(".state"))["parts"]["step"] == 8
 
 
 class Hostile:

@@ -1,6 +1,5 @@
 """The files of a scorer's training, and what it tells while it goes."""
 
-import contextlib
 import sys
 
 import numpy as np
@@ -30,6 +29,7 @@ class ScorerRun(Run):
     has the parts "scorer", "optimizer", "scaler", "metrics" and "run".
     """
 
+    title = "training simcls"
     elsewhere = "--run_name"
 
     def __init__(self, args, world, **facts):
@@ -37,7 +37,7 @@ class ScorerRun(Run):
         super().__init__("simcls", CACHE / name, name, args, world, NOT_RESULTS, FIXED_LENGTH, **facts)
         self.validations, self.losses, self.best = [], [], None
         self._watch = CollapseWatch(args.margin)
-        self._log = self._board = None
+        self._logs = None
 
     def temporary_files(self):
         return self.folder.glob(".*.tmp")  # The folder is this run's alone.
@@ -58,9 +58,12 @@ class ScorerRun(Run):
             parts["metrics"].totals.zero_()  # The first process has resumed the sums of all.
         return place
 
-    @contextlib.contextmanager
-    def begin(self, scorer, schedule):
-        """Write config.json. Within the block `say` and the figures go to the files of `-l` too."""
+    def describe(self, scorer, description, schedule):
+        """Take down, before `epochs`, what is trained and how: in config.json, and in a line.
+
+        description: as from `load_scorer`.
+        """
+        self._description, self._schedule = description, schedule
         self._updates_an_epoch = schedule.updates // self.args.num_epoch
         self._report_freq = min(max(1, schedule.updates // REPORTS), MOST_UPDATES_A_REPORT)
         self._watch.warmup = schedule.warmup
@@ -72,61 +75,71 @@ class ScorerRun(Run):
             f"{self.folder}: {self.facts['parameters']:,} parameters, {schedule.updates} updates, "
             f"peak rate {schedule.peak:.2e} after {schedule.warmup}"
         )
-        if not (self.args.log and self.world.is_main):
-            yield
-            return
-        from torch.utils.tensorboard import SummaryWriter  # It takes a second to import.
 
-        made = self._update(len(self.history), 0)
-        with open(self.folder / "log.txt", "a", encoding="utf-8", buffering=1) as self._log:
-            self._board = SummaryWriter(str(self.folder), purge_step=made or None)
-            try:
-                yield
-            finally:
-                self._board.close()
-                self._log = self._board = None
+    def epochs(self, phase, batches, **state):
+        try:
+            yield from super().epochs(phase, batches, **state)
+        finally:
+            for file in self._logs or ():
+                file.close()
+
+    def _open_logs(self):
+        """(log.txt, the writer of TensorBoard events) on `-l`, else None. They are opened for what comes first: by then
+        a resumed run knows where it goes on."""
+        if self._logs is None and self.args.log and self.world.is_main:
+            from torch.utils.tensorboard import SummaryWriter  # It takes a second to import.
+
+            made = self._update(len(self.history), 0)
+            log = open(self.folder / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (`epochs` closes it)
+            self._logs = log, SummaryWriter(str(self.folder), purge_step=made or None)
+        return self._logs
 
     def _update(self, epoch, step):
         """How many updates there are before step `step` of `epoch`, both from 0."""
         return epoch * self._updates_an_epoch + -(-step // self.args.accumulate_step)
 
-    def validation_is_due(self, epoch, step):
-        """Whether to validate before step `step`, within an epoch; a resumed run has perhaps just done so."""
-        update = self._update(epoch, step)
+    def validation_is_due(self, epoch):
+        """Whether to validate before the step in hand, where an update begins; a resumed run may have just done so."""
+        if epoch.step == 0 or not self.batches.starts_update(epoch.step):
+            return False
+        update = self._update(epoch.number, epoch.step)
         just_done = self.validations and self.validations[-1]["update"] == update
-        return step > 0 and update % self.args.eval_freq == 0 and not just_done
+        return update % self.args.eval_freq == 0 and not just_done
 
     def say(self, line):
         """Print a line, above the progress bar where there is one, and log it."""
         if self.world.is_main:
             tqdm.write(line)
             sys.stdout.flush()
-            if self._log:
-                print(line, file=self._log)
+            self._log(line)
+
+    def _log(self, line):
+        if self._open_logs():
+            print(line, file=self._logs[0])
 
     def plot(self, values, update):
         """values: dict of name -> float."""
-        if self._board:
+        if self._open_logs():
             for name, value in values.items():
-                self._board.add_scalar(name, value, update)
+                self._logs[1].add_scalar(name, value, update)
 
-    def report(self, epoch, step, metrics, schedule, bar):
+    def report(self, epoch):
         """When one is due: report the loss since the last report, and look whether the scores have collapsed."""
-        update = self._update(epoch, step)
-        if update % self._report_freq:
+        update, metrics, schedule = self._update(epoch.number, epoch.step + 1), self.state["metrics"], self._schedule
+        if not self.batches.ends_update(epoch.step) or update % self._report_freq:
             return
         loss, spread = metrics.report(self.world)
-        self._check_loss(epoch, "loss", loss)
+        self._check_loss(epoch.number, "loss", loss)
         rate = float(schedule.rate)
         self.losses.append([update, loss])
         if len(self.losses) > POINTS_PER_EPOCH:
             self.losses = self.losses[1::2]
         self.plot({"loss": loss, "spread": spread, "rate": rate}, update)
         line = f"update {update}: loss {loss:.4f}, spread {spread:.4f}, rate {rate:.2e}"
-        if bar.disable:
+        if self._bar.disable:
             self.say(line)
         else:
-            bar.set_postfix_str(line)
+            self._bar.set_postfix_str(line)
         if self._watch.sees_collapse(update, spread):
             self.facts.setdefault("collapsed", []).append(update)
             self.say(
@@ -148,41 +161,28 @@ class ScorerRun(Run):
             f"--run_name and a smaller --lr (the peak is {self.facts['peak_rate']:.1e}){single}"
         )
 
-    def keep_within_epoch(self, epoch, step, result, description, **state):
-        """Take down a validation before step `step`, and save the state; UserError, with nothing written, when a loss
-        is not finite: the epoch's mean could not become so again.
+    def keep_within_epoch(self, epoch, result):
+        """Take down a validation before the step in hand, and save the state; UserError, with nothing written, when a
+        loss is not finite: the epoch's mean could not become so again. After SIGINT or SIGTERM the script ends here.
 
-        result: as from `validate`. description: as from `load_scorer`.
+        result: as from `validate`.
         """
-        metrics = state["metrics"]
-        self._check_loss(epoch, "loss", 0.0 if metrics.finite(self.world) else float("nan"))
-        self.add_validation(epoch, step, result, state["scorer"], description)
+        if result is None:
+            self.leave(epoch)
+        metrics = self.state["metrics"]
+        self._check_loss(epoch.number, "loss", 0.0 if metrics.finite(self.world) else float("nan"))
+        self.add_validation(self._update(epoch.number, epoch.step), result, self.state["scorer"])
         metrics.gather(self.world)
-        self.save(epoch, step, **state)
+        self.save(epoch.number, epoch.step, **self.state)
 
-    def end_epoch(self, epoch, step, result, description, timing, samples, **state):
-        """Take down a whole epoch (from 0) of `step` steps and the validation after it, and save the state; UserError,
-        with nothing written, when a loss is not finite.
+    def may_go_on(self):
+        weights = self.state["scorer"].parameters()
+        return self.state["metrics"].finite(self.world) and all(bool(weight.isfinite().all()) for weight in weights)
 
-        timing: as from PhaseTimer. samples: as for `add_epoch`.
-        """
-        loss = state["metrics"].epoch_loss(self.world)
-        self._check_loss(epoch, "loss", loss)
-        self.add_validation(epoch, step, result, state["scorer"], description)
-        self.add_epoch(epoch, loss, timing, samples)
-        self.save(epoch + 1, 0, **state)
-
-    def save_unless_diverged(self, epoch, step, **state):
-        """Save the state, on a stop request, unless no run could go on from it."""
-        weights = state["scorer"].parameters()
-        if state["metrics"].finite(self.world) and all(bool(weight.isfinite().all()) for weight in weights):
-            self.save(epoch, step, **state)
-
-    def add_validation(self, epoch, step, result, scorer, description):
-        """Take down what `validate` found, and keep the weights: as the last, and as the best when they are. UserError,
-        with nothing written, when the validation loss is not finite."""
-        self._check_loss(epoch, "validation loss", result["val_loss"])
-        update = self._update(epoch, step)
+    def add_validation(self, update, result, scorer):
+        """Take down what `validate` found at `update`, and keep the weights: as the last, and as the best if they are.
+        UserError, with nothing written, when the validation loss is not finite."""
+        self._check_loss(len(self.history), "validation loss", result["val_loss"])
         self.validations.append({"update": update, **result})
         figures = [mean_rouge(result), -result["val_loss"]]  # Of equal ROUGE the lower loss is the better.
         best = self.best is None or figures > self.best
@@ -196,35 +196,45 @@ class ScorerRun(Run):
             # That of an earlier run, whose weights go now; with it, --resume would take this run for finished.
             self.path(".json").unlink(missing_ok=True)
             for name in ("scorer.bin", "model.bin") if best else ("model.bin",):
-                save_scorer(self.folder / name, scorer, description)
+                save_scorer(self.folder / name, scorer, self._description)
 
-    def add_epoch(self, epoch, loss, timing, samples):
-        """Append an epoch (from 0), validated, to the history.
-
-        samples: how many the epoch trained on in this process's time; fewer than an epoch has after a resume.
-        """
-        validation = timing["phases"].get("validation")
-        seconds = timing["seconds"] - (validation["host_ms"]["total"] / 1e3 if validation else 0)
+    def add_epoch(self, epoch, result, evaluation_seconds):
+        """Append an Epoch, with what its last validation found, to the history; UserError, with nothing written, when a
+        loss is not finite."""
+        loss = self.state["metrics"].epoch_loss(self.world)
+        self._check_loss(epoch.number, "loss", loss)
+        self.add_validation(self._update(epoch.number, epoch.done), result, self.state["scorer"])
+        within = epoch.timing["phases"].get("validation")
+        seconds = epoch.timing["seconds"] - (within["host_ms"]["total"] / 1e3 if within else 0)
         self.history.append(
             {
-                "epoch": epoch + 1,
+                "epoch": epoch.number + 1,
                 "loss": loss,
                 **{name: value for name, value in self.validations[-1].items() if name != "update"},
-                "samples_per_second": samples / seconds,
-                "peak_memory": timing["peak_memory"],
-                "timing": timing,
+                "samples_per_second": epoch.samples / seconds,
+                "peak_memory": epoch.timing["peak_memory"],
+                "elapsed_seconds": self.elapsed_seconds(),
+                "evaluation_seconds": evaluation_seconds,
+                "timing": epoch.timing,
                 "losses": self.losses,
                 "validations": self.validations,
             }
         )
-        self.say(
-            f"epoch {epoch + 1}/{self.args.num_epoch}: loss {loss:.4f}, {timing['seconds']:.1f} s, "
-            f"{samples / seconds:.1f} documents/s"
-        )
         self.validations, self.losses = [], []
+        self._log(self.line())
+
+    def line(self):
+        """The newest epoch in one plain line."""
+        epoch = self.history[-1]
+        return (
+            f"epoch {epoch['epoch']}/{self.args.num_epoch}: loss {epoch['loss']:.4f}, "
+            f"{epoch['timing']['seconds']:.1f} s, {epoch['samples_per_second']:.1f} documents/s"
+        )
 
     def finish(self):
-        """Write the record, then drop the state."""
+        """Write the record, then drop the state. Of a run that --max_steps ended, there is nothing more to write."""
+        if self.stop.enough:
+            return
         self.write_record()
         self.drop_state()
         self.world.say(
@@ -235,10 +245,18 @@ class ScorerRun(Run):
         """Write the record of a run that --max_steps ended: the timings of its last epoch, no weights."""
         self.history.append({"epoch": len(self.history) + 1, "peak_memory": timing["peak_memory"], "timing": timing})
         self.write_record()
+        self.drop_state()
         self.world.say(f"stopped after {self.args.max_steps} steps: {self.path('.json')}")
 
-    def progress_bar(self, epoch, samples):
-        """A bar over the epoch's documents, on a terminal alone."""
-        quiet = not (self.world.is_main and sys.stderr.isatty())
-        title = f"epoch {epoch + 1}/{self.args.num_epoch}"
-        return tqdm(total=samples, desc=title, unit=" documents", leave=False, disable=quiet)
+    def progress_bar(self, epoch):
+        """A bar over the Epoch's documents, on a terminal alone; it shows the newest report."""
+        total = self.batches.samples_from(0)
+        self._bar = tqdm(
+            desc=f"epoch {epoch.number + 1}/{self.args.num_epoch}",
+            total=total,
+            initial=total - self.batches.samples_from(epoch.done),
+            unit=" documents",
+            leave=False,
+            disable=not (self.world.is_main and sys.stderr.isatty()),
+        )
+        return self._bar
