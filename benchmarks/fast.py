@@ -35,13 +35,14 @@ import torch
 import torch.nn.functional as F
 from common import check, interleaved_rounds, ratio_summary, results_path, verdict
 from hardware_limits import distance, forward_work
-from resnext_fast import compiled, get_fast_args_parser, layout_of, make_optimizer, suffix
+from resnext_fast import compiled, get_fast_args_parser, make_optimizer, suffix
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from experiment import model_name, run_name
 from harness import arguments, endings
+from harness.distributed import World
 from harness.endings import UserError
 from harness.files import write_record
 from harness.loading import EpochBatches
@@ -50,13 +51,13 @@ from harness.memory import SavedBytes, reset_peak_memory
 from harness.precision import choose_precision
 from image_loaders import training_loader
 from images import load_images
-from models.grouped_convolution import set_form
+from layouts import Layout, candidates, fastest
 from models.resnext import ResNeXt, parse_name
 
 SCRIPT = ROOT / "resnext" / "resnext_fast.py"
 ORIGINAL = (
-    "--loader workers --num_worker 2 --half_precision False --channels_last False --compile False --optimizer adam "
-    "--lr 0.01 --label_smoothing 0"
+    "--loader workers --num_worker 2 --half_precision False --channels_last False --grouped_convolution groups "
+    "--compile False --optimizer adam --lr 0.01 --label_smoothing 0"
 )
 TECHNIQUES = {
     "loading on the device": "--loader device",
@@ -121,17 +122,18 @@ def main():
     args = get_args_parser().parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
-    rows = make_rows(args, device)
-    record = {"benchmark": "fast", "machine": describe_machine(device)}
+    layout, milliseconds = choose_layout(args, device)
+    rows = make_rows(args, device, layout)
+    record = {"benchmark": "fast", "machine": describe_machine(device), "layout_milliseconds": milliseconds}
     record |= {name: getattr(args, name) for name in ("dataset", "model", "batch_size", "steps", "rounds")}
     if args.dataset == "folder":
         record["dataset"] = Path(args.data_dir).resolve().name
     path = args.output or results_path("fast", device)
-    for part in time_rows(rows, args, device):  # Round by round, since a lent GPU may be taken back.
+    for part in time_rows(rows, args, device, layout):  # Round by round, since a lent GPU may be taken back.
         record |= part
         write_record(path, record)
     record["accuracy"] = []
-    for _ in train_rows(rows, record, args):
+    for _ in train_rows(rows, record, args, layout):
         write_record(path, record)
     print(f"written: {path}")
 
@@ -141,10 +143,23 @@ def common_flags(args):
     return [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
 
 
-def make_rows(args, device):
-    """The Rows, from the original's way to the fast one; `fast_row` finds one among them."""
+def choose_layout(args, device):
+    """(the Layout that resnext_fast.py chooses here, {layout: milliseconds a picture})"""
+    precision = choose_precision(Row(FAST, common_flags(args)).args.half_precision, device)
+    model = ResNeXt(*parse_name(args.model)).to(device)
+    return fastest(model, candidates(None, None), precision, World(0, 1, device), args.batch_size, size=32)
+
+
+def own_row(args, layout):
+    """The Row of resnext_fast.py as it is, where it has chosen the Layout."""
+    chosen = ["--channels_last", str(layout.channels_last), "--grouped_convolution", layout.form]
+    return Row(FAST, [*common_flags(args), *chosen])
+
+
+def make_rows(args, device, layout):
+    """The Rows, from the original's way to the fast one in its Layout; `fast_row` finds one among them."""
     common = common_flags(args)
-    defaults = Row(FAST, common).args
+    defaults = own_row(args, layout).args
     flags = [*common, *ORIGINAL.split()]
     rows = [Row("original", flags)]
     if device.type == "cuda":
@@ -157,19 +172,19 @@ def make_rows(args, device):
         row.carried = all(getattr(row.args, name) == getattr(defaults, name) for name in changed)
         rows.append(row)
         flags = row.flags if row.carried else flags
-    return rows if fast_row(rows, args) else [*rows, Row(FAST, common)]
+    return rows if fast_row(rows, args, layout) else [*rows, own_row(args, layout)]
 
 
-def fast_row(rows, args):
+def fast_row(rows, args, layout):
     """The one of `rows` that trains as resnext_fast.py does without a flag, or None."""
-    own = Row(FAST, common_flags(args)).args
+    own = own_row(args, layout).args
     return next((row for row in rows if row.args == own), None)
 
 
 # ---------------------------------------------------------------------- speed and memory
 
 
-def time_rows(rows, args, device):
+def time_rows(rows, args, device, layout):
     """Yield the parts of the record that tell speed and memory: the same ones after every round, then the limits."""
     data = load_images(args.dataset, args.data_dir)
     if args.batch_size > len(data.train_labels):
@@ -184,11 +199,11 @@ def time_rows(rows, args, device):
     arms = {name: lambda each=each: each.run(args.steps) for name, each in trainings.items()}
     for seconds in interleaved_rounds(arms, args.rounds):
         ablation = [ablation_row(row, trainings[row.label], seconds, args) for row in rows]
-        ratios = fast_ratios(seconds, fast_row(rows, args).label)
+        ratios = fast_ratios(seconds, fast_row(rows, args, layout).label)
         facts = {"pictures": len(data.train_labels), "rounds": len(seconds["original"])}
         yield facts | {"seconds": seconds, "ratios": ratios, "ablation": ablation}
     show(ablation, ratios, args.model, device)
-    own = next(row for row in ablation if row["technique"] == fast_row(rows, args).label)
+    own = next(row for row in ablation if row["technique"] == fast_row(rows, args, layout).label)
     precision = trainings[own["technique"]].precision
     yield {"limits": [distance(args.model, own["pictures_per_second"], precision, len(data.train_labels), device)]}
 
@@ -251,12 +266,12 @@ class Training:
         before = torch.cuda.memory_allocated() if device.type == "cuda" else None
         self.device = device
         self.precision = choose_precision(args.half_precision, device, say=lambda line: None)
-        self.layout = layout_of(args, self.precision)
+        layout = Layout(args.channels_last, args.grouped_convolution)
+        self.layout = {"memory_format": layout.memory_format, "dtype": self.precision.dtype or torch.float32}
         torch.manual_seed(0)
         model = ResNeXt(*parse_name(args.model), num_classes=len(data.classes)).to(device)
-        self.model = model.to(memory_format=self.layout["memory_format"])
-        set_form(model, args.grouped_convolution)
-        self.fast_model = compiled(model, args) if args.compile else model
+        self.model = layout.apply(model)
+        self.fast_model = compiled(model, args, layout.channels_last) if args.compile else model
         self.average = None
         if args.ema:
             self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
@@ -333,7 +348,7 @@ def endless(loader, batches):
 # ---------------------------------------------------------------------- accuracy
 
 
-def train_rows(rows, record, args):
+def train_rows(rows, record, args, layout):
     """Put the accuracy of each Row into its row of the ablation, and what resnext_fast.py reaches into `accuracy`;
     yield after each."""
     if args.ablation_epochs:
@@ -341,7 +356,7 @@ def train_rows(rows, record, args):
             measured |= accuracy(row, args.ablation_epochs, args)
             yield
     if args.fast_epochs:
-        row = Row(FAST, common_flags(args))
+        row = own_row(args, layout)
         record["accuracy"].append({"technique": row.label} | accuracy(row, args.fast_epochs, args, whole=True))
         yield
 

@@ -41,8 +41,11 @@ class Epoch:
                 samples = run.batches.samples_from(self.step) - run.batches.samples_from(self.done)
                 self.samples += samples
                 bar.update(samples)
-                if run.stop and run.batches.ends_update(self.step):
-                    break
+                if run.batches.ends_update(self.step):
+                    if run.stop:
+                        break
+                    if run.saves_within_epochs:
+                        run.save_when_due(self.number, self.done)
             self.timing = run.phase.end_epoch()
         run.stop.enough = run.phase.steps_done == run.args.max_steps
         self._steps_ended = time.perf_counter()
@@ -64,5 +67,5 @@ class Epoch:
         run.part = None
         run.add_epoch(self, result, evaluation_seconds)
         if self.number + 1 < run.args.num_epoch:  # After the last one `finish` knows what to keep.
-            run.save(self.number + 1, 0, **run.state)
+            run.save_when_due(self.number + 1, 0)
         run.world.say(run.line())

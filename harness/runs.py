@@ -37,6 +37,7 @@ class Run:
 
     title = "training"  # The NVTX range around all epochs.
     elsewhere = "output folder"  # What to choose another of where a name is taken.
+    saves_within_epochs = False  # Else after epochs alone.
     only_of_records = ("max_steps",)  # Of `not_results`, what tells finished runs apart all the same.
 
     def __init__(self, experiment, folder, name, args, world, not_results=(), fixed_length=None, **facts):
@@ -46,6 +47,9 @@ class Run:
         self.history = []
         self.part = None  # Of an epoch that was stopped and resumed: the timing of its longest part.
         self._started, self._seconds_before = time.perf_counter(), 0.0
+        # Of that, over all processes that the run was resumed in: until its first step could begin, and writing files.
+        self.seconds = {"start_up_seconds": 0.0, "saving_seconds": 0.0}
+        self._saved_at = self._started
         if fixed_length is None:
             not_results = (*not_results, "num_epoch")
         self.arguments = {key: value for key, value in vars(args).items() if key not in not_results}
@@ -148,6 +152,8 @@ class Run:
         """
         self.phase, self.batches, self.state = phase, batches, state
         first, done = self.resume(**state) if self.args.resume else (0, 0)
+        self._saved_at = time.perf_counter()
+        self.seconds["start_up_seconds"] += self._saved_at - self._started
         traced = trace(self.args.trace if self.world.is_main else None, self.world.device, self.world.say)
         with nvtx_range(self.title), traced, stop_requests(enabled=self.world.size == 1) as self.stop:
             for number in range(first, self.args.num_epoch):
@@ -155,6 +161,12 @@ class Run:
                 if self.stop.enough:
                     return
                 done = 0
+
+    def save_when_due(self, epoch, step):
+        """Save the state before step `step` of `epoch` if --save_every has passed since the last time."""
+        minutes = getattr(self.args, "save_every", 0.0)
+        if time.perf_counter() - self._saved_at >= 60 * minutes and self.may_go_on():
+            self.save(epoch, step, **self.state)
 
     def leave(self, epoch):
         """Save the state in the middle of `epoch`, unless no run could go on from it, and end the script."""
@@ -203,7 +215,7 @@ class Run:
             for name, part in parts.items():
                 part.load_state_dict(state[name])
             self.history, self.part = state["history"], state["part"]
-            self._seconds_before = state["elapsed_seconds"]
+            self._seconds_before, self.seconds = state["elapsed_seconds"], state["seconds"]
             self.facts = state["facts"] | self.facts
             epoch, step = state["epoch"], state["step"]
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):
@@ -221,17 +233,33 @@ class Run:
         """Save the state of `parts` before step `step` of `epoch`."""
         if self.world.is_main:
             states = {name: part.state_dict() for name, part in parts.items()}
-            save_state(
-                self.path(".state"),
-                self.arguments,
-                epoch=epoch,
-                step=step,
-                history=self.history,
-                part=self.part,
-                facts=self.facts,
-                elapsed_seconds=self.elapsed_seconds(),
-                **states,
-            )
+            with self.writing():
+                save_state(
+                    self.path(".state"),
+                    self.arguments,
+                    epoch=epoch,
+                    step=step,
+                    history=self.history,
+                    part=self.part,
+                    facts=self.facts,
+                    elapsed_seconds=self.elapsed_seconds(),
+                    seconds=self.seconds,
+                    **states,
+                )
+            self._saved_at = time.perf_counter()
+
+    @contextlib.contextmanager
+    def writing(self):
+        """Within the block files are written, which is timed."""
+        started = time.perf_counter()
+        yield
+        self.seconds["saving_seconds"] += time.perf_counter() - started
+
+    def saved_facts(self):
+        """The `facts` of the state that --resume is about to go on from; empty where there is none."""
+        state = read_state(self._state_to_resume(), mmap=True) if self.args.resume else None
+        facts = state and state["parts"].get("facts")
+        return facts if isinstance(facts, dict) else {}
 
     def note_saved(self, size):
         """Put the bytes that forward saved for backward into the record: of the run's first step, once it is done."""
@@ -249,6 +277,7 @@ class Run:
                 "places": places(vars(self.args)),
                 "machine": describe_machine(self.world.device),
                 **self.facts,
+                **self.seconds,
                 "epochs": self.history,
             }
             write_record(self.path(".json"), record)

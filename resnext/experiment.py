@@ -11,7 +11,16 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from harness import determinism, devices, runs, tracing
-from harness.arguments import HelpWithDefaults, OneLineParser, boolean, learning_rate, positive_int, seed, workers
+from harness.arguments import (
+    HelpWithDefaults,
+    OneLineParser,
+    boolean,
+    learning_rate,
+    non_negative_float,
+    positive_int,
+    seed,
+    workers,
+)
 from harness.endings import UserError
 from harness.files import atomic_write
 from harness.loading import EpochBatches
@@ -21,7 +30,9 @@ from image_loaders import evaluation_batches, loading_of, training_loader
 from models.resnext import parse_name
 
 # They choose where and how a process runs, not what it computes: a resumed run may change them.
-NOT_RESULTS = ("resume", "restart", "output_dir", "data_dir", "num_worker", "loader", "trace", "device", "threads")
+NOT_RESULTS = (
+    "resume", "restart", "output_dir", "data_dir", "num_worker", "loader", "save_every", "trace", "device", "threads"
+)  # fmt: skip
 
 
 def get_args_parser(description, kind=OneLineParser):
@@ -47,6 +58,9 @@ def get_args_parser(description, kind=OneLineParser):
     devices.add_arguments(parser)
     add("--output_dir", default="model_history", help="where the run's files go")
     runs.add_arguments(parser)
+    add("--save_every", type=non_negative_float, default=5.0, metavar="MINUTES",
+        help="how often to save what --resume needs; a stop by Ctrl-C or SIGTERM saves it too. Several processes save "
+             "after epochs alone")  # fmt: skip
     add("--max_steps", type=positive_int,
         help="stop after so many steps, for profiling; a run stopped so writes its timings alone")  # fmt: skip
     tracing.add_argument(parser)
@@ -136,10 +150,11 @@ class Metrics:
         self.totals.copy_(state["totals"])
 
 
-def evaluate(model, data, precision, world, batch_size, stop):
-    """Accuracy in percent on the test pictures, each counted once, in the training precision.
+def evaluate(model, data, precision, world, batch_size, stop, **layout):
+    """Accuracy in percent on the test pictures, each counted once, in the precision and layout of training.
 
-    A StopRequest ends it early, with None.
+    layout: memory_format and dtype of the pictures, where they are not the usual ones. The model is not compiled for
+    it: that would take longer than it saves. A StopRequest ends it early, with None.
     """
     if stop:
         return None
@@ -151,7 +166,7 @@ def evaluate(model, data, precision, world, batch_size, stop):
             if stop:
                 break
             with precision.autocast():
-                output = model(images)
+                output = model(images.to(world.device, **layout))
             metrics.add(F.cross_entropy(output.float(), labels), output, labels)
     model.train()
     return None if stop else metrics.result(world)[1]
@@ -168,6 +183,7 @@ class ImageRun(runs.Run):
             # Such a data set is known by its place alone, though a run may be resumed when it has moved.
             self.only_of_records = (*self.only_of_records, "data_dir")
         super().__init__(experiment, args.output_dir, run_name(args, suffix), args, world, NOT_RESULTS, **more)
+        self.saves_within_epochs = world.size == 1  # Each process has sums of its own, until the epoch ends.
 
     def other_names(self):
         """Those of runs that differ in how they load alone."""
@@ -176,7 +192,8 @@ class ImageRun(runs.Run):
         return [path.stem for path in sorted(self.folder.glob("*.state")) if alike.fullmatch(path.stem)]
 
     def may_go_on(self):
-        return self.state["metrics"].finite()
+        weights = self.state["model"].parameters()
+        return self.state["metrics"].finite() and all(bool(weight.isfinite().all()) for weight in weights)
 
     def add_epoch(self, epoch, test_acc, evaluation_seconds):
         """Append an Epoch to the history; UserError when its loss is not finite."""
@@ -209,11 +226,12 @@ class ImageRun(runs.Run):
         if self.stop.enough or not self.world.is_main:
             return
         curves = {key: np.array([epoch[key] for epoch in self.history]) for key in ("loss", "acc", "test_acc")}
-        with atomic_write(self.path(".pt")) as file:
-            # On the CPU, so that the file loads on a machine without this one's GPU.
-            torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, file)
-        with atomic_write(self.path(".npz")) as file:
-            np.savez(file, **curves)
+        with self.writing():
+            with atomic_write(self.path(".pt")) as file:
+                # On the CPU, so that the file loads on a machine without this one's GPU.
+                torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, file)
+            with atomic_write(self.path(".npz")) as file:
+                np.savez(file, **curves)
         self.write_record()
         if self.fixed_length:
             self.drop_state()

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
 """Train ResNeXt on small pictures with everything on: the loop of resnext.py, and the techniques that pay together.
 
-Pictures are augmented on the device, in the layout and type of the model; convolutions run channels last; on CUDA the
-model is compiled and runs in bfloat16 (float16 on GPUs before Ampere); SGD with Nesterov momentum follows one cycle to
-zero, with label smoothing and no weight decay on BatchNorm and biases. Each can be switched off, down to the way of
-resnext.py: --loader workers --half_precision False --channels_last False --compile False --optimizer adam
---label_smoothing 0.
+Pictures are augmented on the device, in the layout and type of the model. It runs in bfloat16 where the processor
+multiplies that, in float16 on GPUs before Ampere, and in float32 on a CPU without such instructions. The memory layout,
+and the form of the grouped convolutions, are those that are fastest here, by a second of measuring (not so with
+--deterministic, or where flags name both); on CUDA the model is compiled. SGD with Nesterov momentum follows one cycle
+to zero, with label smoothing and no weight decay on BatchNorm and biases. Each can be switched off, down to the way of
+resnext.py: --loader workers --half_precision False --channels_last False --grouped_convolution groups --compile False
+--optimizer adam --label_smoothing 0.
 
 Measured by benchmarks/fast.py on a CPU (AMD EPYC, 2 cores, AVX2; torch 2.13.0, float32; n = 5 rounds, arms in turn),
 pictures/s over that way: resnext29_2x16d, batch 128: 1.38 times (1.12 to 1.92); resnext29_2x4d, batch 64: 1.66 times
@@ -14,6 +16,7 @@ resnext29_4x64d, batch 8: 1.24 times (1.10 to 1.33). Not yet measured: a GPU, an
 """
 
 import sys
+import time
 from pathlib import Path
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
@@ -25,13 +28,15 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from experiment import ImageRun, Metrics, evaluate, get_args_parser, training_batches
 from harness import determinism, devices, distributed, endings
 from harness.arguments import OneLineParser, boolean, fraction, learning_rate, share
+from harness.machine import multiplies_bfloat16
 from harness.memory import SavedBytes
 from harness.planning import StepCost
 from harness.precision import choose_precision
 from harness.timing import PhaseTimer
 from images import load_images
+from layouts import choose_layout
 from memory_plan import add_budget_arguments, compare_with_plan, plan_memory, policy_label
-from models.grouped_convolution import FORMS, set_form
+from models.grouped_convolution import FORMS
 from models.resnext import ResNeXt, parse_name
 from models.resnext_checkpoint import CheckpointResNeXt
 
@@ -60,15 +65,15 @@ class FastParser(OneLineParser):
 
 def get_fast_args_parser():
     parser = get_args_parser(__doc__, FastParser)
-    on_cuda = torch.cuda.is_available()
-    parser.set_defaults(loader="device", num_epoch=30, half_precision=fast_type() if on_cuda else None)
+    parser.set_defaults(loader="device", num_epoch=30, half_precision=fast_type())
     switch = {"type": boolean, "nargs": "?", "const": True}
     add = parser.add_argument
     rates = " and ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
     add("--lr", type=learning_rate, help=f"peak learning rate of sgd, or adam's constant one; by default {rates}")
-    add("--channels_last", **switch, default=True, help="lay pictures and convolutions out as NHWC")
-    add("--grouped_convolution", choices=FORMS, default="groups", help="form in which the grouped convolutions run")
-    add("--compile", **switch, default=on_cuda, help="torch.compile the model")
+    add("--channels_last", **switch, help="lay pictures and convolutions out as NHWC; by default what is fastest here")
+    add("--grouped_convolution", choices=FORMS,
+        help="form in which the grouped convolutions run; by default what is fastest here")  # fmt: skip
+    add("--compile", **switch, default=torch.cuda.is_available(), help="torch.compile the model")
     add("--cuda_graphs", **switch, default=False, help="with --compile, launch its kernels as CUDA graphs")
     add("--optimizer", choices=("sgd", "adam"), default="sgd", help="sgd in one cycle, or resnext.py's constant Adam")
     add("--label_smoothing", type=share, default=0.1, help="weight of the uniform distribution in the target")
@@ -79,7 +84,9 @@ def get_fast_args_parser():
 
 
 def fast_type():
-    """The half precision that this machine's GPUs are fast in: products of bfloat16 came with Ampere."""
+    """The half precision that this machine is fast in, or None: on GPUs products of bfloat16 came with Ampere."""
+    if not torch.cuda.is_available():
+        return "bfloat16" if multiplies_bfloat16() else None
     capabilities = [torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())]
     return "float16" if capabilities and min(capabilities) < (8, 0) else "bfloat16"
 
@@ -105,12 +112,6 @@ def suffix(args):
     changed = [name for name in SWITCHES if getattr(args, name) != parser.get_default(name)]
     redone = f"_{policy_label(args)}" if policy_label(args) else ""
     return "_fast" + "".join(f"_{name}_{getattr(args, name)}" for name in changed) + redone
-
-
-def layout_of(args, precision):
-    """The memory format and dtype that pictures have in the model."""
-    memory_format = torch.channels_last if args.channels_last else torch.contiguous_format
-    return {"memory_format": memory_format, "dtype": precision.dtype or torch.float32}
 
 
 def make_optimizer(model, name, lr, device, scaler):
@@ -140,19 +141,29 @@ def set_rate(optimizer, args, step, steps):
         group["lr"] = args.lr * one_cycle(step, steps) if args.optimizer == "sgd" else args.lr
 
 
-def compiled(model, args):
+def compiled(model, args, channels_last):
     """`model` under torch.compile, for batches of one size."""
     # Left alone, Inductor gives up channels last for a training graph that holds a grouped convolution.
-    options = {"force_layout_optimization": args.channels_last, "triton.cudagraphs": args.cuda_graphs}
+    options = {"force_layout_optimization": channels_last, "triton.cudagraphs": args.cuda_graphs}
     return torch.compile(model, dynamic=False, options=options)
 
 
-def for_full_batches(model, args, data, world):
-    """`model`, compiled for the batches that are full where args.compile says so. An epoch's last batch is smaller: to
-    compile for it would take longer than it does."""
+def for_full_batches(model, data, args, precision, run, layout):
+    """`model`, where args.compile says so compiled for the batches that are full. An epoch's last batch is smaller: to
+    compile for it would take longer than it does. layout: memory_format and dtype of the pictures."""
     if not args.compile:
         return model
-    fast_model, full = compiled(model, args), min(args.batch_size, len(data.train_labels)) // world.size
+    fast_model = compiled(model, args, layout["memory_format"] == torch.channels_last)
+    full = min(args.batch_size, len(data.train_labels)) // run.world.size
+    # A step without its update, so that the record tells the time of compiling from that of training.
+    started, before = time.perf_counter(), [buffer.clone() for buffer in model.buffers()]
+    with precision.autocast():
+        output = fast_model(torch.zeros(full, 3, data.size, data.size, device=run.world.device).to(**layout))
+    output.float().sum().backward()
+    model.zero_grad(set_to_none=True)
+    for buffer, value in zip(model.buffers(), before, strict=True):
+        buffer.copy_(value)
+    run.facts["compile_seconds"] = time.perf_counter() - started
     return lambda images: (fast_model if len(images) == full else model)(images)
 
 
@@ -172,27 +183,29 @@ class NoAverage:
         pass
 
 
-def load_parts(args, world, run, memory_format):
-    """(the ImageData, the model on this process's device, its average)"""
+def load_parts(args, world, precision, run):
+    """(the ImageData, the model on this process's device, its average, memory_format and dtype of pictures in it)"""
     with world.first_on_machine():
         data = load_images(args.dataset, args.data_dir)
     torch.manual_seed(args.seed)
     kind, redone = (CheckpointResNeXt, {"policy": args.policy}) if policy_label(args) else (ResNeXt, {})
     model = kind(*parse_name(args.model), num_classes=len(data.classes), **redone).to(world.device)
-    model.to(memory_format=memory_format)
-    set_form(model, args.grouped_convolution)
+    layout = choose_layout(model, data.size, args, world, precision, run)
+    layout.apply(model)
+    pictures = {"memory_format": layout.memory_format, "dtype": precision.dtype or torch.float32}
     run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
     if not args.ema:
-        return data, model, NoAverage(model)
-    return data, model, AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+        return data, model, NoAverage(model), pictures
+    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
+    return data, model, average, pictures
 
 
 def train(args, world, precision, run):
-    device, layout = world.device, layout_of(args, precision)
-    data, model, average = load_parts(args, world, run, layout["memory_format"])
+    device = world.device
+    data, model, average, layout = load_parts(args, world, precision, run)
     plan = plan_memory(model, data, args, world, precision, run, **layout)
     parallel_model = world.wrap(model)
-    fast_model = for_full_batches(parallel_model, args, data, world)
+    fast_model = for_full_batches(parallel_model, data, args, precision, run, layout)
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
     optimizer = make_optimizer(model, args.optimizer, args.lr, device, precision.scaler)
     batches, loader = training_batches(args, world, data, run, **layout)
@@ -225,7 +238,7 @@ def train(args, world, precision, run):
         # ---------------------------------------------------------------------------------------------------------
         run.note_saved(saved.bytes)
         compare_with_plan(plan, saved, cost, run)
-        epoch.end(evaluate(average.module, data, precision, world, args.batch_size, run.stop))
+        epoch.end(evaluate(average.module, data, precision, world, args.batch_size, run.stop, **layout))
     run.finish(average.module)
 
 

@@ -80,13 +80,14 @@ def experiments(inputs):
     table = tiny_inputs.make_table(inputs / "papers.csv")
     candidates = tiny_inputs.make_candidates(inputs / "candidates", 60, 3)
     resnext = ["--dataset", "folder", "--data_dir", pictures, "--model", "resnext29_1x4d", "--batch_size", 8,
-               "--num_worker", 0, "--num_epoch", 4, "--lr", 0.002]  # fmt: skip
+               "--num_worker", 0, "--num_epoch", 4, "--lr", 0.002, "--save_every", 0]  # fmt: skip
+    layout = ["--channels_last", True, "--grouped_convolution", "groups"]  # Else measured, and not the same each time.
     again = {"go_on": ("--resume",), "anew": ("--restart",)}
     image_script = {**again, "workers": ("--num_worker", 2)}
     found = [
         Experiment("resnext.py", resnext, processes=True, **image_script),
         Experiment("resnext_checkpoint.py", [*resnext, "--memory_budget", 0.8], **image_script),
-        Experiment("resnext_fast.py", resnext, **again, workers=("--loader", "workers", "--num_worker", 2)),
+        Experiment("resnext_fast.py", [*resnext, *layout], **again, workers=("--loader", "workers", "--num_worker", 2)),
         Experiment(
             "finetune_model.py",
             [

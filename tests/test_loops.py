@@ -21,10 +21,9 @@ TECHNIQUE = {
     ),
     "resnext_fast.py": (
         [
-            "device, layout = world.device, layout_of(args, precision)",
-            'data, model, average = load_parts(args, world, run, layout["memory_format"])',
+            "data, model, average, layout = load_parts(args, world, precision, run)",
             "plan = plan_memory(model, data, args, world, precision, run, **layout)",
-            "fast_model = for_full_batches(parallel_model, args, data, world)",
+            "fast_model = for_full_batches(parallel_model, data, args, precision, run, layout)",
             "criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)",
             "optimizer = make_optimizer(model, args.optimizer, args.lr, device, precision.scaler)",
             "batches, loader = training_batches(args, world, data, run, **layout)",
@@ -38,11 +37,10 @@ TECHNIQUE = {
             "set_rate(optimizer, args, epoch.number * steps + epoch.step, args.num_epoch * steps)",
             "average.update_parameters(model)",
             "compare_with_plan(plan, saved, cost, run)",
-            "epoch.end(evaluate(average.module, data, precision, world, args.batch_size, run.stop))",
+            "epoch.end(evaluate(average.module, data, precision, world, args.batch_size, run.stop, **layout))",
             "run.finish(average.module)",
         ],
         [
-            "device = world.device",
             "data, model = load_parts(args, world, run)",
             "criterion = nn.CrossEntropyLoss()",
             'optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=5e-4, fused=device.type == "cuda")',

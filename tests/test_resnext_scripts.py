@@ -20,7 +20,7 @@ ENDS = (".json", ".lock", ".npz", ".pt", ".state")
 def tiny(pictures):
     """The arguments of a run of 6 steps an epoch, the last of 4 pictures."""
     return ["--dataset", "folder", "--data_dir", pictures, "--model", "resnext29_1x4d", "--batch_size", 8,
-            "--num_worker", 0, "--num_epoch", 2, "--lr", 0.002]  # fmt: skip
+            "--num_worker", 0, "--num_epoch", 2, "--lr", 0.002, "--save_every", 0]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
