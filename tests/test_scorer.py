@@ -15,7 +15,7 @@ from harness.endings import UserError
 from harness.precision import choose_precision
 from scorer.metrics import CollapseWatch, Metrics, validate
 from scorer.optimization import Schedule
-from scorer.scorer_arguments import get_args_parser
+from scorer.scorer_arguments import get_args_parser, half_precision_of, run_name
 from texts.samples import read_sample, sample_files
 
 CPU = torch.device("cpu")
@@ -398,3 +398,19 @@ def test_collapse_is_seen_within_100_updates(every):
     assert seen(lambda update: min(1e-4 * 1.02**update, 0.05)) == []
     collapses = seen(lambda update: 1e-6 if update < 150 or update >= 250 else 0.05)
     assert len(collapses) == 2
+
+
+@pytest.mark.parametrize(("words", "kind", "on_cuda"), [
+    ("--half_precision", "t5", "bfloat16"), ("--half_precision True", "bert", "float16"), ("", "t5", None),
+    ("--half_precision float16", "t5", "float16"),
+])  # fmt: skip
+def test_half_precision_that_names_no_type_is_bfloat16_for_encoders_of_the_t5_family(words, kind, on_cuda, encoders):
+    args = get_args_parser("").parse_args([*words.split(), "--model_type", encoders[kind]])
+    assert half_precision_of(args, torch.device("cuda")) == on_cuda
+    assert run_name(args) == "simcls_4_worker" + "_fp16" * bool(words)
+    trained = get_args_parser("").parse_args(words.split())
+    trained.model_pt = "run/scorer.bin"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("scorer.scorer_arguments.cached_path", lambda name: name)
+        patch.setattr("scorer.scorer_arguments.read_description", lambda path: {"architecture": kind})
+        assert half_precision_of(trained, torch.device("cuda")) == on_cuda
