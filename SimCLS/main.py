@@ -25,6 +25,7 @@ from harness.loading import worker_loader
 from harness.memory import SavedBytes
 from harness.precision import choose_precision
 from harness.timing import PhaseTimer
+from scorer.layer_plan import plan_memory
 from scorer.metrics import Metrics, loss_of, validate
 from scorer.optimization import Schedule, clip_gradients, seed_step
 from scorer.scorer_arguments import cached_path, get_args_parser
@@ -53,6 +54,7 @@ def main():
 def train(args, world, precision, run, scorer, encoding, description):
     device = world.device
     train_set, val_set = load_data(args, world, encoding, description)
+    plan_memory(scorer, train_set, args, world, precision, run)
     parallel_scorer = world.wrap(scorer)
     batches, loader = training_batches(args, world, train_set)
     optimizer = torch.optim.Adam(scorer.parameters(), fused=True)

@@ -83,10 +83,14 @@ def test_record(baseline):
     )
 
 
-@pytest.mark.parametrize("extra", [["--num_workers", 2], ["--use_checkpoint"]])
+@pytest.mark.parametrize("extra", [["--num_workers", 2], ["--use_checkpoint"], ["--memory_budget", 0.75]])
 def test_workers_and_recomputation_change_no_result(run_script, tiny, baseline, tmp_path, extra):
     run_script(MAIN, *tiny, *extra, "--run_name", "other", cwd=tmp_path)
     assert_same_results(baseline[0], tmp_path, "other")
+    if "--memory_budget" in extra:
+        plain, ours = record_of(baseline[0]), record_of(tmp_path, "other")
+        assert ours["plan"]["peak_share"] <= 0.75
+        assert ours["saved_activation_bytes"] < 0.8 * plain["saved_activation_bytes"]
 
 
 def test_half_precision_and_profiling(run_script, tiny, tmp_path):
@@ -144,11 +148,15 @@ def test_an_encoder_that_keeps_all_activations(tiny, tmp_path):
     size = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
     AlbertModel(AlbertConfig(vocab_size=400, embedding_size=16, **size)).save_pretrained(tmp_path / "albert")
     tiny_inputs.make_tokenizer("bert").save_pretrained(tmp_path / "albert")
-    ended = launch.run(MAIN, *tiny, "--model_type", "albert", "--use_checkpoint", cwd=tmp_path)
-    assert ended.code == 2
-    (line,) = ended.err.splitlines()
-    assert "--use_checkpoint: transformers cannot recompute the activations of the encoder" in line
-    assert "making token ids" not in ended.out
+    for flags, words in (
+        (["--use_checkpoint"], "--use_checkpoint: transformers cannot recompute the activations of the encoder"),
+        (["--memory_budget", 0.5], "--memory_budget knows the layers of BERT's family and of T5, and not of albert"),
+    ):
+        ended = launch.run(MAIN, *tiny, "--model_type", "albert", *flags, cwd=tmp_path)
+        assert ended.code == 2
+        (line,) = ended.err.splitlines()
+        assert words in line
+        assert "making token ids" not in ended.out
 
 
 def test_each_batch_can_be_an_update(tiny, tmp_path):

@@ -65,7 +65,11 @@ def add_machine_arguments(group):
     add("--half_precision", type=half_precision_or_auto, nargs="?", const="auto", metavar="float16|bfloat16",
         help="autocast, in float16 with loss scaling when no type is named; on a CPU, and for an encoder of the T5 "
              "family, in bfloat16")  # fmt: skip
-    add("--use_checkpoint", **FLAG, help="recompute the activations of each encoder layer in backward")
+    how = group.add_mutually_exclusive_group()
+    how.add_argument("--use_checkpoint", **FLAG, help="recompute the activations of each encoder layer in backward")
+    how.add_argument("--memory_budget", type=fraction, metavar="SHARE",
+        help="recompute of the encoder's layers what is cheapest, so that the peak is at most this share of the "
+             "run's without. The peak: the most bytes of activations and their gradients at once")  # fmt: skip
     determinism.add_argument(group)
     devices.add_arguments(group, default="the CPU, or with --cuda the GPUs of --gpuid")
 
@@ -136,6 +140,8 @@ def name_by_settings(args):
         parts.append({"auto": "fp16", "float16": "fp16", "bfloat16": "bf16"}[args.half_precision])
     if args.use_checkpoint:
         parts.append("checkpoint")
+    if args.memory_budget:
+        parts.append(f"budget{args.memory_budget:g}")
     if args.seed:
         parts.append(f"seed{args.seed}")
     if args.deterministic:

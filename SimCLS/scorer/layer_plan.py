@@ -1,0 +1,157 @@
+"""main.py --memory_budget: which parts of an encoder's layers backward redoes, so that forward need not keep them.
+
+A layer has two parts, attention and feed-forward. What a part works with is kept, or (by torch.utils.checkpoint) its
+input alone, and the part is run again in backward. harness.planning chooses the parts from what each takes.
+"""
+
+import functools
+import time
+
+import numpy as np
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from harness.endings import UserError
+from harness.memory import LiveBytes, SavedBytes
+from harness.planning import plan_recomputation
+from harness.rehearsal import Event, Group, Step, Timeline
+
+KINDS = ("attention", "feed_forward")
+TRIES = 4  # At a plan that is within the budget as measured, and not only as planned.
+
+
+def parts_of(encoder):
+    """[{kind: (module, name of the method that runs the part)}], one a layer, of BERT's family and of T5; [] of others.
+
+    encoder: a transformers model.
+    """
+    found = []
+    for module in encoder.modules():
+        if hasattr(module, "attention") and hasattr(module, "feed_forward_chunk"):
+            found.append({"attention": (module.attention, "forward"), "feed_forward": (module, "feed_forward_chunk")})
+        elif isinstance(getattr(module, "layer", None), nn.ModuleList) and hasattr(module.layer[-1], "DenseReluDense"):
+            found.append({kind: (module.layer[at], "forward") for kind, at in zip(KINDS, (0, -1), strict=True)})
+    return found
+
+
+def redo_parts(layers, redo):
+    """Let backward redo the parts named in `redo`, "3.attention" say, and no others. layers: as from `parts_of`."""
+    for number, parts in enumerate(layers):
+        for kind, (module, method) in parts.items():
+            module.__dict__.pop(method, None)  # What is below hides the method of the class.
+            if f"{number}.{kind}" in redo:
+                setattr(module, method, _redone(getattr(module, method)))
+
+
+def _redone(method):
+    @functools.wraps(method)  # transformers counts the arguments.
+    def run(*args, **kwargs):
+        if not torch.is_grad_enabled():
+            return method(*args, **kwargs)
+        return checkpoint(method, *args, use_reentrant=False, **kwargs)
+
+    return run
+
+
+def plan_memory(scorer, samples, args, world, precision, run):
+    """Let backward redo what --memory_budget asks for, if it does; it is planned with the longest documents.
+
+    samples: data_utils.SampleSet. run: into whose record the plan goes.
+    """
+    if not args.memory_budget:
+        return
+    longest = np.argsort(samples.document_lengths)[-min(2, args.batch_size) :]
+    batch = samples.batch(longest).to(world.device)
+    texts, lengths = max(zip(batch.texts, batch.lengths, strict=True), key=lambda call: call[0].numel())
+    plan, share = plan_layers(scorer, texts, lengths, args.memory_budget, precision)
+    redone = [f"{sum(name.endswith(kind) for name in plan.redo)} times {kind.replace('_', '-')}" for kind in KINDS]
+    planned = plan.peak_bytes / plan.plain_peak_bytes
+    world.say(f"plan: backward redoes {' and '.join(redone)}, for a peak of {share:.3f} (planned {planned:.3f})")
+    run.facts["plan"] = {"redo": sorted(plan.redo), "peak_share": share, "planned_peak_share": planned}
+
+
+def plan_layers(scorer, texts, lengths, budget, precision):
+    """Let backward redo the parts of `scorer`'s layers that are cheapest to redo, so that the peak of activations and
+    their gradients is at most `budget` times what it is without.
+
+    texts, lengths: of one call of the encoder (Scorer.encode_texts). Other calls, of texts that are fewer or shorter,
+    hold less in the same proportion. Returns the Plan, and the share that its peak has as measured.
+
+    UserError for an encoder of another family, and when the budget cannot be met.
+    """
+    layers = parts_of(scorer.encoder)
+    if not layers:
+        kind = scorer.encoder.config.model_type
+        raise UserError(f"--memory_budget knows the layers of BERT's family and of T5, and not of {kind}; leave it out")
+    measure = functools.partial(_measure, scorer, layers, texts, lengths, precision)
+    names = {kind: {f"{number}.{kind}" for number in range(len(layers))} for kind in KINDS}
+    held, peak = measure(frozenset())
+    sizes = {kind: (held - measure(names[kind])[0]) // len(layers) for kind in KINDS}
+    seconds = _seconds(scorer, layers, texts, lengths, precision)
+    timeline = _timeline(len(layers), sizes, seconds, held, peak)
+    limit = budget
+    for _ in range(TRIES):
+        plan = plan_recomputation(timeline, peak=limit)
+        share = measure(plan.redo)[1] / peak
+        if share <= budget:
+            return plan, share
+        limit -= share - budget
+    raise UserError(f"a memory budget of {budget:g} cannot be met; the nearest plan has a peak of {share:.3f}")
+
+
+def _measure(scorer, layers, texts, lengths, precision, redo):
+    """(bytes held after forward, bytes at the peak) of a call of the encoder, forward and backward."""
+    redo_parts(layers, redo)
+    live = LiveBytes(scorer)
+    with live, SavedBytes(scorer) as saved, precision.autocast():
+        states = scorer.encode_texts([texts], [lengths])
+    with live:
+        states.sum().backward()
+    scorer.zero_grad(set_to_none=True)
+    return saved.bytes, live.peak
+
+
+def _seconds(scorer, layers, texts, lengths, precision):
+    """{kind: seconds that a part takes in forward}, the least of the layers'."""
+    seconds = dict.fromkeys(KINDS, float("inf"))
+
+    def timed(kind, method):
+        @functools.wraps(method)
+        def run(*args, **kwargs):
+            wait = torch.cuda.synchronize if texts.is_cuda else int
+            wait()
+            start = time.perf_counter()
+            output = method(*args, **kwargs)
+            wait()
+            seconds[kind] = min(seconds[kind], time.perf_counter() - start)
+            return output
+
+        return run
+
+    redo_parts(layers, ())
+    for parts in layers:
+        for kind, (module, method) in parts.items():
+            setattr(module, method, timed(kind, getattr(module, method)))
+    with torch.no_grad(), precision.autocast():
+        scorer.encode_texts([texts], [lengths])
+    redo_parts(layers, ())
+    return seconds
+
+
+def _timeline(count, sizes, seconds, held, peak):
+    """The Timeline of a call: in backward, from the last layer to the first, a part after the other is needed."""
+    fixed, other = held - count * sum(sizes.values()), peak - count * sum(sizes.values())
+    groups, entry = [], None
+    for number in range(count):
+        # Parts are redone from what is kept anyway: no step has another for its input.
+        steps = [Step(f"{number}.{kind}", (), sizes[kind], sizes[kind], 0, 0, seconds[kind]) for kind in KINDS]
+        forward = [Event("made", step.name, other) for step in steps]
+        backward = [
+            Event(kind, None if kind == "live" else step.name, other)
+            for step in reversed(steps)
+            for kind in ("need", "live", "done")
+        ]
+        groups.append(Group(entry, steps, forward, backward))
+        entry = steps[-1].name
+    return Timeline(groups, fixed)

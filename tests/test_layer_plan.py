@@ -1,0 +1,56 @@
+"""main.py --memory_budget: the parts of an encoder's layers that backward redoes."""
+
+import pytest
+import torch
+from model import Scorer
+from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
+
+from harness.endings import UserError
+from harness.precision import choose_precision
+from scorer.layer_plan import KINDS, parts_of, plan_layers, redo_parts
+
+LAYERS = 4
+SINGLE = choose_precision(None, torch.device("cpu"))
+TEXTS, LENGTHS = torch.arange(480).view(6, 80) % 99 + 1, torch.tensor([80, 70, 60, 80, 33, 50])
+
+
+def make_bert():
+    size = {"hidden_size": 32, "intermediate_size": 128, "num_attention_heads": 2, "num_hidden_layers": LAYERS}
+    return BertModel(BertConfig(vocab_size=100, **size), add_pooling_layer=False)
+
+
+def make_t5():
+    return T5EncoderModel(T5Config(vocab_size=100, d_model=32, d_ff=128, num_layers=LAYERS, num_heads=2, d_kv=16))
+
+
+@pytest.fixture(scope="module", params=[make_bert, make_t5], ids=["bert", "t5"])
+def scorer(request):
+    torch.manual_seed(0)
+    return Scorer(request.param()).train()  # With dropout.
+
+
+def gradients(scorer):
+    torch.manual_seed(1)
+    scorer.zero_grad()
+    scorer.encode_texts([TEXTS], [LENGTHS]).square().sum().backward()
+    return [weight.grad.clone() for weight in scorer.parameters() if weight.grad is not None]
+
+
+def test_every_layers_parts_are_found(scorer):
+    assert [set(parts) for parts in parts_of(scorer.encoder)] == [set(KINDS)] * LAYERS
+
+
+@pytest.mark.parametrize("budget", [0.8, 0.6, 0.4])
+def test_a_plan_is_within_its_budget_as_predicted_and_changes_no_gradient(scorer, budget):
+    redo_parts(parts_of(scorer.encoder), ())
+    plain = gradients(scorer)
+    plan, share = plan_layers(scorer, TEXTS, LENGTHS, budget, SINGLE)
+    assert budget - 0.25 < share <= budget
+    assert plan.peak_bytes / plan.plain_peak_bytes == pytest.approx(share, rel=0.05)
+    for one, other in zip(plain, gradients(scorer), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_budget_that_cannot_be_met_is_refused(scorer):
+    with pytest.raises(UserError, match="a memory budget of 0.05 cannot be met"):
+        plan_layers(scorer, TEXTS, LENGTHS, 0.05, SINGLE)
