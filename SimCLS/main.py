@@ -54,8 +54,7 @@ def main():
 def train(args, world, precision, run, scorer, encoding, description):
     device = world.device
     train_set, val_set = load_data(args, world, encoding, description)
-    plan_memory(scorer, train_set, args, world, precision, run)
-    parallel_scorer = world.wrap(scorer)
+    parallel_scorer = world.wrap(plan_memory(scorer, train_set, args, world, precision, run))
     batches, loader = training_batches(args, world, train_set)
     optimizer = torch.optim.Adam(scorer.parameters(), fused=True)
     schedule = Schedule.of_run(args, optimizer, description["hidden_size"], batches.updates)

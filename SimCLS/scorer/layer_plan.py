@@ -55,12 +55,12 @@ def _redone(method):
 
 
 def plan_memory(scorer, samples, args, world, precision, run):
-    """Let backward redo what --memory_budget asks for, if it does; it is planned with the longest documents.
+    """`scorer`, whose backward redoes what --memory_budget asks for, if it does; planned with the longest documents.
 
     samples: data_utils.SampleSet. run: into whose record the plan goes.
     """
     if not args.memory_budget:
-        return
+        return scorer
     longest = np.argsort(samples.document_lengths)[-min(2, args.batch_size) :]
     batch = samples.batch(longest).to(world.device)
     texts, lengths = max(zip(batch.texts, batch.lengths, strict=True), key=lambda call: call[0].numel())
@@ -69,6 +69,7 @@ def plan_memory(scorer, samples, args, world, precision, run):
     planned = plan.peak_bytes / plan.plain_peak_bytes
     world.say(f"plan: backward redoes {' and '.join(redone)}, for a peak of {share:.3f} (planned {planned:.3f})")
     run.facts["plan"] = {"redo": sorted(plan.redo), "peak_share": share, "planned_peak_share": planned}
+    return scorer
 
 
 def plan_layers(scorer, texts, lengths, budget, precision):
