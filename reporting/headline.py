@@ -33,8 +33,12 @@ TECHNIQUES = {
         "never: the others cost less",
     ),
     ("checkpointing", "budget"): (
-        f"Recomputing what a memory budget asks for: {CHECKPOINT} `--memory_budget`",
+        f"Recomputing so that the peak is at most a share: {CHECKPOINT} `--memory_budget`",
         "when you know how much memory there is",
+    ),
+    ("checkpointing", "held"): (
+        f"Recomputing so that at most a share is kept: {CHECKPOINT} `--budget_of held --memory_budget`",
+        "to compare with other planners",
     ),
     ("together", "everything on"): ("Everything on: `resnext_fast.py`", "to train, rather than to compare"),
     ("simcls", "4 workers, recomputation"): (
@@ -106,7 +110,9 @@ def short(effect):
         return f"SimCLS: {label.removeprefix('4 workers, ')}"
     if effect.study == "mixed-precision":
         return f"half precision ({label})"
-    return SHORT.get(label, f"recomputing for a {label.replace(' ', ' of ')}" if label.startswith("budget") else label)
+    if label.startswith(("budget", "held")):
+        return f"recomputing, {label.replace('budget', 'peak')}"
+    return SHORT.get(label, label)
 
 
 def effect(study, group, row):
@@ -117,7 +123,7 @@ def effect(study, group, row):
     if words is None or base is None or row is base:
         return None
     technique, when = words
-    if row.arm.label.startswith("budget"):
+    if row.arm.label.startswith(("budget", "held")):
         technique += f" {row.arm.label.split()[1]}"
     memory = Record.allocated_gb if base.runs[0].allocated_gb() else Record.saved_mib
     return Effect(

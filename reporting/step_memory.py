@@ -48,8 +48,7 @@ def draw(record):
         peak = (base + points[:, 1:].sum(1)).max() / GIB
         panel.set_title(f"{name}: {step['held_bytes'] / GIB:.2f} GiB kept, peak {peak:.2f} GiB", fontsize=10)
         panel.set_xlim(0, 1)
-    for panel in panels[-1]:
-        panel.set_xlabel("share of the step's operators that have run; dashed: backward begins")
+    figure.supxlabel("share of the step's operators that have run; backward begins at the dashed line", fontsize=10)
     for panel in panels[:, 0]:
         panel.set_ylabel("memory, GiB")
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)

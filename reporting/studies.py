@@ -71,7 +71,8 @@ def simcls_arm(run):
 def together_arm(run):
     """Of all ResNeXt runs: what tells each from the original's way, which is resnext.py without any argument."""
     if run.experiment == "resnext_fast":
-        return Arm("everything on", (3,))
+        redone = recomputation_label(run)
+        return Arm("everything on" if redone == "none" else f"everything on, recomputing: {redone}", (3, redone))
     if run.experiment == "resnext_checkpoint":
         return Arm(f"recomputing: {recomputation_label(run)}", (2, -(run.saved_mib() or 0)))
     if run.experiment != "resnext":
