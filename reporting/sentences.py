@@ -13,7 +13,8 @@ def bullets(runs, evaluations):
     found = headline.effects(runs)
     lines = [
         _loading(runs),
-        _best(found, "mixed-precision", "time", "**Half precision**", "an epoch takes {} × the time, at best", "half-precision"),
+        _best(found, "mixed-precision", "time", "**Half precision**",
+              "an epoch takes {} × the time, at best", "half-precision"),
         _best(found, "checkpointing", "memory", "**Recomputing activations**",
               "the same weights, bit for bit, from {} × the memory", "recomputation"),
         _everything(found, runs),
