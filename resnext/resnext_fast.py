@@ -188,7 +188,9 @@ def load_parts(args, world, precision, run):
     with world.first_on_machine():
         data = load_images(args.dataset, args.data_dir)
     torch.manual_seed(args.seed)
-    kind, redone = (CheckpointResNeXt, {"policy": args.policy}) if policy_label(args) else (ResNeXt, {})
+    # A budget's plan is made for the layout: until then nothing is redone.
+    policy = {"policy": args.policy or frozenset()}
+    kind, redone = (CheckpointResNeXt, policy) if policy_label(args) else (ResNeXt, {})
     model = kind(*parse_name(args.model), num_classes=len(data.classes), **redone).to(world.device)
     layout = choose_layout(model, data.size, args, world, precision, run)
     layout.apply(model)

@@ -212,6 +212,14 @@ def test_recomputation_changes_no_result(run_script, tiny, tmp_path, redone):
     assert ("measured: peak" in printed) == (redone[0] == "--memory_budget")
 
 
+def test_a_layout_is_measured_before_memory_is_planned_for_it(run_script, tiny, tmp_path):
+    flags = ["--memory_budget", 0.8, "--max_steps", 1, "--output_dir", tmp_path]
+    printed = run_script(SCRIPT, *tiny[: -len(LAYOUT)], *flags).stdout
+    (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
+    assert len(record["layout"]["milliseconds_a_picture"]) == 6
+    assert "plan: " in printed.partition("layout: ")[2]
+
+
 def test_names_tell_what_was_switched(monkeypatch):
     def name(*flags):
         return suffix(get_fast_args_parser().parse_args(list(flags)))
