@@ -39,7 +39,9 @@ TEMPLATES = {"t5": "$A </s>", "bert": "[CLS] $A [SEP]"}
 def get_args_parser():
     parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--arch", choices=("t5", "bert"), default="t5", help="default: %(default)s")
-    parser.add_argument("--data_file", default="sample", help="CSV file or data set name (default: %(default)s)")
+    parser.add_argument(
+        "--dataset_name", "--data_file", default="sample", help="CSV file or data set name (default: %(default)s)"
+    )
     parser.add_argument("--doc_col_name", default="abstract", help="column of the documents (default: %(default)s)")
     parser.add_argument("--sum_col_name", default="title", help="column of the summaries (default: %(default)s)")
     parser.add_argument("--save_dir", type=Path, required=True, help="folder for the model and its tokenizer")
@@ -75,7 +77,7 @@ def main():
         raise UserError(f"--dropout {args.dropout} is not below 1")
     if args.vocab_size < 300:
         raise UserError(f"--vocab_size {args.vocab_size} is below 300: 256 bytes, the special tokens, and some merges")
-    documents = read_documents(find_dataset(args.data_file), args.doc_col_name, args.sum_col_name)
+    documents = read_documents(find_dataset(args.dataset_name), args.doc_col_name, args.sum_col_name)
     transformers.set_seed(args.seed)
     tokenizer = train_tokenizer(split_documents(documents)["train"], args.arch, args.vocab_size)
     model = create_t5(args, tokenizer) if args.arch == "t5" else create_bert(args, tokenizer)

@@ -1,6 +1,6 @@
 """Stage 1 of 5: fine-tune a generator (any sequence-to-sequence model) on the documents and summaries of a CSV.
 
-    python3 finetune_model.py --pt_model t5-small --data_file clean_covid.csv --save_dir models/t5_covid
+    python3 finetune_model.py --generator_name t5-small --dataset_name clean_covid.csv --save_dir models/t5_covid
 
 After each epoch the model summarises validation documents; the epoch with the best mean of ROUGE-1, -2 and -Lsum is
 kept, and lies in --save_dir in `from_pretrained` form when training ends, with `finetune.json`, the record of the run.
@@ -51,8 +51,12 @@ STATE_FILES = ("model*", "optimizer.pt", "scheduler.pt", "rng_state*")  # Of the
 def get_args_parser():
     parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     integer, number = arguments.positive_int, arguments.positive_float
-    parser.add_argument("--pt_model", required=True, help="generator to start from: a folder, or a name on the hub")
-    parser.add_argument("--data_file", default="sample", help="CSV file or data set name (default: %(default)s)")
+    parser.add_argument(
+        "--generator_name", "--pt_model", required=True, help="to start from: a folder, or a name on the hub"
+    )
+    parser.add_argument(
+        "--dataset_name", "--data_file", default="sample", help="CSV file or data set name (default: %(default)s)"
+    )
     parser.add_argument("--doc_col_name", default="abstract", help="column of the documents (default: %(default)s)")
     parser.add_argument("--sum_col_name", default="title", help="column of the summaries (default: %(default)s)")
     parser.add_argument("--save_dir", type=Path, required=True, help="folder for the fine-tuned generator")
@@ -74,12 +78,14 @@ def get_args_parser():
                                "(default: %(default)s)")  # fmt: skip
     training.add_argument("--label_smoothing", type=arguments.non_negative_float, default=0.1,
                           help="default: %(default)s")  # fmt: skip
-    training.add_argument("--dropout", type=arguments.non_negative_float, help="default: that of --pt_model")
+    training.add_argument("--dropout", type=arguments.non_negative_float, help="default: the generator's own")
     training.add_argument(
         "--half_precision", type=half_precision_or_auto, nargs="?", const="auto",
         metavar="float16|bfloat16",
         help="autocast, in float16 when no type is named; on a CPU, and for the T5 family, in bfloat16")  # fmt: skip
-    training.add_argument("--gradient_checkpointing", **_flag("recompute activations in the backward pass"))
+    training.add_argument(
+        "--use_checkpoint", "--gradient_checkpointing", **_flag("recompute activations in the backward pass")
+    )
     devices.add_arguments(parser)
     determinism.add_argument(training)
 
@@ -114,12 +120,12 @@ def main():
         show_only(device)
     say = print if is_main else lambda line: None
     precision = choose_precision(args.half_precision, device, say=say)
-    documents = read_documents(find_dataset(args.data_file), args.doc_col_name, args.sum_col_name)
+    documents = read_documents(find_dataset(args.dataset_name), args.doc_col_name, args.sum_col_name)
     splits = {split: take_percent(part, args.dataset_percent) for split, part in split_documents(documents).items()}
     if args.lead_words:
         splits = {split: [with_lead(each, args.lead_words) for each in part] for split, part in splits.items()}
-    check_references((document.summary for document in documents), args.rouge_tokens, args.data_file, say)
-    model, tokenizer = load_generator(args.pt_model, argument="--pt_model", dropout=args.dropout)
+    check_references((document.summary for document in documents), args.rouge_tokens, args.dataset_name, say)
+    model, tokenizer = load_generator(args.generator_name, dropout=args.dropout)
     special = len(tokenizer("")["input_ids"])
     check_length("--max_source_length", args.max_source_length, special, most_tokens(model.get_encoder()))
     check_length("--max_target_length", args.max_target_length, special, most_tokens(model.get_decoder()))
@@ -160,8 +166,8 @@ def check_generation(args, model, tokenizer):
         lines = [line.strip("- ") for line in str(error).splitlines() if line.strip()]
         reason = lines[1] if lines and lines[0].startswith("GenerationConfig is invalid") else "".join(lines[:1])
         raise UserError(
-            f"--pt_model {args.pt_model!r}: validation cannot generate by its generation config, or not save it "
-            f"({reason}); correct its generation_config.json"
+            f"--generator_name {args.generator_name!r}: validation cannot generate by its generation config, or not "
+            f"save it ({reason}); correct its generation_config.json"
         ) from None
     model.generation_config = config
 
@@ -285,7 +291,7 @@ def training_arguments(args, checkpoints, num_samples, dtype):
         label_smoothing_factor=args.label_smoothing,
         fp16=dtype == torch.float16,
         bf16=dtype == torch.bfloat16,
-        **{recomputation: args.gradient_checkpointing},
+        **{recomputation: args.use_checkpoint},
         predict_with_generate=True,
         generation_max_length=args.max_target_length,
         generation_num_beams=args.num_beams,

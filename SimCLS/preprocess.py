@@ -1,9 +1,9 @@
 """Stage 3 of 5: candidate text files to scored samples, one JSON file a document: the training data of SimCLS.
 
-    python3 preprocess.py --src_dir candidates/t5-small_16 --tgt_dir samples/train --split train --cand_num 16
+    python3 preprocess.py --src_dir candidates/t5-small_16 --tgt_dir samples/train --split train --num_cands 16
 
 Reads `{split}.source`, `{split}.target` and `{split}.out`, each with its `.tokenized` version, from --src_dir: one
-sample a line, the --cand_num candidates of a document on neighbouring lines of `.out`. Writes
+sample a line, the --num_cands candidates of a document on neighbouring lines of `.out`. Writes
 `{tgt_dir}/{i}.json` for document i with the keys of the samples published with SimCLS and BRIO:
 
     article_untok, abstract_untok       lists of sentences
@@ -49,9 +49,18 @@ def get_args_parser():
     parser.add_argument("--src_dir", type=Path, required=True, help="folder of the candidate text files")
     parser.add_argument("--tgt_dir", type=Path, required=True, help="folder for the samples of this split")
     parser.add_argument("--split", choices=("train", "val", "test"), required=True)
-    parser.add_argument("--cand_num", type=arguments.positive_int, default=16, help="candidates a document")
     parser.add_argument(
+        "--num_cands",
+        "--cand_num",
+        dest="cand_num",
+        type=arguments.positive_int,
+        default=16,
+        help="candidates a document",
+    )
+    parser.add_argument(
+        "--num_workers",
         "--workers",
+        dest="workers",
         type=arguments.positive_int,
         default=machine.usable_cores(),
         help="processes that score; by default one for each usable core",

@@ -68,7 +68,7 @@ def map_in_order(function, items, workers, chunk, initializer=None, initargs=())
         while waiting:
             yield from waiting.popleft().result()
     except BrokenProcessPool:
-        raise UserError("a worker process was killed; is memory short? Try fewer --workers") from None
+        raise UserError("a worker process was killed; is memory short? Try fewer --num_workers") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

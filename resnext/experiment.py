@@ -38,7 +38,14 @@ NOT_RESULTS = (
 def get_args_parser(description, kind=OneLineParser):
     parser = kind(description=description, formatter_class=HelpWithDefaults)
     add = parser.add_argument
-    add("--num_worker", type=workers, default=2, help="processes that load pictures; 0 loads in this one")
+    add(
+        "--num_workers",
+        "--num_worker",
+        dest="num_worker",
+        type=workers,
+        default=2,
+        help="processes that load pictures; 0 loads in this one",
+    )
     add("--half_precision", type=half_precision_type, nargs="?", const="float16", metavar="float16|bfloat16",
         help="autocast, in float16 with loss scaling when no type is named; on a CPU always in bfloat16")  # fmt: skip
     add("--num_epoch", type=positive_int, default=200, help="passes over the training pictures")

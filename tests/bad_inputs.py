@@ -89,7 +89,7 @@ TABLE = {
     ],
     "SimCLS/finetune_model.py": [
         ("--device cuda:1", "--device cuda:1: PyTorch finds no CUDA GPU on this machine"),
-        ("--pt_model no/such-model", "--pt_model 'no/such-model': no sequence-to-sequence model"),
+        ("--pt_model no/such-model", "--generator_name 'no/such-model': no sequence-to-sequence model"),
         ("--pt_model {good}/bert", ": no sequence-to-sequence model"),
         ("--pt_model {bad}/models/hostile", ": no sequence-to-sequence model"),
         ("--pt_model {bad}/models/remote", ": no sequence-to-sequence model"),
@@ -146,7 +146,7 @@ TABLE = {
         ("--output_dir taken", "taken"),
     ],
     "SimCLS/preprocess.py": [
-        ("--cand_num 4", "--cand_num 4: train.out has 180 lines, not 240"),
+        ("--cand_num 4", "--num_cands 4: train.out has 180 lines, not 240"),
         ("--cand_num 0", "--cand_num: '0' is not"),
         ("--split dev", "--split: invalid choice"),
         ("--split val", "cannot read {good}/candidates/val.source"),

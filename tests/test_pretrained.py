@@ -207,7 +207,7 @@ def test_a_generation_config_that_will_fail_is_refused_before_training(settings,
     model, tokenizer = finetune_model.load_generator(encoders["t5"])
     for name, value in settings.items():
         setattr(model.generation_config, name, value)
-    args = SimpleNamespace(pt_model="mine", num_beams=settings.get("num_beams", 1))
+    args = SimpleNamespace(generator_name="mine", num_beams=settings.get("num_beams", 1))
     with pytest.raises(UserError, match="'mine': validation cannot generate by its generation config, or not save it"):
         finetune_model.check_generation(args, model, tokenizer)
 
@@ -215,5 +215,5 @@ def test_a_generation_config_that_will_fail_is_refused_before_training(settings,
 def test_a_generation_config_of_many_sequences_validates_by_one(encoders):
     model, tokenizer = finetune_model.load_generator(encoders["t5"])
     model.generation_config.num_beams = model.generation_config.num_return_sequences = 4
-    finetune_model.check_generation(SimpleNamespace(pt_model="mine", num_beams=1), model, tokenizer)
+    finetune_model.check_generation(SimpleNamespace(generator_name="mine", num_beams=1), model, tokenizer)
     assert model.generation_config.num_return_sequences == 4

@@ -61,12 +61,19 @@ def add_machine_arguments(group):
     add("--gpuid", type=non_negative_int, nargs="+", default=[0],
         help="numbers of the GPUs, one process each; without --cuda as many processes on the CPU")  # fmt: skip
     add("-p", "--port", type=positive_int, help="TCP port at which the processes meet; by default a free one")
-    add("--num_workers", type=workers, default=4, help="processes that make batches; 0 makes them in this one")
+    add(
+        "--num_workers",
+        "--num_worker",
+        type=workers,
+        default=4,
+        help="processes that make batches; 0 makes them in this one",
+    )
     add("--half_precision", type=half_precision_or_auto, nargs="?", const="auto", metavar="float16|bfloat16",
         help="autocast, in float16 with loss scaling when no type is named; on a CPU, and for an encoder of the T5 "
              "family, in bfloat16")  # fmt: skip
     how = group.add_mutually_exclusive_group()
-    how.add_argument("--use_checkpoint", **FLAG, help="recompute the activations of each encoder layer in backward")
+    how.add_argument("--use_checkpoint", "--gradient_checkpointing", **FLAG, help="recompute the activations of each "
+        "encoder layer in backward")  # fmt: skip
     how.add_argument("--memory_budget", type=fraction, metavar="SHARE",
         help="recompute of the encoder's layers what is cheapest, so that the peak is at most this share of the "
              "run's without. The peak: the most bytes of activations and their gradients at once")  # fmt: skip

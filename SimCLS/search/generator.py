@@ -85,17 +85,17 @@ def generator_dtype(half_precision, precision):
     return lambda config: half_precision_dtype(config, half_precision, precision) or torch.float32
 
 
-def load_generator(name, dtype=torch.float32, argument="--generator_name", dropout=None):
+def load_generator(name, dtype=torch.float32, dropout=None):
     """(model in eval mode, tokenizer) of a folder or a hub name. Raises UserError when it cannot be loaded.
 
-    dtype: of the weights, or a function from the model's config to it. argument: that named it. dropout: the share
-    dropped in training, in place of the model's own.
+    dtype: of the weights, or a function from the model's config to it. dropout: the share dropped
+    in training, in place of the model's own.
     """
     where = "in this folder" if Path(name).is_dir() else "under this name, neither as a folder nor on the hub"
     model, tokenizer = load(
         name,
         transformers.AutoModelForSeq2SeqLM,
-        problem=f"{argument} {name!r}: no sequence-to-sequence model with its tokenizer can be loaded {where}",
+        problem=f"--generator_name {name!r}: no sequence-to-sequence model with its tokenizer can be loaded {where}",
         advice="give a folder that finetune_model.py or create_model.py wrote, or demo/",
         dtype=dtype,
         # The one is T5's name, the other BART's and Pegasus'.
@@ -104,7 +104,7 @@ def load_generator(name, dtype=torch.float32, argument="--generator_name", dropo
     try:
         check_start(model, tokenizer)
     except ValueError as error:
-        raise UserError(f"{argument} {name!r}: {error}") from None
+        raise UserError(f"--generator_name {name!r}: {error}") from None
     return model.eval(), tokenizer
 
 

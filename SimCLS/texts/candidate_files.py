@@ -217,7 +217,7 @@ def check_counts(plain, tokenized, likelihood, cand_num):
     if wrong:
         raise UserError(
             f"{plain.source.parent}: the files do not fit the {documents} lines of {plain.source.name} and "
-            f"--cand_num {cand_num}: {', '.join(wrong)}; give the --cand_num of the generation, or generate again"
+            f"--num_cands {cand_num}: {', '.join(wrong)}; give the --num_cands of the generation, or generate again"
         )
     return documents
 
