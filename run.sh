@@ -156,14 +156,14 @@ chain() (
     samples ${short_percent}_percent $short_percent ../../../SimCLS/demo
     seed=0
     train $simcls/main.py $learning --run_name short --num_epoch 1 --num_workers 1 $half
-    evaluate short --dataset_percent 50
+    evaluate cache/short/evaluation.json short 50
     exit $failed  # Of this subshell.
 )
 
-# evaluate RUN ARGUMENT...: of one's own candidates of more test documents than `samples` has made samples of.
+# evaluate RECORD RUN PERCENT: of candidates of its own, so of more test documents than `samples` has made samples of.
 evaluate() {
-    [ -n "${DRY:-}" ] || [ -e "cache/$1/scorer.bin" ] || return 0  # Its training failed, and was named.
-    once "cache/$1/evaluation.json" python3 $simcls/evaluate_model.py $generate --scorer_path "cache/$1/scorer.bin" "${@:2}"
+    [ -n "${DRY:-}" ] || [ -e "cache/$2/scorer.bin" ] || return 0  # Its training failed, and was named.
+    once "$1" python3 $simcls/evaluate_model.py $generate --dataset_percent "$3" --scorer_path "cache/$2/scorer.bin" --output "$1"
 }
 
 simcls() (
@@ -177,8 +177,14 @@ simcls() (
         train $simcls/main.py $learning --use_checkpoint
         run=simcls_4_worker
         [ "$seed" = 0 ] || run+=_seed$seed
-        evaluate $run --dataset_percent 50
+        evaluate cache/$run/evaluation.json $run 50
     done
+    # A generator that has learnt from the same candidates: what it writes, and what the scorer makes of that.
+    seed=${SEEDS%% *}
+    train $simcls/brio.py --generator_name $simcls/demo --dataset samples --save_dir brio --num_epoch "${EPOCHS:-2}" \
+        --num_cands 8 --max_source_length 96 --max_target_length 32
+    generate=${generate/$simcls\/demo/brio}
+    evaluate brio/evaluation.json $run 50
     exit $failed  # Of this subshell.
 )
 
@@ -190,7 +196,7 @@ pubmed() (
     show cd runs/simcls/pubmed
     once generator/finetune.json python3 ../../../SimCLS/finetune_model.py --pt_model ../../../SimCLS/demo \
         --data_file "$text" --save_dir generator --num_epoch 4 --batch_size 32 --max_source_length 256 --label_smoothing 0 \
-        --lr 6e-4 $half $resume
+        --lr 6e-4 $half $([ -n "${AGAIN:-}" ] || echo --resume)
     for ngram in 0 3; do
         show cd ../../..
         samples "pubmed_no_repeat_$ngram" "${PERCENT:-25}" ../pubmed/generator --dataset_name "$text" \
@@ -198,7 +204,7 @@ pubmed() (
         learning+=" --total_len 256 --max_len 48 --num_epoch ${EPOCHS:-1} $half"
         for seed in $SEEDS; do
             train $simcls/main.py $learning --run_name "seed$seed"
-            evaluate "seed$seed" --dataset_percent 100
+            evaluate "cache/seed$seed/evaluation.json" "seed$seed" 100
         done
     done
     exit $failed  # Of this subshell.

@@ -125,8 +125,9 @@ def _read(path):
     except (ValueError, RecursionError):
         return warn(f"skipped {path}: not whole JSON; run its script again, or delete it")
     is_ours = isinstance(record, dict) and "experiment" in record
-    if not is_ours and (path.parent / "config.json").exists():
-        return None  # A model's folder: these files describe it.
+    described = not is_ours or record["experiment"] == "brio"
+    if described and (path.parent / "config.json").exists():
+        return None  # A model's folder: these files describe it. What a generator of brio.py is worth, evaluations say.
     fault = _fault(record) if is_ours else "no record of a run"
     return record if fault is None else warn(f"skipped {path}: {fault}")
 

@@ -26,6 +26,8 @@ GOOD = {
     "--decoder_max_len 8",
     "SimCLS/preprocess.py": "--src_dir {good}/candidates --tgt_dir samples --split train --cand_num 3 --workers 1",
     "SimCLS/main.py": "--dataset {good}/samples --model_type {good}/t5 --num_workers 0 --num_epoch 1 --batch_size 4",
+    "SimCLS/brio.py": "--generator_name {good}/t5 --dataset {good}/samples --save_dir brio --num_workers 0",
+    "SimCLS/scorer/minilm.py": "",
     "SimCLS/create_model.py": "--data_file {good}/papers.csv --save_dir made --vocab_size 320 --d_model 32",
     "SimCLS/evaluate_model.py": "",
     "SimCLS/texts/sample_data.py": "",
@@ -114,6 +116,14 @@ TABLE = {
         ("--rouge_tokens letters", "--rouge_tokens: invalid choice: 'letters'"),
         ("--data_file {bad}/tables/shifted.csv", "shifted.csv, line 8: 3 fields, where the header has 2"),
     ],
+    "SimCLS/brio.py": [
+        ("--generator_name {good}/bert", "no sequence-to-sequence model"),
+        ("--dataset {bad}/samples/none", "holds no sample"),
+        ("--save_dir taken", "choose another"),
+        ("--lr 0", "--lr: '0' is not"),
+        ("--max_target_length 1", "--max_target_length 1 leaves no room for a text"),
+    ],
+    "SimCLS/scorer/minilm.py": [],
     "SimCLS/gen_candidate.py": [
         ("--device cuda:1", "--device cuda:1: PyTorch finds no CUDA GPU on this machine"),
         ("--generator_name no/such/folder", "'no/such/folder': no sequence-to-sequence model"),

@@ -1,0 +1,142 @@
+#!/usr/bin/env python3
+"""Beside the stages: fine-tune a generator so that it finds the better of its candidates the more likely ones.
+
+    python3 brio.py --generator_name models/t5_covid --dataset samples --save_dir models/t5_covid_brio
+
+BRIO (Liu et al. 2022, "BRIO: Bringing Order to Abstractive Summarization"): the generator is its own scorer. The score
+of a summary is its log-probability divided by tokens ** length_penalty; the loss is SimCLS's ranking loss of these
+scores, plus the cross-entropy of the reference, without which it would forget how to write.
+
+--dataset holds the folders train and val of samples that preprocess.py made of this generator's candidates. After each
+epoch the generator summarises the validation documents by beam search; the epoch with the best mean of ROUGE-1, -2 and
+-L is kept, and lies in --save_dir in `from_pretrained` form, with `brio.json`, the record of the run. It is a generator
+as any other: gen_candidate.py and evaluate_model.py take it.
+"""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
+
+import torch
+from data_utils import LengthBatches
+from model import ranking_loss
+from pretrained import check_length
+
+from harness import arguments, determinism, devices, distributed, endings, runs, tracing
+from harness.loading import worker_loader
+from harness.memory import SavedBytes
+from harness.precision import choose_precision, half_precision_type
+from harness.timing import PhaseTimer
+from scorer.optimization import Schedule, clip_gradients, seed_step
+from search.generator import load_generator
+from search.ranked_generator import BrioRun, Means, RankedGenerator, RankedSamples, validate
+from texts.samples import read_sample, sample_files
+
+
+def get_args_parser():
+    parser = arguments.OneLineParser(description=__doc__, formatter_class=arguments.HelpWithDefaults)
+    add = parser.add_argument
+    add("--generator_name", required=True, help="generator to start from: a folder, or a name on the hub")
+    add("--dataset", default="samples", help="folder with the sample folders train and val")
+    add("--save_dir", required=True, help="folder for the fine-tuned generator")
+    runs.add_arguments(parser)
+    add("--max_steps", type=arguments.positive_int, help="stop after so many steps, for profiling")
+    add("--seed", type=arguments.seed, default=0, help=" ")
+    determinism.add_argument(parser)
+    devices.add_arguments(parser)
+    tracing.add_argument(parser)
+    add("--num_workers", type=arguments.workers, default=1, help="processes that make batches; 0 makes them here")
+    add("--half_precision", type=half_precision_type, nargs="?", const="bfloat16", metavar="float16|bfloat16",
+        help="autocast, in bfloat16 when no type is named, since T5 overflows in float16")  # fmt: skip
+
+    add = parser.add_argument_group("learning").add_argument
+    add("--num_epoch", type=arguments.positive_int, default=2, help=" ")
+    add("--batch_size", type=arguments.positive_int, default=4, help="documents a step, over all processes")
+    add("--accumulate_step", type=arguments.positive_int, default=2, help="steps whose gradients make one update")
+    add("--lr", type=arguments.positive_float, default=1e-4, help="peak learning rate of Adam")
+    add("--warmup", type=arguments.fraction, default=0.1, help="share of the updates in which the rate rises")
+    add("--grad_norm", type=arguments.non_negative_float, default=1.0, help="clip gradients to it; 0 does not clip")
+    add("--rank_weight", type=arguments.non_negative_float, default=1.0, help="of the ranking loss")
+    add("--mle_weight", type=arguments.non_negative_float, default=0.1, help="of the reference's cross-entropy")
+    add("--margin", type=arguments.positive_float, default=0.01, help="score difference of neighbours in ROUGE")
+    add("--length_penalty", type=float, default=1.0, help="exponent of the tokens that a log-probability is divided by")
+
+    add = parser.add_argument_group("lengths, in tokens, and counts").add_argument
+    add("--max_source_length", type=arguments.positive_int, default=512, help="of a document; longer ones are cut")
+    add("--max_target_length", type=arguments.positive_int, default=64, help="of a summary; longer ones are cut")
+    add("--num_cands", type=arguments.positive_int, default=16,
+        help="candidates a document, the first ones, and beams of the search that validates")  # fmt: skip
+    return parser
+
+
+def main():
+    args = get_args_parser().parse_args()
+    determinism.apply(args)
+    with distributed.world(devices.choose(args)) as world:
+        world.check_divisible(args.batch_size)
+        precision = choose_precision(args.half_precision, world.device, say=world.say)
+        run = BrioRun(args, world, precision=precision.label)
+        with run.lock():
+            if not run.is_done():
+                train(args, world, precision, run)
+
+
+def train(args, world, precision, run):
+    device = world.device
+    ranked, train_set, val_set = load_parts(args, world)
+    parallel = world.wrap(ranked)
+    batches = LengthBatches(train_set.document_lengths, args.batch_size, args.accumulate_step, args.seed, world.rank,
+                            world.size)  # fmt: skip
+    loader = worker_loader(train_set, batches, args.num_workers, device, train_set.batch)
+    optimizer = torch.optim.Adam(ranked.parameters(), fused=True)
+    schedule = Schedule.of_run(args, optimizer, None, batches.updates)
+    scaler, means = precision.scaler, Means(device)
+    phase, saved = PhaseTimer(device), SavedBytes(ranked)
+    state = {"ranked": ranked, "optimizer": optimizer, "scaler": scaler, "means": means}
+
+    for epoch in run.epochs(phase, batches, **state):
+        # ------------------------------------------------------------------------------------ the training step
+        for batch in epoch.steps(loader):  # The wait for a batch is the phase "data load".
+            seed_step(args.seed, epoch.number, epoch.step, world.rank)  # Of the dropout.
+            with phase("data copy"):
+                batch = batch.to(device)
+            if batches.starts_update(epoch.step):
+                with phase("zero grad"):
+                    optimizer.zero_grad(set_to_none=True)
+            with phase("forward"), precision.autocast(), saved.first_time():
+                parallel.require_backward_grad_sync = batches.ends_update(epoch.step)  # Of DistributedDataParallel.
+                scores, gold_scores, likelihood = parallel(batch)
+                ranking = ranking_loss(scores, gold_scores, batch.rouge, batch.present, args.margin, gold_weight=0)
+                loss = args.rank_weight * ranking + args.mle_weight * likelihood
+            with phase("backward"):
+                scaler.scale(loss * epoch.weight).backward()
+            if batches.ends_update(epoch.step):
+                with phase("optimizer"):
+                    scaler.unscale_(optimizer)
+                    clip_gradients(ranked, args.grad_norm)
+                    schedule.set()
+                    scaler.step(optimizer)
+                    scaler.update()
+            means.add(epoch.weight, len(scores), loss, ranking, likelihood)  # On the device: nothing waits for it.
+        # ---------------------------------------------------------------------------------------------------------
+        run.note_saved(saved.bytes)
+        epoch.end(validate(ranked, val_set, args, world, run.stop))
+    run.finish()
+
+
+def load_parts(args, world):
+    """(RankedGenerator on its device, training RankedSamples, validation samples, a list of dicts)"""
+    with world.first_on_machine():
+        model, tokenizer = load_generator(args.generator_name)
+    for name in ("max_source_length", "max_target_length"):
+        check_length(f"--{name}", getattr(args, name), len(tokenizer("")["input_ids"]))
+    train, val = (
+        [read_sample(path) for path in sample_files(Path(args.dataset) / split)] for split in ("train", "val")
+    )
+    train_set = RankedSamples(train, tokenizer, args.num_cands, args.max_source_length, args.max_target_length)
+    return RankedGenerator(model.train(), tokenizer, args.length_penalty).to(world.device), train_set, val
+
+
+if __name__ == "__main__":
+    endings.run(main)

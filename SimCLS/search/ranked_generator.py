@@ -1,0 +1,237 @@
+"""A generator that is fine-tuned on ranked summaries (brio.py): its samples, the scores that it gives, its files."""
+
+import argparse
+import itertools
+import sys
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from data_utils import ROUGE
+from tqdm import tqdm
+from transformers.modeling_outputs import BaseModelOutput
+
+from harness import runs
+from harness.devices import widest_float
+from harness.endings import UserError
+from harness.files import publish, staging
+from harness.timing import nvtx_range
+from scorer.metrics import mean_rouge
+from search.generator import CandidateGenerator, generate_samples, search_settings
+from texts.documents import Document
+
+NO_TOKEN = -100  # What transformers takes for padding of labels.
+NOT_RESULTS = ("resume", "restart", "max_steps", "save_dir", "num_workers", "device", "threads", "trace")
+VALIDATED_TOGETHER = 32  # Documents.
+
+
+class RankedSamples(torch.utils.data.Dataset):
+    """Samples as from `texts.samples.read_sample` as token ids of a generator, in their order.
+
+    candidates: those of a sample beyond so many are left out. source_length, target_length: the most tokens of a
+    document, and of a summary. `dataset[epoch, number]` is the number, for `batch` as a DataLoader's collate function.
+    """
+
+    def __init__(self, samples, tokenizer, candidates, source_length, target_length):
+        self.pad = tokenizer.pad_token_id
+        self.sources, self.summaries, self.rouge = [], [], []
+        for sample in samples:
+            ranked = sample["candidates_untok"][:candidates]
+            texts = [" ".join(sentences) for sentences in (sample["abstract_untok"], *(text for text, _ in ranked))]
+            source = tokenizer(" ".join(sample["article_untok"]), truncation=True, max_length=source_length)
+            targets = tokenizer(text_target=texts, truncation=True, max_length=target_length)
+            self.sources.append(source["input_ids"])
+            self.summaries.append(targets["input_ids"])
+            self.rouge.append([score for _, score in ranked])
+
+    def __len__(self):
+        return len(self.sources)
+
+    def __getitem__(self, epoch_and_number):
+        return epoch_and_number[1]
+
+    @property
+    def document_lengths(self):
+        """Tokens of each document, int64 [samples]."""
+        return np.array([len(source) for source in self.sources])
+
+    def batch(self, numbers):
+        """The RankedBatch of the samples `numbers`."""
+        rouge = [self.rouge[number] for number in numbers]
+        most = max(map(len, rouge))
+        summaries = [self.summaries[number] + [[]] * (most - len(self.rouge[number])) for number in numbers]
+        return RankedBatch(
+            _padded([self.sources[number] for number in numbers], self.pad),
+            torch.tensor([len(self.sources[number]) for number in numbers]),
+            _padded(list(itertools.chain(*summaries)), NO_TOKEN),
+            torch.tensor([each + [0.0] * (most - len(each)) for each in rouge]),
+            torch.tensor([[place < len(each) for place in range(most)] for each in rouge]),
+        )
+
+
+class RankedBatch(NamedTuple):
+    sources: torch.Tensor  # int64 [documents, tokens], padded at the end.
+    lengths: torch.Tensor  # Of the documents, int64 [documents].
+    summaries: torch.Tensor  # int64 [documents * (1 + candidates), tokens]: each one's reference, then its candidates.
+    rouge: torch.Tensor  # Of the candidates, float32 [documents, candidates].
+    present: torch.Tensor  # bool [documents, candidates], False where a document has fewer.
+
+    def to(self, device):
+        return RankedBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+def _padded(rows, value):
+    longest = max(map(len, rows))
+    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
+
+
+class RankedGenerator(torch.nn.Module):
+    """model: a sequence-to-sequence model of transformers. A summary's score is its log-probability, divided by its
+    number of tokens ** length_penalty."""
+
+    def __init__(self, model, tokenizer, length_penalty):
+        super().__init__()
+        self.model, self.tokenizer, self.length_penalty = model, tokenizer, length_penalty
+
+    def forward(self, batch):
+        """Of a RankedBatch: the candidates' scores, float32 [documents, candidates], the references', float32
+        [documents], and the mean over documents of the reference's cross-entropy a token."""
+        documents, summaries = len(batch.sources), len(batch.summaries) // len(batch.sources)
+        mask = (torch.arange(batch.sources.shape[1], device=batch.sources.device) < batch.lengths[:, None]).long()
+        states = self.model.get_encoder()(input_ids=batch.sources, attention_mask=mask).last_hidden_state
+        logits = self.model(
+            # Each document is encoded once.
+            encoder_outputs=BaseModelOutput(states.repeat_interleave(summaries, 0)),
+            attention_mask=mask.repeat_interleave(summaries, 0),
+            decoder_input_ids=self.model.prepare_decoder_input_ids_from_labels(batch.summaries),
+            use_cache=False,
+        ).logits
+        entropy = F.cross_entropy(logits.flatten(0, 1).float(), batch.summaries.flatten(), reduction="none")
+        entropy = entropy.view(documents, summaries, -1).sum(2)
+        tokens = (batch.summaries != NO_TOKEN).sum(1).clamp(min=1).view(documents, summaries)
+        scores = -entropy / tokens**self.length_penalty
+        return scores[:, 1:], scores[:, 0], (entropy[:, 0] / tokens[:, 0]).mean()
+
+    def save(self, folder):
+        """Write the generator in `from_pretrained` form; each file is whole or not there."""
+        with staging(folder) as stage:
+            self.model.save_pretrained(stage)
+            self.tokenizer.save_pretrained(stage)
+            publish(stage, folder)
+
+
+class Means:
+    """Means over the documents of an epoch of loss, ranking loss and cross-entropy, summed on the device."""
+
+    names = ("loss", "ranking_loss", "cross_entropy")
+
+    def __init__(self, device):
+        self.totals = torch.zeros(1 + len(self.names), dtype=widest_float(device), device=device)
+
+    @torch.no_grad()
+    def add(self, weight, documents, *values):
+        """values: a batch's means, scalars in the order of `names`. weight: 0 leaves the batch out."""
+        if weight:
+            self.totals += documents * torch.stack([torch.ones_like(values[0]), *values]).to(self.totals.dtype)
+
+    def take(self, world):
+        """The means over all processes, name -> float; the sums begin anew."""
+        documents, *sums = world.sum(self.totals.clone()).tolist()
+        self.totals.zero_()
+        return {name: value / documents for name, value in zip(self.names, sums, strict=True)}
+
+    def state_dict(self):
+        return {"totals": self.totals}
+
+    def load_state_dict(self, state):
+        self.totals.copy_(state["totals"])
+
+
+def validate(ranked, samples, args, world, stop):
+    """The mean ROUGE of what the generator writes by beam search: {"val_rouge1", "val_rouge2", "val_rougeL"}, 0 to 1.
+
+    samples: as from `read_sample`. Each process writes its share. None when a StopRequest is there.
+    """
+    if stop:
+        return None
+    documents = [Document(" ".join(each["article_untok"]), " ".join(each["abstract_untok"])) for each in samples]
+    settings = {"num_cands": args.num_cands, "num_groups": 1, "diversity_penalty": 0.0, "decoder_max_len": None}
+    settings = search_settings(argparse.Namespace(**settings), ranked.model.generation_config)
+    ranked.eval()
+    generator = CandidateGenerator(ranked.model, ranked.tokenizer, settings, args.max_source_length)
+    with nvtx_range("validation"):
+        written = generate_samples(generator, documents[world.rank :: world.size], VALIDATED_TOGETHER)
+    ranked.train()
+    figures = np.sum([each["rouge"][0] for each in written], axis=0) if written else np.zeros(len(ROUGE))
+    sums = world.sum(torch.tensor(figures, dtype=widest_float(world.device), device=world.device)).tolist()
+    return {f"val_{name}": value / len(documents) for name, value in zip(ROUGE, sums, strict=True)}
+
+
+class BrioRun(runs.Run):
+    """A Run in --save_dir, which holds the generator of the best epoch. Its state has the parts "ranked", "optimizer",
+    "scaler" and "means"."""
+
+    title = "training brio"
+    elsewhere = "--save_dir"
+
+    def __init__(self, args, world, **facts):
+        why = "the learning rate falls to 0 at the last epoch"
+        super().__init__("brio", args.save_dir, "brio", args, world, NOT_RESULTS, why, **facts)
+
+    def may_go_on(self):
+        return bool(self.state["means"].totals.isfinite().all())
+
+    def add_epoch(self, epoch, result, evaluation_seconds):
+        """Append an Epoch to the history, and keep its generator when it is the best; UserError, with nothing written,
+        when its loss is not finite."""
+        means = self.state["means"].take(self.world)
+        if not np.isfinite(means["loss"]):
+            raise UserError(f"the loss became {means['loss']} in epoch {epoch.number + 1}; use a smaller --lr")
+        before = [mean_rouge(each) for each in self.history]
+        self.history.append(
+            {
+                "epoch": epoch.number + 1,
+                **means,
+                **result,
+                "samples_per_second": epoch.samples / epoch.timing["seconds"],
+                "peak_memory": epoch.timing["peak_memory"],
+                "evaluation_seconds": evaluation_seconds,
+                "timing": epoch.timing,
+            }
+        )
+        if self.world.is_main and mean_rouge(result) > max(before, default=-1):
+            self.state["ranked"].save(self.folder)
+
+    def line(self):
+        """The newest epoch in one plain line."""
+        epoch = self.history[-1]
+        rouge = ", ".join(f"{name} {100 * epoch[f'val_{name}']:.2f}" for name in ROUGE)
+        return (
+            f"epoch {epoch['epoch']}/{self.args.num_epoch}: ranking loss {epoch['ranking_loss']:.4f}, cross-entropy "
+            f"{epoch['cross_entropy']:.3f}, {rouge}, {epoch['timing']['seconds']:.1f} s"
+        )
+
+    def progress_bar(self, epoch):
+        return tqdm(
+            desc=f"epoch {epoch.number + 1}/{self.args.num_epoch}",
+            total=self.batches.samples_from(0),
+            initial=self.batches.samples_from(0) - self.batches.samples_from(epoch.done),
+            unit=" documents",
+            leave=False,
+            disable=not (self.world.is_main and sys.stderr.isatty()),
+        )
+
+    def finish_profiling(self, timing):
+        """Write the record of a run that --max_steps ended: the timings of its last epoch, no generator."""
+        self.history.append({"epoch": len(self.history) + 1, "peak_memory": timing["peak_memory"], "timing": timing})
+        self.write_record()
+        self.world.say(f"stopped after {self.args.max_steps} steps: {self.path('.json')}")
+
+    def finish(self):
+        """Write the record, then drop the state. Of a run that --max_steps ended there is nothing more to write."""
+        if not self.stop.enough:
+            self.write_record()
+            self.drop_state()
+            best = max(map(mean_rouge, self.history))
+            self.world.say(f"{self.folder}: best validation ROUGE {100 * best:.2f} (mean of the three)")
