@@ -100,7 +100,7 @@ digits() {
         train resnext/resnext.py $short --loader device
         train resnext/resnext_checkpoint.py $short
         train resnext/resnext_checkpoint.py $short --policy block
-        train resnext/resnext_checkpoint.py $short --memory_budget 0.4
+        train resnext/resnext_checkpoint.py $short --memory_budget 0.6
     done
 }
 
