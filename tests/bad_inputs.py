@@ -219,7 +219,10 @@ TABLE = {
         ("--save_dir taken", "the output folder taken is a file"),
     ],
     "SimCLS/evaluate_model.py": [
-        ("--samples x --scorer_path y --device cuda", "--device cuda: PyTorch finds no CUDA GPU on this machine"),
+        (
+            "--samples {good}/samples/test --scorer_path cache/good/scorer.bin --device cuda",
+            "--device cuda: PyTorch finds no CUDA GPU on this machine",
+        ),
         ("", "name one of --generator_name, --samples"),
         ("--samples x", "--samples needs --scorer_path"),
         ("--samples x --generator_name y", "name one of"),
