@@ -1,6 +1,5 @@
 """Loading a model with its tokenizer in `from_pretrained` form, a folder or a name on the hub."""
 
-import importlib.util
 import sys
 from pathlib import Path
 
@@ -46,9 +45,20 @@ def load(name, kind, problem, advice, dtype=torch.float32, **settings):
         return model, load_tokenizer(name, **options)
     except Exception as error:  # Of damaged folders come OSError, ValueError, KeyError, SafetensorError and more.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if "sentencepiece" in str(error) and importlib.util.find_spec("sentencepiece") is None:
-            reason, advice = "its tokenizer is one of sentencepiece", "pip install sentencepiece"
+        if _needs_sentencepiece(Path(name)):
+            reason, advice = "its tokenizer is one of sentencepiece", "install that: pip install sentencepiece"
         raise UserError(f"{problem} ({reason}); {advice}") from None
+
+
+def _needs_sentencepiece(folder):
+    """Whether a folder's tokenizer is in a sentencepiece model alone, and that package is not installed."""
+    if not any(folder.glob("*.model")) or (folder / "tokenizer.json").is_file():
+        return False
+    try:
+        import sentencepiece  # noqa: F401
+    except ImportError:
+        return True
+    return False
 
 
 def load_tokenizer(name, **options):

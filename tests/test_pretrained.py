@@ -113,6 +113,19 @@ def test_half_precision_of_a_model_that_overflows_in_float16_is_bfloat16():
     ]  # fmt: skip
 
 
+def test_a_sentencepiece_model_alone_names_the_package_that_reads_it(tmp_path, monkeypatch):
+    tiny_inputs.make_model(tmp_path / "t5", "t5")
+    for path in (tmp_path / "t5").glob("tokenizer*"):
+        path.unlink()
+    (tmp_path / "t5" / "spiece.model").write_bytes(b"no model")
+    with pytest.raises(UserError) as installed:
+        load_encoder(str(tmp_path / "t5"))
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)  # As where it is not installed.
+    with pytest.raises(UserError, match="one of sentencepiece.*pip install sentencepiece"):
+        load_encoder(str(tmp_path / "t5"))
+    assert "pip install sentencepiece" not in str(installed.value)
+
+
 # ------------------------------------------------------------------------------------------------ what comes first
 
 
