@@ -17,24 +17,29 @@ included, the means differ at least as much (two-sided).
 """  # noqa: E501 (commands)
 
 import argparse
+import json
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import numpy as np
-from data_utils import ROUGE, SampleSet, tokenize_samples
-from model import load_scorer, score_samples
+from data_utils import ROUGE
+from model import load_scorer, read_description
 from pretrained import half_precision_name
 from utils import read_lines
 
 from harness import arguments, devices, distributed, endings
 from harness.arguments import positive_float, positive_int
 from harness.endings import UserError
-from harness.files import write_record
+from harness.files import places, portable, write_record
 from harness.machine import describe_machine
 from harness.precision import choose_precision, half_precision_or_auto
+from harness.resume import changes
 from harness.runs import FORMAT
+from scorer.choices import by_rules, by_scorer, score_candidates, words
+from scorer.significance import FREE, summarise
 from search.generator import (
     CANDIDATES,
     CandidateGenerator,
@@ -45,15 +50,16 @@ from search.generator import (
     load_generator,
     search_settings,
 )
-from texts.documents import find_dataset, read_documents, split_documents, take_percent
+from texts import provenance
+from texts.documents import Document, find_dataset, read_documents, split_documents, take_percent
 from texts.samples import as_sample, read_sample, rouge_of, sample_files
-from texts.scoring import add_rouge_argument, check_references
+from texts.scoring import add_rouge_argument, check_references, mean_score, signature
 from texts.sentences import SentenceSplitter
 
-RESAMPLES = 10_000
-RESAMPLES_AT_ONCE = 500
-SEED = 0  # Of the resampling: the same figures give the same intervals.
+EXPERIMENT = "simcls_evaluation"
 SHOWN = 3
+ALONE = "SimCLS, scorer alone"
+ORDER = (*FREE, "worst", "best", ALONE, "SimCLS")
 
 
 def get_args_parser():
@@ -94,36 +100,30 @@ def get_args_parser():
 def main():
     args = get_args_parser().parse_args()
     check_arguments(args)
+    beside = args.summaries or args.scorer_path
+    output = args.output or beside.with_name("evaluation.json")
+    # Where these change, the figures do not.
+    neutral = ("output", "batch_size", "cand_gen_batch", "device", "threads")
+    arguments = {name: portable(value) for name, value in vars(args).items() if name not in neutral}
+    refuse_to_replace(output, arguments, places(vars(args)))
     with distributed.world(devices.choose(args)) as world:
-        if args.summaries:
-            systems = {"summaries": score_files(args.summaries, args.references, args.sources, args.rouge_tokens)}
-            default_output = args.summaries.with_name("evaluation.json")
-        else:
-            lengths = {"total_len": args.total_len, "max_len": args.max_len}
-            scorer, encoding, description = load_scorer(args.model_type, args.scorer_path, **lengths)
-            half_precision = half_precision_name(args.half_precision, description["architecture"])
-            precision = choose_precision(half_precision, world.device, true_fp32=True)
-            samples = load_test_samples(args, world, precision)
-            compare_counts(samples, args.num_cands, description.get("candidates"))
-            systems, choices = compare(scorer.to(world.device), encoding, samples, args.batch_size, world, precision)
-            show_documents(samples, choices)
-            default_output = args.scorer_path.with_name("evaluation.json")
-        result = summarise(systems)
+        judged = judge_files(args) if args.summaries else judge_candidates(args, world)
+        result = summarise(judged.systems) | judged.facts
         print_table(result)
-        record = {"format": FORMAT, "experiment": "simcls_evaluation", "arguments": vars(args)}
-        write_record(args.output or default_output, record | {"machine": describe_machine(world.device)} | result)
+        record = {"format": FORMAT, "experiment": EXPERIMENT, "arguments": vars(args), "places": places(vars(args))}
+        write_record(output, record | {"machine": describe_machine(world.device)} | result)
 
 
 def check_arguments(args):
     """UserError unless there is exactly one source of summaries, with what it needs."""
-    sources = [name for name in ("generator_name", "samples", "summaries") if getattr(args, name)]
-    if len(sources) != 1:
+    sources = [name for name in ("samples", "generator_name", "summaries") if getattr(args, name)]
+    if len(sources) != 1 and sources != ["samples", "generator_name"]:
         raise UserError("name one of --generator_name, --samples, and --summaries with --references")
     if bool(args.summaries) != bool(args.references):
         raise UserError("--summaries and --references go together")
     if args.sources and not args.summaries:
         raise UserError("--sources goes with --summaries; the other candidates come with their documents")
-    if args.generator_name:
+    if args.generator_name and not args.samples:
         args.num_cands = args.num_cands or CANDIDATES
         check_groups(args)
     if not args.summaries and not args.scorer_path:
@@ -132,36 +132,167 @@ def check_arguments(args):
         raise UserError(f"--scorer_path {args.scorer_path} is no file; main.py writes cache/<run>/scorer.bin")
 
 
+def refuse_to_replace(output, arguments, folders):
+    """UserError when the file `output` is there and is not the record of an evaluation with these arguments and
+    `folders`, as from harness.files.places."""
+    if not output.exists():
+        return
+    try:
+        record = json.loads(output.read_bytes())
+        ours = record["experiment"] == EXPERIMENT
+        was = changes({name: record["arguments"].get(name) for name in arguments}, arguments)
+        same_places = record.get("places", folders) == folders
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        ours = False
+    if not ours or was or not same_places:
+        what = was or "other folders of the same names" if ours else "something else"
+        raise UserError(f"{output} is there, an evaluation of {what}; name another --output, or delete it")
+
+
 # --------------------------------------------------------------------------------------------------- the figures
 
 
-def score_files(summaries, references, sources=None, tokens="standard"):
-    """The ROUGE of each line of `summaries` against that of `references`: float64 [lines, 3].
+class Judged(NamedTuple):
+    """systems: name -> ROUGE-1, -2 and -Lsum of each document, float64 [documents, 3]. facts: what the record says
+    besides their means and how sure these are."""
 
-    sources: file of the documents, from which Punkt learns where sentences end.
-    """
-    texts, targets = list(read_lines(summaries)), list(read_lines(references))
+    systems: dict
+    facts: dict
+
+
+def judge_files(args):
+    """The Judged lines of --summaries."""
+    texts, targets = list(read_lines(args.summaries)), list(read_lines(args.references))
     if len(texts) != len(targets) or not texts:
-        raise UserError(f"{summaries} has {len(texts)} lines, {references} {len(targets)}; they need the same, and one")
-    check_references(targets, tokens, references)
-    split = SentenceSplitter(read_lines(sources) if sources else None).split
-    sample_of = (as_sample("", target, [text], split, tokens) for text, target in zip(texts, targets, strict=True))
-    return np.array([sample["rouge"][0] for sample in sample_of])
+        raise UserError(
+            f"{args.summaries} has {len(texts)} lines, {args.references} {len(targets)}; they need the same, and one"
+        )
+    check_references(targets, args.rouge_tokens, args.references)
+    splitter = SentenceSplitter(read_lines(args.sources) if args.sources else None)
+    pairs = zip(targets, texts, strict=True)
+    rouge = [as_sample("", target, [text], splitter.split, args.rouge_tokens)["rouge"][0] for target, text in pairs]
+    mean_words = float(np.mean([len(text.split()) for text in texts]))
+    facts = {"words": {"summaries": mean_words}, "rouge": signature(args.rouge_tokens, splitter.kind)}
+    return Judged({"summaries": np.array(rouge)}, facts)
 
 
-def load_test_samples(args, world, precision):
-    """The test samples, a list: those of --samples, or generated ones of the test documents, in their order."""
+def judge_candidates(args, world):
+    """The Judged ways to choose among the candidates of --samples or --generator_name; some documents are shown."""
+    lengths = {"total_len": args.total_len, "max_len": args.max_len}
+    scorer, encoding, description = load_scorer(args.model_type, args.scorer_path, **lengths)
+    half_precision = half_precision_name(args.half_precision, description["architecture"])
+    precision = choose_precision(half_precision, world.device, true_fp32=True)
+    trained = read_description(args.scorer_path) or {}
+    candidates = load_candidates(args, world, precision)
+    samples = candidates.samples
+    compare_counts(samples, args.num_cands, description.get("candidates"))
+    warnings = check_belonging(candidates.origin, trained.get("samples"))
+    fitted = usable_weight(trained.get("likelihood"), samples, warnings)
+    for line in warnings:
+        world.say(f"warning: {line}")
+    scores = score_candidates(scorer.to(world.device), encoding, samples, args.batch_size, world, precision)
+    chosen = by_rules(samples, args.rouge_tokens)
+    if fitted:
+        chosen[ALONE] = by_scorer(scores, samples)
+    chosen["SimCLS"] = by_scorer(scores, samples, fitted)
+    systems, mean_words = compare(samples, chosen, candidates.plain)
+    show_documents(samples, chosen["SimCLS"])
+    facts = {"words": mean_words, "rouge": signature(args.rouge_tokens, candidates.splitter), "warnings": warnings}
+    return Judged(systems, facts | {"likelihood": fitted, "provenance": candidates.origin})
+
+
+class Candidates(NamedTuple):
+    samples: list  # Dicts as from `read_sample`, with "rouge".
+    plain: list | None  # Samples whose first candidates are those of the generator's plain beam search.
+    origin: dict | None  # The provenance of the candidates.
+    splitter: str  # Of sentences, in words.
+
+
+def load_candidates(args, world, precision):
+    """The Candidates of --samples, or generated ones of the test documents, in their order."""
     if args.samples:
-        samples = [read_sample(path) for path in sample_files(args.samples)]
-        check_references((" ".join(sample["abstract"]) for sample in samples), args.rouge_tokens, args.samples)
-        return [sample | {"rouge": rouge_of(sample, args.rouge_tokens)} for sample in samples]
-    documents = read_documents(find_dataset(args.dataset_name), args.doc_col_name, args.sum_col_name)
-    documents = take_percent(split_documents(documents)["test"], args.dataset_percent)
+        found = read_samples(args)
+        if found.plain or not args.generator_name:
+            return found
+        texts = [(" ".join(each["article_untok"]), " ".join(each["abstract_untok"])) for each in found.samples]
+        documents = [Document(*each) for each in texts]
+        args = argparse.Namespace(**vars(args) | {"num_cands": len(found.samples[0]["candidates"])})
+        generator = load_search(args, world, precision, "beam")
+        return found._replace(plain=generate_samples(generator, documents, args.cand_gen_batch, args.rouge_tokens))
+    path = find_dataset(args.dataset_name)
+    every = read_documents(path, args.doc_col_name, args.sum_col_name)
+    documents = take_percent(split_documents(every)["test"], args.dataset_percent)
     check_references((document.summary for document in documents), args.rouge_tokens, args.dataset_name)
+    generator = load_search(args, world, precision, args.search)
+    samples = plain = generate_samples(generator, documents, args.cand_gen_batch, args.rouge_tokens)
+    if not generator.is_plain:
+        beam = load_search(args, world, precision, "beam")
+        plain = generate_samples(beam, documents, args.cand_gen_batch, args.rouge_tokens)
+    splitter = SentenceSplitter(document.text for document in documents).kind
+    return Candidates(samples, plain, generator.origin(args.generator_name, path, every), splitter)
+
+
+def load_search(args, world, precision, search):
+    """The CandidateGenerator of --generator_name with the kind of `search`."""
     model, tokenizer = load_generator(args.generator_name, generator_dtype(args.half_precision, precision))
-    settings = search_settings(args, model.generation_config)
-    generator = CandidateGenerator(model.to(world.device), tokenizer, settings, args.max_source_length)
-    return generate_samples(generator, documents, args.cand_gen_batch, args.rouge_tokens)
+    settings = search_settings(args, model.generation_config, search)
+    return CandidateGenerator(model.to(world.device), tokenizer, settings, args.max_source_length)
+
+
+def read_samples(args):
+    """The Candidates of --samples; a line where there can be no row of plain beam search."""
+    samples = [read_sample(path) for path in sample_files(args.samples)]
+    check_references((" ".join(sample["abstract"]) for sample in samples), args.rouge_tokens, args.samples)
+    samples = [sample | {"rouge": rouge_of(sample, args.rouge_tokens)} for sample in samples]
+    made = provenance.read(args.samples) or {}
+    origin = made.get("candidates")
+    is_plain = origin is not None and origin["search"].get("num_groups") == 1
+    if not is_plain and not args.generator_name:
+        print("no row of plain beam search, which these samples have not; --generator_name beside --samples makes it")
+    return Candidates(samples, samples if is_plain else None, origin, made.get("sentences", "as in the samples"))
+
+
+def compare(samples, chosen, plain=None):
+    """(name -> ROUGE of each document, float64 [documents, 3]; name -> mean words of a summary), in the table's order.
+
+    chosen: name -> the place of a candidate in each sample. plain: samples whose first candidates are those of plain
+    beam search, or None.
+    """
+    rouge = [sample["rouge"] for sample in samples]
+    lengths = [np.array([words(text) for text, _ in sample["candidates_untok"]]) for sample in samples]
+    means = [mean_score(each) for each in rouge]
+    ends = {"worst": [each.argmin() for each in means], "best": [each.argmax() for each in means]}
+    picked = {
+        name: [[every[place] for every, place in zip(figures, places, strict=True)] for figures in (rouge, lengths)]
+        for name, places in {**chosen, **ends}.items()
+    }
+    picked["random"] = [[every.mean(0) for every in figures] for figures in (rouge, lengths)]
+    if plain:
+        first = [words(sample["candidates_untok"][0][0]) for sample in plain]
+        picked["plain beam"] = [[sample["rouge"][0] for sample in plain], first]
+    picked = {name: picked[name] for name in ORDER if name in picked}
+    systems = {name: np.array(figures) for name, (figures, _) in picked.items()}
+    return systems, {name: float(np.mean(counts)) for name, (_, counts) in picked.items()}
+
+
+def usable_weight(fitted, samples, warnings):
+    """The scorer's weight of the likelihood, or None where that is 0 or samples have no likelihoods; then with a line
+    more in `warnings`."""
+    if not fitted or not fitted["weight"]:
+        return None
+    if all("likelihood" in sample for sample in samples):
+        return fitted
+    warnings.append("the scorer counts on likelihoods, which the samples have not: it chooses without")
+    return None
+
+
+def check_belonging(origin, trained):
+    """A list of what is wrong, in words, with candidates for a scorer.
+
+    origin, trained: the provenance of the candidates, and of the samples that the scorer was trained on, or None.
+    """
+    different = provenance.differences(origin, trained and trained.get("candidates"))
+    return [f"the scorer was trained on candidates of other {different} than those it judges here"] * bool(different)
 
 
 def compare_counts(samples, wanted, trained):
@@ -178,76 +309,6 @@ def compare_counts(samples, wanted, trained):
         print(f"the documents have {found} candidates; are they of one run?")
     if trained and counts[-1] != trained:
         print(f"the scorer was trained on {trained} candidates a document, and chooses among {found} here")
-
-
-def compare(scorer, encoding, samples, batch_size, world, precision):
-    """The ROUGE of each way to choose a candidate, name -> float64 [documents, 3], and the scorer's choices."""
-    every = [sample["rouge"] for sample in samples]
-    dataset = SampleSet(tokenize_samples(samples, encoding, sys.maxsize), encoding, world.device.type)
-    numbers = np.argsort(dataset.document_lengths, kind="stable")
-    choices = np.empty(len(samples), dtype=np.int64)
-    for part, batch, scores, _ in score_samples(scorer, dataset, numbers, batch_size, world.device, precision):
-        choices[part] = scores.masked_fill(~batch.present, -2).argmax(1).cpu().numpy()
-    chosen = {
-        "generator": [0] * len(samples),
-        "SimCLS": choices,
-        "worst": [rouge.mean(1).argmin() for rouge in every],
-        "best": [rouge.mean(1).argmax() for rouge in every],
-    }
-    systems = {
-        name: np.array([rouge[place] for rouge, place in zip(every, places, strict=True)])
-        for name, places in chosen.items()
-    }
-    systems["random"] = np.array([rouge.mean(0) for rouge in every])
-    return {name: systems[name] for name in ("generator", "SimCLS", "random", "worst", "best")}, choices
-
-
-# ------------------------------------------------------------------------------------------------ how sure they are
-
-
-def summarise(systems):
-    """The record's part: "documents", "systems" -> metric -> "mean", "low", "high", and "p_value" -> metric.
-
-    systems: name -> float64 [documents, 3]. The p-value is SimCLS's against the generator, where both are there.
-    """
-    count = len(next(iter(systems.values())))
-    lows, highs = bootstrap_interval(np.concatenate(list(systems.values()), axis=1))
-    result = {"documents": count, "systems": {}}
-    for place, (name, figures) in enumerate(systems.items()):
-        result["systems"][name] = {
-            metric: {"mean": float(mean), "low": float(low), "high": float(high)}
-            for metric, mean, low, high in zip(
-                ROUGE, figures.mean(0), lows[3 * place :], highs[3 * place :], strict=False
-            )
-        }
-    if {"SimCLS", "generator"} <= systems.keys():
-        p_values = permutation_test(systems["SimCLS"] - systems["generator"])
-        result["p_value"] = dict(zip(ROUGE, map(float, p_values), strict=True))
-    return result
-
-
-def bootstrap_interval(figures):
-    """The 2.5th and 97.5th percentile of the means over bootstrap samples of the rows of `figures` [n, columns]."""
-    random, count = np.random.default_rng(SEED), len(figures)
-    means = []
-    for _ in range(RESAMPLES // RESAMPLES_AT_ONCE):
-        picked = random.integers(0, count, (RESAMPLES_AT_ONCE, count))
-        times = np.zeros((RESAMPLES_AT_ONCE, count))
-        np.add.at(times, (np.arange(RESAMPLES_AT_ONCE)[:, None], picked), 1)
-        means.append(times @ figures / count)
-    return np.percentile(np.concatenate(means), [2.5, 97.5], axis=0)
-
-
-def permutation_test(differences):
-    """The two-sided p-value of each column of `differences` [n, columns]: of their mean under random signs."""
-    random, count = np.random.default_rng(SEED), len(differences)
-    observed = np.abs(differences.mean(0))
-    as_far = np.ones(differences.shape[1])
-    for _ in range(RESAMPLES // RESAMPLES_AT_ONCE):
-        signs = random.integers(0, 2, (RESAMPLES_AT_ONCE, count)) * 2.0 - 1
-        # The margin is for rounding: the same sum in another order counts as equal.
-        as_far += (np.abs(signs @ differences / count) >= observed - 1e-12).sum(0)
-    return as_far / (RESAMPLES // RESAMPLES_AT_ONCE * RESAMPLES_AT_ONCE + 1)
 
 
 # -------------------------------------------------------------------------------------------------------- printing
@@ -269,15 +330,19 @@ def show_documents(samples, choices):
 
 
 def print_table(result):
-    print(f"{result['documents']} documents; mean F in percent, 95 % interval")
-    print(f"{'':<12}" + "".join(f"{metric:>24}" for metric in ROUGE))
+    print(f"{result['documents']} documents; mean F in percent, 95 % interval; words a summary")
+    print(f"{'':<21}" + "".join(f"{metric:>21}" for metric in ROUGE) + f"{'words':>7}")
     for name, metrics in result["systems"].items():
         cells = [
             f"{100 * each['mean']:.2f} ({100 * each['low']:.2f}-{100 * each['high']:.2f})" for each in metrics.values()
         ]
-        print(f"{name:<12}" + "".join(f"{cell:>24}" for cell in cells))
-    if "p_value" in result:
-        print(f"{'p, SimCLS':<12}" + "".join(f"{p:>24.2g}" for p in result["p_value"].values()))
+        print(f"{name:<21}" + "".join(f"{cell:>21}" for cell in cells) + f"{result['words'][name]:>7.1f}")
+    for name, p_values in result.get("p_values", {}).items():
+        strongest = " *" if name == result["strongest"] else ""
+        print(f"{'p, ' + name + strongest:<21}" + "".join(f"{p:>21.2g}" for p in p_values.values()))
+    if "p_values" in result:
+        print("p: of SimCLS against that row; * the strongest of those that need no scorer")
+    print(result["rouge"])
 
 
 if __name__ == "__main__":

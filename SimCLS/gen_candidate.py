@@ -7,7 +7,7 @@ Writes {output_dir}/{generator}_{num_cands}/{split}.source, .target and .out, an
 Treebank tokens): one sample a line, the candidates of a document on neighbouring lines, best first; and, on the lines
 of `.out`, {split}.likelihood: the sum of the log-probabilities of a candidate's tokens by the generator alone, without
 penalties, and their number. Killed and started again with the same arguments, it goes on where it stopped and ends with
-the same files.
+the same files. Candidates that were made otherwise are never replaced. provenance.json says what made them.
 
 Candidates come from diverse beam search with as many groups as candidates, as in SimCLS (Liu and Liu 2021).
 """
@@ -38,6 +38,7 @@ from search.generator import (
     load_generator,
     search_settings,
 )
+from texts import provenance
 from texts.candidate_files import CandidateFiles
 from texts.documents import find_dataset, read_documents, safe_name, split_documents, take_percent
 
@@ -67,7 +68,8 @@ def get_args_parser():
 def main():
     args = get_args_parser().parse_args()
     check_groups(args)
-    documents = read_documents(find_dataset(args.dataset_name), args.doc_col_name, args.sum_col_name)
+    path = find_dataset(args.dataset_name)
+    documents = read_documents(path, args.doc_col_name, args.sum_col_name)
     splits = {split: take_percent(part, args.dataset_percent) for split, part in split_documents(documents).items()}
     with join_world(devices.choose(args)) as world:
         precision = choose_precision(args.half_precision, world.device, say=world.say)
@@ -76,30 +78,38 @@ def main():
         generator = CandidateGenerator(
             model.to(world.device),
             tokenizer,
-            search_settings(args, model.generation_config),
+            search_settings(args, model.generation_config, args.search),
             args.max_source_length,
         )
         folder = args.output_dir / f"{safe_name(args.generator_name)}_{args.num_cands}"
         lock = output_lock(folder.with_name(folder.name + ".lock")) if world.is_main else contextlib.nullcontext()
         with lock:
-            folder.mkdir(exist_ok=True, parents=True)
+            files = {split: candidate_files(generator, folder, split, part, world) for split, part in splits.items()}
+            with world.main_first():  # Where it is refused, every process ends.
+                if world.is_main:
+                    folder.mkdir(exist_ok=True, parents=True)
+                    for each in files.values():
+                        each.prepare()
+                    provenance.write(folder, generator.origin(args.generator_name, path, documents))
             world.barrier()
             for split, part in splits.items():
-                generate_split(generator, folder, split, part, args.cand_gen_batch, world)
+                generate_split(generator, files[split], split, part, args.cand_gen_batch, world)
         world.say(f"written: {folder}")
 
 
-def generate_split(generator, folder, split, documents, batch_size, world):
-    """Bring the candidate files of one split to completion; every process of `world` makes a share of the batches."""
+def candidate_files(generator, folder, split, documents, world):
+    """The CandidateFiles of one split."""
     settings = generator.settings | {
         "generator": generator.fingerprint,
         "documents": hashlib.sha256(json.dumps(documents).encode()).hexdigest(),
         "max_source_length": generator.max_source_length,
     }
-    files = CandidateFiles(folder, split, settings, world)
+    return CandidateFiles(folder, split, settings, world)
+
+
+def generate_split(generator, files, split, documents, batch_size, world):
+    """Bring the candidate files of one split to completion; every process of `world` makes a share of the batches."""
     complete = files.complete()
-    if world.is_main and not complete:
-        files.prepare()
     world.barrier()
     if complete:
         world.say(f"{split}: the candidates of {len(documents)} documents are there already")

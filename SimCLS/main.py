@@ -26,10 +26,12 @@ from harness.memory import SavedBytes
 from harness.precision import choose_precision
 from harness.timing import PhaseTimer
 from scorer.layer_plan import plan_memory
+from scorer.likelihood import fit_best
 from scorer.metrics import Metrics, loss_of, validate
 from scorer.optimization import Schedule, clip_gradients, seed_step
 from scorer.scorer_arguments import cached_path, get_args_parser
 from scorer.scorer_run import ScorerRun
+from texts import provenance
 
 
 def main():
@@ -43,6 +45,11 @@ def main():
         world.check_divisible(args.batch_size)
         scorer, encoding, description = load_model(args, world)
         half_precision = half_precision_name(args.half_precision, description["architecture"])
+        with world.first_on_machine():
+            description["samples"] = provenance.of_samples(Path(args.dataset) / "train")
+            of_validation = provenance.of_samples(Path(args.dataset) / "val")
+        # An argument, so that a run goes on with the samples alone that it began with, and its record tells them.
+        args.samples_digest = provenance.digest([description["samples"], of_validation])
         # TensorFloat-32 is off: in this model it would be for the matrix products, where PyTorch leaves it off too.
         precision = choose_precision(half_precision, device, true_fp32=True, say=world.say)
         run = ScorerRun(args, world, precision=precision.label)
@@ -95,6 +102,7 @@ def train(args, world, precision, run, scorer, encoding, description):
             run.note_saved(saved.bytes)
             run.report(epoch)
         epoch.end(validate(scorer, val_set, args, precision, world, run.stop))
+    fit_best(run, scorer, description, val_set, args, precision, world)
     run.finish()
 
 

@@ -14,10 +14,10 @@ sample a line, the --num_cands candidates of a document on neighbouring lines of
 score: mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-Lsum, stemmed, of the tokenized candidate and abstract. Sentences
 are split by what Punkt learns from the split's own documents, unless NLTK's English data is installed.
 
-When it ends, the folder holds the samples of this input and no others: those of an earlier run are replaced, files
-of other names are left alone. Until then the new samples lie in `{tgt_dir}/.unfinished` and the old ones stay as they
-were. A killed run leaves that folder; the same command starts again and ends with the same files. One sync flushes
-all samples before they get their names: a sync a sample would take longer than the scoring.
+When it ends, the folder holds the samples of this input, and provenance.json, which says what they were made of; files
+of other names are left alone. Samples of another input are never replaced. Until then the new samples lie in
+`{tgt_dir}/.unfinished`. A killed run leaves that folder; the same command starts again and ends with the same files.
+One sync flushes all samples before they get their names: a sync a sample would take longer than the scoring.
 
 (The original appends a folder named after the split to --tgt_dir. Here --tgt_dir is the folder of the samples.)
 """
@@ -34,7 +34,9 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 from utils import map_in_order, progress, read_lines
 
 from harness import arguments, endings, machine
+from harness.endings import UserError
 from harness.files import staging
+from texts import provenance
 from texts.candidate_files import check_counts, likelihood_file, read_likelihoods, read_split, text_files
 from texts.samples import score_sample
 from texts.scoring import add_rouge_argument, check_references
@@ -76,7 +78,16 @@ def main():
     documents = check_counts(plain, tokenized, likelihood, args.cand_num)
     check_references(read_lines(plain.target), args.rouge_tokens, plain.target)
     splitter = SentenceSplitter(read_lines(plain.source))
+    made_of = provenance.describe(
+        files=provenance.digest_files(path for path in (*plain, *tokenized, likelihood) if path),
+        split=args.split,
+        cand_num=args.cand_num,
+        rouge_tokens=args.rouge_tokens,
+        sentences=splitter.kind,
+        candidates=provenance.read(args.src_dir),
+    )
     with staging(args.tgt_dir) as stage:
+        refuse_to_replace(args.tgt_dir, made_of)
         jobs = zip(
             itertools.count(),
             read_split(plain, args.cand_num),
@@ -87,20 +98,33 @@ def main():
         written = map_in_order(write_sample, jobs, args.workers, CHUNK, set_up_worker, kept)
         for _ in progress(written, documents, f"{args.split} samples"):
             pass
-        replaced = publish_samples(stage, args.tgt_dir, documents)
-    print(f"{args.tgt_dir}: {documents} samples with {args.cand_num} candidates each, in place of {replaced} before")
+        provenance.write(args.tgt_dir, made_of)
+        publish_samples(stage, args.tgt_dir, documents)
+    print(f"{args.tgt_dir}: {documents} samples with {args.cand_num} candidates each")
+
+
+def own_samples(folder):
+    """The Paths of the samples in `folder`."""
+    return [path for path in folder.iterdir() if re.fullmatch(r"[0-9]+\.json", path.name)]
+
+
+def refuse_to_replace(folder, made_of):
+    """UserError when `folder` has samples that are not of the provenance `made_of`."""
+    found = provenance.read(folder)
+    if own_samples(folder) and (found is None or found["digest"] != made_of["digest"]):
+        known = (made_of.keys() & (found or {}).keys()) - {"digest", "candidates"}
+        other = ", ".join(sorted(key for key in known if found[key] != made_of[key])) or "files, which it does not tell"
+        raise UserError(f"{folder} has samples of other {other}; choose another --tgt_dir, or delete that folder")
 
 
 def publish_samples(stage, tgt_dir, documents):
-    """Replace the samples of `tgt_dir` by those in `stage`; return how many there were before."""
+    """Replace the samples of `tgt_dir` by those in `stage`."""
     os.sync()
-    old = [path for path in tgt_dir.iterdir() if re.fullmatch(r"[0-9]+\.json", path.name)]
     # First all old ones go: a kill in here may leave too few samples, but never old and new ones side by side.
-    for path in old:
+    for path in own_samples(tgt_dir):
         path.unlink()
     for index in range(documents):
         os.rename(stage / f"{index}.json", tgt_dir / f"{index}.json")
-    return len(old)
 
 
 # What a worker process keeps between its documents.

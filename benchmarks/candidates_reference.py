@@ -87,7 +87,9 @@ def plain_search(model, input_ids, attention_mask, beams, max_length):
             use_cache=True,
         )
         log_probs = output.logits[:, -1].float().log_softmax(-1)
-        if length == max_length - 1 and config.forced_eos_token_id is not None:
+        forbid(log_probs, tokens[:, :length], config)
+        forced = length == max_length - 1 and config.forced_eos_token_id is not None
+        if forced:
             log_probs = torch.full_like(log_probs, float("-inf"))
             log_probs[:, config.forced_eos_token_id] = 0
         for row in range(documents * beams):
@@ -95,7 +97,6 @@ def plain_search(model, input_ids, attention_mask, beams, max_length):
                 continue
             earlier = tokens[row - row % beams : row, length]
             times_taken = torch.bincount(earlier, minlength=log_probs.shape[1])
-            forced = log_probs[row].isinf().sum() > 1
             penalised = log_probs[row] - (0 if forced else DIVERSITY_PENALTY) * times_taken
             best = (penalised + scores[row]).topk(2)
             end_first = int(best.indices[0]) == config.eos_token_id
@@ -107,6 +108,21 @@ def plain_search(model, input_ids, attention_mask, beams, max_length):
         if all(ended):
             break
     return ranked(tokens, scores, ended, beams, config)
+
+
+def forbid(log_probs, tokens, config):
+    """Set to -inf, in place, what a generation config's min_length and no_repeat_ngram_size forbid.
+
+    log_probs: float [rows, vocabulary]; tokens: int64 [rows, length], the start token counted.
+    """
+    length, size = tokens.shape[1], config.no_repeat_ngram_size or 0
+    if length < (config.min_length or 0):
+        log_probs[:, config.eos_token_id] = float("-inf")
+    for row, history in enumerate(tokens.tolist() if size else ()):
+        end = history[length - size + 1 :]
+        for start in range(length - size + 1):
+            if history[start : start + size - 1] == end:
+                log_probs[row, history[start + size - 1]] = float("-inf")
 
 
 def ranked(tokens, scores, ended, beams, config):

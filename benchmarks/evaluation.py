@@ -1,4 +1,4 @@
-"""How many times the documents a second evaluate_model.py judges of generating twice, one at a time. Target: 5.
+"""How many times the documents a second evaluate_model.py judges of the original's way, and of that way in batches.
 
     python3 benchmarks/evaluation.py --data pubmed_abstracts.csv.gz --generator_name models/t5_pubmed \\
         --scorer_path cache/run/scorer.bin --reference_python /path/of/venv/bin/python
@@ -6,11 +6,14 @@
 `plain` restates the original's evaluation: for each test document, padded to 512 tokens, the generator searches once
 for its own summary and once more for the candidates to choose from (16 groups of one beam, both times; with
 transformers 4.56.2 where --reference_python has it). Each time the scorer encodes document and reference, padded to 512
-tokens, and what was generated; ROUGE is rouge-score's. What no side does twice, loading the models and the intervals,
-is left out of both. First both sides have to choose the same candidates, with the same ROUGE.
+tokens, and what was generated; ROUGE is rouge-score's. `batched` is what a good user would make of it: documents sorted
+by length, REFERENCE_BATCH at a time, one search for both, nothing padded beyond its batch. What no side does twice,
+loading the models and the intervals, is left out of all. First all sides have to choose the same candidates, with the
+same ROUGE.
 """
 
 import argparse
+import functools
 import operator
 import sys
 import time
@@ -26,7 +29,6 @@ import torch
 from candidates import NEEDS, run_reference
 from candidates_reference import DIVERSITY_PENALTY
 from common import Reference, interleaved, ratio_summary, results_path, verdict
-from evaluate_model import compare
 from model import load_scorer
 from rouge_score.rouge_scorer import RougeScorer
 
@@ -35,7 +37,8 @@ from harness.distributed import World
 from harness.files import write_record
 from harness.machine import describe_machine
 from harness.precision import choose_precision
-from search.generator import CandidateGenerator, generate_samples, load_generator, search_settings
+from scorer.choices import by_scorer, score_candidates
+from search.generator import CandidateGenerator, generate_samples, length_batches, load_generator, search_settings
 from texts.documents import clean, find_dataset, read_documents, split_documents
 from texts.samples import as_sample
 from texts.sentences import SentenceSplitter
@@ -43,6 +46,7 @@ from texts.sentences import SentenceSplitter
 CANDIDATES = 16
 LONGEST = 512
 BATCH = 16  # evaluate_model.py's default, of both its models.
+REFERENCE_BATCH = 4  # At which transformers is fastest on a CPU.
 CPU = torch.device("cpu")
 TARGETS = {"cpu": {"": ("at least", 5.0)}}  # It has one case, without a name.
 
@@ -69,13 +73,20 @@ def main():
     scorer, encoding, _ = load_scorer(None if args.scorer_path else args.generator_name, args.scorer_path)
     with Reference(args.reference_python, "candidates_reference.py", needs=NEEDS) as reference:
         print(f"reference: {reference.name}; {torch.get_num_threads()} threads", flush=True)
-        plain = Plain(args.generator_name, generator, scorer, encoding, reference)
-        arms = {"plain": lambda: plain(documents), "ours": lambda: ours(generator, scorer, encoding, documents)}
-        check_equal(*(run()[1] for run in arms.values()))
+        other = args.generator_name, generator, scorer, encoding, reference
+        arms = {
+            "plain": functools.partial(Plain(*other), documents),
+            "batched": functools.partial(Batched(*other), documents),
+            "ours": functools.partial(ours, generator, scorer, encoding, documents),
+        }
+        found = {name: run()[1] for name, run in arms.items()}
+        for name in ("plain", "batched"):
+            check_equal(found[name], found["ours"])
         seconds = interleaved({name: lambda run=run: run()[0] for name, run in arms.items()}, args.rounds)
-    ratio = ratio_summary(seconds["plain"], seconds["ours"])
-    figures = f"{ratio['median']:.1f} x as many documents a second ({ratio['low']:.1f} to {ratio['high']:.1f})"
-    print(figures + verdict(TARGETS, CPU, "", ratio))
+    ratios = {name: ratio_summary(seconds[name], seconds["ours"]) for name in ("plain", "batched")}
+    for name, ratio in ratios.items():
+        figures = f"{ratio['median']:.1f} x as many documents a second ({ratio['low']:.1f} to {ratio['high']:.1f})"
+        print(f"{figures} as {name}" + (verdict(TARGETS, CPU, "", ratio) if name == "plain" else ""))
     record = {
         "benchmark": "evaluation",
         "machine": describe_machine(CPU),
@@ -84,7 +95,8 @@ def main():
         "candidates": CANDIDATES,
         "seconds": seconds,
         "documents_per_second": {name: len(documents) / sorted(each)[len(each) // 2] for name, each in seconds.items()},
-        "ratio": ratio,
+        "ratio": ratios["plain"],
+        "ratio_batched": ratios["batched"],
     }
     write_record(args.output or results_path("evaluation", CPU), record)
 
@@ -93,10 +105,14 @@ def ours(generator, scorer, encoding, documents):
     """(seconds, {"summaries": list of str, "generator" and "SimCLS": ROUGE, float64 [documents, 3]})"""
     started = time.perf_counter()
     samples = generate_samples(generator, documents, BATCH)
-    systems, choices = compare(scorer, encoding, samples, BATCH, World(0, 1, CPU), choose_precision(None, CPU))
+    scores = score_candidates(scorer, encoding, samples, BATCH, World(0, 1, CPU), choose_precision(None, CPU))
+    choices = by_scorer(scores, samples)
     seconds = time.perf_counter() - started
-    summaries = [text_of(sample, choice) for sample, choice in zip(samples, choices, strict=True)]
-    return seconds, {"summaries": summaries, "generator": systems["generator"], "SimCLS": systems["SimCLS"]}
+    chosen = list(zip(samples, choices, strict=True))
+    rouge = {"SimCLS": [sample["rouge"][choice] for sample, choice in chosen]}
+    rouge["generator"] = [sample["rouge"][0] for sample in samples]
+    summaries = [text_of(sample, choice) for sample, choice in chosen]
+    return seconds, {"summaries": summaries} | {name: np.array(each) for name, each in rouge.items()}
 
 
 def text_of(sample, choice):
@@ -115,26 +131,33 @@ class Plain:
     @torch.no_grad()
     def __call__(self, documents):
         sources = [ids.tolist() for ids in self.generator.tokenize([document.text for document in documents])]
-        generating, tokens = 0.0, []
-        for _ in ("the generator's own", "to choose from"):
-            one_by_one = [[place] for place in range(len(sources))]
-            seconds, tokens = run_reference(self.reference, sources, one_by_one, self.request)
-            generating += seconds
+        generating, tokens = self.generate(sources)
         self.scorer.eval()
         started = time.perf_counter()
         split = SentenceSplitter(document.text for document in documents).split
-        summaries, first, chosen = [], [], []
-        for document, candidates in zip(documents, tokens, strict=True):
-            texts = self.generator.tokenizer.batch_decode(candidates, skip_special_tokens=True)
-            texts = [clean(text) for text in texts]
-            sample = as_sample(document.text, document.summary, texts, split)
-            self.similarities(document, texts[:1])
-            choice = int(self.similarities(document, texts).argmax())
-            summaries.append(text_of(sample, choice))
-            first.append(self.score(sample, 0))
-            chosen.append(self.score(sample, choice))
+        decode = functools.partial(self.generator.tokenizer.batch_decode, skip_special_tokens=True)
+        texts = [[clean(text) for text in decode(candidates)] for candidates in tokens]
+        found = {"summaries": [], "generator": [], "SimCLS": []}
+        for document, some, choice in zip(documents, texts, self.choose(documents, texts), strict=True):
+            sample = as_sample(document.text, document.summary, some, split)
+            found["summaries"].append(text_of(sample, choice))
+            found["generator"].append(self.score(sample, 0))
+            found["SimCLS"].append(self.score(sample, choice))
         seconds = generating + time.perf_counter() - started
-        return seconds, {"summaries": summaries, "generator": np.array(first), "SimCLS": np.array(chosen)}
+        return seconds, found | {name: np.array(found[name]) for name in ("generator", "SimCLS")}
+
+    def generate(self, sources):
+        """(seconds, the token ids of the candidates of each document)"""
+        one_by_one = [[place] for place in range(len(sources))]
+        searches = ("the generator's own", "to choose from")
+        runs = [run_reference(self.reference, sources, one_by_one, self.request) for _ in searches]
+        return sum(seconds for seconds, _ in runs), runs[-1][1]
+
+    def choose(self, documents, texts):
+        """Yield the place of the candidate that the scorer takes, document by document."""
+        for document, some in zip(documents, texts, strict=True):
+            self.similarities(document, some[:1])
+            yield int(self.similarities(document, some).argmax())
 
     def similarities(self, document, texts):
         """The cosine of each text's state with the document's; the reference's, too, though nothing is chosen by it."""
@@ -152,6 +175,27 @@ class Plain:
     def score(self, sample, place):
         reference, candidate = "\n".join(sample["abstract"]), "\n".join(sample["candidates"][place][0])
         return [score.fmeasure for score in self.rouge.score(reference, candidate).values()]
+
+
+class Batched(Plain):
+    """The same, some documents of like length at a time, without what is done twice or padded for nothing."""
+
+    def generate(self, sources):
+        batches = length_batches(sources, REFERENCE_BATCH)
+        return run_reference(self.reference, sources, batches, self.request | {"pad_to": None})
+
+    def choose(self, documents, texts):
+        sources = self.encoding.documents([document.text for document in documents])
+        chosen = [None] * len(documents)
+        for places in length_batches(sources, REFERENCE_BATCH):
+            rows = [sources[place] for place in places]
+            own = self.states(rows, max(map(len, rows)))
+            rows = self.encoding.summaries([text for place in places for text in texts[place]])
+            candidates = self.states(rows, max(map(len, rows))).unflatten(0, (len(places), -1))
+            best = torch.cosine_similarity(candidates, own[:, None], dim=-1).argmax(1).tolist()
+            for place, choice in zip(places, best, strict=True):
+                chosen[place] = choice
+        return chosen
 
 
 def check_equal(plain, ours):

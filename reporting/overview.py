@@ -183,13 +183,21 @@ def _evaluation(repeats):
         cells = {"Summary": name}
         for metric, interval in metrics.items():
             low, high = 100 * interval["low"], 100 * interval["high"]
-            sample = Sample.of(100 * record["systems"][name][metric]["mean"] for record in repeats)
+            has_it = [record["systems"][name] for record in repeats if name in record["systems"]]
+            sample = Sample.of(100 * systems[metric]["mean"] for systems in has_it)
             range_text = f" ({low:.2f} to {high:.2f})" if len(repeats) == 1 else ""
             cells[f"{METRICS.get(metric, metric)}, %"] = quantity(sample, places=2) + range_text
+        if first.get("words"):
+            sample = Sample.of(each["words"][name] for each in repeats if name in each["words"])
+            cells["Words"] = quantity(sample, places=1)
         rows.append(cells)
-    if first.get("p_value"):
-        worst = {metric: max(record["p_value"][metric] for record in repeats) for metric in first["p_value"]}
-        rows.append({"Summary": "p, SimCLS against the generator"} | _p_values(worst))
+    # Records of before hold that against the generator alone.
+    against = [each.get("p_values") or {"generator": each["p_value"]} for each in repeats if each.get("p_value")]
+    for name in against[0] if against else ():
+        same = [p_values[name] for p_values in against if name in p_values]
+        worst = {metric: max(each[metric] for each in same) for metric in same[0]}
+        strongest = ", the strongest" if name == first.get("strongest") else ""
+        rows.append({"Summary": f"p, SimCLS against the {name}{strongest}"} | _p_values(worst))
     meaning = "95 % intervals" if len(repeats) == 1 else f"mean ± deviation over {len(repeats)} scorers, highest p"
     machine = first["machine"]
     # Without the folders of the machine that made the record.
@@ -197,7 +205,9 @@ def _evaluation(repeats):
     where = f"`{command}`; {machine.get('hardware', 'unknown hardware')}"
     made = provenance(repeats)
     caption = [f"{first.get('documents', 'unknown')} documents, {meaning}", where, *filter(None, [made])]
-    return f"{'; '.join(caption)}:\n\n{markdown(rows)}"
+    below = [first["rouge"]] if first.get("rouge") else []
+    below += sorted({f"Warning: {line}." for record in repeats for line in record.get("warnings", ())})
+    return "\n\n".join([f"{'; '.join(caption)}:", markdown(rows), *below])
 
 
 def _p_values(values):

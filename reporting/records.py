@@ -13,7 +13,7 @@ from harness.runs import FORMAT
 from reporting import shapes
 from reporting.shapes import ANY, COUNT, NUMBER, PAIR, POSITIVE, TEXT, each, maybe
 
-NO_RECORD = re.compile(r"\d+\.json|\w+\.settings\.json")  # Samples and candidates of SimCLS.
+NO_RECORD = re.compile(r"\d+\.json|\w+\.settings\.json|provenance\.json")  # Samples and candidates of SimCLS.
 EVALUATION = "simcls_evaluation"
 # The experiments, and the arguments without which a record of theirs says too little to be compared.
 OF_IMAGES = {
@@ -52,6 +52,11 @@ OF_RUN = {"epochs": each(list, EPOCH)}
 OF_EVALUATION = {
     "systems": each(dict, each(dict, {"mean": NUMBER, "low": NUMBER, "high": NUMBER})),
     "p_value": maybe(each(dict, NUMBER)),
+    "p_values": maybe(each(dict, each(dict, NUMBER))),
+    "words": maybe(each(dict, NUMBER)),
+    "strongest": maybe(TEXT),
+    "rouge": maybe(TEXT),
+    "warnings": maybe(each(list, TEXT)),
 }
 
 

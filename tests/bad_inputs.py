@@ -30,6 +30,7 @@ GOOD = {
     "SimCLS/scorer/minilm.py": "",
     "SimCLS/create_model.py": "--data_file {good}/papers.csv --save_dir made --vocab_size 320 --d_model 32",
     "SimCLS/evaluate_model.py": "",
+    "SimCLS/summarize.py": "--generator_name {good}/t5 --num_cands 2 --decoder_max_len 4",
     "SimCLS/texts/sample_data.py": "",
     "report.py": "",
 }
@@ -218,6 +219,22 @@ TABLE = {
         ("--sum_col_name x", "has no column 'x'"),
         ("--save_dir taken", "the output folder taken is a file"),
     ],
+    "SimCLS/summarize.py": [
+        ("none.txt", "cannot read none.txt"),
+        ("mine", "cannot read mine"),
+        ("{bad}/candidates/latin/train.out", "train.out, line 7"),
+        ("{bad}/candidates/empty/train.out", "train.out is empty; it needs a document a line"),
+        ("none.csv", "cannot read none.csv"),
+        ("{bad}/tables/columns.csv", "has no column 'abstract'; its columns are: 'body', 'headline'"),
+        ("{bad}/tables/latin.csv", "not UTF-8"),
+        ("{bad}/tables/text.csv.gz", "no complete gzip file"),
+        ("{good}/papers.csv --scorer_path none.bin", "none.bin is no file; main.py writes"),
+        ("{good}/papers.csv --scorer_path cache/plain/scorer.bin --model_type {good}/t5", "no weights of"),
+        ("{good}/papers.csv --generator_name none", "'none'"),
+        ("{good}/papers.csv --search beams", "--search: invalid choice"),
+        ("{good}/papers.csv --top_p 0", "--top_p: '0' is not"),
+        ("{good}/papers.csv --decoder_max_len 1", "leaves no room behind the start token"),
+    ],
     "SimCLS/evaluate_model.py": [
         (
             "--samples {good}/samples/test --scorer_path cache/good/scorer.bin --device cuda",
@@ -225,7 +242,11 @@ TABLE = {
         ),
         ("", "name one of --generator_name, --samples"),
         ("--samples x", "--samples needs --scorer_path"),
-        ("--samples x --generator_name y", "name one of"),
+        ("--samples x --summaries y", "name one of"),
+        (
+            "--summaries mine/one.txt --references mine/one.txt --output taken",
+            "taken is there, an evaluation of something",
+        ),
         ("--summaries mine/one.txt", "go together"),
         ("--summaries mine/one.txt --references mine/two.txt", "one.txt has 1 lines, mine/two.txt 2"),
         ("--summaries none.txt --references mine/two.txt", "cannot read none.txt"),

@@ -14,15 +14,16 @@ import pytest
 import torch
 from conftest import WORDS
 from data_utils import SampleSet, tokenize_samples
-from evaluate_model import bootstrap_interval, permutation_test, summarise
 from model import load_scorer, save_scorer
 from rouge_score.rouge_scorer import RougeScorer
 
 from harness.distributed import World
 from harness.endings import UserError
 from harness.precision import choose_precision
+from scorer import choices, likelihood
 from scorer.metrics import validate
 from scorer.scorer_arguments import get_args_parser
+from scorer.significance import bootstrap_interval, permutation_test, summarise
 from texts.samples import as_sample, read_sample, rouge_of, sample_files
 from texts.sentences import SentenceSplitter
 
@@ -64,6 +65,90 @@ def test_intervals_belong_to_their_systems():
     assert (found["low"], found["mean"], found["high"]) == pytest.approx((0.3, 0.3, 0.3))
 
 
+def test_simcls_is_compared_with_the_strongest_rule_and_each_has_its_own_p_value():
+    draws, chosen = np.random.default_rng(0), {"generator": 0.0, "most likely": 0.2, "longest": 0.1, "random": 0.0}
+    systems = {name: draws.normal(0.3 + more, 0.05, (60, 3)) for name, more in chosen.items()}
+    systems["SimCLS"] = systems["most likely"] + draws.normal(0, 1e-3, (60, 3))
+    result = summarise(systems)
+    assert result["strongest"] == "most likely"
+    assert list(result["p_values"]) == ["generator", "most likely", "longest"]
+    for name, p_values in result["p_values"].items():
+        assert list(p_values.values()) == pytest.approx(permutation_test(systems["SimCLS"] - systems[name]), abs=0.02)
+    assert max(result["p_values"]["longest"].values()) < 1e-3 < min(result["p_values"]["most likely"].values())
+
+
+def test_rules_choose_what_they_say():
+    texts = ["a cat sat", "the cat sat down", "a dog ran far off", "the cat sat"]
+    candidates = [[[text], 0.0] for text in texts]
+    likelihood = [[-3.0, 6], [-2.0, 2], [-5.0, 20], [-1.0, 1]]
+    sample = {"candidates": candidates, "candidates_untok": candidates, "likelihood": likelihood}
+    chosen = choices.by_rules([sample, sample])
+    expected = {"generator": 0, "most likely": 2, "longest": 2, "Bayes risk": 3}
+    assert {name: places.tolist() for name, places in chosen.items()} == {name: [n] * 2 for name, n in expected.items()}
+    del sample["likelihood"]
+    assert "most likely" not in choices.by_rules([sample])
+    risk = choices.bayes_risk([["the cat sat"], ["the cat sat"], ["no dog"]])
+    assert risk == pytest.approx([1 / 3, 1 / 3, 2 / 3])
+
+
+class Known:
+    """Samples of which the candidate with the highest mean log-probability of a token is the best, but for chance."""
+
+    def __init__(self, with_likelihood=True):
+        draws = np.random.default_rng(0)
+        self.tokens = draws.integers(5, 40, (200, 6))
+        self.means = draws.normal(-1, 0.5, (200, 6))
+        self.figures = self.means + draws.normal(0, 0.1, (200, 6))
+        self.scores = draws.normal(0, 0.005, (200, 6))
+        self.document_lengths, self.with_likelihood = np.zeros(200), with_likelihood
+
+    def __len__(self):
+        return 200
+
+    def rouge(self, number):
+        return self.figures[number, :, None].repeat(3, axis=1)
+
+    def likelihood(self, number):
+        pairs = self.means[number] * self.tokens[number], self.tokens[number]
+        return np.stack(pairs, axis=-1) if self.with_likelihood else None
+
+
+def test_the_weight_of_the_likelihood_is_fitted_on_validation(monkeypatch):
+    def scored(scorer, samples, numbers, *rest):
+        yield numbers, None, torch.from_numpy(scorer * samples.scores[numbers]), None
+
+    monkeypatch.setattr(likelihood, "score_samples", scored)
+    known, world = Known(), World(0, 1, torch.device("cpu"))
+    args = get_args_parser("").parse_args([])
+    fitted = likelihood.fit(1.0, known, args, None, world)
+    assert fitted["power"] == 1.0
+    assert fitted["gain"] > 0.5
+    samples = [{"likelihood": known.likelihood(number)} for number in range(200)]
+    chosen = {}
+    for name, each in {"alone": None, "fitted": fitted}.items():
+        places = choices.by_scorer(list(known.scores), samples, each)
+        chosen[name] = np.mean([known.figures[number][place] for number, place in enumerate(places)])
+    assert chosen["fitted"] - chosen["alone"] == pytest.approx(fitted["gain"])
+    known.scores = known.figures  # A scorer that knows all needs no likelihood.
+    assert likelihood.fit(100.0, known, args, None, world) == {"weight": 0.0, "power": 1.0, "gain": 0.0}
+    assert likelihood.fit(1.0, Known(with_likelihood=False), args, None, world) is None
+
+
+def test_what_does_not_belong_together_is_told():
+    mine = {"digest": "a", "generator": "x", "search": {"num_beams": 8}, "text": "t", "text_name": "mine.csv"}
+    check = evaluate_model.check_belonging
+    for ours, theirs in ((mine, None), (None, {"candidates": mine}), (mine | {"text_name": "y"}, {"candidates": mine})):
+        assert check(ours, theirs) == []
+    (line,) = check(mine, {"candidates": mine | {"search": {}, "generator": "y"}})
+    assert "trained on candidates of other generator, search than" in line
+    warnings, weight = [], {"weight": 0.04, "power": 1.0}
+    assert evaluate_model.usable_weight(weight, [{"likelihood": []}], warnings) == weight
+    assert evaluate_model.usable_weight(weight | {"weight": 0.0}, [{}], warnings) is None
+    assert warnings == []
+    assert evaluate_model.usable_weight(weight, [{"likelihood": []}, {}], warnings) is None
+    assert "chooses without" in warnings[0]
+
+
 def test_samples_are_scored_as_in_training(run_script, sample_folder, encoders, scorer_path, tmp_path):
     output = tmp_path / "record.json"
     folder = sample_folder / "test"
@@ -71,7 +156,11 @@ def test_samples_are_scored_as_in_training(run_script, sample_folder, encoders, 
     record = json.loads(output.read_text())
     assert record["experiment"] == "simcls_evaluation"
     assert record["documents"] == 12
-    assert list(record["systems"]) == ["generator", "SimCLS", "random", "worst", "best"]
+    assert list(record["systems"]) == ["generator", "longest", "Bayes risk", "random", "worst", "best", "SimCLS"]
+    assert list(record["words"]) == list(record["systems"])
+    assert record["rouge"].startswith("ROUGE-1, -2, -Lsum F1: rouge-score")
+    assert result.stdout.splitlines()[-1] == record["rouge"]
+    assert "no row of plain beam search" in result.stdout
 
     cpu = torch.device("cpu")
     scorer, encoding, _ = load_scorer(weights=scorer_path)
@@ -107,11 +196,24 @@ def test_generated_candidates_are_those_of_the_chain(run_script, encoders, score
     (folder,) = (path for path in (tmp_path / "candidates").iterdir() if path.is_dir())
     run_script("SimCLS/preprocess.py", "--src_dir", folder, "--tgt_dir", "test", "--split", "test", "--cand_num", 4,
                cwd=tmp_path)  # fmt: skip
-    run_script(EVALUATE, "--samples", "test", *score, "--output", "two.json", cwd=tmp_path)
+    # Those samples are of diverse beam search: the generator makes the row of plain beam search.
+    run_script(EVALUATE, "--samples", "test", *score, "--output", "two.json", *generation[:2], *generation[-2:],
+               cwd=tmp_path)  # fmt: skip
     one, two = (json.loads((tmp_path / name).read_text()) for name in ("one.json", "two.json"))
     assert one["documents"] == 6
-    assert one["systems"] == two["systems"]
-    assert one["p_value"] == two["p_value"]
+    assert "plain beam" in one["systems"]
+    assert "most likely" in one["systems"]
+    for key in ("systems", "p_values", "words", "rouge", "provenance"):
+        assert one[key] == two[key]
+    assert one["warnings"] == []
+    arguments = one["arguments"] | {"samples": "test"}
+    with pytest.raises(
+        UserError, match=r"one.json is there, an evaluation of --samples None \(now test\); name another"
+    ):
+        evaluate_model.refuse_to_replace(tmp_path / "one.json", arguments, one["places"])
+    with pytest.raises(UserError, match="an evaluation of other folders of the same names"):
+        evaluate_model.refuse_to_replace(tmp_path / "one.json", one["arguments"], {"generator_name": "another"})
+    evaluate_model.refuse_to_replace(tmp_path / "one.json", one["arguments"], one["places"])
 
 
 SENTENCES = [
@@ -141,7 +243,7 @@ def test_generated_samples_are_those_of_gen_candidate_and_preprocess(encoders, t
     words += "--decoder_max_len 12 --no_repeat_ngram_size 2 --min_length 5 --length_penalty 0.5 --cand_gen_batch 5"
     args = evaluate_model.get_args_parser().parse_args(words.split())
     cpu = torch.device("cpu")
-    made = evaluate_model.load_test_samples(args, World(0, 1, cpu), choose_precision(None, cpu))
+    made = evaluate_model.load_candidates(args, World(0, 1, cpu), choose_precision(None, cpu)).samples
 
     monkeypatch.setattr(sys, "argv", ["gen_candidate.py", *words.split()])
     gen_candidate.main()
@@ -165,9 +267,13 @@ def test_sources_make_sentences_those_of_the_samples(tmp_path, monkeypatch):
     (tmp_path / "summaries").write_text("The dose was 5 mg. per week. It did.\n")
     split = SentenceSplitter(texts).split
     sample = as_sample("", "It worked. The dose was 5 mg. per day.", ["The dose was 5 mg. per week. It did."], split)
-    files = tmp_path / "summaries", tmp_path / "references"
-    assert evaluate_model.score_files(*files, tmp_path / "sources").tolist() == sample["rouge"].tolist()
-    assert evaluate_model.score_files(*files).shape == (1, 3)
+    monkeypatch.chdir(tmp_path)
+    files = ["--summaries", "summaries", "--references", "references"]
+    for more, expected in (["--sources", "sources"], sample["rouge"].tolist()), ([], None):
+        judged = evaluate_model.judge_files(evaluate_model.get_args_parser().parse_args([*files, *more]))
+        found = judged.systems["summaries"].tolist()
+        assert (found == expected) == bool(expected)
+        assert judged.facts["words"] == {"summaries": 9}
 
 
 def test_counts_of_candidates_that_differ_are_told(capsys):

@@ -97,6 +97,7 @@ def test_every_split_has_its_own_documents_and_all_their_candidates(tiny, whole)
     folder = only_folder(whole)
     splits = split_documents(read_documents(tiny / "papers.csv"))
     names = {f"{split}.{name}" for split in SPLITS for name in (*candidate_files.FILES, "settings.json")}
+    names.add("provenance.json")
     assert {path.name for path in folder.iterdir()} == names
     for split, documents in splits.items():
         lines = {name: list(read_lines(folder / f"{split}.{name}")) for name in candidate_files.FILES}
@@ -280,29 +281,31 @@ def test_a_complete_run_is_left_alone(tiny, whole, monkeypatch, capsys):
     assert {path: path.stat().st_mtime_ns for path in only_folder(whole).iterdir()} == before
 
 
-def test_other_settings_start_over_and_say_which(tiny, whole, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("words", "other"),
+    [
+        (
+            ["--decoder_max_len", 6, "--diversity_penalty", 2],
+            "train candidates that were made with other diversity_penalty",
+        ),
+        (["--dataset_name", "{tmp}/changed.csv"], "train candidates that were made with other documents"),
+        (["--dataset_percent", 50], "train candidates that were made with other documents"),
+    ],
+)
+@pytest.mark.parametrize("killed", [False, True])
+def test_candidates_made_otherwise_are_never_replaced(tiny, whole, tmp_path, monkeypatch, words, other, killed):
     folder = tmp_path / only_folder(whole).name
     shutil.copytree(only_folder(whole), folder)
-    other = candidate_files.CandidateFiles(folder, "val", {"max_length": 9}, SimpleNamespace(rank=3))
-    other.open().close()
-    run_here(monkeypatch, *arguments(tiny, tmp_path, "--decoder_max_len", 6, "--diversity_penalty", 2))
-    out = capsys.readouterr().out
-    assert "train: starting over, since candidates there were made with other diversity_penalty, max_length" in out
-    fresh = tmp_path / "fresh"
-    run_here(monkeypatch, *arguments(tiny, fresh, "--decoder_max_len", 6, "--diversity_penalty", 2))
-    assert contents(fresh) == {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert contents(fresh)["train.out"] != contents(whole)["train.out"]
-
-
-def test_a_changed_document_starts_its_split_over(tiny, whole, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / only_folder(whole).name
-    shutil.copytree(only_folder(whole), folder)
-    shutil.copytree(tiny, tmp_path / "changed")
-    table = tmp_path / "changed" / "papers.csv"
-    table.write_text(table.read_text().replace("Title 7:", "Another 7:"))
-    run_here(monkeypatch, *arguments(tiny, tmp_path, "--dataset_name", table, "--output_dir", tmp_path))
-    assert "starting over, since candidates there were made with other documents" in capsys.readouterr().out
-    assert any(b"Another 7:" in (folder / f"{split}.target").read_bytes() for split in SPLITS)
+    if killed:
+        settings = json.loads((folder / "train.settings.json").read_text())
+        for path in folder.glob("*"):
+            path.unlink()
+        candidate_files.CandidateFiles(folder, "train", settings, SimpleNamespace(rank=3)).open().close()
+    (tmp_path / "changed.csv").write_text((tiny / "papers.csv").read_text().replace("Title ", "Another "))
+    before = contents(tmp_path)
+    with pytest.raises(UserError, match=other):
+        run_here(monkeypatch, *arguments(tiny, tmp_path, *[str(word).format(tmp=tmp_path) for word in words]))
+    assert contents(tmp_path) == before
 
 
 def test_a_second_run_with_the_same_output_is_refused(tiny, whole, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,8 +52,8 @@ def cat_documents(count, candidates=3):
 
 
 def samples(folder):
-    """The samples of a folder in order; any other file is an error."""
-    names = sorted(os.listdir(folder), key=lambda name: int(name.removesuffix(".json")))
+    """The samples of a folder in order; any other file but their provenance is an error."""
+    names = sorted(set(os.listdir(folder)) - {"provenance.json"}, key=lambda name: int(name.removesuffix(".json")))
     assert names == [f"{index}.json" for index in range(len(names))]
     return [json.loads((folder / name).read_text()) for name in names]
 
@@ -107,6 +108,7 @@ def test_likelihoods_reach_their_candidates_and_a_wrong_line_is_named(tmp_path, 
     (tmp_path / "short.json").write_text(json.dumps(sample))
     with pytest.raises(UserError, match="has no list of .log-probability, tokens. for its candidates"):
         read_sample(tmp_path / "short.json")
+    args = [tmp_path / "bad" if word == tmp_path / "out" else word for word in args]
     for line in ("-1.5", "nan 3", "-2 0", "- 4"):
         path.write_text("\n".join([*lines[:4], line, *lines[5:]]) + "\n")
         assert f"train.likelihood, line 5: {line!r} is no log-prob" in run_script(SCRIPT, *args, code=2).stderr
@@ -122,28 +124,34 @@ def test_only_newlines_end_a_line(tmp_path, text):
     assert len(ptb_tokenize(text).splitlines()) == 1
 
 
-def test_samples_of_a_larger_earlier_run_do_not_stay(tmp_path, run_script):
-    def run(count):
+def test_samples_of_another_input_are_never_replaced(tmp_path, run_script):
+    def run(count, *more, code=0, into="out"):
         write_files(tmp_path / "in", cat_documents(count))
-        args = ("--src_dir", tmp_path / "in", "--tgt_dir", tmp_path / "out", "--split", "train", "--cand_num", 3)
-        return run_script(SCRIPT, *args, "--workers", 1).stdout
+        args = ("--src_dir", tmp_path / "in", "--tgt_dir", tmp_path / into, "--split", "train", "--cand_num", 3)
+        return run_script(SCRIPT, *args, "--workers", 1, *more, code=code).stderr
 
     run(7)
     (tmp_path / "out" / "notes.txt").write_text("mine")
-    assert "in place of 7" in run(3)
-    assert (tmp_path / "out" / "notes.txt").read_text() == "mine"
-    (tmp_path / "out" / "notes.txt").unlink()
-    assert len(samples(tmp_path / "out")) == 3
+    before = contents(tmp_path / "out")
+    assert "out has samples of other files; choose another --tgt_dir, or delete" in run(3, code=2)
+    assert "has samples of other rouge_tokens;" in run(7, "--rouge_tokens", "unicode", code=2)
+    assert contents(tmp_path / "out") == before
+    (tmp_path / "published").mkdir()
+    (tmp_path / "published" / "0.json").write_text("{}")
+    assert "has samples of other files, which it does not tell" in run(7, code=2, into="published")
+    (tmp_path / "out" / "3.json").unlink()  # As a kill between the old samples' end and the new ones' names leaves it.
+    run(7)
+    assert contents(tmp_path / "out") == before
 
 
 @pytest.fixture(scope="module")
 def slow_run(tmp_path_factory):
-    """(command without --tgt_dir, the files that it ends with): some seconds of work by two workers."""
+    """(command without --tgt_dir, the files that it ends with, their folder): some seconds of work by two workers."""
     folder = tmp_path_factory.mktemp("slow")
     write_files(folder / "in", cat_documents(1500, candidates=8))
     command = script_command(SCRIPT, "--src_dir", folder / "in", "--split", "train", "--cand_num", 8, "--workers", 2)
     subprocess.run([*command, "--tgt_dir", folder / "out"], check=True, capture_output=True)
-    return command, contents(folder / "out")
+    return command, contents(folder / "out"), folder / "out"
 
 
 def start_and_wait_for_samples(command, folder):
@@ -178,7 +186,7 @@ def wait_until_gone(pids):
 
 
 def test_a_killed_run_leaves_no_sample_and_no_worker_and_its_rerun_ends_the_same(tmp_path, slow_run):
-    command, expected = slow_run
+    command, expected, _ = slow_run
     process = start_and_wait_for_samples(command, tmp_path / "out")
     workers = children(process)
     assert len(workers) == 2
@@ -192,14 +200,13 @@ def test_a_killed_run_leaves_no_sample_and_no_worker_and_its_rerun_ends_the_same
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_a_run_with_one_line_and_the_old_samples_stay(tmp_path, slow_run, number, code):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "0.json").write_text("old")
+    shutil.copytree(slow_run[2], tmp_path / "out")
     process = start_and_wait_for_samples(slow_run[0], tmp_path / "out")
     process.send_signal(number)
     _, errors = process.communicate(timeout=30)
     assert process.returncode == code
     assert [line for line in errors.splitlines() if " of " not in line] == [errors.splitlines()[-1]]
-    assert contents(tmp_path / "out") == {"0.json": b"old"}
+    assert contents(tmp_path / "out") == slow_run[1]
 
 
 def test_a_killed_worker_is_one_line_and_exit_code_2(tmp_path, slow_run):

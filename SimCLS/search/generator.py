@@ -15,6 +15,8 @@ from utils import progress
 from harness import arguments
 from harness.endings import UserError
 from search.diverse_beam import DiverseBeamSearch
+from search.sampling import NucleusSampling
+from texts import provenance
 from texts.documents import clean
 from texts.samples import as_sample
 from texts.sentences import SentenceSplitter
@@ -29,11 +31,16 @@ def add_search_arguments(parser):
     """The arguments of the search, in a group of their own; `search_settings` reads them."""
     integer, number = arguments.positive_int, arguments.non_negative_float
     search = parser.add_argument_group("search for candidates; defaults marked * are those of the generation config")
+    search.add_argument("--search", choices=("diverse", "beam", "sample"), default="diverse",
+        help="diverse or plain beam search, or nucleus sampling (default: %(default)s)")  # fmt: skip
     search.add_argument(
         "--num_cands", type=integer, default=CANDIDATES, help=f"candidates a document (default: {CANDIDATES})"
     )
     search.add_argument("--num_groups", type=integer, help="groups of beams (default: one a candidate)")
     search.add_argument("--diversity_penalty", type=number, default=1.0, help="default: %(default)s")
+    search.add_argument("--top_p", type=arguments.fraction, default=0.9, help="of --search sample: the probability of "
+        "the tokens that are drawn from (default: %(default)s)")  # fmt: skip
+    search.add_argument("--seed", type=arguments.seed, default=0, help="of --search sample (default: %(default)s)")
     search.add_argument("--length_penalty", type=float, help="exponent of the length that scores are divided by *")
     search.add_argument("--min_length", type=arguments.non_negative_int, help="tokens before the end *")
     search.add_argument("--no_repeat_ngram_size", type=arguments.non_negative_int, help="0 allows repetition *")
@@ -50,8 +57,12 @@ def check_groups(args):
         raise UserError(f"--num_groups {args.num_groups} does not divide --num_cands {args.num_cands}")
 
 
-def search_settings(args, config):
-    """The arguments of DiverseBeamSearch: the user's, else those of the generation config, else neutral ones."""
+def search_settings(args, config, search="diverse"):
+    """The arguments of DiverseBeamSearch, or of NucleusSampling: the user's, else those of the generation config, else
+    neutral ones.
+
+    search: "diverse"; "beam" for one group, whatever the arguments say; or "sample".
+    """
 
     def choose(name, neutral):
         for value in (getattr(args, name, None), getattr(config, name, None)):
@@ -59,14 +70,19 @@ def search_settings(args, config):
                 return value
         return neutral
 
-    return {
-        "num_beams": args.num_cands,
-        "num_groups": args.num_groups or args.num_cands,
-        "diversity_penalty": args.diversity_penalty,
+    both = {
         "max_length": args.decoder_max_len or own_length(config),
         "min_length": choose("min_length", 0),
-        "length_penalty": choose("length_penalty", 1.0),
         "no_repeat_ngram_size": choose("no_repeat_ngram_size", 0),
+    }
+    if search == "sample":
+        return {"num_samples": args.num_cands, "top_p": args.top_p, "seed": args.seed, **both}
+    groups = 1 if search == "beam" else args.num_groups or args.num_cands
+    return both | {
+        "num_beams": args.num_cands,
+        "num_groups": groups,
+        "diversity_penalty": args.diversity_penalty,
+        "length_penalty": choose("length_penalty", 1.0),
         "early_stopping": choose("early_stopping", False),
     }
 
@@ -147,9 +163,9 @@ def check_start(model, tokenizer):
 
 
 class CandidateGenerator:
-    """Documents to candidate summaries, by diverse beam search.
+    """Documents to candidate summaries, by a search.
 
-    settings: the arguments of DiverseBeamSearch. max_source_length: tokens at which documents are cut, or None for the
+    settings: as from `search_settings`. max_source_length: tokens at which documents are cut, or None for the
     tokenizer's own. Raises UserError for lengths or a generation config that the model cannot do.
     """
 
@@ -165,7 +181,7 @@ class CandidateGenerator:
         if len(tokenizer) > model.get_input_embeddings().num_embeddings:
             raise UserError(f"the tokenizer has {len(tokenizer)} tokens, more than the generator's embeddings")
         try:
-            self.search = DiverseBeamSearch(model, **settings)
+            self.search = (NucleusSampling if "top_p" in settings else DiverseBeamSearch)(model, **settings)
         except ValueError as error:
             raise UserError(str(error)) from None
 
@@ -197,6 +213,23 @@ class CandidateGenerator:
         ]
         count = found.tokens.shape[1]
         return [every[start : start + count] for start in range(0, len(every), count)]
+
+    @property
+    def is_plain(self):
+        """Whether the first candidate is that of plain beam search."""
+        return self.settings.get("num_groups") == 1
+
+    def origin(self, name, path, documents):
+        """The provenance of candidates of this search: name of the generator, path of the text, and all its documents,
+        also those that no candidates are made of."""
+        return provenance.describe(
+            generator_name=Path(name).resolve().name if Path(name).is_dir() else name,
+            generator=self.fingerprint,
+            search=self.settings,
+            max_source_length=self.max_source_length,
+            text_name=Path(path).name,
+            text=provenance.digest(documents),
+        )
 
     @functools.cached_property
     def fingerprint(self):

@@ -24,7 +24,7 @@ class CandidateFiles:
     """The files of one split in `folder`, for one process of `world`.
 
     settings: dict of plain JSON values, all that the candidates depend on, which leaves out how many documents are made
-    together. Candidates made with others are not used.
+    together.
     """
 
     def __init__(self, folder, split, settings, world):
@@ -38,19 +38,21 @@ class CandidateFiles:
         return found and all((self.folder / f"{self.split}.{name}").is_file() for name in FILES)
 
     def prepare(self):
-        """In the main process: remove what was made with other settings, and leftovers of killed writes."""
+        """In the main process: remove leftovers of killed writes. UserError where there are candidates that were made
+        with other settings."""
         for leftover in self.folder.glob(f".{self.split}.*.tmp"):
             leftover.unlink()
-        changed = _changed(self._read_settings(), self.settings)
-        if changed:
-            self.settings_path.unlink()
-        for path in self._partials():
-            settings = next(_read_lines(path), None)
-            if settings != self.settings:
-                changed = changed or _changed(settings, self.settings)
+        partials = {path: next(_read_lines(path), None) for path in self._partials()}
+        for found in (self._read_settings(), *partials.values()):
+            changed = _changed(found, self.settings)
+            if changed:
+                raise UserError(
+                    f"{self.folder} has {self.split} candidates that were made with other {changed}; choose another "
+                    "--output_dir, or delete that folder"
+                )
+        for path, found in partials.items():
+            if found is None:  # Killed before its first line was whole.
                 path.unlink()
-        if changed:
-            self.world.say(f"{self.split}: starting over, since candidates there were made with other {changed}")
 
     def finished(self):
         """The places of the documents whose candidates any process has made: a set of int."""

@@ -62,6 +62,43 @@ def read_documents(path, document_column="abstract", summary_column="title"):
     return list(documents.values())
 
 
+def read_column(path, column):
+    """Yield the text in a column of a .csv or .csv.gz file, row by row, "" where a row is too short for it.
+
+    The file is never in memory as a whole. Raises UserError as `read_documents`, and for a row that has more fields
+    than the header.
+    """
+    csv.field_size_limit(2**31 - 1)
+    rows = None
+    try:
+        with (
+            gzip.open(path, "rt", encoding="utf-8-sig", newline="")
+            if path.suffix == ".gz"
+            else open(path, encoding="utf-8-sig", newline="") as file
+        ):
+            rows = csv.reader(file, strict=True)
+            header = [clean(name) for name in next(rows, [])]
+            if column not in header:
+                raise UserError(f"{path} has no column {column!r}; its columns are: {', '.join(map(repr, header))}")
+            place = header.index(column)
+            for row in filter(None, rows):
+                if len(row) > len(header):
+                    raise UserError(
+                        f"{path}, line {rows.line_num}: {len(row)} fields, and the header has {len(header)}; put a "
+                        "field with commas in quotation marks"
+                    )
+                yield row[place] if len(row) > place else ""
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path} is no complete gzip file ({error}); fetch it again") from None
+    except UnicodeDecodeError as error:
+        line = rows.line_num + 1 if rows else 1
+        raise UserError(f"{path}, behind line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+    except csv.Error as error:
+        raise UserError(f"{path}, line {rows.line_num}: not a CSV file ({error})") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
 def clean(text):
     """`text` on one line: runs of white space and control characters become one space, none at the ends."""
     return _BLANKS.sub(" ", text).strip()

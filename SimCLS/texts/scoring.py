@@ -1,6 +1,7 @@
 """ROUGE of candidate summaries: what every stage scores by."""
 
 import functools
+import importlib.metadata
 
 import numpy as np
 
@@ -48,6 +49,19 @@ def score(reference, candidates, tokens="standard"):
     target, scorer = "\n".join(reference), _scorer(tokens)
     scores = [scorer.score(target, "\n".join(candidate)) for candidate in candidates]
     return np.array([[each[name].fmeasure for name in METRICS] for each in scores]).reshape(-1, len(METRICS))
+
+
+def signature(tokens, splitter):
+    """What the figures are, in one line: package and version, tokens, stemmer, sentences and case.
+
+    tokens: a key of ROUGE_TOKENS. splitter: how sentences were split, in words.
+    """
+    package = type(_scorer(tokens)).__module__.partition(".")[0].replace("_", "-")
+    stemmed = "a-z0-9 with Porter stems" if ROUGE_TOKENS[tokens] is None else f"{tokens}, no stems"
+    return (
+        f"ROUGE-1, -2, -Lsum F1: {package} {importlib.metadata.version(package)}; tokens {stemmed}; sentences by "
+        f"{splitter}; lower case, Penn Treebank tokens"
+    )
 
 
 def mean_score(figures):

@@ -38,15 +38,17 @@ class SentenceSplitter:
     stages split alike, the texts are the documents of the split that is worked on.
 
     texts: an iterable of str, read up to PUNKT_SAMPLE_CHARACTERS, and not at all when NLTK's data is installed. None
-    where there are no documents: then the abbreviations are _TITLES.
+    where there are no documents: then the abbreviations are _TITLES. `kind` names in words which it was.
     """
 
     def __init__(self, texts):
         from nltk.tokenize import punkt
 
+        self.kind = "NLTK's English Punkt"
         try:
             self._punkt = punkt.PunktTokenizer("english")
         except LookupError:
+            self.kind = "Punkt with a list of titles" if texts is None else "Punkt as learnt from the documents"
             self._punkt = punkt.PunktSentenceTokenizer(_titles() if texts is None else _learn_punkt(texts))
 
     def split(self, text):

@@ -1,0 +1,65 @@
+"""Ways to choose one of a document's candidates: by a scorer, and by rules that cost next to nothing."""
+
+import sys
+
+import numpy as np
+from data_utils import SampleSet, tokenize_samples
+from model import score_samples
+
+from scorer.likelihood import combine
+from texts.scoring import mean_score, score
+
+
+def score_candidates(scorer, encoding, samples, batch_size, world, precision):
+    """The scorer's scores of the candidates of each sample: a list of float64 [candidates].
+
+    samples: list of dicts as from `read_sample`, in any order of length.
+    """
+    dataset = SampleSet(tokenize_samples(samples, encoding, sys.maxsize), encoding, world.device.type)
+    numbers = np.argsort(dataset.document_lengths, kind="stable")
+    found = [None] * len(samples)
+    for part, _, scores, _ in score_samples(scorer, dataset, numbers, batch_size, world.device, precision):
+        for number, own in zip(part, scores.cpu().double().numpy(), strict=True):
+            found[number] = own[: len(samples[number]["candidates"])]
+    return found
+
+
+def by_scorer(scores, samples, fitted=None):
+    """The place of the best candidate of each sample, int64 [samples]. scores: as from `score_candidates`. fitted: the
+    weight of the likelihood, as from `likelihood.fit`; None for the scorer alone."""
+    if fitted:
+        scores = [combine(own, sample["likelihood"], fitted) for own, sample in zip(scores, samples, strict=True)]
+    return np.array([own.argmax() for own in scores])
+
+
+def by_rules(samples, rouge_tokens="standard"):
+    """name -> the place of the candidate that the rule takes in each sample, int64 [samples].
+
+    Most likely is the highest mean log-probability of a token; without likelihoods the rule is left out.
+    """
+    rules = {"generator": lambda sample: 0}
+    if all("likelihood" in sample for sample in samples):
+        rules["most likely"] = lambda sample: mean_log_probs(sample["likelihood"]).argmax()
+    rules["longest"] = lambda sample: np.argmax([words(sentences) for sentences, _ in sample["candidates_untok"]])
+    rules["Bayes risk"] = lambda sample: bayes_risk([text for text, _ in sample["candidates"]], rouge_tokens).argmin()
+    return {name: np.array([rule(sample) for sample in samples]) for name, rule in rules.items()}
+
+
+def mean_log_probs(likelihood):
+    """The mean log-probability of a token of each candidate, float64 [candidates]. likelihood: as in a sample."""
+    log_probs, tokens = np.array(likelihood, dtype=np.float64).T
+    return log_probs / tokens
+
+
+def words(sentences):
+    """The number of words of a summary, a list of sentences."""
+    return sum(len(sentence.split()) for sentence in sentences)
+
+
+def bayes_risk(candidates, rouge_tokens="standard"):
+    """How far each candidate is from the others: 1 less the mean of the three ROUGE of it, each candidate being the
+    reference in turn (Kumar and Byrne 2004, minimum Bayes risk). float64 [candidates].
+
+    candidates: lists of tokenized, lower-cased sentences.
+    """
+    return 1 - np.mean([mean_score(score(reference, candidates, rouge_tokens)) for reference in candidates], axis=0)

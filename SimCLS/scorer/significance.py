@@ -1,0 +1,64 @@
+"""How sure the means of an evaluation are: bootstrap intervals, and paired permutation tests."""
+
+import numpy as np
+from data_utils import ROUGE
+
+RESAMPLES = 10_000
+RESAMPLES_AT_ONCE = 500
+SEED = 0  # Of the resampling: the same figures give the same intervals.
+# Ways to choose a summary that need no scorer; SimCLS has to be better than the best of them, and than each TESTED.
+FREE = ("generator", "plain beam", "most likely", "longest", "Bayes risk", "random")
+TESTED = ("generator", "plain beam", "longest", "Bayes risk")
+
+
+def summarise(systems):
+    """The record's part: "documents"; "systems" -> metric -> "mean", "low", "high". Where SimCLS is among them also
+    "strongest", the best of FREE in the mean of the three, "p_values" -> system -> metric of SimCLS against that and
+    TESTED, and "p_value" -> metric, that against the generator.
+
+    systems: name -> float64 [documents, 3].
+    """
+    count = len(next(iter(systems.values())))
+    lows, highs = bootstrap_interval(np.concatenate(list(systems.values()), axis=1))
+    result = {"documents": count, "systems": {}}
+    for place, (name, figures) in enumerate(systems.items()):
+        columns = zip(ROUGE, figures.mean(0), lows[3 * place :], highs[3 * place :], strict=False)
+        result["systems"][name] = {
+            metric: {"mean": float(mean), "low": float(low), "high": float(high)} for metric, mean, low, high in columns
+        }
+    free = [name for name in FREE if name in systems]
+    if "SimCLS" in systems and free:
+        result["strongest"] = max(free, key=lambda name: systems[name].mean())
+        against = [name for name in free if name in TESTED or name == result["strongest"]]
+        p_values = permutation_test(np.concatenate([systems["SimCLS"] - systems[name] for name in against], axis=1))
+        result["p_values"] = {
+            name: dict(zip(ROUGE, map(float, p_values[3 * place :]), strict=False))
+            for place, name in enumerate(against)
+        }
+        if "generator" in free:
+            result["p_value"] = result["p_values"]["generator"]
+    return result
+
+
+def bootstrap_interval(figures):
+    """The 2.5th and 97.5th percentile of the means over bootstrap samples of the rows of `figures` [n, columns]."""
+    random, count = np.random.default_rng(SEED), len(figures)
+    means = []
+    for _ in range(RESAMPLES // RESAMPLES_AT_ONCE):
+        picked = random.integers(0, count, (RESAMPLES_AT_ONCE, count))
+        times = np.zeros((RESAMPLES_AT_ONCE, count))
+        np.add.at(times, (np.arange(RESAMPLES_AT_ONCE)[:, None], picked), 1)
+        means.append(times @ figures / count)
+    return np.percentile(np.concatenate(means), [2.5, 97.5], axis=0)
+
+
+def permutation_test(differences):
+    """The two-sided p-value of each column of `differences` [n, columns]: of their mean under random signs."""
+    random, count = np.random.default_rng(SEED), len(differences)
+    observed = np.abs(differences.mean(0))
+    as_far = np.ones(differences.shape[1])
+    for _ in range(RESAMPLES // RESAMPLES_AT_ONCE):
+        signs = random.integers(0, 2, (RESAMPLES_AT_ONCE, count)) * 2.0 - 1
+        # The margin is for rounding: the same sum in another order counts as equal.
+        as_far += (np.abs(signs @ differences / count) >= observed - 1e-12).sum(0)
+    return as_far / (RESAMPLES // RESAMPLES_AT_ONCE * RESAMPLES_AT_ONCE + 1)

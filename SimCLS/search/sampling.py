@@ -1,0 +1,92 @@
+"""Nucleus sampling (Holtzman et al. 2020) for any encoder-decoder of transformers 5.
+
+A document's random numbers follow from the seed and its own tokens: its candidates depend neither on the batch that it
+is in, but for rounding, nor on what was drawn before.
+"""
+
+import hashlib
+import json
+
+import torch
+
+from harness.devices import widest_float
+from search.diverse_beam import Candidates
+from search.token_rules import TokenRules
+
+
+class NucleusSampling(TokenRules):
+    """Draws candidates from the most likely tokens that together have the probability `top_p`, called with one batch of
+    documents after another.
+
+    num_samples: candidates a document. top_p: above 0, at most 1. seed: int. The rest is as for DiverseBeamSearch.
+
+    Raises ValueError as TokenRules does, and for a `top_p` outside its range.
+    """
+
+    def __init__(self, model, *, num_samples, top_p, seed, max_length, min_length=0, no_repeat_ngram_size=0):
+        if not 0 < top_p <= 1:
+            raise ValueError(f"a nucleus of {top_p} is not above 0 and at most 1")
+        super().__init__(model, max_length, min_length, no_repeat_ngram_size)
+        self.num_samples, self.top_p, self.seed = num_samples, top_p, seed
+
+    @torch.inference_mode()
+    def __call__(self, input_ids, attention_mask):
+        """The Candidates of a batch of documents, the most likely a token first. input_ids, attention_mask: int64
+        [documents, length], padded at the end."""
+        documents, total = len(input_ids), len(input_ids) * self.num_samples
+        uniform = self._draws(input_ids, attention_mask)
+        tokens = torch.full((total, self.max_length), self.pad_token, device=self.device)
+        tokens[:, 0] = self.start_token
+        log_probs = torch.zeros(total, dtype=widest_float(self.device), device=self.device)
+        lengths = torch.full((total,), self.max_length - 1, device=self.device)
+        rows = torch.arange(total, device=self.device)  # Which candidate each row of the decoder is.
+        self.decoder.start(input_ids, attention_mask, self.max_length)
+        for length in range(1, self.max_length):
+            if length == 1:  # Until the first token the candidates of a document are one row.
+                logits = self.decoder.step(tokens[:documents, 0]).repeat_interleave(self.num_samples, dim=0)
+                self.decoder.spread(self.num_samples)
+            else:
+                logits = self.decoder.step(tokens[rows, length - 1])
+            chosen = self._choose(logits, tokens[rows, :length], uniform[rows, length])
+            tokens[rows, length] = chosen
+            log_probs[rows] += logits.float().log_softmax(-1).gather(1, chosen.unsqueeze(1)).squeeze(1)
+            is_open = ~torch.isin(chosen, self.end_tokens)
+            lengths[rows[~is_open]] = length
+            if not is_open.all():
+                kept = is_open.nonzero().squeeze(1)
+                rows = rows[kept]
+                if not len(rows):
+                    break
+                self.decoder.keep(kept)
+        return self._ranked(tokens, log_probs, lengths)
+
+    def _draws(self, input_ids, attention_mask):
+        """Uniform random numbers in [0, 1), float32 [documents * num_samples, max_length]."""
+        draws = []
+        for ids, mask in zip(input_ids.tolist(), attention_mask.tolist(), strict=True):
+            text = json.dumps([self.seed, ids[: sum(mask)]])
+            generator = torch.Generator().manual_seed(int(hashlib.sha256(text.encode()).hexdigest()[:15], 16))
+            draws.append(torch.rand(self.num_samples, self.max_length, generator=generator))
+        return torch.cat(draws).to(self.device)
+
+    def _choose(self, logits, history, uniform):
+        """The next token of each row, int64 [rows]. uniform: float32 [rows]."""
+        forced = self.forced.get(history.shape[1])
+        if forced:
+            return torch.full((len(history),), forced[0], device=self.device)
+        probabilities, order = self.allowed(logits, history).softmax(-1).sort(dim=-1, descending=True, stable=True)
+        before = probabilities.cumsum(-1) - probabilities
+        reached = probabilities.masked_fill(before >= self.top_p, 0.0).cumsum(-1)
+        place = (reached <= uniform.unsqueeze(1) * reached[:, -1:]).sum(-1, keepdim=True)
+        # Rounding may reach the end of the nucleus, behind which nothing is drawn.
+        place = torch.minimum(place, (before < self.top_p).sum(-1, keepdim=True) - 1)
+        return order.gather(1, place).squeeze(1)
+
+    def _ranked(self, tokens, log_probs, lengths):
+        shape = (-1, self.num_samples)
+        scores = (log_probs / lengths).view(shape)
+        order = scores.argsort(dim=1, descending=True, stable=True)
+        longest = min(int(lengths.max()) + 1, self.max_length)
+        tokens = tokens[:, :longest].view(*scores.shape, longest)
+        tokens = tokens.gather(1, order.unsqueeze(2).expand_as(tokens))
+        return Candidates(tokens, *(each.view(shape).gather(1, order) for each in (scores.float(), log_probs, lengths)))

@@ -1,0 +1,177 @@
+#!/usr/bin/env python3
+"""Summaries of one's own text: candidates of a generator, and the best of them by a scorer. It needs no references.
+
+    echo "some text" | python3 summarize.py --generator_name demo
+    python3 summarize.py texts.txt --generator_name models/t5_covid --scorer_path cache/run/scorer.bin >summaries.txt
+    python3 summarize.py papers.csv --doc_col_name abstract --generator_name models/t5_covid --all >candidates.jsonl
+
+The text is a file with a document a line, `-` (standard input), or a column of a .csv or .csv.gz file. A summary a line
+comes out, in the order of the documents, and an empty one for an empty document; with --all one JSON object a line,
+with every candidate, its score, its log-probability and tokens by the generator, and its Bayes risk. Documents are read
+and summarised some hundred at a time, so that any number passes in the same memory.
+
+The summary is the candidate with the highest score: by the scorer, and by the likelihood where the scorer was trained
+with one. Without a scorer it is the candidate with the least Bayes risk: that which is most like the others, by ROUGE.
+"""
+
+import argparse
+import itertools
+import json
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
+
+from model import load_scorer, read_description
+from pretrained import half_precision_name
+from utils import read_lines
+
+from harness import arguments, devices, distributed, endings
+from harness.arguments import positive_int
+from harness.endings import UserError
+from harness.precision import choose_precision, half_precision_or_auto
+from scorer.choices import bayes_risk, score_candidates
+from scorer.likelihood import combine
+from search.generator import (
+    CandidateGenerator,
+    add_search_arguments,
+    check_groups,
+    generator_dtype,
+    length_batches,
+    load_generator,
+    search_settings,
+)
+from texts.documents import clean, read_column
+from texts.samples import split_lower
+from texts.scoring import add_rouge_argument
+from texts.sentences import SentenceSplitter, ptb_tokenize
+
+BATCHES_AT_ONCE = 16  # Their documents are sorted by length together.
+STANDARD_INPUT = Path("/dev/stdin")
+
+
+def get_args_parser():
+    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("text", nargs="?", default="-", help="text file, CSV file, or - for standard input (default: -)")
+    add("--doc_col_name", default="abstract", help="column of a CSV file (default: %(default)s)")
+    add("--generator_name", required=True, help="a folder, or a name on the hub")
+    add("--scorer_path", type=Path, help="trained scorer, such as cache/run/scorer.bin")
+    add("--model_type", help="its encoder, a folder or a hub name (default: that of scorer.json beside the scorer)")
+    add("--total_len", type=positive_int, help="tokens of a document that it reads (default: as in its training)")
+    add("--max_len", type=positive_int, help="tokens of a summary that it reads (default: as in its training)")
+    add("--half_precision", type=half_precision_or_auto, nargs="?", const="auto", metavar="float16|bfloat16",
+        help="generate and score in it")  # fmt: skip
+    add("--all", action="store_true", help="JSON lines with every candidate")
+    add_rouge_argument(parser)
+    devices.add_arguments(parser)
+    add_search_arguments(parser)
+    return parser
+
+
+def main():
+    args = get_args_parser().parse_args()
+    check_groups(args)
+    if args.scorer_path and not args.scorer_path.is_file():
+        raise UserError(f"--scorer_path {args.scorer_path} is no file; main.py writes cache/<run>/scorer.bin")
+    documents = map(clean, read_documents(args.text, args.doc_col_name))
+    first = next(documents, None)
+    if first is None:
+        raise UserError(f"{args.text} is empty; it needs a document a line")
+    with distributed.world(devices.choose(args)) as world:
+        summarizer = Summarizer(args, world)
+        documents = itertools.chain([first], documents)
+        while some := list(itertools.islice(documents, BATCHES_AT_ONCE * args.cand_gen_batch)):
+            for found in summarizer(some):
+                print(json.dumps(found) if args.all else found["summary"])
+            sys.stdout.flush()
+
+
+def read_documents(name, column):
+    """Yield the documents of the file `name`, or of standard input."""
+    if name.endswith((".csv", ".csv.gz")):
+        yield from read_column(Path(name), column)
+    else:
+        yield from read_lines(STANDARD_INPUT if name == "-" else name)
+
+
+class Summarizer:
+    """Documents to their candidates and the best of these, by the arguments of this script."""
+
+    def __init__(self, args, world):
+        self.args, self.world = args, world
+        tell = lambda line: print(line, file=sys.stderr)  # noqa: E731 (standard output is for summaries)
+        precision = choose_precision(args.half_precision, world.device, say=tell)
+        model, tokenizer = load_generator(args.generator_name, generator_dtype(args.half_precision, precision))
+        settings = search_settings(args, model.generation_config, args.search)
+        self.generator = CandidateGenerator(model.to(world.device), tokenizer, settings, args.max_source_length)
+        self.split = SentenceSplitter(None).split  # Of a stream nothing can be learnt first.
+        self.scorer = self.fitted = None
+        if args.scorer_path:
+            lengths = {"total_len": args.total_len, "max_len": args.max_len}
+            self.scorer, self.encoding, description = load_scorer(args.model_type, args.scorer_path, **lengths)
+            self.scorer.to(world.device)
+            half_precision = half_precision_name(args.half_precision, description["architecture"])
+            self.precision = choose_precision(half_precision, world.device, true_fp32=True, say=lambda line: None)
+            self.fitted = (read_description(args.scorer_path) or {}).get("likelihood")
+
+    def __call__(self, documents):
+        """A dict for each of the documents, a list of str: "summary", and "candidates", dicts, the best first."""
+        places = [place for place, text in enumerate(documents) if text]
+        found = [{"summary": "", "candidates": []} for _ in documents]
+        if not places:
+            return found
+        sources = self.generator.tokenize([documents[place] for place in places])
+        candidates = [None] * len(sources)
+        for batch in length_batches(sources, self.args.cand_gen_batch):
+            for place, some in zip(batch, self.generator.generate([sources[each] for each in batch]), strict=True):
+                candidates[place] = some
+        scores = self.scores([documents[place] for place in places], candidates)
+        for place, some, own in zip(places, candidates, scores, strict=True):
+            found[place] = self.described(some, own)
+        return found
+
+    def scores(self, documents, candidates):
+        """For each document the scores by which its candidates are chosen, float64 [candidates]; None without a scorer.
+
+        candidates: lists of Candidate.
+        """
+        if self.scorer is None:
+            return [None] * len(documents)
+        samples = [
+            {
+                "article_untok": [document],
+                "abstract_untok": [""],
+                "candidates": [[[candidate.text], 0.0] for candidate in some],
+                "candidates_untok": [[[candidate.text], 0.0] for candidate in some],
+            }
+            for document, some in zip(documents, candidates, strict=True)
+        ]
+        batch_size = self.args.cand_gen_batch
+        scores = score_candidates(self.scorer, self.encoding, samples, batch_size, self.world, self.precision)
+        if self.fitted:
+            pairs = [[[candidate.log_prob, candidate.tokens] for candidate in some] for some in candidates]
+            scores = [combine(own, each, self.fitted) for own, each in zip(scores, pairs, strict=True)]
+        return scores
+
+    def described(self, candidates, scores):
+        """The dict of one document. candidates: list of Candidate; scores: as from `scores`."""
+        risks = [None] * len(candidates)
+        if scores is None or self.args.all:
+            tokenized = [split_lower(ptb_tokenize(candidate.text), self.split) for candidate in candidates]
+            risks = bayes_risk(tokenized, self.args.rouge_tokens).tolist()
+        order = -scores if scores is not None else risks
+        rows = [
+            {
+                **candidate._asdict(),
+                "score": None if scores is None else float(scores[place]),
+                "bayes_risk": risks[place],
+            }
+            for place, candidate in enumerate(candidates)
+        ]
+        ranked = [rows[place] for place in sorted(range(len(rows)), key=lambda place: order[place])]
+        return {"summary": ranked[0]["text"], "candidates": ranked}
+
+
+if __name__ == "__main__":
+    endings.run(main)

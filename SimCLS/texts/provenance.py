@@ -1,0 +1,59 @@
+"""What candidates and samples are made of: provenance.json in their folder, with a digest that tells them apart."""
+
+import hashlib
+import json
+
+from harness.files import write_json
+from texts.samples import sample_files
+
+FILE = "provenance.json"
+# Names that are there to be read: the digests beside them decide.
+NAMES = ("generator_name", "text_name", "candidates")
+
+
+def digest(value):
+    """A digest of plain JSON values, 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def digest_files(paths):
+    """A digest of the contents of files."""
+    every = hashlib.sha256()
+    for path in paths:
+        with open(path, "rb") as file:
+            every.update(hashlib.file_digest(file, "sha256").digest())
+    return every.hexdigest()[:16]
+
+
+def describe(**what):
+    """`what`, a dict of plain JSON values, with the "digest" of all of it but NAMES."""
+    return {"digest": digest({key: value for key, value in what.items() if key not in NAMES})} | what
+
+
+def write(folder, described):
+    write_json(folder / FILE, described)
+
+
+def read(folder):
+    """What `write` wrote into `folder`, a dict; None where there is none, as in published samples."""
+    try:
+        described = json.loads((folder / FILE).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return described if isinstance(described, dict) and "digest" in described else None
+
+
+def of_samples(folder):
+    """The provenance of a sample folder; without one, of the names and sizes of its samples."""
+    return read(folder) or describe(files=[[path.name, path.stat().st_size] for path in sample_files(folder)])
+
+
+def differences(ours, theirs):
+    """What differs between two provenances of candidates, in words: "" when nothing does, or one of them is None.
+
+    Which share of the text was taken does not count.
+    """
+    if not ours or not theirs:
+        return ""
+    known = (ours.keys() & theirs.keys()) - {"digest", "documents", *NAMES}
+    return ", ".join(sorted(key for key in known if ours[key] != theirs[key]))

@@ -1,0 +1,60 @@
+"""Nucleus sampling: what is drawn, how often, and that a document's draws are its own."""
+
+import pytest
+import tiny_seq2seq
+import torch
+
+from search.sampling import NucleusSampling
+
+
+def search(model, count=5, max_length=12, **settings):
+    settings = {"num_samples": count, "top_p": 0.9, "seed": 0, "max_length": max_length} | settings
+    return NucleusSampling(model, **settings)
+
+
+def test_tokens_are_drawn_as_often_as_the_nucleus_says():
+    model = tiny_seq2seq.build("t5")
+    input_ids, mask = (each[:1] for each in tiny_seq2seq.documents(model))
+    found = search(model, count=20_000, max_length=2, top_p=0.6)(input_ids, mask)
+    drawn = torch.bincount(found.tokens[0, :, 1], minlength=model.config.vocab_size) / 20_000
+    start = torch.full((1, 1), model.config.decoder_start_token_id)
+    with torch.inference_mode():
+        logits = model(input_ids=input_ids, attention_mask=mask, decoder_input_ids=start).logits[0, 0]
+    best = logits.softmax(-1).sort(descending=True)
+    inside = best.values.cumsum(0) - best.values < 0.6
+    assert 1 < inside.sum() < 20
+    expected = torch.zeros_like(logits)
+    expected[best.indices[inside]] = best.values[inside] / best.values[inside].sum()
+    assert not drawn[expected == 0].any()
+    torch.testing.assert_close(drawn, expected, rtol=0, atol=0.015)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_a_document_s_draws_are_its_own(name):
+    """Whatever its batch, and whatever leaves it; their log-probabilities are those of the model alone."""
+    model = tiny_seq2seq.build(name)
+    input_ids, mask = tiny_seq2seq.documents(model)
+    run = search(model, no_repeat_ngram_size=2, min_length=3)
+    found = run(input_ids, mask)
+    for row in range(len(input_ids)):
+        length = int(mask[row].sum())
+        alone = run(input_ids[row : row + 1, :length], mask[row : row + 1, :length])
+        assert found.tokens[row, :, : alone.tokens.shape[2]].tolist() == alone.tokens[0].tolist()
+        assert found.lengths[row].tolist() == alone.lengths[0].tolist()
+    assert (found.scores[:, :-1] >= found.scores[:, 1:]).all()
+    assert not torch.equal(search(model, seed=1, no_repeat_ngram_size=2)(input_ids, mask).scores, found.scores)
+    tokens = found.tokens.flatten(0, 1)
+    inputs = {"input_ids": input_ids, "attention_mask": mask}
+    inputs = {key: each.repeat_interleave(5, dim=0) for key, each in inputs.items()}
+    with torch.inference_mode():
+        logits = model(**inputs, decoder_input_ids=tokens[:, :-1]).logits
+    each = logits.double().log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
+    counted = torch.arange(each.shape[1]) < found.lengths.flatten()[:, None]
+    torch.testing.assert_close(found.log_probs.flatten(), (each * counted).sum(1), rtol=0, atol=1e-4)
+    assert name == "bart" or len(set(found.lengths.flatten().tolist())) > 1
+
+
+@pytest.mark.parametrize("bad", [{"top_p": 0.0}, {"top_p": 1.5}, {"max_length": 1}])
+def test_contradictory_settings_are_refused(bad):
+    with pytest.raises(ValueError, match="nucleus|maximum length"):
+        search(tiny_seq2seq.build("t5"), **bad)

@@ -1,0 +1,91 @@
+"""summarize.py as a user runs it: one's own text in, the best summaries out."""
+
+import json
+import sys
+
+import numpy as np
+import pytest
+import summarize
+import torch
+from model import load_scorer, save_scorer
+
+from scorer import choices
+from search.generator import CandidateGenerator, load_generator
+
+TEXTS = ["read the lines of a file", "", "close the socket and wait for the thread", "sort a list"]
+
+
+@pytest.fixture
+def run_here(monkeypatch, capsys, encoders):
+    """Run the script in this process, which saves the seconds that imports take; returns the lines that it prints."""
+
+    def run(*words):
+        words = [*words, "--generator_name", encoders["t5"], "--num_cands", 4, "--decoder_max_len", 9]
+        monkeypatch.setattr(sys, "argv", ["summarize.py", *map(str, words)])
+        summarize.main()
+        return capsys.readouterr().out.splitlines()
+
+    return run
+
+
+def candidates_of(folder, texts):
+    model, tokenizer = load_generator(str(folder), torch.float32)
+    settings = {"num_beams": 4, "num_groups": 4, "diversity_penalty": 1.0, "max_length": 9}
+    generator = CandidateGenerator(model, tokenizer, settings)
+    return [generator.generate(generator.tokenize([text]))[0] for text in texts]
+
+
+def test_each_line_of_text_gets_a_line_however_it_comes(run_here, encoders, tmp_path, monkeypatch):
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS) + "\n")
+    (tmp_path / "texts.csv").write_text("id,body\n" + "".join(f'{n},"{text}"\n' for n, text in enumerate(TEXTS)))
+    lines = run_here(tmp_path / "texts.txt")
+    expected = candidates_of(encoders["t5"], TEXTS)
+    risks = [choices.bayes_risk([[candidate.text.lower()] for candidate in some]) for some in expected]
+    best = [some[risk.argmin()].text for some, risk in zip(expected, risks, strict=True)]
+    assert lines == [text and summary for text, summary in zip(TEXTS, best, strict=True)]
+    assert run_here(tmp_path / "texts.csv", "--doc_col_name", "body") == lines
+    monkeypatch.setattr(summarize, "STANDARD_INPUT", tmp_path / "texts.txt")
+    assert run_here("-") == lines
+
+
+def test_a_scorer_and_its_weight_of_the_likelihood_choose(run_here, encoders, tmp_path):
+    (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
+    path = tmp_path / "scorer.bin"
+    scorer, _, description = load_scorer(encoders["bert"], total_len=30, max_len=10)
+    for weight in (0.0, 1e6):
+        save_scorer(path, scorer, description | {"likelihood": {"weight": weight, "power": 1.0}})
+        found = [json.loads(line) for line in run_here(tmp_path / "texts.txt", "--scorer_path", path, "--all")]
+        assert found[1] == {"summary": "", "candidates": []}
+        for each, some in zip(found[::2], candidates_of(encoders["t5"], TEXTS[::2]), strict=True):
+            assert sorted(row["text"] for row in each["candidates"]) == sorted(candidate.text for candidate in some)
+            scores = [row["score"] for row in each["candidates"]]
+            assert scores == sorted(scores, reverse=True)
+            assert each["summary"] == each["candidates"][0]["text"]
+            if weight:
+                means = [candidate.log_prob / candidate.tokens for candidate in some]
+                assert each["summary"] == some[int(np.argmax(means))].text
+
+
+def test_documents_pass_some_at_a_time(run_here, monkeypatch):
+    calls = []
+
+    class Counted:
+        def __init__(self, args, world):
+            pass
+
+        def __call__(self, documents):
+            calls.append((len(documents), read[0]))
+            return [{"summary": ""}] * len(documents)
+
+    read = [0]
+
+    def lines(path):
+        for _ in range(200):
+            read[0] += 1
+            yield "text"
+
+    monkeypatch.setattr(summarize, "Summarizer", Counted)
+    monkeypatch.setattr(summarize, "read_lines", lines)
+    assert len(run_here("-", "--cand_gen_batch", 3)) == 200
+    assert [count for count, _ in calls] == [48] * 4 + [8]
+    assert [seen for _, seen in calls] == [48, 96, 144, 192, 200]
