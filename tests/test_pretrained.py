@@ -12,7 +12,7 @@ import transformers
 from data_utils import TextEncoding
 from main import load_model
 from model import load_encoder, load_scorer
-from pretrained import half_precision_name, most_tokens
+from pretrained import most_tokens
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel, GenerationConfig
 
@@ -102,15 +102,6 @@ def test_a_generator_that_was_tuned_to_20_tokens_generates_no_more(tmp_path, enc
     settings = search_settings(arguments, model.generation_config)
     assert settings["max_length"] == 20
     assert CandidateGenerator(model, tokenizer, settings).max_source_length == 30
-
-
-def test_half_precision_of_a_model_that_overflows_in_float16_is_bfloat16():
-    assert [half_precision_name("auto", kind) for kind in ("t5", "mt5", "bert")] == ["bfloat16", "bfloat16", "float16"]
-    assert [half_precision_name(name, "t5") for name in ("float16", None)] == ["float16", None]
-    parse = get_args_parser("").parse_args
-    assert [parse(["--half_precision", *more]).half_precision for more in ([], ["True"], ["float16"], ["no"])] == [
-        "auto", "auto", "float16", None,
-    ]  # fmt: skip
 
 
 def test_a_sentencepiece_model_alone_names_the_package_that_reads_it(tmp_path, monkeypatch):

@@ -9,13 +9,14 @@ import pytest
 import torch
 from data_utils import LengthBatches, SampleSet, TextEncoding, load_samples, tokenize_samples
 from model import Scorer, load_encoder, load_scorer, ranking_loss, score_samples
+from pretrained import half_precision_name
 
 from harness.distributed import World
 from harness.endings import UserError
 from harness.precision import choose_precision
 from scorer.metrics import CollapseWatch, Metrics, validate
 from scorer.optimization import Schedule
-from scorer.scorer_arguments import get_args_parser, half_precision_of, run_name
+from scorer.scorer_arguments import get_args_parser, run_name
 from texts.samples import read_sample, sample_files
 
 CPU = torch.device("cpu")
@@ -406,11 +407,6 @@ def test_collapse_is_seen_within_100_updates(every):
 ])  # fmt: skip
 def test_half_precision_that_names_no_type_is_bfloat16_for_encoders_of_the_t5_family(words, kind, on_cuda, encoders):
     args = get_args_parser("").parse_args([*words.split(), "--model_type", encoders[kind]])
-    assert half_precision_of(args, torch.device("cuda")) == on_cuda
+    architecture = load_scorer(args.model_type)[2]["architecture"]
+    assert half_precision_name(args.half_precision, architecture) == on_cuda
     assert run_name(args) == "simcls_4_worker" + "_fp16" * bool(words)
-    trained = get_args_parser("").parse_args(words.split())
-    trained.model_pt = "run/scorer.bin"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("scorer.scorer_arguments.cached_path", lambda name: name)
-        patch.setattr("scorer.scorer_arguments.read_description", lambda path: {"architecture": kind})
-        assert half_precision_of(trained, torch.device("cuda")) == on_cuda
