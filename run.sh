@@ -79,7 +79,7 @@ train() {
 short() {
     digits
     chain
-    show python3 report.py --only data-loader mixed-precision checkpointing evaluation
+    show python3 report.py --only headline data-loader mixed-precision checkpointing together evaluation
     echo "bash run.sh report prints all tables"
 }
 
@@ -95,6 +95,7 @@ digits() {
     for seed in $SEEDS; do
         [ -z "$half" ] || train resnext/resnext.py $long
         train resnext/resnext.py $long --half_precision
+        train resnext/resnext_fast.py $long --lr 0.05
         train resnext/resnext.py $short
         train resnext/resnext.py $short --num_worker 0
         train resnext/resnext.py $short --loader device
@@ -190,7 +191,8 @@ simcls() (
 
 # A generator that has learnt to write titles of abstracts: as it is, and forbidden to repeat three words.
 pubmed() (
-    text=${CSV:-../shared/data/pubmed_abstracts.csv.gz}
+    text=${CSV:-}
+    [ -n "$text" ] || { echo "run.sh: pubmed needs a file, as in CSV=abstracts.csv.gz bash run.sh pubmed" >&2; exit 2; }
     [ "${text:0:1}" = / ] || text=../../../$text
     show mkdir -p runs/simcls/pubmed
     show cd runs/simcls/pubmed

@@ -29,6 +29,11 @@ def test_an_unknown_job_is_one_line():
     assert "simcls" in line
 
 
+def test_a_text_that_is_not_named_is_one_line():
+    (line,) = run_job("pubmed", code=2, DRY="1", CSV="")
+    assert "CSV=" in line
+
+
 class Parsed(Exception):
     """The arguments of a script are right."""
 
@@ -53,7 +58,8 @@ def check_arguments(monkeypatch):
 
 @pytest.mark.parametrize("job", ["", "resnext", "simcls", "pubmed", "profile", "benchmarks", "report"])
 def test_every_command_has_arguments_that_its_script_takes(job, check_arguments):
-    commands = [shlex.split(line[2:]) for line in run_job(*job.split(), DRY="1") if line.startswith("$ ")]
+    lines = run_job(*job.split(), DRY="1", CSV="abstracts.csv")
+    commands = [shlex.split(line[2:]) for line in lines if line.startswith("$ ")]
     assert commands
     for words in commands:
         scripts = [place for place, word in enumerate(words) if word.endswith(".py")]
