@@ -13,7 +13,8 @@ from harness.runs import FORMAT
 from reporting import shapes
 from reporting.shapes import ANY, COUNT, NUMBER, PAIR, POSITIVE, TEXT, each, maybe
 
-NO_RECORD = re.compile(r"\d+\.json|\w+\.settings\.json|provenance\.json")  # Samples and candidates of SimCLS.
+# Samples and candidates of SimCLS, and what resnext/evaluate.py writes.
+NO_RECORD = re.compile(r"\d+\.json|\w+\.settings\.json|provenance\.json|.+\.evaluation\.json")
 EVALUATION = "simcls_evaluation"
 # The experiments, and the arguments without which a record of theirs says too little to be compared.
 OF_IMAGES = {

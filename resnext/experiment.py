@@ -27,6 +27,7 @@ from harness.loading import EpochBatches
 from harness.precision import half_precision_type
 from harness.timing import nvtx_range
 from image_loaders import evaluation_batches, loading_of, training_loader
+from images import SIZE, load_images
 from models.resnext import parse_name
 
 # They choose where and how a process runs, not what it computes: a resumed run may change them.
@@ -51,6 +52,7 @@ def get_args_parser(description, kind=OneLineParser):
     add("--num_epoch", type=positive_int, default=200, help="passes over the training pictures")
     add("--batch_size", type=positive_int, default=128, help="pictures a step, over all processes")
     add("--lr", type=learning_rate, default=0.01, help="learning rate")
+    add("--size", type=picture_size, default=SIZE, help="sides that the pictures of a folder are resized to")
     add("--model", type=model_name, default="resnext29_4x64d", help="resnext29_{cardinality}x{width}d")
     add("--dataset", choices=("cifar10", "digits", "folder"), default="cifar10",
         help="cifar10 is downloaded when absent; digits comes with scikit-learn; folder is train/<class>/* and "
@@ -61,6 +63,7 @@ def get_args_parser(description, kind=OneLineParser):
     add("--true_fp32", type=boolean, nargs="?", const=True, default=False,
         help="no TensorFloat-32, which GPUs since Ampere use for single precision")  # fmt: skip
     add("--seed", type=seed, default=0, help="of the weights, the order and the augmentation")
+    add("--init", metavar="RUN.pt", help="begin with these trained weights instead of random ones")
     determinism.add_argument(parser)
     devices.add_arguments(parser)
     add("--output_dir", default="model_history", help="where the run's files go")
@@ -82,6 +85,14 @@ def model_name(text):
     return text
 
 
+def picture_size(text):
+    """An argparse type: the length of a picture's sides, an int that the model halves three times."""
+    size = positive_int(text)
+    if size % 8:
+        raise argparse.ArgumentTypeError(f"{text!r} is no multiple of 8")
+    return size
+
+
 def loading_name(args):
     return "device" if args.loader == "device" else f"{args.num_worker}_worker"
 
@@ -96,6 +107,10 @@ def run_name(args, suffix=""):
         parts.append(args.model)
     if args.dataset != "cifar10":
         parts.append(args.dataset)
+    if args.size != SIZE:
+        parts.append(f"{args.size}px")
+    if args.init:
+        parts.append("init")
     if args.half_precision:
         parts.append({"float16": "fp16", "bfloat16": "bf16"}[args.half_precision])
     if args.true_fp32:
@@ -107,6 +122,15 @@ def run_name(args, suffix=""):
     if args.max_steps:
         parts.append(f"{args.max_steps}_steps")
     return "_".join(parts) + suffix
+
+
+def load_data(args, world, run):
+    """The ImageData of the arguments; what it is, is said, and stands in the record."""
+    with world.first_on_machine():
+        data = load_images(args.dataset, args.data_dir, args.size)
+    run.facts["data"] = data.state_dict()
+    world.say(str(data))
+    return data
 
 
 def training_batches(args, world, data, run, **layout):

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
@@ -62,8 +63,9 @@ class ImageData:
             text += f"; {len(self.left_out)} files left out, no pictures by their names ({', '.join(names)})"
         return text
 
-    def facts(self):
-        """What the record of a run says of its data: plain values, enough to use the trained weights safely."""
+    def state_dict(self):
+        """What the record of a run, and its saved state, say of the data: plain values, enough to use the trained
+        weights safely."""
         mean, std = self.statistics
         return {
             "classes": self.classes,
@@ -75,8 +77,14 @@ class ImageData:
             "digest": self.digest,
         }
 
+    def load_state_dict(self, state):
+        """UserError when the `state` that a run was saved with is that of another data set."""
+        changes = self.differs_from(state)
+        if changes:
+            raise UserError(f"--resume: the data set is not the interrupted run's: {changes}; --restart begins anew")
+
     def differs_from(self, facts):
-        """How this data set differs from that of the `facts`, in words; "" when it is the same."""
+        """How this data set differs from that of the `facts`, a state_dict, in words; "" when it is the same."""
         if facts.get("digest", self.digest) == self.digest:
             return ""
         was, now = facts["classes"], self.classes
@@ -89,8 +97,8 @@ class ImageData:
 
     @functools.cached_property
     def digest(self):
-        """Of all pixels and labels in their order, in hexadecimal."""
-        digest = hashlib.sha256()
+        """Of the classes, and of all pixels and labels in their order, in hexadecimal."""
+        digest = hashlib.sha256(json.dumps(self.classes).encode())
         for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()[:32]
@@ -103,6 +111,8 @@ def load_images(dataset, data_dir, size=SIZE):
     """
     if dataset == "folder":
         return _load_folder(Path(data_dir), size)
+    if size != SIZE:
+        raise UserError(f"--size {size} is for --dataset folder; the pictures of {dataset} have sides of {SIZE}")
     return {"cifar10": _load_cifar10, "digits": _load_digits}[dataset](Path(data_dir))
 
 

@@ -13,13 +13,13 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import torch
 from torch import nn
 
-from experiment import ImageRun, Metrics, evaluate, get_args_parser, training_batches
+from experiment import ImageRun, Metrics, evaluate, get_args_parser, load_data, training_batches
 from harness import determinism, devices, distributed, endings
 from harness.memory import SavedBytes
 from harness.precision import choose_precision
 from harness.timing import PhaseTimer
-from images import load_images
 from models.resnext import ResNeXt, parse_name
+from weights import start_from
 
 
 def main():
@@ -36,10 +36,10 @@ def main():
 
 def load_parts(args, world, run):
     """(the ImageData, the model on this process's device)"""
-    with world.first_on_machine():
-        data = load_images(args.dataset, args.data_dir)
+    data = load_data(args, world, run)
     torch.manual_seed(args.seed)
     model = ResNeXt(*parse_name(args.model), num_classes=len(data.classes))
+    start_from(args.init, model, data.classes, world.say)
     run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
     return data, model.to(world.device)
 
@@ -53,7 +53,7 @@ def train(args, world, precision, run):
     batches, loader = training_batches(args, world, data, run)
     scaler, metrics = precision.scaler, Metrics(device)
     phase, saved = PhaseTimer(device), SavedBytes(model)
-    state = {"model": model, "optimizer": optimizer, "scaler": scaler, "metrics": metrics}
+    state = {"data": data, "model": model, "optimizer": optimizer, "scaler": scaler, "metrics": metrics}
 
     for epoch in run.epochs(phase, batches, **state):
         # ------------------------------------------------------------------------------------ the training step

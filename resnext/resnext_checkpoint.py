@@ -14,16 +14,16 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import torch
 from torch import nn
 
-from experiment import ImageRun, Metrics, evaluate, get_args_parser, training_batches
+from experiment import ImageRun, Metrics, evaluate, get_args_parser, load_data, training_batches
 from harness import determinism, devices, distributed, endings
 from harness.memory import SavedBytes
 from harness.planning import StepCost
 from harness.precision import choose_precision
 from harness.timing import PhaseTimer
-from images import load_images
 from memory_plan import add_budget_arguments, compare_with_plan, plan_memory, policy_label
 from models.resnext import parse_name
 from models.resnext_checkpoint import DEFAULT_POLICY, CheckpointResNeXt
+from weights import start_from
 
 
 def main():
@@ -44,10 +44,10 @@ def main():
 
 def load_parts(args, world, run):
     """(the ImageData, the model on this process's device)"""
-    with world.first_on_machine():
-        data = load_images(args.dataset, args.data_dir)
+    data = load_data(args, world, run)
     torch.manual_seed(args.seed)
     model = CheckpointResNeXt(*parse_name(args.model), num_classes=len(data.classes), policy=args.policy)
+    start_from(args.init, model, data.classes, world.say)
     run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
     return data, model.to(world.device)
 
@@ -63,7 +63,7 @@ def train(args, world, precision, run):
     scaler, metrics = precision.scaler, Metrics(device)
     phase, saved = PhaseTimer(device), SavedBytes(model)
     cost = StepCost(model, device, enabled=plan is not None)
-    state = {"model": model, "optimizer": optimizer, "scaler": scaler, "metrics": metrics}
+    state = {"data": data, "model": model, "optimizer": optimizer, "scaler": scaler, "metrics": metrics}
 
     for epoch in run.epochs(phase, batches, **state):
         # ------------------------------------------------------------------------------------ the training step

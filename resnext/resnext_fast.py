@@ -25,7 +25,7 @@ import torch
 from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from experiment import ImageRun, Metrics, evaluate, get_args_parser, training_batches
+from experiment import ImageRun, Metrics, evaluate, get_args_parser, load_data, training_batches
 from harness import determinism, devices, distributed, endings
 from harness.arguments import OneLineParser, boolean, fraction, learning_rate, share
 from harness.machine import multiplies_bfloat16
@@ -33,12 +33,12 @@ from harness.memory import SavedBytes
 from harness.planning import StepCost
 from harness.precision import choose_precision
 from harness.timing import PhaseTimer
-from images import load_images
 from layouts import choose_layout
 from memory_plan import add_budget_arguments, compare_with_plan, plan_memory, policy_label
 from models.grouped_convolution import FORMS
 from models.resnext import ResNeXt, parse_name
 from models.resnext_checkpoint import CheckpointResNeXt
+from weights import start_from
 
 WARMUP = 0.2  # The share of training in which the learning rate rises.
 LEARNING_RATES = {"sgd": 0.1, "adam": 0.01}  # Where --lr names none.
@@ -185,13 +185,14 @@ class NoAverage:
 
 def load_parts(args, world, precision, run):
     """(the ImageData, the model on this process's device, its average, memory_format and dtype of pictures in it)"""
-    with world.first_on_machine():
-        data = load_images(args.dataset, args.data_dir)
+    data = load_data(args, world, run)
     torch.manual_seed(args.seed)
     # A budget's plan is made for the layout: until then nothing is redone.
     policy = {"policy": args.policy or frozenset()}
     kind, redone = (CheckpointResNeXt, policy) if policy_label(args) else (ResNeXt, {})
-    model = kind(*parse_name(args.model), num_classes=len(data.classes), **redone).to(world.device)
+    model = kind(*parse_name(args.model), num_classes=len(data.classes), **redone)
+    start_from(args.init, model, data.classes, world.say)
+    model.to(world.device)
     layout = choose_layout(model, data.size, args, world, precision, run)
     layout.apply(model)
     pictures = {"memory_format": layout.memory_format, "dtype": precision.dtype or torch.float32}
@@ -214,7 +215,7 @@ def train(args, world, precision, run):
     scaler, metrics, steps = precision.scaler, Metrics(device), len(batches)
     phase, saved = PhaseTimer(device), SavedBytes(model)
     cost = StepCost(model, device, enabled=plan is not None)
-    state = {"model": model, "optimizer": optimizer, "scaler": scaler, "metrics": metrics}
+    state = {"data": data, "model": model, "optimizer": optimizer, "scaler": scaler, "metrics": metrics}
     state |= {"average": average}
 
     for epoch in run.epochs(phase, batches, **state):

@@ -12,6 +12,8 @@ import tiny_inputs
 import torch
 from PIL import Image
 
+from models.resnext import ResNeXt
+
 RESNEXT = (
     "--dataset folder --data_dir {good}/pictures --model resnext29_1x4d --batch_size 8 --num_worker 0 --num_epoch 1"
 )
@@ -20,6 +22,7 @@ GOOD = {
     "resnext/resnext.py": RESNEXT,
     "resnext/resnext_checkpoint.py": RESNEXT,
     "resnext/resnext_fast.py": RESNEXT,
+    "resnext/evaluate.py": "",
     "SimCLS/finetune_model.py": "--pt_model {good}/t5 --data_file {good}/papers.csv --save_dir tuned --num_epoch 1 "
     "--max_source_length 24 --max_target_length 8",
     "SimCLS/gen_candidate.py": "--generator_name {good}/t5 --dataset_name {good}/papers.csv --num_cands 4 "
@@ -75,6 +78,15 @@ TABLE = {
         ("--data_dir {bad}/pictures/no_picture", "no_picture/train/light has no picture in it, but stands for a class"),
         ("--data_dir {bad}/pictures/lost_class", "lost_class/train has the class 'light', which {bad}/pictures"),
         ("--data_dir {bad}/pictures/float", "float/train/dark/0.tif (pixels of mode F in TIFF have no certain white"),
+        ("--size 20", "--size: '20' is no multiple of 8"),
+        ("--size 0", "--size: '0' is not a whole number of at least 1"),
+        ("--dataset digits --size 64", "--size 64 is for --dataset folder"),
+        ("--init absent.pt", "cannot read absent.pt"),
+        ("--init taken", "taken holds no weights of a ResNeXt-29"),
+        (
+            "--init {bad}/weights/alone.pt --model resnext29_2x4d",
+            "alone.pt holds no weights of this model",
+        ),
         ("--data_dir {bad}/pictures/pipe", "pipe/test/dark/0.png (it is no file)"),
     ],
     "resnext/resnext_checkpoint.py": [
@@ -89,6 +101,21 @@ TABLE = {
         ("--ema 0", "--ema: '0' is not"),
         ("--cuda_graphs", "--cuda_graphs launches what --compile makes; add --compile"),
         ("--optimizer lion", "--optimizer: invalid choice"),
+    ],
+    "resnext/evaluate.py": [
+        ("", "the following arguments are required: RUN.pt"),
+        ("absent.pt", "cannot read absent.pt: No such file or directory"),
+        ("mine", "cannot read mine: Is a directory"),
+        ("taken", "taken holds no weights of a ResNeXt-29"),
+        ("cache/hostile/scorer.bin", "hostile/scorer.bin holds no weights of a ResNeXt-29"),
+        ("cache/good/scorer.bin", "good/scorer.bin holds no weights of a ResNeXt-29"),
+        ("{bad}/weights/alone.pt", "alone.json, the record that would tell classes, mean, std, is not there; name the"),
+        ("{bad}/weights/alone.pt --dataset digits", "tells 2 classes apart (0, 1, 2, 3, 4, 5, 6, 7, 8, 9), and"),
+        ("{bad}/weights/torn.pt", "weights/torn.json is no record of a run"),
+        ("{bad}/weights/whole.pt --pictures taken", "cannot decode the picture taken (UnidentifiedImageError)"),
+        ("{bad}/weights/whole.pt --data_dir nowhere", "there is no folder nowhere/train"),
+        ("{bad}/weights/whole.pt --export model.pb", "--export model.pb: name a file that ends with .pt2"),
+        ("{bad}/weights/whole.pt --std 0 1 1", "--std: '0' is not a number above 0"),
     ],
     "SimCLS/finetune_model.py": [
         ("--device cuda:1", "--device cuda:1: PyTorch finds no CUDA GPU on this machine"),
@@ -314,6 +341,7 @@ def make_bad_files(good, bad):
     make_samples(good / "samples", bad / "samples")
     make_traces(bad / "traces")
     make_records(bad / "records")
+    make_resnext_weights(bad / "weights")
 
 
 def make_pictures(good, bad):
@@ -468,6 +496,17 @@ def make_records(folder):
     }
     for name, text in contents.items():
         (folder / f"{name}.json").write_text(text)
+
+
+def make_resnext_weights(folder):
+    """Weights of two classes: without a record, with a torn one, and with one."""
+    folder.mkdir()
+    data = {"classes": ["dark", "light"], "mean": [0.5] * 3, "std": [0.5] * 3, "size": 32}
+    records = {"torn": "{", "whole": json.dumps({"arguments": {"dataset": "folder"}, "data": data})}
+    for name in ("alone", "torn", "whole"):
+        torch.save(ResNeXt(1, 4, num_classes=2).state_dict(), folder / f"{name}.pt")
+        if name in records:
+            (folder / f"{name}.json").write_text(records[name])
 
 
 def make_weights(good, cache):

@@ -147,9 +147,9 @@ def test_the_digest_knows_every_pixel_label_and_their_order():
             data.train_images[:2] = data.train_images[1::-1]
         if change == 4:
             data.train_images, data.train_labels = data.train_images[:-1], data.train_labels[:-1]
-        digests.add(data.facts()["digest"])
+        digests.add(data.state_dict()["digest"])
     assert len(digests) == 5
-    assert random_data().facts()["digest"] in digests
+    assert random_data().state_dict()["digest"] in digests
 
 
 def test_digits():

@@ -16,6 +16,20 @@ BLOCKS = (3, 3, 3)
 NAME = re.compile(r"resnext29_([1-9]\d{0,3})x([1-9]\d{0,3})d")
 
 
+class Shortcut(nn.Conv2d):
+    """The 1x1 convolution of a shortcut, [N, in_channels, H, W] -> [N, out_channels, H / stride, W / stride]."""
+
+    def __init__(self, in_channels, out_channels, stride):
+        super().__init__(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
+
+    def forward(self, x):
+        # The pixels that a stride skips are left out first where channels are few: there oneDNN writes past its
+        # workspace in channels last (uxlfoundation/oneDNN issue 6035), and pictures of 48x48 end the process.
+        if self.in_channels < 16:
+            return F.conv2d(x[:, :, :: self.stride[0], :: self.stride[1]], self.weight)
+        return super().forward(x)
+
+
 class Block(nn.Module):
     """1x1 convolution, grouped 3x3, 1x1, and a shortcut around the three.
 
@@ -35,7 +49,7 @@ class Block(nn.Module):
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
             self.shortcut = nn.Sequential(
-                nn.Conv2d(in_channels, out_channels, kernel_size=1, stride=stride, bias=False),
+                Shortcut(in_channels, out_channels, stride),
                 nn.BatchNorm2d(out_channels),
             )
 

@@ -1,0 +1,208 @@
+#!/usr/bin/env python3
+"""Look at a trained ResNeXt: accuracy by class, which classes it takes for which, and what it is surest and wrong of.
+
+    python3 evaluate.py model_history/resnext_2_worker_128.pt                            on the run's own test pictures
+    python3 evaluate.py model_history/resnext_2_worker_128.pt --pictures cat.jpg dog.png           on pictures of yours
+    python3 evaluate.py model_history/resnext_2_worker_128.pt --export resnext.onnx                 for other programs
+
+The record beside the .pt says what else is needed. Without one, as beside weights of pytorch-cifar, --dataset and
+--data_dir name the data that they were trained on, and --mean and --std how its pictures were normalised.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
+
+import numpy as np
+import torch
+
+from confusion import WIDEST_TABLE, Predictions, class_lines, draw_matrix, draw_mistakes, matrix_lines
+from export_model import export
+from harness import devices, endings
+from harness.arguments import OneLineParser, positive_float, positive_int
+from harness.endings import UserError
+from harness.files import atomic_write, write_json
+from harness.precision import choose_precision
+from image_loaders import evaluation_batches, normalise
+from images import SIZE, load_images
+from layouts import Layout
+from picture_files import read_picture
+from weights import load_model, read_record
+
+
+def get_args_parser():
+    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("run", type=Path, metavar="RUN.pt", help="trained weights, as a run or pytorch-cifar has written them")
+    add("--pictures", type=Path, nargs="+", metavar="FILE", help="classify these files, and nothing else")
+    add("--export", type=Path, metavar="FILE", help="write the model to a .pt2 (torch.export) or .onnx file")
+    add("--dataset", choices=("cifar10", "digits", "folder"), help="by default the run's")
+    add("--data_dir", type=Path, help="where the pictures are; by default where the run had them")
+    add("--mean", type=float, nargs=3, metavar="X", help="of the channels in [0, 1]; by default the run's")
+    add("--std", type=positive_float, nargs=3, metavar="X", help="of the channels in [0, 1]; by default the run's")
+    add("--batch_size", type=positive_int, help="pictures at a time; by default the run's")
+    add("--output_dir", type=Path, help="where the figures and numbers go; by default beside the weights")
+    devices.add_arguments(parser)
+    return parser
+
+
+class Known(NamedTuple):
+    """What weights alone do not say: class names, mean and std (float32 [3]) of the channels in [0, 1], and the size of
+    the pictures."""
+
+    classes: list
+    mean: np.ndarray
+    std: np.ndarray
+    size: int
+
+
+def main():
+    args = get_args_parser().parse_args()
+    device = devices.choose(args)
+    model, record = load_model(args.run), read_record(args.run)
+    on_test_pictures = not (args.pictures or args.export)
+    data = load_data(args, record) if on_test_pictures or untold(args, record) else None
+    known = gather(args, record, data, len(model.linear.weight))
+    if args.export:
+        print(export(model, known, args.export))
+    settings = record.get("arguments", {})
+    precision = choose_precision(settings.get("half_precision"), device, settings.get("true_fp32"))
+    chosen = record.get("layout", {})  # Of resnext_fast.py; the others leave it as it is.
+    layout = Layout(chosen.get("channels_last", False), chosen.get("form", "groups"))
+    layout.apply(model.to(device))
+    if args.pictures:
+        classify(args.pictures, model, known, precision, layout)
+    if on_test_pictures:
+        data.statistics = known.mean, known.std
+        batches = evaluation_batches(data, args.batch_size or settings.get("batch_size", 128), device)
+        tell(args, record, data, predict(model, batches, precision, layout))
+
+
+# ----------------------------------------------------------------------------------- what the weights alone do not say
+
+
+def untold(args, record):
+    """The names of what neither the arguments nor the record tell."""
+    facts = record.get("data", {})
+    return [name for name in ("classes", "mean", "std") if getattr(args, name, None) is None and name not in facts]
+
+
+def load_data(args, record):
+    """The ImageData that the arguments name, or else the record; UserError where neither does."""
+    settings = record.get("arguments", {})
+    dataset = args.dataset or settings.get("dataset")
+    if dataset is None:
+        lacks = f", the record that would tell {', '.join(untold(args, record))}, is not there"
+        raise UserError(
+            f"{args.run.with_suffix('.json')}{lacks}; name the data that the weights were trained on by --dataset and "
+            "--data_dir"
+        )
+    data_dir = args.data_dir or settings.get("data_dir") or Path(__file__).resolve().parent / "data"
+    return load_images(dataset, data_dir, record.get("data", {}).get("size", SIZE))
+
+
+def gather(args, record, data, num_classes):
+    """The Known of arguments and record, and what they do not tell of the ImageData `data`, which a line says."""
+    facts, lacks = record.get("data", {}), untold(args, record)
+    if lacks:
+        mean, std = data.statistics
+        facts = {"classes": data.classes, "mean": mean, "std": std, "size": data.size} | facts
+        print(f"no record tells {', '.join(lacks)}; taken from the {len(data.train_labels)} training pictures")
+    elif data and data.differs_from(facts):
+        print(f"this is not the data set of the run: {data.differs_from(facts)}")
+    classes = facts["classes"]
+    for found in (classes, data.classes if data else classes):
+        if len(found) != num_classes or found != classes:
+            raise UserError(
+                f"{args.run} tells {num_classes} classes apart ({', '.join(classes[:10])}), and not these "
+                f"{len(found)}: {', '.join(found[:10])}; name the pictures of those by --dataset and --data_dir"
+            )
+    mean, std = (np.array(value, np.float32) for value in (args.mean or facts["mean"], args.std or facts["std"]))
+    return Known(classes, mean, std, facts.get("size", SIZE))
+
+
+# ------------------------------------------------------------------------------------------------------- predictions
+
+
+def classify(paths, model, known, precision, layout):
+    """Print a line for each picture: its file, the likeliest class, the next one, and their probabilities."""
+    device = model.linear.weight.device
+    width = max(len(str(path)) for path in paths)
+    for path in paths:
+        image = torch.from_numpy(read_picture(path, known.size)).permute(2, 0, 1)[None].to(device)
+        batch = normalise(image, known.mean, known.std)
+        with torch.inference_mode(), precision.autocast():
+            output = model(batch.contiguous(memory_format=layout.memory_format))
+        values, labels = output.float().softmax(1)[0].topk(min(2, len(known.classes)))
+        guesses = (f"{known.classes[label]} {100 * value:.1f} %" for value, label in zip(values, labels, strict=True))
+        print(f"{str(path):{width}}  {', '.join(guesses)}")
+
+
+def predict(model, batches, precision, layout):
+    """The Predictions for `batches` of (float32 [n, 3, H, W], int64 [n])."""
+    parts = []
+    for images, labels in batches:
+        with torch.inference_mode(), precision.autocast():
+            output = model(images.contiguous(memory_format=layout.memory_format))
+        predicted = output.argmax(1)
+        probabilities = output.float().softmax(1).gather(1, predicted[:, None])[:, 0]
+        parts.append([each.cpu().numpy() for each in (predicted, labels, probabilities)])
+    return Predictions(*map(np.concatenate, zip(*parts, strict=True)))
+
+
+def tell(args, record, data, predictions):
+    """Print what the predictions for the test pictures of `data` show, and write it as figures and JSON."""
+    matrix = predictions.confusion(len(data.classes))
+    mistakes = predictions.surest_mistakes()
+    files = data.test_files or [f"test picture {number}" for number in range(len(data.test_labels))]
+    accuracy = f"test accuracy {predictions.accuracy():.2f} % of {len(files)} pictures"
+    print(f"{accuracy}{beside_record(record, predictions)}\n")
+    print(*class_lines(matrix, data.classes), sep="\n")
+    if len(data.classes) <= WIDEST_TABLE:
+        print("", *matrix_lines(matrix, data.classes), sep="\n")
+    wrong = [
+        {
+            "picture": files[index],
+            "predicted": data.classes[predictions.predicted[index]],
+            "probability": float(predictions.probabilities[index]),
+            "class": data.classes[predictions.labels[index]],
+        }
+        for index in mistakes
+    ]
+    print("\nsurest and wrong:" if wrong else "\nno picture was taken for another class's")
+    for each in wrong:
+        print(f"  {each['picture']}: {each['predicted']} {100 * each['probability']:.1f} %, is {each['class']}")
+    by_class = {name: 100 * matrix[label, label] / matrix[label].sum() for label, name in enumerate(data.classes)}
+    results = {
+        "weights": args.run.name,
+        "test_acc": predictions.accuracy(),
+        "test_acc_by_class": by_class,
+        "confusion": matrix.tolist(),
+        "surest_and_wrong": wrong,
+    }
+    folder = args.output_dir or args.run.parent
+    write_json(folder / f"{args.run.stem}.evaluation.json", results)
+    figures = {"confusion": draw_matrix(matrix, data.classes, f"{args.run.stem}: {predictions.accuracy():.2f} %")}
+    if wrong:
+        figures["mistakes"] = draw_mistakes(mistakes, data.test_images, predictions, data.classes)
+    for name, figure in figures.items():
+        with atomic_write(folder / f"{args.run.stem}.{name}.png") as file:
+            figure.savefig(file, format="png", dpi=100)
+    print(f"\nwritten: {folder / args.run.stem}.{{evaluation.json,{'.png,'.join(figures)}.png}}")
+
+
+def beside_record(record, predictions):
+    """What the run's record says of the same accuracy, in words to follow it."""
+    told = [epoch["test_acc"] for epoch in record.get("epochs", []) if "test_acc" in epoch]
+    if not told:
+        return ""
+    if told[-1] == predictions.accuracy():
+        return ", as the run's record says"
+    return f"; the run's record says {told[-1]:.2f} %, of {record['precision']} on {record['machine']['hardware']}"
+
+
+if __name__ == "__main__":
+    endings.run(main)

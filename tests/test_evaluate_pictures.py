@@ -1,0 +1,155 @@
+"""resnext/evaluate.py on runs of this repository, on weights of pytorch-cifar, and on pictures of one's own."""
+
+import importlib.util
+import json
+import shutil
+
+import launch
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from confusion import Predictions, class_lines, matrix_lines
+from weights import load_model
+
+NAME = "resnext_0_worker_8_resnext29_1x4d_folder"
+
+
+@pytest.fixture(scope="module")
+def trained(pictures, tmp_path_factory):
+    """A folder with `pictures`, and a run of one epoch on them in model_history, which takes all for one class."""
+    folder = tmp_path_factory.mktemp("trained")
+    shutil.copytree(pictures, folder / "pictures")
+    arguments = (
+        "--dataset folder --data_dir pictures --model resnext29_1x4d --batch_size 8 --num_worker 0 --num_epoch 1"
+    )
+    ended = launch.run("resnext/resnext.py", *arguments.split(), "--lr", 0.002, cwd=folder)
+    assert ended.code == 0, ended.err
+    return folder
+
+
+@pytest.fixture
+def place(trained, tmp_path):
+    """A copy of `trained` to change."""
+    shutil.copytree(trained, tmp_path, dirs_exist_ok=True)
+    return tmp_path
+
+
+def evaluate(place, *arguments, code=0):
+    ended = launch.run("resnext/evaluate.py", f"model_history/{NAME}.pt", *arguments, cwd=place)
+    assert ended.code == code, ended.err
+    return ended.out if code == 0 else ended.err
+
+
+def change_record(place, change):
+    path = place / f"model_history/{NAME}.json"
+    record = json.loads(path.read_text())
+    change(record)
+    path.write_text(json.dumps(record))
+
+
+def logits(place, *paths):
+    """Of the run's model for picture files, without this repository's loading."""
+    data = json.loads((place / f"model_history/{NAME}.json").read_text())["data"]
+    pixels = np.stack([np.array(Image.open(place / path)) for path in paths]) / 255
+    pixels = (pixels - np.array(data["mean"])) / np.array(data["std"])
+    with torch.inference_mode():
+        return load_model(place / f"model_history/{NAME}.pt")(torch.from_numpy(pixels).float().permute(0, 3, 1, 2))
+
+
+def test_on_the_test_pictures(place):
+    files = [f"test/{name}/{number}.png" for name in ("dark", "light") for number in range(5)]
+    output = logits(place, *(f"pictures/{file}" for file in files))
+    wrong = [number for number, label in enumerate(output.argmax(1)) if label != number // 5]
+    accuracy = 100 - 10 * len(wrong)
+    assert wrong  # Or there would be little to see.
+    shown = evaluate(place)
+    assert shown.startswith(f"test accuracy {accuracy}.00 % of 10 pictures, as the run's record says\n")
+    results = json.loads((place / f"model_history/{NAME}.evaluation.json").read_text())
+    confusion = [[sum(1 for number in range(5 * row, 5 * row + 5) if output[number].argmax() == column)
+                  for column in (0, 1)] for row in (0, 1)]  # fmt: skip
+    assert results["confusion"] == confusion
+    assert results["test_acc"] == accuracy
+    assert results["test_acc_by_class"] == {"dark": 20 * confusion[0][0], "light": 20 * confusion[1][1]}
+    surest = sorted(wrong, key=lambda number: -float(output[number].softmax(0).max()))
+    assert [each["picture"] for each in results["surest_and_wrong"]] == [files[number] for number in surest]
+    assert results["surest_and_wrong"][0]["probability"] == pytest.approx(float(output[surest[0]].softmax(0).max()))
+    for name in ("confusion", "mistakes"):
+        assert min(Image.open(place / f"model_history/{NAME}.{name}.png").size) > 200
+    report = launch.run("report.py", "model_history", cwd=place)
+    assert "evaluation" not in report.err
+
+
+def test_ones_own_pictures(place):
+    Image.new("L", (90, 50), 250).save(place / "wide.pgm")
+    lines = evaluate(place, "--pictures", "pictures/test/light/0.png", "wide.pgm").splitlines()
+    values, labels = logits(place, "pictures/test/light/0.png").softmax(1)[0].topk(2)
+    first, second = (
+        f"{('dark', 'light')[label]} {100 * value:.1f} %" for value, label in zip(values, labels, strict=True)
+    )
+    assert lines[0] == f"pictures/test/light/0.png  {first}, {second}"
+    assert lines[1].startswith("wide.pgm                   ")
+    assert not list(place.glob("model_history/*evaluation*"))
+
+
+@pytest.mark.parametrize("prefix", ["module.", ""])
+def test_weights_of_pytorch_cifar(place, prefix):
+    path = place / f"model_history/{NAME}.pt"
+    record = json.loads(path.with_suffix(".json").read_text())
+    weights = {prefix + name: value for name, value in torch.load(path).items()}
+    torch.save({"net": weights, "acc": 95.0, "epoch": 3}, path)
+    path.with_suffix(".json").unlink()
+    data = ["--dataset", "folder", "--data_dir", "pictures"]
+    normalised = ["--mean", *record["data"]["mean"], "--std", *record["data"]["std"]]
+    shown = evaluate(place, *data, *normalised)
+    assert f"test accuracy {record['epochs'][-1]['test_acc']:.2f} % of 10 pictures\n" in shown
+    assert "no record tells classes; taken from the 44 training pictures" in shown
+    assert "no record tells classes, mean, std; taken from" in evaluate(place, *data)
+
+
+def test_an_old_record_is_told_in_a_line(place):
+    change_record(place, lambda record: record.pop("data"))
+    shown = evaluate(place)
+    assert shown.startswith("no record tells classes, mean, std; taken from the 44 training pictures\n")
+    assert "as the run's record says" in shown
+
+
+def test_another_data_set_is_told_or_refused(place):
+    Image.new("RGB", (32, 32)).save(place / "pictures/test/dark/more.png")
+    shown = evaluate(place)
+    assert shown.startswith("this is not the data set of the run: 11 test pictures, then 10\n")
+    for split in ("train", "test"):
+        (place / f"pictures/{split}/dark").rename(place / f"pictures/{split}/night")
+    assert "2 classes apart (dark, light), and not these 2: light, night" in evaluate(place, code=2)
+
+
+def test_export(place):
+    inputs = torch.from_numpy(np.array(Image.open(place / "pictures/test/light/0.png"))).permute(2, 0, 1)[None]
+    expected = logits(place, "pictures/test/light/0.png")
+    assert "differ by at most" in evaluate(place, "--export", "out.pt2")
+    more = {"classes.json": ""}
+    program = torch.export.load(place / "out.pt2", extra_files=more)
+    torch.testing.assert_close(program.module()(inputs.expand(3, -1, -1, -1)), expected.expand(3, -1))
+    assert json.loads(more["classes.json"]) == ["dark", "light"]
+    if not importlib.util.find_spec("onnxscript"):
+        assert "pip install onnx onnxscript" in evaluate(place, "--export", "out.onnx", code=2)
+        return
+    assert "logits [N, 2]" in evaluate(place, "--export", "out.onnx")
+    onnxruntime = pytest.importorskip("onnxruntime")
+    (outputs,) = onnxruntime.InferenceSession(place / "out.onnx").run(None, {"pictures": inputs.numpy()})
+    torch.testing.assert_close(torch.from_numpy(outputs), expected)
+
+
+def test_tables():
+    predictions = Predictions(np.array([0, 1, 1, 2, 0]), np.array([0, 0, 0, 2, 2]), np.array([0.9, 0.5, 0.8, 1.0, 0.8]))
+    matrix = predictions.confusion(3)
+    assert matrix.tolist() == [[1, 2, 0], [0, 0, 0], [1, 0, 1]]
+    assert predictions.accuracy() == 40
+    assert predictions.surest_mistakes(2).tolist() == [2, 4]
+    lines = list(class_lines(matrix[[0, 2]][:, [0, 2]], ["ant", "bear"]))
+    assert lines[1:] == ["ant           1  100.0%  -", "bear          2   50.0%  ant (1)"]
+    lines = list(matrix_lines(matrix, ["ant", "bee", "bear"]))
+    assert (lines[0], lines[3]) == ("true class   ant   bee  bear", "bear           1     0     1")
+    lines = list(matrix_lines(matrix, ["class 1", "class 2", "class 3"]))
+    assert (lines[0], lines[3]) == ("true class  1  2  3", "3. class 3  1  0  1")
