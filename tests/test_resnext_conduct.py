@@ -109,7 +109,7 @@ def test_a_bar_on_a_terminal_and_plain_lines_when_piped(tiny, tmp_path):
     assert "pictures" in bar
     assert "loss=" in bar
     assert "test_acc=" in bar
-    assert [line.split(":")[0] for line in lines[:-1]] == ["epoch 1/2", "epoch 2/2"]
+    assert [line.split(":")[0] for line in lines[1:-1]] == ["epoch 1/2", "epoch 2/2"]
     piped = subprocess.run([*command, "--restart"], capture_output=True, text=True, check=True)
     assert piped.stderr == ""
     assert len(piped.stdout.splitlines()) == len(lines)

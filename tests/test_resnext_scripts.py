@@ -51,7 +51,8 @@ def test_files_of_a_run(baseline):
     curves = np.load(history / f"{NAME}.npz", allow_pickle=False)
     assert [curves[key].shape for key in ("loss", "acc", "test_acc")] == [(2,)] * 3
     assert curves["loss"][1] < curves["loss"][0]
-    *epochs, files = printed.splitlines()
+    pictures, *epochs, files = printed.splitlines()
+    assert pictures.startswith("44 training and 10 test pictures")
     assert [line.split(":")[0] for line in epochs] == ["epoch 1/2", "epoch 2/2"]
     assert epochs[0].startswith(f"epoch 1/2: loss {curves['loss'][0]:.4f}, acc {curves['acc'][0]:.2f} %")
     assert files.startswith(f"model_history/{NAME}.pt")
@@ -236,7 +237,7 @@ def test_a_stop_after_the_loss_became_nan_keeps_the_last_good_state(tiny, tmp_pa
 
 def test_a_second_run_with_the_same_output_is_refused(run_script, tiny, tmp_path):
     process = start(tmp_path, *[*tiny[:-4], "--num_epoch", 200])
-    assert process.stdout.readline().startswith("epoch 1/200")
+    assert [process.stdout.readline().split(":")[0] for _ in range(2)][1] == "epoch 1/200"
     second = run_script(BASELINE, *tiny, "--output_dir", tmp_path, code=2)
     process.kill()
     process.wait()

@@ -6,6 +6,7 @@ out; parameter counts and state dict keys agree with it.
 
 import re
 
+import torch
 import torch.nn.functional as F
 from torch import nn
 
@@ -23,9 +24,9 @@ class Shortcut(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
 
     def forward(self, x):
-        # The pixels that a stride skips are left out first where channels are few: there oneDNN writes past its
-        # workspace in channels last (uxlfoundation/oneDNN issue 6035), and pictures of 48x48 end the process.
-        if self.in_channels < 16:
+        # In channels last, where channels are few, oneDNN writes past its workspace if it is to skip pixels itself
+        # (uxlfoundation/oneDNN issue 6035), and pictures of 48x48 end the process.
+        if self.in_channels < 16 and x.is_contiguous(memory_format=torch.channels_last):
             return F.conv2d(x[:, :, :: self.stride[0], :: self.stride[1]], self.weight)
         return super().forward(x)
 
