@@ -126,6 +126,7 @@ def test_live_bytes_follow_what_is_freed():
         assert live.now == 4000
         del other
         torch.zeros(5, 5)  # Of a weight's shape.
+        torch.zeros(10)  # Less than there was: the peak stays.
     assert (live.now, live.peak) == (0, 8000)
 
 

@@ -1,0 +1,58 @@
+"""What a record says of its machine: the commit, the hardware's name, and the precision that ran."""
+
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from harness import machine, precision
+
+CPU = torch.device("cpu")
+
+
+def test_a_commit_is_dirty_where_a_tracked_file_that_runs_depend_on_has_changed(tmp_path, monkeypatch):
+    def git(*words):
+        identity = ["-c", "user.name=n", "-c", "user.email=n@example.org"]
+        subprocess.run(["git", "-C", tmp_path, *identity, *words], check=True, capture_output=True)
+
+    monkeypatch.setattr(machine, "ROOT", tmp_path)
+    assert machine._git_commit() is None
+    for name in ("loop.py", "README.md"):
+        (tmp_path / name).write_text("one")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    clean = machine._git_commit()
+    assert len(clean) == 12
+    (tmp_path / "README.md").write_text("two")
+    (tmp_path / "untracked.py").write_text("two")
+    assert machine._git_commit() == clean
+    (tmp_path / "loop.py").write_text("two")
+    assert machine._git_commit() == f"{clean}-dirty"
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ({"avx2"}, "AMD EPYC, 2 cores, AVX2"),
+        ({"avx2", "avx512f"}, "AMD EPYC, 2 cores, AVX-512"),
+        ({"avx2", "avx512f", "avx512_bf16"}, "AMD EPYC, 2 cores, AVX-512, bfloat16"),
+        ({"asimd", "bf16"}, "AMD EPYC, 2 cores, NEON, bfloat16"),
+        (set(), "AMD EPYC, 2 cores"),
+    ],
+)
+def test_a_processor_is_named_with_what_it_can_multiply(flags, name, monkeypatch):
+    monkeypatch.setattr(machine, "_processor", lambda: ("AMD EPYC", flags))
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
+    assert machine.hardware_name(CPU) == name
+
+
+@pytest.mark.parametrize(
+    ("capability", "allowed", "label"), [((8, 0), True, "tf32"), ((8, 0), False, "fp32"), ((7, 5), True, "fp32")]
+)
+def test_single_precision_on_a_gpu_is_called_what_it_is(capability, allowed, label, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
+    assert precision._label(None, SimpleNamespace(type="cuda")) == label
+    assert precision._label(None, CPU) == "fp32"
