@@ -11,7 +11,12 @@ NO_RECORD = "No record of a clean commit yet."
 
 
 def pages(folder):
-    """The Markdown pages below `folder` that have generated parts: README.md and those in docs/."""
+    """The Markdown pages below `folder` that have generated parts: README.md and those in docs/.
+
+    UserError where there is no README.md.
+    """
+    if not (folder / "README.md").is_file():
+        raise UserError(f"{folder} has no README.md; name the folder of the repository, or leave it out")
     found = [folder / "README.md", *sorted((folder / "docs").rglob("*.md"))]
     return [path for path in found if path.is_file() and b"<!-- report:" in path.read_bytes()]
 

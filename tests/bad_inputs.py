@@ -147,7 +147,7 @@ TABLE = {
     "SimCLS/brio.py": [
         ("--generator_name {good}/bert", "no sequence-to-sequence model"),
         ("--dataset {bad}/samples/none", "holds no sample"),
-        ("--save_dir taken", "choose another"),
+        ("--save_dir taken", "output folder taken is a file"),
         ("--lr 0", "--lr: '0' is not"),
         ("--max_target_length 1", "--max_target_length 1 leaves no room for a text"),
     ],
@@ -177,7 +177,7 @@ TABLE = {
         ("--dataset_name {bad}/tables/text.csv.gz", "no complete gzip file"),
         ("--num_groups 3", "--num_groups 3 does not divide --num_cands 4"),
         ("--num_cands 0", "--num_cands: '0' is not"),
-        ("--decoder_max_len 1", "maximum length of 1"),
+        ("--decoder_max_len 1", "--decoder_max_len 1 leaves no room"),
         ("--length_penalty nan", "length penalty of nan"),
         ("--max_source_length 1", "--max_source_length 1 leaves no room for a text; this model needs 2 tokens"),
         ("--dataset_percent 0", "--dataset_percent: '0' is not"),
@@ -260,7 +260,7 @@ TABLE = {
         ("{good}/papers.csv --generator_name none", "'none'"),
         ("{good}/papers.csv --search beams", "--search: invalid choice"),
         ("{good}/papers.csv --top_p 0", "--top_p: '0' is not"),
-        ("{good}/papers.csv --decoder_max_len 1", "leaves no room behind the start token"),
+        ("{good}/papers.csv --decoder_max_len 1", "--decoder_max_len 1 leaves no room"),
     ],
     "SimCLS/evaluate_model.py": [
         (
@@ -318,9 +318,9 @@ TABLE = {
         ("--phases {bad}/records/list.json", "list.json"),
         ("--phases {bad}/records/format.json", "format.json"),
         ("--phases {bad}/records/no_epochs.json", "no_epochs.json"),
-        ("mine --readme mine/one.txt", "one.txt has no marker"),
-        ("mine --readme mine/marker.md", "has no partner"),
-        ("mine --readme absent.md", "cannot read absent.md"),
+        ("mine --readme mine/one.txt", "mine/one.txt has no README.md"),
+        ("mine --readme mine", "has no partner"),
+        ("mine --readme absent", "absent has no README.md"),
         ("mine --nsys x --phases y", "not allowed with argument"),
     ],
 }

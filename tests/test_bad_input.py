@@ -43,7 +43,7 @@ def place(tmp_path, folders):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/one.txt").write_text("one\n")
     (tmp_path / "mine/two.txt").write_text("one\ntwo\n")
-    (tmp_path / "mine/marker.md").write_text("<!-- report:runs -->\n")
+    (tmp_path / "mine/README.md").write_text("<!-- report:runs -->\n")
     bad_inputs.make_weights(folders[0], tmp_path / "cache")
     return tmp_path
 
