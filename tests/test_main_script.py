@@ -123,11 +123,13 @@ def test_lengths_of_the_weights_are_those_of_what_follows(tiny, baseline, sample
     arguments = record_of(folder, "more_1_steps")["arguments"]
     assert (arguments["total_len"], arguments["max_len"]) == (60, 30)
     scored = ["-e", "--dataset", sample_folder, *weights]
-    (own, same, shorter) = (
-        launch.run(MAIN, *scored, *lengths, cwd=folder).out.splitlines()[-7:]
-        for lengths in ([], ["--total_len", 60, "--max_len", 20], ["--total_len", 10, "--max_len", 5])
-    )
-    assert own == same != shorter
+    tables = []
+    for lengths in ([], ["--total_len", 60, "--max_len", 20], ["--total_len", 10, "--max_len", 5]):
+        (folder / f"cache/{NAME}/evaluation.json").unlink(missing_ok=True)  # No evaluation replaces another one.
+        ended = launch.run(MAIN, *scored, *lengths, cwd=folder)
+        assert ended.code == 0, ended.err
+        tables.append(ended.out.splitlines()[-7:])
+    assert tables[0] == tables[1] != tables[2]
     description = json.loads((folder / f"cache/{NAME}/scorer.json").read_text())
     assert description["candidates"] == 6
 
