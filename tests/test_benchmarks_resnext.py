@@ -29,6 +29,8 @@ from models.resnext import ResNeXt
 from models.resnext_checkpoint import CheckpointResNeXt
 from reporting import benchmarks
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 LAYOUT = Layout(True, "groups")
 
@@ -257,7 +259,7 @@ def test_a_row_that_computes_something_else_is_not_timed(precision, off, sign, m
     rows = [fast.Row("original", []), fast.Row("other", ["--loader", "device"])]
     rows[0].flags = ["--loader", "workers"]
     with pytest.raises(AssertionError, match="^other: loss "):
-        next(fast.time_rows(rows, args, CPU))
+        next(fast.time_rows(rows, args, CPU, layout=None))
 
 
 def test_every_row_is_trained_and_what_it_reaches_stands_beside_its_speed(monkeypatch):

@@ -9,6 +9,8 @@ from search.generator import load_generator
 from search.ranked_generator import RankedGenerator, RankedSamples
 from texts.samples import read_sample, sample_files
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = "SimCLS/brio.py"
 
 

@@ -27,6 +27,8 @@ from scorer.significance import bootstrap_interval, permutation_test, summarise
 from texts.samples import as_sample, read_sample, rouge_of, sample_files
 from texts.sentences import SentenceSplitter
 
+pytestmark = pytest.mark.slow
+
 EVALUATE = "SimCLS/evaluate_model.py"
 
 

@@ -5,6 +5,8 @@ import pytest
 from fault_kinds import KILLS, OTHERS, WITH_WORKERS, Lost, Unavailable
 from faults import Trials, get_args_parser, plan, table
 
+pytestmark = pytest.mark.slow
+
 FAULTS = KILLS | OTHERS | WITH_WORKERS
 # Which scripts; a fault has its turn with each in the full form.
 SHORT = {

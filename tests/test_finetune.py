@@ -16,6 +16,8 @@ sys.path.insert(0, str(ROOT / "SimCLS"))
 
 import transformers
 
+pytestmark = pytest.mark.slow
+
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
 SIZE = [
     "--vocab_size",

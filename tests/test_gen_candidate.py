@@ -27,6 +27,8 @@ from texts import candidate_files
 from texts.documents import read_documents, split_documents
 from texts.sentences import ptb_tokenize
 
+pytestmark = pytest.mark.slow
+
 SPLITS = ("train", "val", "test")
 SETTINGS = ["--num_cands", "4", "--decoder_max_len", "7", "--cand_gen_batch", "3"]
 WORDS = [f"word{i}" for i in range(50)]

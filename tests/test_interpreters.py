@@ -4,7 +4,10 @@ import os
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
+
+pytestmark = pytest.mark.slow
 
 # One process, since most of the time goes into torch; each script finds its own modules anew.
 HELP_OF_ALL = """

@@ -9,6 +9,8 @@ from harness.endings import UserError
 from harness.precision import choose_precision
 from scorer.layer_plan import KINDS, parts_of, plan_layers, redo_parts
 
+pytestmark = pytest.mark.slow
+
 LAYERS = 4
 SINGLE = choose_precision(None, torch.device("cpu"))
 TEXTS, LENGTHS = torch.arange(480).view(6, 80) % 99 + 1, torch.tensor([80, 70, 60, 80, 33, 50])

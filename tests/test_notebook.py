@@ -17,6 +17,8 @@ sys.path.insert(0, str(ROOT / "SimCLS"))
 
 from texts import sample_data
 
+pytestmark = pytest.mark.slow
+
 NOTEBOOK = "SimCLS.ipynb"
 
 

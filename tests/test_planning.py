@@ -21,6 +21,8 @@ from harness.recompute import Tape
 from models.resnext import parse_name
 from models.resnext_checkpoint import POLICIES, CheckpointResNeXt
 
+pytestmark = pytest.mark.slow
+
 SMALL = parse_name("resnext29_2x4d")
 CPU = torch.device("cpu")
 

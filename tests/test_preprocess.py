@@ -20,6 +20,8 @@ from harness.files import staging
 from texts.samples import read_sample
 from texts.sentences import SentenceSplitter, ptb_tokenize
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = "SimCLS/preprocess.py"
 FIELDS = ("source", "target", "out")
 KEYS = ["article", "abstract", "candidates", "article_untok", "abstract_untok", "candidates_untok"]

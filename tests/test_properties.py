@@ -25,6 +25,8 @@ from texts.documents import clean, read_documents, split_documents
 from texts.samples import read_sample, sample_files
 from texts.sentences import ptb_tokenize
 
+pytestmark = pytest.mark.slow
+
 ALONE = SimpleNamespace(rank=0, size=1, is_main=True, say=print)
 # Lone surrogates are no text: no file in UTF-8 can hold them.
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), max_size=80)

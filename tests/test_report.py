@@ -8,6 +8,8 @@ from run_records import make_record, make_run, read_table
 
 from reporting import records
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def run_folder(tmp_path):

@@ -24,6 +24,8 @@ from image_loaders import AugmentedImages
 from images import load_images
 from models.resnext import ResNeXt
 
+pytestmark = pytest.mark.slow
+
 CPU = torch.device("cpu")
 NAME = "resnext_0_worker_8_resnext29_1x4d_folder"
 

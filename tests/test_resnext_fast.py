@@ -16,6 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.grouped_convolution import set_form
 from models.resnext import ResNeXt
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = "resnext/resnext_fast.py"
 LAYOUT = ["--channels_last", True, "--grouped_convolution", "groups"]  # Else measured, and not the same each time.
 NAME = "resnext_device_8_resnext29_1x4d_folder_fast_channels_last_True_grouped_convolution_groups"

@@ -11,6 +11,8 @@ from conftest import ROOT, script_command
 
 from reporting.records import read_folders
 
+pytestmark = pytest.mark.slow
+
 BASELINE, CHECKPOINT = "resnext/resnext.py", "resnext/resnext_checkpoint.py"
 NAME = "resnext_0_worker_8_resnext29_1x4d_folder"
 ENDS = (".json", ".lock", ".npz", ".pt", ".state")

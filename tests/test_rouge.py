@@ -18,6 +18,8 @@ from texts.documents import read_documents
 from texts.scoring import METRICS, check_references, mean_score, score
 from texts.sentences import SentenceSplitter
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[1]
 PUBMED = ROOT.parent / "shared" / "data" / "pubmed_abstracts.csv.gz"
 PATHS = os.pathsep.join([str(ROOT), str(ROOT / "SimCLS")])

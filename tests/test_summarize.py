@@ -12,6 +12,8 @@ from model import load_scorer, save_scorer
 from scorer import choices
 from search.generator import CandidateGenerator, load_generator
 
+pytestmark = pytest.mark.slow
+
 TEXTS = ["read the lines of a file", "", "close the socket and wait for the thread", "sort a list"]
 
 
