@@ -51,9 +51,9 @@ sys.path[:0] = [{root!r}, {root!r} + "/SimCLS"]
 import torch
 from scorer import scorer_run
 add = scorer_run.ScorerRun.add_validation
-def spy(self, epoch, step, result, scorer, description):
+def spy(self, update, result, scorer):
     torch.save(scorer.state_dict(), "rank" + os.environ["RANK"] + ".pt")
-    return add(self, epoch, step, result, scorer, description)
+    return add(self, update, result, scorer)
 scorer_run.ScorerRun.add_validation = spy
 """
 
