@@ -69,7 +69,6 @@ def train(args, world, precision, run, scorer, encoding, description):
     phase, saved = PhaseTimer(device), SavedBytes(scorer)
     state = {"scorer": scorer, "optimizer": optimizer, "scaler": scaler, "metrics": metrics, "run": run}
     run.describe(scorer, description, schedule)
-
     for epoch in run.epochs(phase, batches, **state):
         for batch in epoch.steps(loader):  # The wait for a batch is the phase "data load".
             # --------------------------------------------------------------------- once in a while: validate
