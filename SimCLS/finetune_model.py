@@ -163,6 +163,8 @@ def check_generation(args, model, tokenizer):
         inputs = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
         model.generate(**inputs, num_beams=args.num_beams, max_length=4)
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError, OSError, ImportError) as error:
+        if endings.explain(error):  # Short memory, a full disk: nothing that the config says.
+            raise
         lines = [line.strip("- ") for line in str(error).splitlines() if line.strip()]
         reason = lines[1] if lines and lines[0].startswith("GenerationConfig is invalid") else "".join(lines[:1])
         raise UserError(

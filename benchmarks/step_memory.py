@@ -12,7 +12,7 @@ import sys
 import weakref
 from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent / name) for name in ("", "resnext")]
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent / name) for name in ("benchmarks", "", "resnext")]
 
 import torch
 import torch.nn.functional as F

@@ -1,6 +1,8 @@
 """What the tests share: running a script as a user does, and small real data."""
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +18,10 @@ import tiny_inputs
 from tiny_inputs import WORDS  # noqa: F401  (for tests that make texts)
 
 from harness import torchvision_compat  # noqa: F401
+
+# A shell that starts the tests in the background ignores Ctrl-C for them, and scripts leave ignored what they find so.
+with contextlib.suppress(ValueError):  # Not in the main thread.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # One thread a process: the tests run two at a time on two cores, and tiny models gain nothing from more.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -21,7 +21,8 @@ for script in scripts:
     except SystemExit as end:
         print(script, "ended with", end.code, file=sys.stderr)
     for name, module in list(sys.modules.items()):
-        if str(vars(module).get("__file__")).startswith(root):
+        file = str(vars(module).get("__file__"))
+        if file.startswith(root) and "site-packages" not in file:  # .venv may lie in the root.
             del sys.modules[name]
 """
 

@@ -31,7 +31,8 @@ def describe(**what):
 
 
 def write(folder, described):
-    write_json(folder / FILE, described)
+    if read(folder) != json.loads(json.dumps(described)):  # What is complete is left alone.
+        write_json(folder / FILE, described)
 
 
 def read(folder):
