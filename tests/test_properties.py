@@ -20,6 +20,7 @@ from utils import read_lines
 
 from harness.endings import UserError
 from harness.resume import load_state
+from search.generator import Candidate
 from texts.candidate_files import CandidateFiles
 from texts.documents import clean, read_documents, split_documents
 from texts.samples import read_sample, sample_files
@@ -95,7 +96,8 @@ def write_candidates(folder, split, documents, candidates):
     batches = [order[start : start + 2] for start in range(0, len(order), 2)]
     with files.open() as file:
         for places in batches:
-            files.add(file, places, [documents[place] for place in places], [candidates[place] for place in places])
+            made = [[Candidate(clean(text), -1.5, 3) for text in candidates[place]] for place in places]
+            files.add(file, places, [documents[place] for place in places], made)
     files.publish(documents)
     lines = {name: list(read_lines(folder / f"{split}.{name}")) for name in ("source", "target", "out")}
     assert lines["source"] == [document.text for document in documents]

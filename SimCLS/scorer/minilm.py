@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[1:3]]
 
-from harness import endings
+from harness import arguments, endings
 from harness.endings import UserError
 
 NAME, ON_HUB = "minilm", "sentence-transformers/all-MiniLM-L6-v2"
@@ -49,6 +49,7 @@ def resolve(name):
 
 
 def main():
+    arguments.OneLineParser(description=__doc__).parse_args()
     folder = installed_folder()
     if folder is None:
         from model import load_encoder  # It takes seconds to import.
