@@ -210,7 +210,7 @@ def run_changed(change, script, *args):
 
 @pytest.mark.parametrize(
     ("change", "code", "position"),
-    [(STOP_IN_STEP, 143, (0, 4)), (STOP_IN_EVALUATION, 143, (0, 6)), (STOP_AFTER_LAST_SAVE, -9, (1, 0))],
+    [(STOP_IN_STEP, 143, (0, 4)), (STOP_IN_EVALUATION, 143, (0, 6)), (STOP_AFTER_LAST_SAVE, -9, (1, 6))],
     ids=["in a step", "in evaluation", "between the files of the record"],
 )
 def test_stopped_and_resumed_is_bit_equal(run_script, tiny, baseline, tmp_path, change, code, position):
