@@ -238,7 +238,7 @@ def test_a_stop_after_the_loss_became_nan_keeps_the_last_good_state(tiny, tmp_pa
 
 
 def test_a_second_run_with_the_same_output_is_refused(run_script, tiny, tmp_path):
-    process = start(tmp_path, *[*tiny[:-4], "--num_epoch", 200])
+    process = start(tmp_path, *[*tiny, "--num_epoch", 200])
     assert [process.stdout.readline().split(":")[0] for _ in range(2)][1] == "epoch 1/200"
     second = run_script(BASELINE, *tiny, "--output_dir", tmp_path, code=2)
     process.kill()
@@ -247,7 +247,7 @@ def test_a_second_run_with_the_same_output_is_refused(run_script, tiny, tmp_path
 
 
 def test_non_finite_loss_stops_with_one_line_and_keeps_the_state(run_script, tiny, tmp_path):
-    result = run_script(BASELINE, *tiny[:-1], "1e30", "--output_dir", tmp_path, code=2)
+    result = run_script(BASELINE, *tiny, "--lr", 1e30, "--output_dir", tmp_path, code=2)
     assert result.stderr.count("\n") == 1
     assert "the loss became" in result.stderr
     assert not list(tmp_path.glob("*.pt"))
