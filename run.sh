@@ -2,7 +2,9 @@
 # The list of experiments. Each prints the commands that it runs; any of them can be pasted into a shell.
 #
 #   bash run.sh              make .venv, install, then both models in short: tables, and figures in runs/image/
-#   bash run.sh resnext      the study of ResNeXt on CIFAR-10 (EPOCHS=200; a GPU is wanted)
+#   bash run.sh cifar        ResNeXt on CIFAR-10 in hours, on any machine: what changes results, and what changes times
+#                            (EPOCHS=15, MODEL; PICTURES, a folder with its train/ and test/, saves the download)
+#   bash run.sh resnext      the whole study of ResNeXt on CIFAR-10 (EPOCHS=200; a GPU is wanted)
 #   bash run.sh simcls       the seven set-ups of the SimCLS scorer (EPOCHS=2, PERCENT=20 of the text)
 #   bash run.sh pubmed       SimCLS on abstracts and their titles, a file CSV, with two generators (EPOCHS=1, PERCENT=25)
 #   bash run.sh profile      30 steps of both models under Nsight Systems (STEPS), their phases by trace and by record
@@ -52,7 +54,9 @@ setup() {
 }
 
 show() {
-    echo "\$ $*"
+    printf '$'
+    printf ' %q' "$@"  # Quoted where a shell needs it.
+    echo
     [ -n "${DRY:-}" ] || "$@"
 }
 
@@ -102,6 +106,36 @@ digits() {
         train resnext/resnext_checkpoint.py $short
         train resnext/resnext_checkpoint.py $short --policy block
         train resnext/resnext_checkpoint.py $short --memory_budget 0.6
+    done
+}
+
+# A CPU takes a model that is small enough for it, and one thread, which is the fastest for it.
+cifar() {
+    local model=resnext29_4x64d batch workers
+    [ -n "$cuda" ] || { model=resnext29_2x4d; local -x OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; }
+    local common=(--model "${MODEL:-$model}")
+    [ -z "${PICTURES:-}" ] || common+=(--dataset folder --data_dir "$PICTURES")
+    local results=("${common[@]}" --num_epoch "${EPOCHS:-15}" --output_dir runs/cifar10)
+    for seed in $SEEDS; do
+        train resnext/resnext_fast.py "${results[@]}"
+        [ -z "$half" ] || train resnext/resnext.py "${results[@]}" --half_precision
+        train resnext/resnext.py "${results[@]}"
+        for batch in 512 896; do
+            train resnext/resnext_checkpoint.py "${results[@]}" --batch_size $batch --policy block
+        done
+    done
+    # The rest change times and memory, and no result. Round by round, so that a machine's slow hours fall on all alike.
+    local times=("${common[@]}" --num_epoch 1 --output_dir runs/cifar10_times)
+    for seed in $SEEDS; do
+        for workers in 2 0 1 4 8; do
+            train resnext/resnext.py "${times[@]}" --num_worker $workers
+        done
+        train resnext/resnext.py "${times[@]}" --loader device
+        [ -z "$half" ] || train resnext/resnext.py "${times[@]}" --half_precision
+        train resnext/resnext_checkpoint.py "${times[@]}"
+        train resnext/resnext_checkpoint.py "${times[@]}" --policy block
+        train resnext/resnext_checkpoint.py "${times[@]}" --memory_budget 0.5
+        train resnext/resnext_fast.py "${times[@]}"
     done
 }
 
@@ -242,10 +276,10 @@ lint() {
 
 case "${1:-}" in
     "") setup; short ;;
-    resnext | simcls | pubmed | profile | benchmarks) setup; "$1" ;;
+    cifar | resnext | simcls | pubmed | profile | benchmarks) setup; "$1" ;;
     report) setup; show python3 report.py "${@:2}" ;;
     test) setup; show python3 -m pytest -n 2 "${@:2}" ;;
     lint) setup; lint ;;
-    *) echo "run.sh: unknown job '$1'; jobs are: (none) resnext simcls pubmed profile benchmarks report test lint" >&2; exit 2 ;;
+    *) echo "run.sh: unknown job '$1'; jobs are: (none) cifar resnext simcls pubmed profile benchmarks report test lint" >&2; exit 2 ;;
 esac
 exit $failed
