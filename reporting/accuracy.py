@@ -42,7 +42,7 @@ def render(runs):
                     "n": str(len(row.runs)),
                     "Reached by": f"{reached} of {len(row.runs)}",
                     "Seconds": quantity(everywhere),
-                    "Time, × (95 % interval)": ratio_with_interval(everywhere, base_sample),
+                    "Time, × (95 % interval)": "1.00" if row is base else ratio_with_interval(everywhere, base_sample),
                     "Best test accuracy, %": quantity(Sample.of(map(best, row.runs)), places=1),
                 }
             )

@@ -15,11 +15,11 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from harness.files import atomic_write
-from reporting.comparison import Sample
+from reporting.comparison import Sample, ratio_interval
 from reporting.overview import PHASES
 from reporting.records import Record, combine, provenance
-from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCLS, TOGETHER
-from reporting.tables import groups, hardware, place
+from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCLS, TOGETHER, in_words
+from reporting.tables import data_name, groups, hardware, is_toy, place
 
 WIDTH = 10  # Inches: 1,000 pixels, which README shows about as they are.
 STYLE = {"font.size": 10, "figure.dpi": 100, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}
@@ -29,6 +29,8 @@ MARKERS = "osD^vP*X<>hd"
 LINES = ("-", "--", ":", "-.")
 FEW_EPOCHS = 3  # Fewer make no curve.
 LINE_WIDTH = 0.01  # Of a panel's height.
+LEGEND_WIDTH = 150  # Characters of a line of a legend, those of its marks with them.
+SMOOTH = 20  # Losses of single updates are shown as running means of a SMOOTH-th of them, from 2 * SMOOTH on.
 SIDES = {"host": "host time", "device": "GPU time"}
 
 
@@ -83,23 +85,24 @@ def on_cpu(group):
 
 
 def chosen(study, runs):
-    """The Group of a study that its figure shows: on a GPU before a CPU, then the one with most rows; or None."""
+    """The Group of a study that its figure shows: on a GPU before a CPU, real data before digits, then the one with
+    most rows; or None."""
     return min(groups(study, runs), key=on_cpu, default=None)
 
 
 def chosen_for_curves(study, runs):
-    """The same for curves: one of some epochs before short ones, then on a GPU, then the longest, then most rows."""
+    """The same for curves: one of some epochs before short ones, then real data, on a GPU, the longest, most rows."""
 
     def rank(group):
         epochs = max(len(run.curve("loss")) for row in group.rows for run in row.runs)
-        return epochs < FEW_EPOCHS, on_cpu(group), -epochs
+        return epochs < FEW_EPOCHS, is_toy(group), on_cpu(group), -epochs
 
     return min(groups(study, runs), key=rank, default=None)
 
 
 def heading(group):
-    """ "resnext29_4x64d, cifar10, batch 128": what the rows of a group have in common."""
-    words = [str(group.settings[name]) for name in ("model", "dataset") if name in group.settings]
+    """ "resnext29_4x64d, CIFAR-10, batch 128": what the rows of a group have in common."""
+    words = [*filter(None, [group.settings.get("model")]), data_name(group)]
     keys = {row.keys for row in group.rows}
     if "batch_size" in group.settings:
         words.append(f"batch {group.settings['batch_size']}")
@@ -108,12 +111,15 @@ def heading(group):
     return ", ".join(words)
 
 
-def facts(group):
-    """ "AMD EPYC, 2 cores, torch 2.13.0; n = 3; commit 1f098ca, 2026-11-23": where, how often and of what code."""
-    numbers = sorted({len(row.runs) for row in group.rows})
-    runs = [run for row in group.rows for run in row.runs]
+def facts(machine, repeats):
+    """ "AMD EPYC, 2 cores, torch 2.13.0; n = 3; commit 1f098ca, 2026-11-23": where, how often and of what code.
+
+    machine: as tables.hardware gives it. repeats: the runs of each row, [[Record, ...], ...].
+    """
+    numbers = sorted({len(runs) for runs in repeats})
     n = f"n = {numbers[0]}" if len(numbers) == 1 else f"n = {numbers[0]} to {numbers[-1]}"
-    return "; ".join(filter(None, [place(group.machine), n, provenance([run.record for run in runs])]))
+    records = [run.record for runs in repeats for run in runs]
+    return "; ".join(filter(None, [place(machine), n, provenance(records)]))
 
 
 def distinct_colours(names):
@@ -136,33 +142,44 @@ def draw_curves(runs, study, curves):
     group = chosen_for_curves(study, [run for run in runs if run.curve("loss")])
     if group is None:
         return None
-    seeds = set.intersection(*({run.arguments.get("seed") for run in row.runs} for row in group.rows))
+    _keep_common_seeds(group)
     figure, panels = plt.subplots(1, len(curves), figsize=(WIDTH, 4.2), layout="constrained", squeeze=False)
-    colours = distinct_colours(row.arm.label for row in group.rows)
+    colours = distinct_colours(in_words(row.arm.label) for row in group.rows)
     styles = distinct_styles(group.rows, LINES)
     equal = []
     for panel, (key, title) in zip(panels[0], curves.items(), strict=True):
         means = []
         for index, row in enumerate(group.rows):
-            values = _values_by_epoch(row, key, seeds)
-            epochs, colour = np.arange(1, values.shape[1] + 1), colours[row.arm.label]
-            means.append(values.mean(0))
+            values = _stacked(run.curve(key) for run in row.runs)
             style = {"linestyle": styles[row.keys], "linewidth": _width(index, group)}
-            panel.plot(epochs, means[-1], color=colour, **style)
-            if len(values) > 1:
-                panel.fill_between(epochs, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
+            means.append(values.mean(0))
+            _draw_band(panel, np.arange(1, values.shape[1] + 1), values, colours[in_words(row.arm.label)], **style)
         equal.append(coincide(means, panel))
         panel.set(xlabel="epoch", ylabel=title)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    return _finish(
-        figure, _arm_handles(colours) + _key_handles(styles, "linestyle"), _title(study.title, group, all(equal))
-    )
+    title = figure_title(study.title, group, all(equal), banded=True)
+    return finish(figure, arm_handles(colours) + _key_handles(styles, "linestyle"), title)
 
 
-def _values_by_epoch(row, key, seeds):
-    """float [runs, epochs]: the curve `key` of the runs of a Row that have one of `seeds`, of all its runs without."""
-    curves = [run.curve(key) for run in row.runs if not seeds or run.arguments.get("seed") in seeds]
-    return np.array([curve[: min(map(len, curves))] for curve in curves])
+def _keep_common_seeds(group):
+    """Leave out the runs of seeds that not all rows of a Group have, where some seed is common to all: other seeds are
+    other curves."""
+    seeds = set.intersection(*({run.arguments.get("seed") for run in row.runs} for row in group.rows))
+    for row in group.rows if seeds else ():
+        row.runs = [run for run in row.runs if run.arguments.get("seed") in seeds]
+
+
+def _stacked(curves):
+    """float [curves, points]: as many points as the shortest has."""
+    curves = list(curves)
+    return np.array([curve[: min(map(len, curves))] for curve in curves], dtype=float)
+
+
+def _draw_band(panel, x, values, colour, **style):
+    """The mean of `values` [runs, points] over x [points], in a band from the lowest run to the highest."""
+    panel.plot(x, values.mean(0), color=colour, **style)
+    if len(values) > 1:
+        panel.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
 
 
 def coincide(curves, panel):
@@ -177,12 +194,14 @@ def _width(index, group):
     return 1.2 + 4 * (1 - (index + 1) / len(group.rows))
 
 
-def _title(text, group, all_curves_coincide=False):
-    lines = [f"{text}: {heading(group)}", facts(group)]
-    return "\n".join(lines + [f"all {len(group.rows)} curves coincide"] * all_curves_coincide)
+def figure_title(text, group, all_curves_coincide=False, banded=False):
+    lines = [f"{text}: {heading(group)}", facts(group.machine, [row.runs for row in group.rows])]
+    notes = [f"all {len(group.rows)} curves coincide"] * all_curves_coincide
+    notes += ["bands: lowest to highest run"] * (banded and any(len(row.runs) > 1 for row in group.rows))
+    return "\n".join([*lines, *["; ".join(notes)] * bool(notes)])
 
 
-def _arm_handles(colours):
+def arm_handles(colours):
     """The part of a legend that names the arms."""
     return [Line2D([], [], color=colour, linewidth=3, label=name) for name, colour in colours.items()]
 
@@ -196,29 +215,35 @@ def _key_handles(styles, kind):
 
 
 def draw_losses(runs, study):
-    """The training loss by update, a line for each run, the arms by colour."""
+    """The training loss by update: for each arm the mean over the seeds that all have, in a band from the lowest to the
+    highest of them; as running means where there are many updates."""
     group = chosen_for_curves(study, [run for run in runs if run.losses()])
     if group is None:
         return None
+    _keep_common_seeds(group)
     figure, panel = plt.subplots(figsize=(WIDTH, 4.2), layout="constrained")
-    colours = distinct_colours(row.arm.label for row in group.rows)
-    of_seed = {}
+    colours = distinct_colours(in_words(row.arm.label) for row in group.rows)
+    means, window = [], 1
     for index, row in enumerate(group.rows):
-        for run in row.runs:
-            updates, losses = zip(*run.losses(), strict=True)
-            of_seed.setdefault(run.arguments.get("seed"), []).append(losses)
-            panel.plot(updates, losses, color=colours[row.arm.label], linewidth=_width(index, group))
+        points = _stacked(run.losses() for run in row.runs)  # [runs, points, (update, loss)]
+        window = max(1, points.shape[1] // SMOOTH) if points.shape[1] >= 2 * SMOOTH else 1
+        values = np.apply_along_axis(np.convolve, 1, points[..., 1], np.full(window, 1 / window), "valid")
+        means.append(values.mean(0))
+        colour = colours[in_words(row.arm.label)]
+        _draw_band(panel, points[0, window - 1 :, 0], values, colour, linewidth=_width(index, group))
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-    panel.set(xlabel="update", ylabel="training loss", ylim=(0, None))
-    equal = all(len(curves) == len(group.rows) and coincide(curves, panel) for curves in of_seed.values())
-    return _finish(figure, _arm_handles(colours), _title(study.title, group, equal))
+    label = f"training loss, mean of the last {window} points" if window > 1 else "training loss"
+    panel.set(xlabel="update", ylabel=label, ylim=(0, None))
+    return finish(figure, arm_handles(colours), figure_title(study.title, group, coincide(means, panel), banded=True))
 
 
-def _finish(figure, handles, title):
+def finish(figure, handles, title):
     """Put the title above and one legend below."""
     figure.get_layout_engine().set(w_pad=0.12)
     if handles:
-        figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(handles)))
+        longest = max(len(handle.get_label()) for handle in handles)
+        columns = max(1, min(4, len(handles), LEGEND_WIDTH // (longest + 8)))
+        figure.legend(handles=handles, loc="outside lower center", ncols=columns)
     figure.suptitle(title, fontsize=11)
     return figure
 
@@ -231,50 +256,46 @@ def draw_timeline(runs, studies):
         return None
     figure, panel = plt.subplots(figsize=(WIDTH, 1.6 + 0.34 * len(bars)), layout="constrained")
     colours = distinct_colours(PHASES)
-    for position, (_, phases) in enumerate(bars):
+    for position, (_, phases, deviation) in enumerate(bars):
         left = 0.0
         for name, colour in colours.items():
             panel.barh(position, phases.get(name, 0.0), left=left, color=colour, height=0.75)
             left += phases.get(name, 0.0)
-    panel.set_yticks(range(len(bars)), [name for name, _ in bars])
+        if deviation:
+            panel.errorbar(left, position, xerr=deviation, color="black", linewidth=1.5, capsize=4)
+    panel.set_yticks(range(len(bars)), [name for name, *_ in bars])
     panel.set_ylim(len(bars) - 0.4, -0.6)
     panel.grid(axis="y", visible=False)
     run = arms[0][1].runs[0]
     multiples = "time, multiples of the step of each bar's own baseline, whose other settings are the same"
     panel.set_xlabel(multiples if run.on_cpu else "time, ms")
-    title = f"{run.arguments['model']}, batch {run.arguments['batch_size']}; {place(hardware(run))}"
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
-    return _finish(figure, handles, f"One training step by phase: {title}")
+    title = f"One training step by phase: {run.arguments['model']}, {run.data}, batch {run.arguments['batch_size']}"
+    whiskers = "\nmedians; whiskers: a standard deviation over the runs" * any(deviation for *_, deviation in bars)
+    return finish(figure, handles, f"{title}\n{facts(hardware(run), [row.runs for _, row, _ in arms])}{whiskers}")
 
 
 def _arms(runs, studies):
-    """[(label, Row, its baseline Row), ...] of several studies, as far as they are of one model, data, batch size and
-    hardware; the baseline comes first, and once."""
-    arms, common = [], None
+    """[(label, Row, its baseline Row), ...] of several studies, of one model, data, batch size and hardware, that with
+    most arms; the baseline comes first, and once."""
+    places = {}
     for study in studies:
-        group = chosen(study, runs)
-        for row in group.rows if group else ():
-            base = group.baseline(row)
-            if base is None or not base.runs[0].step_ms() or (row is base and arms):
-                continue
-            run = row.runs[0]
-            same = [run.arguments["model"], run.data, run.arguments["batch_size"], hardware(run)]
-            if common in (None, same):
-                common = same
-                arms.append(("baseline" if row is base else _arm_name(study, row), row, base))
-    return arms
-
-
-def _arm_name(study, row):
-    """A label that needs no table around it: "loader on device", "recomputing chain"."""
-    label = row.arm.label
-    if study is CHECKPOINTING:
-        return f"recomputing {label}"
-    return label.replace("device", "loader on device") if study is DATA_LOADER else label
+        for group in sorted(groups(study, runs), key=on_cpu):
+            for row in group.rows:
+                base, run = group.baseline(row), row.runs[0]
+                if base is None or not base.runs[0].step_ms():
+                    continue
+                where = on_cpu(group), run.arguments["model"], run.data, run.arguments["batch_size"], str(hardware(run))
+                arms = places.setdefault(where, {})
+                name = "the original's way" if row is base else in_words(row.arm.label)
+                arms.setdefault(name, (name, row, base))
+    found = min(places, key=lambda where: (where[0], -len(places[where])), default=None)
+    return sorted(places.get(found, {}).values(), key=lambda arm: arm[1] is not arm[2])
 
 
 def _bars(name, row, base):
-    """[(label, {phase: median length}), ...] of an arm: host, and GPU where that was timed."""
+    """[(label, {phase: median length}, deviation of the step over the runs or None), ...] of an arm: host, and GPU
+    where that was timed."""
     timing, scale = combine([run.timing() for run in row.runs if run.epochs]), 1.0
     if row.runs[0].on_cpu:
         scale = combine([run.timing() for run in base.runs if run.epochs])["phases"]["step"]["host_ms"]["median"]
@@ -283,7 +304,9 @@ def _bars(name, row, base):
         times = {phase: found[f"{side}_ms"] for phase, found in timing["phases"].items()}
         if all(times.values()):
             lengths = {phase: time["median"] / scale for phase, time in times.items() if time["median"] is not None}
-            bars.append((name if row.runs[0].on_cpu else f"{name}, {words}", lengths))
+            steps = [run.timing()["phases"]["step"][f"{side}_ms"]["median"] for run in row.runs if run.epochs]
+            label = name if row.runs[0].on_cpu else f"{name}, {words}"
+            bars.append((label, lengths, Sample.of(steps).deviation / scale if len(steps) > 1 else None))
     return bars
 
 
@@ -295,26 +318,32 @@ def draw_memory(runs, study):
         return None
     memory = Record.saved_mib if on_cpu(group) else Record.allocated_gb
     figure, panel = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")
-    colours = distinct_colours(row.arm.label for row in group.rows)
+    colours = distinct_colours(in_words(row.arm.label) for row in group.rows)
     markers = distinct_styles(group.rows, MARKERS)
-    points = {}
+    points, whiskers = {}, False
     for row in group.rows:
-        point = _multiples(row, group.baseline(row), Record.step_ms, memory)
-        if point:
-            points.setdefault(row.arm.label, []).append(point)
-            panel.plot(*point, markers[row.keys], color=colours[row.arm.label], markersize=9)
+        found = _multiples(row, group.baseline(row), Record.step_ms, memory)
+        if found:
+            name, ((x, low, high), (y, *_)) = in_words(row.arm.label), found
+            points.setdefault(name, []).append((x, y))
+            panel.plot(x, y, markers[row.keys], color=colours[name], markersize=9)
+            if low is not None and not row.arm.is_baseline:
+                panel.errorbar(x, y, xerr=[[x - low], [high - x]], color=colours[name], linewidth=1, capsize=3)
+                whiskers = True
     for name, of_policy in points.items():
         panel.plot(*zip(*of_policy, strict=True), color=colours[name], linewidth=1)
-        panel.annotate(name, max(of_policy), xytext=(8, 5), textcoords="offset points", color=colours[name])
-    panel.margins(x=0.1)
+        panel.annotate(name, max(of_policy), xytext=(8, 6), textcoords="offset points", color=colours[name])
+    panel.margins(x=0.2)
     panel.set_xlabel("step time, multiples of the plain run's at the same batch size")
     what = "activation memory saved for backward" if on_cpu(group) else "peak allocated GPU memory"
     panel.set_ylabel(f"{what},\nmultiples of the plain run's")
     panel.set_ylim(0, max(1.1, panel.get_ylim()[1]))
-    return _finish(figure, _key_handles(markers, "marker"), _title("Memory against time", group))
+    title = figure_title("Memory against time", group) + "\nwhiskers: 95 % intervals" * whiskers
+    return finish(figure, _key_handles(markers, "marker"), title)
 
 
 def _multiples(row, base, *figures):
-    """The means over a Row's runs of `figures`, each of a Record, over those of the Row `base`; None without one."""
+    """[(multiple, low, high), ...] of the means over a Row's runs of `figures`, each of a Record, over those of the Row
+    `base`; None without one."""
     samples = [(Sample.of(map(each, row.runs)), base and Sample.of(map(each, base.runs))) for each in figures]
-    return [new.mean / old.mean for new, old in samples] if all(new and old for new, old in samples) else None
+    return [ratio_interval(*pair) for pair in samples] if all(new and old for new, old in samples) else None

@@ -6,7 +6,7 @@ from reporting import published
 from reporting.comparison import Sample, ratio_interval, within_noise
 from reporting.records import Record, provenance
 from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCLS, TOGETHER, test_accuracy
-from reporting.tables import groups, markdown, place
+from reporting.tables import data_name, groups, is_toy, markdown, place
 
 CHECKPOINT = "`resnext_checkpoint.py`"
 # Study, the start of an arm's label -> the technique with the way to switch it on, and when it pays.
@@ -51,6 +51,7 @@ TECHNIQUES = {
     ),
 }
 STUDIES = (DATA_LOADER, MIXED_PRECISION, CHECKPOINTING, TOGETHER, SIMCLS)
+FEW_EPOCHS = 3  # Fewer show times, and no result.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +72,18 @@ class Effect:
 
     @property
     def where(self):
-        words = [str(self.group.settings[name]) for name in ("model", "dataset") if self.group.settings.get(name)]
-        return "; ".join(filter(None, [", ".join(words), place(self.group.machine)]))
+        model, epochs = self.group.settings.get("model"), self.group.settings.get("num_epoch")
+        length = f"{epochs} epoch{'' if epochs == 1 else 's'}" if epochs else None
+        words = ", ".join(filter(None, [model, data_name(self.group), length]))
+        return f"{words}; {place(self.group.machine)}"
 
 
 def effects(runs):
-    """The Effects of all techniques that `runs` show, in the order of STUDIES: for each study and kind of hardware
-    those of one group, real pictures before digits, then with most seeds, then with most epochs."""
+    """The Effects of all techniques that `runs` show, place by place: real pictures, digits, SimCLS.
+
+    For each study and kind of hardware they are those of one group, as `rank` has it. A technique that has been tried
+    on real pictures is not shown on digits.
+    """
     found = []
     for study in STUDIES:
         of_hardware = {}
@@ -85,34 +91,17 @@ def effects(runs):
             of_hardware.setdefault(group.machine["hardware"], group)
         for group in of_hardware.values():
             found += filter(None, (effect(study, group, row) for row in group.rows))
-    return found
+    real = {each.technique for each in found if not is_toy(each.group)}
+    found = [each for each in found if not is_toy(each.group) or each.technique not in real]
+    places = {each.where: position for position, each in reversed(list(enumerate(found)))}
+    return sorted(found, key=lambda each: (each.study == "simcls", is_toy(each.group), places[each.where]))
 
 
 def rank(group):
+    """What comes first: real pictures, enough epochs to see a result, several seeds, more epochs, more seeds."""
     epochs = max((len(run.curve("loss")) for row in group.rows for run in row.runs), default=0)
     seeds = min(len(row.runs) for row in group.rows)
-    return group.settings.get("dataset") == "digits", seeds < 2, -epochs, -seeds
-
-
-SHORT = {
-    "0 workers": "loading without workers",
-    "device": "loading on the device",
-    "chain": "recomputing all but convolutions",
-    "block": "recomputing whole blocks",
-    "nested": "recomputing whole stages",
-}
-
-
-def short(effect):
-    """The technique in a few words."""
-    label = effect.label
-    if effect.study == "simcls":
-        return f"SimCLS: {label.removeprefix('4 workers, ')}"
-    if effect.study == "mixed-precision":
-        return f"half precision ({label})"
-    if label.startswith(("budget", "held")):
-        return f"recomputing, {label.replace('budget', 'peak')}"
-    return SHORT.get(label, label)
+    return is_toy(group), epochs < FEW_EPOCHS, seeds < 2, -epochs, -seeds
 
 
 def effect(study, group, row):
@@ -206,7 +195,7 @@ def render(runs, study=None):
             "Change in the result": each.result,
             "When to use it": each.when if study is None else None,
             "n": str(each.n),
-            "Where": str(places.index(each.where) + 1),
+            "Measured on": f"{data_name(each.group)} ({places.index(each.where) + 1})",
             "As published, one A100, ×": each.published,
         }
         for each in found
@@ -215,7 +204,7 @@ def render(runs, study=None):
     for number, where in enumerate(places, 1):
         made = provenance([run.record for each in found if each.where == where for run in each.row.runs])
         notes.append(f"({number}) {where}; {made}.")
-    return f"{markdown(rows)}\n\n{EXPLANATION} Where: {' '.join(notes)}"
+    return f"{markdown(rows)}\n\n{EXPLANATION} Measured on: {' '.join(notes)}"
 
 
 EXPLANATION = (

@@ -2,13 +2,17 @@
 
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.lines import Line2D
 
 from reporting import headline
 from reporting.accuracy import target, timed_groups
-from reporting.figures import STYLE, WIDTH, distinct_colours, facts, heading, save
+from reporting.figures import STYLE, WIDTH, arm_handles, distinct_colours, figure_title, finish, save
 from reporting.records import provenance
+from reporting.studies import in_words
+from reporting.tables import is_toy
 
 LESS, MORE = "#3f90da", "#e76300"  # Told apart by colour-blind readers, too; and they point to different sides.
+ROW, AROUND = 0.36, 0.42  # Inches: of a technique, and of the line above those of one place.
 
 
 def draw_waterfall(runs, folder):
@@ -24,30 +28,49 @@ def draw_waterfall(runs, folder):
 
 
 def draw(effects):
-    """Bars from 1, the run without the technique, to the multiple with it; whiskers are 95 % intervals."""
-    places = list(dict.fromkeys(each.where for each in effects))
-    names = [f"{headline.short(each)} [{places.index(each.where) + 1}]" for each in effects]
-    notes = []
-    for number, where in enumerate(places, 1):
-        records = [run.record for each in effects if each.where == where for run in each.row.runs]
-        n = sorted({each.n for each in effects if each.where == where})
-        notes.append(f"[{number}] {where}; n = {' or '.join(map(str, n))}; {provenance(records)}")
-    height = 1.4 + 0.36 * len(effects) + 0.19 * len(notes)
-    figure, panels = plt.subplots(1, 2, figsize=(WIDTH, height), layout="constrained", sharey=True)
-    for panel, key, title in zip(panels, ("time", "memory"), ("time of an epoch", "memory"), strict=True):
-        for position, each in enumerate(effects):
-            draw_bar(panel, position, getattr(each, key))
-        panel.axvline(1, color="black", linewidth=1)
+    """Bars from 1, the run without the technique, to the multiple with it; whiskers are 95 % intervals. A row of panels
+    for each place that they were measured in, all of one scale."""
+    places = {}
+    for each in effects:
+        places.setdefault(each.where, []).append(each)
+    heights = [AROUND + ROW * len(found) for found in places.values()]
+    figure, panels = plt.subplots(
+        len(places), 2, figsize=(WIDTH, 1.1 + sum(heights)), layout="constrained", sharex="col", sharey="row",
+        squeeze=False, height_ratios=heights,
+    )  # fmt: skip
+    for row, (where, found) in zip(panels, places.items(), strict=True):
+        for panel, key in zip(row, ("time", "memory"), strict=True):
+            for position, each in enumerate(found):
+                draw_bar(panel, position, getattr(each, key))
+            panel.axvline(1, color="black", linewidth=1)
+            panel.grid(axis="y", visible=False)
+        row[0].set_yticks(range(len(found)), [short(each) for each in found])
+        row[0].set_ylim(len(found) - 0.4, -0.6)
+        row[0].set_title(" ", fontsize=9)  # Room for the line below, which is wider than the panel.
+        line = row[0].annotate(place_line(where, found), (0, 1), xycoords=("figure fraction", "axes fraction"),
+                               xytext=(6, 5), textcoords="offset points", fontsize=9)  # fmt: skip
+        line.set_in_layout(False)
+    for panel, title in zip(panels[-1], ("time of an epoch", "memory"), strict=True):
         panel.set_xlabel(f"{title}, × that of the run without it")
-        panel.set_xlim(0, 1.25 * max(1.0, panel.get_xlim()[1]))
-        panel.grid(axis="y", visible=False)
-    panels[0].set_yticks(range(len(names)), names)
-    panels[0].set_ylim(len(names) - 0.4, -0.6)
+        panel.set_xlim(0, 1.2 * max(1.0, panel.get_xlim()[1]))
     figure.suptitle(
-        "What each technique adds to time and memory: left of the line is saved, right is paid", fontsize=11
-    )
-    figure.supxlabel("\n".join(notes), fontsize=8, x=0.01, ha="left")
+        "What each technique adds to time and memory: left of the line is saved, right is paid\n"
+        "bars: means over n runs of other seeds; whiskers: 95 % intervals, where n > 1", fontsize=11,
+    )  # fmt: skip
     return figure
+
+
+def short(effect):
+    """The technique in a few words."""
+    label = effect.label.removeprefix("4 workers, ") if effect.study == "simcls" else effect.label
+    return f"SimCLS: {in_words(label)}" if effect.study == "simcls" else in_words(label)
+
+
+def place_line(where, effects):
+    """ "resnext29_2x4d, CIFAR-10, 15 epochs; AMD EPYC, ...; n = 3; commit 1f098ca, 2026-11-25" of a row of panels."""
+    n = sorted({each.n for each in effects})
+    made = provenance([run.record for each in effects for run in each.row.runs])
+    return f"{where}; n = {' or '.join(map(str, n))}; {made}"
 
 
 def draw_bar(panel, position, ratio):
@@ -68,29 +91,32 @@ def draw_time_to_accuracy(runs, folder):
     found = timed_groups(runs)
     if not found:
         return []
-    group = max(found, key=lambda group: max(len(run.epochs) for row in group.rows for run in row.runs))
+    # The first is of real pictures, if any is; of those that are, the longest runs.
+    group = min(found, key=lambda group: (is_toy(group), -longest(group)))
     with plt.rc_context(STYLE):
         figure, panel = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")
-        colours = distinct_colours(row.arm.label for row in group.rows)
+        colours = distinct_colours(in_words(row.arm.label) for row in group.rows)
         for row in group.rows:
             minutes, values = by_epoch(row)
-            colour = colours[row.arm.label]
-            panel.plot(
-                minutes, values.mean(0), color=colour, linewidth=2, marker="o", markersize=3, label=row.arm.label
-            )
+            colour = colours[in_words(row.arm.label)]
+            panel.plot(minutes, values.mean(0), color=colour, linewidth=2, marker="o", markersize=3)
             panel.fill_between(minutes, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
-        goal = target(group)
+        handles, goal = arm_handles(colours), target(group)
         if goal is not None:
-            panel.axhline(goal, color="grey", linestyle="--", linewidth=1)
-            panel.annotate(f"{goal:.1f} %: what every run of the original's way reaches", (0, goal), xytext=(4, 4),
-                           textcoords="offset points", color="grey")  # fmt: skip
+            style = {"color": "black", "linestyle": "--", "linewidth": 1}
+            panel.axhline(goal, **style)
+            label = f"{goal:.1f} %, which every run of the original's way reaches"
+            handles.append(Line2D([], [], label=label, **style))
         panel.set(xlabel="minutes since the run's start, with evaluation and saving", ylabel="test accuracy, %")
         panel.set_xlim(0, None)
-        panel.legend(loc="lower right")
-        figure.suptitle(f"Time to accuracy: {heading(group)}\n{facts(group)}", fontsize=11)
+        finish(figure, handles, figure_title("Time to accuracy", group, banded=True))
     save(figure, folder / "time_to_accuracy.png")
     plt.close(figure)
     return [folder / "time_to_accuracy.png"]
+
+
+def longest(group):
+    return max(len(run.epochs) for row in group.rows for run in row.runs)
 
 
 def by_epoch(row):

@@ -3,6 +3,7 @@
 from reporting import accuracy, headline
 from reporting.comparison import Sample
 from reporting.records import provenance
+from reporting.studies import loading_label
 from reporting.tables import markdown
 
 PAGE = "/docs/techniques/"
@@ -12,7 +13,7 @@ def bullets(runs, evaluations):
     """Markdown: a list of what each technique bought, with the page that tells more; "" without any record."""
     found = headline.effects(runs)
     lines = [
-        _loading(runs),
+        _loading(found),
         _best(found, "mixed-precision", "time", "**Half precision**",
               "an epoch takes {} × the time, at best", "half-precision"),
         _best(found, "checkpointing", "memory", "**Recomputing activations**",
@@ -23,10 +24,11 @@ def bullets(runs, evaluations):
     return "\n".join(f"- {line}" for line in lines if line)
 
 
-def _loading(runs):
-    found = [run.load_percent() for run in runs if run.experiment == "resnext" and run.arguments["num_worker"] == 2
-             and run.record.get("loading") != "device" and not run.arguments["half_precision"]]  # fmt: skip
-    sample = Sample.of(found)
+def _loading(effects):
+    """Of the first baseline in the headline that loads as the original did: of real pictures before digits."""
+    bases = [each.group.baseline(each.row).runs for each in effects if each.study != "simcls"]
+    bases = [runs for runs in bases if loading_label(runs[0]) == "2 workers"]
+    sample = Sample.of(run.load_percent() for run in bases[0]) if bases else None
     if sample is None:
         return None
     text = f"with two worker processes a step waits {sample.mean:.1f} % of its time for pictures"

@@ -8,6 +8,7 @@ from reporting import shapes
 from reporting.figures import STYLE, WIDTH, save
 from reporting.records import provenance
 from reporting.shapes import COUNT, NUMBER, TEXT, each
+from reporting.studies import in_words
 
 GIB = 2**30
 CURVE = {"backward_begins": COUNT, "ends": COUNT, "held_bytes": NUMBER, "points": each(list, each(list, COUNT))}
@@ -15,6 +16,7 @@ RECORD = {
     "model": TEXT, "batch_size": COUNT, "weight_bytes": COUNT, "kinds": each(list, TEXT), "steps": each(dict, CURVE),
 }  # fmt: skip
 ADAM = 3  # Weights, and two moments of each.
+KINDS = {"passing": "passing, freed at once", "redone": "recomputed for backward"}  # What a legend calls them.
 
 
 def draw_step_memory(measured, folder):
@@ -38,7 +40,7 @@ def draw(record):
     steps = record["steps"]
     shape = {"figsize": (WIDTH, 7.2), "layout": "constrained", "sharey": True, "squeeze": False}
     figure, panels = plt.subplots(-(-len(steps) // 2), 2, **shape)
-    kinds = ["weights and Adam's moments", *record["kinds"]]
+    kinds = ["weights and Adam's moments", *(KINDS.get(kind, kind) for kind in record["kinds"])]
     colours = matplotlib.color_sequences["petroff10"]
     for panel, (name, step) in zip(panels.flat, steps.items(), strict=False):
         points = np.array(step["points"], dtype=float)
@@ -46,13 +48,15 @@ def draw(record):
         panel.stackplot(points[:, 0] / step["ends"], base / GIB, *(points[:, 1:].T / GIB), labels=kinds, colors=colours)
         panel.axvline(step["backward_begins"] / step["ends"], color="black", linestyle="--", linewidth=1)
         peak = (base + points[:, 1:].sum(1)).max() / GIB
-        panel.set_title(f"{name}: {step['held_bytes'] / GIB:.2f} GiB kept, peak {peak:.2f} GiB", fontsize=10)
+        words = in_words("none" if name == "plain" else name)
+        panel.set_title(f"{words}: {step['held_bytes'] / GIB:.2f} GiB kept, peak {peak:.2f} GiB", fontsize=10)
         panel.set_xlim(0, 1)
-    figure.supxlabel("share of the step's operators that have run; backward begins at the dashed line", fontsize=10)
     for panel in panels[:, 0]:
         panel.set_ylabel("memory, GiB")
+    for panel in panels[-1]:
+        panel.set_xlabel("share of the step's operators that have run")
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    facts = f"{record['machine']['hardware']}; {provenance([record])}"
+    facts = f"{record['machine']['hardware']}; {provenance([record])}; dashed line: backward begins"
     title = f"The memory of one training step: {record['model']}, batch {record['batch_size']}"
     figure.suptitle(f"{title}\n{facts}", fontsize=11)
     return figure

@@ -30,6 +30,35 @@ def recomputation_label(run):
     return run.arguments.get("policy") or "none"
 
 
+IN_WORDS = {
+    "0 workers": "loading without workers",
+    "device": "pictures kept where it trains",
+    "none": "nothing recomputed",
+    "chain": "recomputing all but convolutions",
+    "block": "recomputing whole blocks",
+    "nested": "recomputing whole stages",
+    "fp32": "single precision (fp32)",
+    "tf32": "single precision (tf32)",
+    "fp16": "half precision (fp16)",
+    "bf16": "half precision (bf16)",
+}
+BUDGETS = {"budget": "peak at most", "held": "keeping at most"}
+
+
+def in_words(label):
+    """The label of an Arm for figures, which have no table's header to say what it is about."""
+    label, bracket, flags = label.partition(" (--")  # What tells arms of one label apart.
+    return ", ".join(map(_in_words, label.split(", "))) + bracket + flags
+
+
+def _in_words(part):
+    name = part.removeprefix("loading: ").removeprefix("recomputing: ")
+    kind, _, share = name.partition(" ")
+    if kind in BUDGETS:
+        return f"recomputing, {BUDGETS[kind]} {100 * float(share):g} %"
+    return IN_WORDS.get(name, f"loading by {name}" if share.startswith("worker") else name)
+
+
 def loading_arm(run):
     if run.experiment not in IMAGES:
         return None

@@ -8,9 +8,11 @@ from reporting.comparison import Sample, difference, quantity, ratio
 from reporting.published import SETUP
 from reporting.records import machine_letter, provenance
 
-# Runs that differ in these alone are the same experiment: they say where and how the process ran.
+# Runs that differ in these alone are the same experiment: they say where and how the process ran. A folder of pictures
+# is known by its name, as Record.data has it, and device and threads by `hardware`.
 NOT_SETTINGS = (
     "seed", "output_dir", "run_name", "resume", "restart", "log", "port", "gpuid", "report_freq", "evaluate", "trace",
+    "data_dir", "device", "threads", "save_every",
 )  # fmt: skip
 
 NUMBER = re.compile(r"[+-]?[\d.]+( ± [\d.]+)?(, within the noise)?")
@@ -116,8 +118,6 @@ class Group:
 def settings(run, without=()):
     """What `run` did, as a dict: its experiment and arguments, without those that are no settings or in `without`."""
     left_out = {*NOT_SETTINGS, *without}
-    if run.arguments.get("dataset") != "folder":
-        left_out.add("data_dir")
     everything = {"experiment": run.experiment} | run.arguments
     if "dataset" in everything:
         everything["dataset"] = run.data
@@ -134,7 +134,7 @@ def hardware(run):
 
 
 def groups(study, runs):
-    """The Groups of `runs` that have something to compare, the largest first."""
+    """The Groups of `runs` that have something to compare: of real data before digits, then the largest first."""
     found = {}
     for run in runs:
         arm = study.arm(run)
@@ -156,7 +156,21 @@ def groups(study, runs):
             row.runs = one_a_seed(row.runs)
         _tell_apart(group.rows)
         group.rows.sort(key=lambda row: (row.keys, not row.arm.is_baseline, row.arm.order))
-    return sorted(kept, key=lambda group: (-len(group.rows), _key(group.settings, group.machine)))
+    return sorted(kept, key=lambda group: (is_toy(group), -len(group.rows), _key(group.settings, group.machine)))
+
+
+DATA = {"cifar10": "CIFAR-10", "digits": "handwritten digits", "samples": "texts"}  # Others by their own name.
+
+
+def data_name(group):
+    """What the data of a Group is called in headline and figures."""
+    name = str(group.settings.get("dataset"))
+    return DATA.get(name, name)
+
+
+def is_toy(group):
+    """Whether a Group is of the digits of scikit-learn, which are there to try things, and show less than pictures."""
+    return group.settings.get("dataset") == "digits"
 
 
 def one_a_seed(runs):
@@ -239,7 +253,8 @@ def caption(group, all_groups):
     words = [phrase.format(common[name]) for name, phrase in phrases.items() if name in common]
     words = ["1 epoch" if word == "1 epochs" else word for word in words]
     for name in sorted(set(common) - set(phrases)):
-        if len({str(other.settings.get(name)) for other in all_groups}) > 1:
+        # Records of before an argument was there do not name it.
+        if len({str(other.settings[name]) for other in all_groups if name in other.settings}) > 1:
             words.append(f"{_words(name).lower()} {common[name]}")
     records = [run.record for row in group.rows for run in row.runs]
     made = provenance(records)

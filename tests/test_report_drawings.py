@@ -10,6 +10,10 @@ from reporting import figures, tables
 from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCLS
 
 CURVES = {"loss": "training loss", "test_acc": "test accuracy, %"}
+POLICIES = [
+    "nothing recomputed",
+    *(f"recomputing {what}" for what in ("all but convolutions", "whole blocks", "whole stages")),
+]
 CHECKPOINT = {"experiment": "resnext_checkpoint", "memory_budget": None}
 
 
@@ -60,10 +64,24 @@ def test_losses_that_coincide_for_each_seed_are_said_to():
     runs = [make_run(experiment="simcls", **names | {"num_workers": n, "seed": s}) for n in (4, 0) for s in (0, 1)]
     for run in runs:
         run.epochs[0]["losses"] = [[1, 0.5], [2, 0.4 + 0.1 * run.arguments["seed"]]]
-    assert title(figures.draw_losses(runs, SIMCLS)).endswith("\nall 2 curves coincide")
-    assert "coincide" not in title(figures.draw_losses(runs[:-1], SIMCLS))  # Seed 1 has one curve.
+    assert title(figures.draw_losses(runs, SIMCLS)).endswith("\nall 2 curves coincide; bands: lowest to highest run")
+    assert "n = 1;" in title(figures.draw_losses(runs[:-1], SIMCLS))  # Seed 1 has one curve, which is left out.
     runs[-1].epochs[0]["losses"][1][1] = 0.6
     assert "coincide" not in title(figures.draw_losses(runs, SIMCLS))
+
+
+def test_many_losses_are_shown_as_running_means_over_the_seeds():
+    names = {"num_worker": None, "loader": None, "num_workers": 4, "use_checkpoint": False}
+    runs = [make_run(experiment="simcls", **names | {"num_workers": n, "seed": s}) for n in (4, 0) for s in (0, 1)]
+    for run in runs:
+        level = 0.3 + 0.2 * run.arguments["seed"]
+        run.epochs[0]["losses"] = [[update, level + 0.1 * (-1) ** update] for update in range(1, 41)]
+    (panel,) = figures.draw_losses(runs, SIMCLS).axes
+    assert panel.get_ylabel() == "training loss, mean of the last 2 points"
+    assert list(panel.lines[0].get_xdata()) == list(range(2, 41))
+    assert panel.lines[0].get_ydata() == pytest.approx(0.4)
+    heights = panel.collections[0].get_paths()[0].vertices[:, 1]
+    assert (heights.min(), heights.max()) == pytest.approx((0.3, 0.5))
 
 
 def test_curves_are_of_the_longest_runs():
@@ -86,7 +104,7 @@ def test_curves_are_of_the_longest_runs():
 def test_a_large_study_of_memory_has_a_colour_a_policy_and_a_marker_a_batch_size():
     figure = figures.draw_memory(large_study(), CHECKPOINTING)
     (panel,) = figure.axes
-    assert sorted(text.get_text() for text in panel.texts) == ["block", "chain", "nested", "none"]
+    assert sorted(text.get_text() for text in panel.texts) == POLICIES
     assert legend(figure) == ["batch 128", "batch 512", "batch 896"]
     points = [line for line in panel.lines if line.get_marker() != "None"]
     assert len(points) == 12
@@ -102,7 +120,7 @@ def test_a_small_study_of_memory_needs_no_legend():
 
 def test_curves_of_a_large_study_have_a_colour_a_policy_and_a_style_a_batch_size():
     figure = figures.draw_curves(large_study(), CHECKPOINTING, CURVES)
-    assert legend(figure) == ["none", "block", "chain", "nested", "batch 128", "batch 512", "batch 896"]
+    assert sorted(legend(figure)) == ["batch 128", "batch 512", "batch 896", *POLICIES]
     looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
     assert len(looks) == 12
 
@@ -122,8 +140,9 @@ def bars(runs):
 def test_the_time_line_of_a_gpu_names_arms_and_clocks():
     _, names = bars([make_run(), make_run(loader="device"), make_run(policy="chain", **CHECKPOINT)])
     assert names == [
-        "baseline, host time", "baseline, GPU time", "loader on device, host time", "loader on device, GPU time",
-        "recomputing chain, host time", "recomputing chain, GPU time",
+        f"{name}, {side} time"
+        for name in ("the original's way", "pictures kept where it trains", "recomputing all but convolutions")
+        for side in ("host", "GPU")
     ]  # fmt: skip
 
 
@@ -134,10 +153,10 @@ def test_on_a_cpu_each_bar_is_scaled_by_the_baseline_of_its_own_group():
     runs = [make_run(1.0, num_epoch=2, **cpu), make_run(1.5, num_epoch=2, num_worker=0, **cpu)]
     runs += [make_run(2.0, num_epoch=6, **cpu), make_run(1.6, num_epoch=6, **half)]
     figure, names = bars(runs)
-    assert names == ["baseline", "0 workers", "bf16"]
+    assert names == ["the original's way", "loading without workers", "half precision (bf16)"]
     lengths = {}
     for bar in figure.axes[0].patches:
         position = round(bar.get_y() + bar.get_height() / 2)
         lengths[names[position]] = lengths.get(names[position], 0) + bar.get_width()
-    assert lengths == pytest.approx({"baseline": 1.0, "0 workers": 1.5, "bf16": 0.8})
+    assert lengths == pytest.approx(dict(zip(names, (1.0, 1.5, 0.8), strict=True)))
     assert "own baseline" in figure.axes[0].get_xlabel()

@@ -9,7 +9,7 @@ from conftest import ROOT
 from run_records import make_record, make_run, read_table
 
 from harness.endings import UserError
-from reporting import accuracy, headline, links, records, sentences, studies, tables
+from reporting import accuracy, headline, headline_figures, links, records, sentences, studies, tables
 from reporting.pages import rewrite
 
 DIRTY = "0123456789ab-dirty"
@@ -117,15 +117,33 @@ def test_the_headline_has_a_row_for_each_technique_with_its_interval_and_what_wa
     assert half["As published, one A100, ×"] == "time 0.76"
 
 
-def test_real_pictures_are_shown_before_digits():
-    digits = [make_run(dataset="digits"), make_run(2.0, dataset="digits", loader="device")]
-    real = [
-        make_run(dataset="folder", data_dir="cifar10"),
-        make_run(0.7, dataset="folder", data_dir="cifar10", loader="device"),
+def test_real_pictures_are_shown_before_digits_and_instead_of_them():
+    digits = [make_run(dataset="digits", device="cpu"), make_run(1.5, dataset="digits", device="cpu", num_worker=0)]
+    digits += [make_run(2.0, dataset="digits", device="cpu", half_precision="float16", precision="bf16")]
+    cifar = {"dataset": "folder", "data_dir": "cifar10"}
+    real = [make_run(**cifar), make_run(0.7, half_precision="float16", precision="fp16", **cifar)]
+    real += [make_run(0.3, experiment="resnext_fast", loader="device", lr=0.1, save_every=1.0, **cifar)]
+    rows = read_table(headline.render(digits + real))
+    assert [(row["Technique"].partition(":")[0], row["Time, ×"], row["Measured on"]) for row in rows] == [
+        ("Half precision", "0.70", "CIFAR-10 (1)"),
+        ("Everything on", "0.30", "CIFAR-10 (1)"),
+        ("No worker processes for loading", "1.50", "handwritten digits (2)"),
     ]
-    (row,) = read_table(headline.render(digits + real))
-    assert row["Time, ×"] == "0.70"
-    assert "resnext29_4x64d, cifar10;" in headline.render(digits + real)
+    assert "(1) resnext29_4x64d, CIFAR-10, 3 epochs; NVIDIA A100" in headline.render(digits + real)
+    for run in real:
+        for epoch in run.epochs:
+            epoch["timing"]["phases"]["data load"]["device_ms"]["median"] *= 2
+    assert "a step waits 8.0 % of its time" in sentences.bullets(digits + real, [])  # And not 4.0 %, as for digits.
+
+
+def test_the_first_figure_has_a_row_of_panels_for_each_place():
+    runs = [make_run(dataset="digits", device="cpu"), make_run(1.5, dataset="digits", device="cpu", num_worker=0)]
+    runs += [make_run(), make_run(0.7, half_precision="float16", precision="fp16")]
+    panels = headline_figures.draw(headline.effects(runs)).axes
+    labels = [[text.get_text() for text in panel.get_yticklabels()] for panel in panels[::2]]
+    assert labels == [["half precision (fp16)"], ["loading without workers"]]
+    assert [panel.patches[0].get_width() for panel in panels[::2]] == pytest.approx([-0.3, 0.5])
+    assert "CIFAR-10, 3 epochs; NVIDIA A100" in panels[0].texts[-1].get_text()
 
 
 def timed(run, *points):
