@@ -54,15 +54,19 @@ class Plan(NamedTuple):
         )
 
     def compared_with(self, held_bytes, peak_bytes, extra_flops):
-        """The measured bytes and FLOPs of a training step in words, each beside what was planned."""
-        held, peak, planned, planned_peak = (
-            f"{size / 2**20:.1f}" for size in (held_bytes, peak_bytes, self.held_bytes, self.peak_bytes)
-        )
-        extra, planned_extra = (f"{100 * flops / self.plain_flops:+.2f}" for flops in (extra_flops, self.extra_flops))
-        return (
-            f"peak {peak} MiB (planned {planned_peak}), held {held} MiB (planned {planned}), "
-            f"{extra} % FLOPs (planned {planned_extra})"
-        )
+        """The measured bytes and FLOPs of a training step in words, each beside what was planned; None is left out."""
+        parts = [
+            f"{what} {measured / 2**20:.1f} MiB (planned {planned / 2**20:.1f})"
+            for what, measured, planned in (
+                ("peak", peak_bytes, self.peak_bytes),
+                ("held", held_bytes, self.held_bytes),
+            )
+            if measured is not None
+        ]
+        if extra_flops is not None:
+            extra, planned = (f"{100 * flops / self.plain_flops:+.2f}" for flops in (extra_flops, self.extra_flops))
+            parts.append(f"{extra} % FLOPs (planned {planned})")
+        return ", ".join(parts)
 
 
 def describe(timeline, redo):

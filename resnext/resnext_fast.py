@@ -55,9 +55,8 @@ class FastParser(OneLineParser):
         args, unknown = super().parse_known_args(*texts)
         if args.cuda_graphs and not args.compile:
             self.error("--cuda_graphs launches what --compile makes; add --compile")
-        if args.compile and policy_label(args):
-            self.error("--policy and --memory_budget redo in hooks, which --compile leaves no place for; "
-                       "add --compile False")  # fmt: skip
+        if args.compile and args.policy == "nested":
+            self.error("--policy nested cannot be compiled; add --compile False, or take another policy")
         if args.lr is None:
             args.lr = LEARNING_RATES[args.optimizer]
         return args, unknown
@@ -155,6 +154,10 @@ def for_full_batches(model, data, args, precision, run, layout):
         return model
     fast_model = compiled(model, args, layout["memory_format"] == torch.channels_last)
     full = min(args.batch_size, len(data.train_labels)) // run.world.size
+    if policy_label(args):
+        torch._dynamo.config.optimize_ddp = False  # With several processes it would split what redoing needs in one.
+        with precision.autocast():
+            getattr(model, "module", model).prepare_to_compile()
     # A step without its update, so that the record tells the time of compiling from that of training.
     started, before = time.perf_counter(), [buffer.clone() for buffer in model.buffers()]
     with precision.autocast():
@@ -214,7 +217,7 @@ def train(args, world, precision, run):
     batches, loader = training_batches(args, world, data, run, **layout)
     scaler, metrics, steps = precision.scaler, Metrics(device), len(batches)
     phase, saved = PhaseTimer(device), SavedBytes(model)
-    cost = StepCost(model, device, enabled=plan is not None)
+    cost = StepCost(model, device, enabled=plan is not None and not args.compile)
     state = {"data": data, "model": model, "optimizer": optimizer, "scaler": scaler, "metrics": metrics}
     state |= {"average": average}
 

@@ -293,7 +293,7 @@ def test_compiled_it_computes_the_same(monkeypatch):
 
 
 def test_bad_arguments_are_one_line(run_script, tiny):
-    compiled = ["--policy", "block", "--compile", "True"]
+    compiled = ["--policy", "nested", "--compile", "True"]
     for flags in (["--label_smoothing", 1.5], ["--ema", 0], ["--optimizer", "adagrad"], compiled):
         errors = run_script(SCRIPT, *tiny, *flags, code=2).stderr
         assert errors.count("\n") == 1

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+from harness.compiled_recompute import checkpointed, selective_contexts
 from harness.recompute import Tape
 from harness.rehearsal import rehearse
 from models.resnext import Block, ResNeXt
@@ -69,8 +70,15 @@ class CheckpointResNeXt(ResNeXt):
             return super().forward(x)
         if self.policy == "nested":
             return self._nested_forward(x)
+        if torch.compiler.is_compiling():
+            return checkpointed(self.run_steps, x, self.contexts)
         with Tape(self.redo) as tape:
             return self.run_steps(tape, x)
+
+    def prepare_to_compile(self):
+        """To be called before torch.compile, under the run's autocast, once the policy is chosen."""
+        pictures = torch.empty(2, 3, 32, 32, device="meta")  # The steps are the same for any number and size.
+        self.contexts = selective_contexts(copy.deepcopy(self).to("meta").run_steps, pictures, self.redo)
 
     def run_steps(self, tape, x):
         """The training forward as named steps on `tape`."""
