@@ -32,7 +32,8 @@ def main():
         request = json.loads(line)
         name = request["model"]
         if name not in models:
-            models[name] = transformers.AutoModelForSeq2SeqLM.from_pretrained(name).eval()
+            model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name)
+            models[name] = model.float().eval()  # By itself transformers 5 computes in the precision of the file.
         started = time.perf_counter()
         tokens = [generate(models[name], batch, request) for batch in request["batches"]]
         seconds = time.perf_counter() - started
