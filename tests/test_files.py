@@ -6,11 +6,12 @@ import json
 import os
 from argparse import Namespace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from harness import files
+from harness import files, runs
 from harness.distributed import World
 from harness.endings import UserError
 from harness.files import ROOT, output_lock, portable, staging, write_record
@@ -83,6 +84,20 @@ def test_finished_runs_on_two_folders_of_one_name_are_told_apart(tmp_path):
 
 def make_run(folder, **args):
     return Run("resnext", folder, "name", Namespace(**args), World(0, 1, torch.device("cpu")))
+
+
+def test_the_clock_of_a_resumed_run_goes_on_from_its_last_state(tmp_path, monkeypatch):
+    """Each process has a clock of its own; what was done after the last state is done again, and counts once."""
+    now = [1000.0]
+    monkeypatch.setattr(runs, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    for start, saved_after, killed_after, total in ((1000.0, 60, 5, 60), (7.0, 30, 500, 90), (9e6, 10, 0, 100)):
+        now[0] = start
+        run = make_run(tmp_path, num_epoch=9)
+        run.resume()
+        now[0] += saved_after
+        assert run.elapsed_seconds() == total
+        run.save(1, 0)
+        now[0] += killed_after
 
 
 def test_numbers_are_those_that_were_measured(tmp_path):
