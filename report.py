@@ -7,7 +7,8 @@
                                                and docs/, and the figures in image/
     python3 report.py --compare A B            two runs, or two folders of seeds: what differs, and if that is noise
     python3 report.py --phases RECORD.json     the phases of one run in full
-    python3 report.py --nsys TRACE.sqlite      the same of an Nsight Systems trace, exported to SQLite
+    python3 report.py --timeline A.json.gz B.json.gz    where a step goes and the device waits, of files of --trace
+    python3 report.py --nsys TRACE.sqlite      the phases of an Nsight Systems trace, exported to SQLite
 
 A table's markers are <!-- report:NAME --> and <!-- /report:NAME -->.
 """
@@ -56,6 +57,8 @@ def get_args_parser():
     instead.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"),
         help="print two runs side by side, and draw them; each a record, or a folder of seeds")  # fmt: skip
     instead.add_argument("--phases", type=Path, metavar="RECORD", help="print the phases of one run")
+    instead.add_argument("--timeline", type=Path, nargs="+", metavar="TRACE",
+        help="print and draw where a step goes and the device waits, of files that --trace wrote")  # fmt: skip
     instead.add_argument("--nsys", type=Path, metavar="TRACE", help="print the phases of an exported trace")
     add("--markdown", action="store_true", help="Markdown on a terminal, too, as it is when piped")
     add("--image_dir", type=Path,
@@ -71,6 +74,8 @@ def main():
         print_trace(args.nsys, show)
     elif args.phases:
         print_phases(args.phases, show)
+    elif args.timeline:
+        print_timeline(args, show)
     elif args.compare:
         compare_two(args, show)
     else:
@@ -164,6 +169,15 @@ def print_phases(path, show):
     if len(runs) > 1:
         raise UserError(f"{path} holds {len(runs)} runs; name one: {', '.join(run.path.name for run in runs)}")
     show(f"{runs[0].path}, {runs[0].epochs[-1]['epoch']} epochs:\n\n{overview.phase_table(runs[0].timing())}")
+
+
+def print_timeline(args, show):
+    from reporting import timeline
+
+    traces = [timeline.read_trace(path) for path in args.timeline]
+    show(timeline.render(traces))
+    path = timeline.draw(traces, (args.image_dir or args.timeline[0].parent / "image") / "timeline.png")
+    print(f"drawn: {path}", file=sys.stderr)
 
 
 def print_trace(path, show):

@@ -1,0 +1,279 @@
+"""Where a training step goes, from traces of `--trace FILE`: its phases on the host, and where the device waits.
+
+The device waits (is idle) while it runs nothing of the training: on a GPU no kernel and no copy, on a CPU no operator
+outside of the phase "data load". What the host does meanwhile is what the device waits for.
+"""
+
+import dataclasses
+import gzip
+import json
+import re
+import zlib
+from collections import defaultdict
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.patches import Patch
+
+from harness.endings import UserError
+from harness.tracing import STEP
+from reporting.comparison import number
+from reporting.figures import STYLE, WIDTH, distinct_colours, finish, save
+from reporting.overview import PHASES
+from reporting.shapes import is_number
+from reporting.tables import markdown
+
+ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # The categories of what runs there.
+LAUNCHES = ("cuda_runtime", "cuda_driver")
+LOAD, NO_PHASE = "data load", "in no phase"
+IDLE = "#d9d9d9"
+SUFFIX = re.compile(r"\.json(\.gz)?$")
+SHORTEST = 1e-3  # Of a panel's width: gaps that are shorter are not drawn.
+
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """Some training steps, all times in milliseconds of one clock.
+
+    steps: float [n, 2], begin and end on the host. phases: [(name, begin, end), ...] on the host, in order. work: the
+    same of what the device ran, with the phase that launched it. device: what to call it. window: (begin, end) of the
+    `counted` first steps on the device.
+    """
+
+    name: str
+    steps: np.ndarray
+    phases: list
+    work: list
+    device: str
+    on_gpu: bool
+    window: tuple
+    counted: int
+
+
+def read_trace(path):
+    """The Trace in the file `path`, .json or .json.gz; UserError for what is none of `--trace`."""
+    events, properties = _events(path)
+    ranges = [event for event in events if event.get("cat") == "user_annotation"]
+    steps = sorted((event for event in ranges if STEP.fullmatch(event["name"])), key=lambda event: event["ts"])
+    if not steps:
+        raise UserError(
+            f"{path} has no ranges named '... - step N'; a training script's --trace FILE.json.gz writes them"
+        )
+    spans = np.array([_span(step) for step in steps])
+    thread = [event for event in ranges if event.get("tid") == steps[0].get("tid")]
+    phases = _outermost((event["name"], *_span(event)) for event in thread if not STEP.fullmatch(event["name"]))
+    phases = [each for each in phases if any(begin <= each[1] < end for begin, end in spans)]
+    on_gpu = any(event.get("cat") in ON_GPU for event in events)
+    work = _gpu_work(path, events, phases) if on_gpu else _cpu_work(events, phases)
+    device = next(iter(properties), {}).get("name", "GPU") if on_gpu else "CPU"
+    window, counted = _gpu_window(work, spans) if on_gpu else ((spans[0, 0], spans[-1, 1]), len(spans))
+    work = [each[:3] for each in work]
+    return Trace(SUFFIX.sub("", path.name), spans, phases, work, device, on_gpu, window, counted)
+
+
+def _events(path):
+    """(the events of a trace that last for some time, a list of dicts; the properties of its GPUs)"""
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise UserError(f"cannot read the trace {path}: {error.strerror}") from None
+    try:
+        content = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
+        events = [event for event in content["traceEvents"] if event.get("ph") == "X"]
+        properties = content.get("deviceProperties", [])
+        whole = all(isinstance(event["name"], str) and is_number(event["ts"]) and is_number(event["dur"])
+                    for event in events)  # fmt: skip
+    except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RecursionError, zlib.error):
+        whole = False
+    if not whole:
+        raise UserError(
+            f"{path} is no whole trace of torch.profiler; a training script's --trace FILE.json.gz writes one"
+        )
+    return events, properties
+
+
+def _span(event):
+    """(begin, end) in milliseconds."""
+    return event["ts"] / 1e3, (event["ts"] + event["dur"]) / 1e3
+
+
+def _outermost(ranges):
+    """Those of (name, begin, end) that lie in no other: the profiler itself marks what an optimizer does."""
+    found = []
+    for each in sorted(ranges, key=lambda each: (each[1], -each[2])):
+        if not found or each[1] >= found[-1][2]:
+            found.append(each)
+    return found
+
+
+def _phase_at(phases, time):
+    """The name of the one of `phases`, in order, in which `time` lies."""
+    index = np.searchsorted([begin for _, begin, _ in phases], time, side="right") - 1
+    return phases[index][0] if index >= 0 and time < phases[index][2] else NO_PHASE
+
+
+def _cpu_work(events, phases):
+    """[(phase, begin, end), ...]: operators of any thread that run for the training, so outside of loading."""
+    found = [_span(event) for event in events if event.get("cat") == "cpu_op"]
+    work = [(_phase_at(phases, begin), begin, end) for begin, end in found]
+    return [each for each in work if each[0] != LOAD]
+
+
+def _gpu_work(path, events, phases):
+    """[(phase that launched it, begin, end, time of the launch), ...] of what ran on the GPU's streams."""
+
+    def key(event):
+        return event.get("args", {}).get("correlation")
+
+    launched = {key(event): event["ts"] / 1e3 for event in events if event.get("cat") in LAUNCHES}
+    found = [event for event in events if event.get("cat") in ON_GPU and key(event) in launched]
+    if not found:
+        raise UserError(f"{path} has work of a GPU, and no launches of it: it was not traced whole")
+    times = [launched[key(event)] for event in found]
+    return [(_phase_at(phases, time), *_span(event), time) for event, time in zip(found, times, strict=True)]
+
+
+def _gpu_window(work, steps):
+    """((begin, end), how many steps) of whole steps on the GPU, which runs behind the host: from the first work that a
+    step launched to the first of the last step. Of a single step, to the end of its work."""
+    firsts = [
+        min((begin for _, begin, _, launch in work if start <= launch < end), default=None) for start, end in steps
+    ]
+    firsts = [first for first in firsts if first is not None]
+    if len(firsts) > 1:
+        return (firsts[0], firsts[-1]), len(firsts) - 1
+    return (firsts[0] if firsts else steps[0][0], max(end for _, _, end, _ in work)), 1
+
+
+def merged(intervals, window):
+    """float [m, 2]: the (begin, end) `intervals`, cut to `window`, as few that do not touch."""
+    cut = [(max(begin, window[0]), min(end, window[1])) for begin, end in intervals]
+    found = []
+    for begin, end in sorted(each for each in cut if each[0] < each[1]):
+        if found and begin <= found[-1][1]:
+            found[-1][1] = max(found[-1][1], end)
+        else:
+            found.append([begin, end])
+    return np.array(found, dtype=float).reshape(-1, 2)
+
+
+def gaps(trace):
+    """float [m, 2]: where in its window the device of a Trace is idle."""
+    busy = merged([each[1:] for each in trace.work], trace.window)
+    edges = np.concatenate([[trace.window[0]], busy.ravel(), [trace.window[1]]]).reshape(-1, 2)
+    return edges[edges[:, 0] < edges[:, 1]]
+
+
+def summarise(trace):
+    """{phase, NO_PHASE, "step": {"host", "device", "idle"}} in milliseconds a step: what the host spent in it, what the
+    device worked on what it launched, and what the device was idle meanwhile."""
+    idle, found = gaps(trace), defaultdict(lambda: dict.fromkeys(("host", "device", "idle"), 0.0))
+    for name, begin, end in trace.phases:
+        if begin < trace.steps[trace.counted - 1, 1]:
+            found[name]["host"] += end - begin
+        found[name]["idle"] += np.ptp(merged(idle, (begin, end)), axis=1).sum()
+    for name in {name for name, *_ in trace.work}:
+        busy = merged([(begin, end) for phase, begin, end in trace.work if phase == name], trace.window)
+        found[name]["device"] = np.ptp(busy, axis=1).sum()
+    busy = merged([each[1:] for each in trace.work], trace.window)
+    whole = {"host": np.ptp(trace.steps[: trace.counted], axis=1).sum(), "device": np.ptp(busy, axis=1).sum()}
+    whole["idle"] = np.ptp(idle, axis=1).sum()
+    rest = {side: whole[side] - sum(phase[side] for phase in found.values()) for side in ("host", "idle")}
+    rest["device"] = found.pop(NO_PHASE, {"device": 0.0})["device"]
+    order = [*PHASES, *sorted(set(found) - set(PHASES)), NO_PHASE, "step"]
+    found |= {NO_PHASE: rest, "step": whole}
+    return {
+        name: {side: float(ms) / trace.counted for side, ms in found[name].items()} for name in order if name in found
+    }
+
+
+def length(trace):
+    """Milliseconds of a step on the device."""
+    return (trace.window[1] - trace.window[0]) / trace.counted
+
+
+def letters(traces):
+    """{letter: Trace}"""
+    return {chr(ord("A") + index): trace for index, trace in enumerate(traces)}
+
+
+def line(letter, trace):
+    """ "A: plain, GPU, 4 steps of 22.1 ms; the device is idle for 12.3 % of them"."""
+    idle = 100 * np.ptp(gaps(trace), axis=1).sum() / length(trace) / trace.counted
+    steps = f"{trace.counted} step{'' if trace.counted == 1 else 's'} of {number(length(trace))} ms"
+    return f"{letter}: {trace.name}, {trace.device}, {steps}; the device is idle for {idle:.1f} % of the time"
+
+
+def render(traces):
+    """Markdown: a line for each of the Traces, and a table of their phases side by side."""
+    lettered = letters(traces)
+    sides = {letter: summarise(trace) for letter, trace in lettered.items()}
+    names = dict.fromkeys(name for side in sides.values() for name in side if name not in (NO_PHASE, "step"))
+    rows = []
+    for name in [*names, NO_PHASE, "step"]:
+        cells = {"Phase": "whole step" if name == "step" else name}
+        for letter, trace in lettered.items():
+            of = sides[letter].get(name)
+            cells[f"{letter}: host, ms"] = of and number(of["host"])
+            cells[f"{letter}: GPU, ms"] = of and number(of["device"]) if trace.on_gpu else None
+            cells[f"{letter}: idle, ms"] = of and number(of["idle"])
+            cells[f"{letter}: idle, % of step"] = of and f"{100 * of['idle'] / length(trace):.1f}"
+        rows.append(cells)
+    return "\n\n".join(["  \n".join(line(*each) for each in lettered.items()), markdown(rows), EXPLANATION])
+
+
+EXPLANATION = (
+    "Means a step. Host: the time in the phase; GPU: the work that the phase launched; idle: the time in the phase in "
+    "which the device runs nothing (on a CPU: no operator but those of loading), so what it waits for. A trace slows "
+    "what it records: compare traces with each other."
+)
+
+
+def draw(traces, path):
+    """Write the figure: for each Trace its step of median length, what the host does above what the device does; all on
+    one scale. Returns `path`."""
+    lettered = letters(traces)
+    names = dict.fromkeys([*PHASES, *(name for trace in traces for name, *_ in trace.phases + trace.work)])
+    colours = distinct_colours(names)
+    with plt.rc_context(STYLE):
+        figure, panels = plt.subplots(
+            len(traces), 1, figsize=(WIDTH, 1.3 + 1.35 * len(traces)), layout="constrained", sharex=True, squeeze=False
+        )
+        for panel, (letter, trace) in zip(panels[:, 0], lettered.items(), strict=True):
+            _draw_lanes(panel, trace, colours)
+            panel.set_title(line(letter, trace), fontsize=10, loc="left")
+        panels[-1, 0].set_xlabel("time from the step's begin, ms")
+        panels[-1, 0].set_xlim(left=0)
+        shown = {name for trace in traces for name, *_ in trace.phases + trace.work}
+        handles = [Patch(color=colour, label=name) for name, colour in colours.items() if name in shown]
+        handles.append(Patch(color=IDLE, label="the device is idle"))
+        finish(figure, handles, "Where a training step goes: one of median length")
+    save(figure, path)
+    plt.close(figure)
+    return path
+
+
+def _draw_lanes(panel, trace, colours):
+    """The host's lane and the device's, of the step of median length."""
+    begin, end = trace.steps[np.argsort(np.ptp(trace.steps, axis=1))[len(trace.steps) // 2]]
+    panel.broken_barh([(0, end - begin)], (0.6, 0.8), color=IDLE)
+    for position, ranges in enumerate((trace.phases, trace.work)):
+        for name in dict.fromkeys(name for name, *_ in ranges):
+            spans = merged([(first, last) for each, first, last in ranges if each == name], (begin, end))
+            spans = _joined(spans, SHORTEST * (end - begin))
+            bars = [(first - begin, last - first) for first, last in spans]
+            panel.broken_barh(bars, (position - 0.4, 0.8), color=colours[name], linewidth=0)
+    panel.set_yticks((0, 1), ("host", "GPU" if trace.on_gpu else "operators"))
+    panel.set_ylim(1.5, -0.5)
+    panel.grid(axis="y", visible=False)
+
+
+def _joined(spans, shortest):
+    """`spans` [m, 2] in order, those that are less than `shortest` apart as one."""
+    found = []
+    for begin, end in spans.tolist():
+        if found and begin - found[-1][1] < shortest:
+            found[-1][1] = end
+        else:
+            found.append([begin, end])
+    return found
