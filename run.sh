@@ -90,7 +90,7 @@ short() {
 digits() {
     # The model is too small to share a step between two cores: one thread is faster.
     local -x OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    local common="--dataset digits --model resnext29_2x4d --batch_size 32 --lr 0.0005"
+    local common="--dataset digits --model resnext29_2x4d --batch_size 32 --lr 0.0005 --num_worker 2"
     # Half precision may change the result, which takes some epochs to see.
     local long="$common --num_epoch ${EPOCHS:-4} --output_dir runs/digits/results"
     # The rest change times and memory, and no result (tests/test_resnext_scripts.py): two epochs are enough.
@@ -113,7 +113,7 @@ digits() {
 cifar() {
     local model=resnext29_4x64d batch workers
     [ -n "$cuda" ] || { model=resnext29_2x4d; local -x OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; }
-    local common=(--model "${MODEL:-$model}")
+    local common=(--model "${MODEL:-$model}" --num_worker 2)
     [ -z "${PICTURES:-}" ] || common+=(--dataset folder --data_dir "$PICTURES")
     local results=("${common[@]}" --num_epoch "${EPOCHS:-15}" --output_dir runs/cifar10)
     for seed in $SEEDS; do
@@ -208,8 +208,8 @@ simcls() (
         for workers in 4 0 1 2 8; do
             train $simcls/main.py $learning --num_workers $workers
         done
-        train $simcls/main.py $learning --half_precision
-        train $simcls/main.py $learning --use_checkpoint
+        train $simcls/main.py $learning --num_workers 4 --half_precision
+        train $simcls/main.py $learning --num_workers 4 --use_checkpoint
         run=simcls_4_worker
         [ "$seed" = 0 ] || run+=_seed$seed
         evaluate cache/$run/evaluation.json $run 50
@@ -249,12 +249,12 @@ pubmed() (
 profile() {
     local size="--model resnext29_2x4d --batch_size 32" name=resnext_2_worker_32_resnext29_2x4d_digits
     [ -z "$cuda" ] || size= name=resnext_2_worker_128_digits
-    show bash reporting/profile.sh runs/profile/resnext resnext/resnext.py --dataset digits $size --output_dir runs/profile
+    show bash reporting/profile.sh runs/profile/resnext resnext/resnext.py --dataset digits $size --num_worker 2 --output_dir runs/profile
     show python3 report.py --phases runs/profile/${name}_"$STEPS"_steps.json
     samples ${short_percent}_percent $short_percent ../../../SimCLS/demo
-    show bash ../../../reporting/profile.sh ../../profile/simcls $simcls/main.py $learning
+    show bash ../../../reporting/profile.sh ../../profile/simcls $simcls/main.py $learning --run_name profile
     show cd ../../..
-    show python3 report.py --phases runs/simcls/${short_percent}_percent/cache/simcls_4_worker_"$STEPS"_steps/simcls_4_worker_"$STEPS"_steps.json
+    show python3 report.py --phases runs/simcls/${short_percent}_percent/cache/profile_"$STEPS"_steps/profile_"$STEPS"_steps.json
 }
 
 # What matters most to know first: with a lent machine, the later ones may have no time left.

@@ -42,7 +42,7 @@ def get_args_parser():
     add("--save_dir", required=True, help="folder for the fine-tuned generator")
     runs.add_arguments(parser)
     add("--max_steps", type=arguments.positive_int, help="stop after so many steps, for profiling")
-    add("--seed", type=arguments.seed, default=0, help=" ")
+    add("--seed", type=arguments.seed, default=0, help="of the order and dropout")
     determinism.add_argument(parser)
     devices.add_arguments(parser)
     tracing.add_argument(parser)
@@ -51,7 +51,7 @@ def get_args_parser():
         help="autocast, in bfloat16 when no type is named, since T5 overflows in float16")  # fmt: skip
 
     add = parser.add_argument_group("learning").add_argument
-    add("--num_epoch", type=arguments.positive_int, default=2, help=" ")
+    add("--num_epoch", type=arguments.positive_int, default=2, help="passes over the training documents")
     add("--batch_size", type=arguments.positive_int, default=4, help="documents a step, over all processes")
     add("--accumulate_step", type=arguments.positive_int, default=2, help="steps whose gradients make one update")
     add("--lr", type=arguments.positive_float, default=1e-4, help="peak learning rate of Adam")
@@ -88,7 +88,7 @@ def train(args, world, precision, run):
     parallel = world.wrap(ranked)
     batches = LengthBatches(train_set.document_lengths, args.batch_size, args.accumulate_step, args.seed, world.rank,
                             world.size)  # fmt: skip
-    loader = worker_loader(train_set, batches, args.num_workers, device, train_set.batch)
+    loader = worker_loader(train_set, batches, args.num_workers, device, train_set.batch, say=world.say)
     optimizer = torch.optim.Adam(ranked.parameters(), fused=True)
     schedule = Schedule.of_run(args, optimizer, None, batches.updates)
     scaler, means = precision.scaler, Means(device)

@@ -131,6 +131,10 @@ def load_data(args, world, encoding, description):
             "make more of them, or score them with preprocess.py --rouge_tokens, if their script is not a to z"
         )
     description["candidates"] = train_set.most_candidates
+    world.say(
+        f"{len(train_set)} training and {len(val_set)} validation documents of up to {train_set.most_candidates} "
+        f"candidates, cut to {encoding.total_len} and {encoding.max_len} tokens"
+    )
     return train_set, val_set
 
 
@@ -148,7 +152,7 @@ def training_batches(args, world, train_set):
     """(the LengthBatches of this process, the DataLoader that yields a Batch for each)"""
     lengths = train_set.document_lengths
     batches = LengthBatches(lengths, args.batch_size, args.accumulate_step, args.seed, world.rank, world.size)
-    return batches, worker_loader(train_set, batches, args.num_workers, world.device, train_set.batch)
+    return batches, worker_loader(train_set, batches, args.num_workers, world.device, train_set.batch, say=world.say)
 
 
 def choose_device(args):

@@ -76,6 +76,10 @@ class Scorer(nn.Module):
         enable = getattr(self.encoder, "activation_checkpointing_enable", self.encoder.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
 
+    def keep_activations(self):
+        """Keep for backward what it needs, as a scorer does at first."""
+        getattr(self.encoder, "activation_checkpointing_disable", self.encoder.gradient_checkpointing_disable)()
+
 
 def ranking_loss(scores, gold_scores, rouge, present, margin=MARGIN, gold_margin=0.0, gold_weight=1.0):
     """The mean over documents of the SimCLS loss: scores should fall with the candidates' ROUGE, by steps of `margin`.

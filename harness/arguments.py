@@ -53,6 +53,12 @@ def workers(text):
     return _number(text, int, lambda value: 0 <= value <= most, f"a whole number from 0 to {most}")
 
 
+def default_workers(wanted):
+    """The default number of worker processes: `wanted`, or the usable cores where they are fewer. It is what runs, and
+    so what the run's name and its record tell."""
+    return min(wanted, usable_cores())
+
+
 def fraction(text):
     """An argparse type: a float above 0 and at most 1."""
     return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")

@@ -6,10 +6,13 @@ workers or processes, and a resumed run needs no saved loader.
 
 import signal
 import sys
+import warnings
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader
+
+from harness.machine import usable_cores
 
 
 class EpochBatches(torch.utils.data.Sampler):
@@ -64,9 +67,13 @@ class EpochBatches(torch.utils.data.Sampler):
         return share * self.world_size / batch
 
 
-def worker_loader(dataset, batches, num_workers, device, collate=None):
+def worker_loader(dataset, batches, num_workers, device, collate=None, say=print):
     """A DataLoader over `dataset` in the order of the EpochBatches `batches`: pinned memory for CUDA, persistent
-    workers, four batches ahead of each. collate: makes a batch of a list of samples; None stacks tensors."""
+    workers, four batches ahead of each. collate: makes a batch of a list of samples; None stacks tensors. say: takes
+    the line that tells of more workers than cores."""
+    warnings.filterwarnings("ignore", "This DataLoader will create")  # Twice, and at length.
+    if num_workers > usable_cores():
+        say(f"--num_workers {num_workers}: more processes than the {usable_cores()} cores here; they take turns")
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -50,7 +50,7 @@ class Plan(NamedTuple):
         return (
             f"peak in backward {peak} of {plain_peak} MiB ({self.peak_bytes / self.plain_peak_bytes:.3f}), held after "
             f"forward {held} of {plain} MiB ({self.held_bytes / self.plain_bytes:.3f}), redoing {len(self.redo)} "
-            f"steps: {100 * self.extra_flops / self.plain_flops:+.2f} % FLOPs, {1e3 * self.extra_seconds:+.0f} ms"
+            f"operations: {100 * self.extra_flops / self.plain_flops:+.2f} % FLOPs, {1e3 * self.extra_seconds:+.0f} ms"
         )
 
     def compared_with(self, held_bytes, peak_bytes, extra_flops):

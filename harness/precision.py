@@ -63,6 +63,14 @@ def choose_precision(half_precision, device, true_fp32=False, say=print):
     return Precision(_label(dtype, device), dtype, scaler, device.type)
 
 
+def explain_half_precision(label, device):
+    """Whether a run with the Precision `label` on `device` has half precision, and why, in words."""
+    slow = device.type == "cpu" and not multiplies_bfloat16()
+    if label in ("fp16", "bf16"):
+        return f"half precision on ({label}{', slow on this processor' * slow})"
+    return f"half precision off ({'slow on this processor' if slow else '--half_precision'})"
+
+
 def _label(dtype, device):
     if dtype is not None:
         return {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]

@@ -15,6 +15,7 @@ from harness.arguments import (
     HelpWithDefaults,
     OneLineParser,
     boolean,
+    default_workers,
     learning_rate,
     non_negative_float,
     positive_int,
@@ -29,6 +30,7 @@ from harness.timing import nvtx_range
 from image_loaders import evaluation_batches, loading_of, training_loader
 from images import SIZE, load_images
 from models.resnext import parse_name
+from techniques import describe_effect, describe_run
 
 # They choose where and how a process runs, not what it computes: a resumed run may change them.
 NOT_RESULTS = (
@@ -44,8 +46,9 @@ def get_args_parser(description, kind=OneLineParser):
         "--num_worker",
         dest="num_worker",
         type=workers,
-        default=2,
-        help="processes that load pictures; 0 loads in this one",
+        default=default_workers(2),
+        help="processes that load pictures; 0 loads in this one. By default 2, or as many as there are cores where "
+        "they are fewer, which the run's name then tells",
     )
     add("--half_precision", type=half_precision_type, nargs="?", const="float16", metavar="float16|bfloat16",
         help="autocast, in float16 with loss scaling when no type is named; on a CPU always in bfloat16")  # fmt: skip
@@ -216,6 +219,11 @@ class ImageRun(runs.Run):
         super().__init__(experiment, args.output_dir, run_name(args, suffix), args, world, NOT_RESULTS, **more)
         self.saves_within_epochs = world.size == 1  # Each process has sums of its own, until the epoch ends.
 
+    def epochs(self, phase, batches, **state):
+        for line in describe_run(self, len(batches)):
+            self.world.say(line)
+        yield from super().epochs(phase, batches, **state)
+
     def other_names(self):
         """Those of runs that differ in how they load alone."""
         before, after = self.name.split(loading_name(self.args), 1)
@@ -270,6 +278,9 @@ class ImageRun(runs.Run):
             self.save(self.args.num_epoch, 0, **self.state)
         longer = "" if self.fixed_length else ", .state (a larger --num_epoch --resume goes on from it)"
         self.world.say(f"{self.path('.pt')} (weights), .npz (curves), .json (record){longer}")
+        effect = describe_effect(self)
+        if effect:
+            self.world.say(effect)
 
     def finish_profiling(self, timing):
         """Write the record of a run that --max_steps ended: the timings of its last epoch, no weights, no curves."""

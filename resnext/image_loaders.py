@@ -154,7 +154,7 @@ def training_loader(kind, data, seed, batches, num_workers, device, say=print, *
         if needed <= free / 2:
             return DeviceImages(data, seed, batches, device, **layout)
         say(f"the {needed / 1e9:.1f} GB of pictures do not fit on the device; loading by workers")
-    return worker_loader(AugmentedImages(data, seed), batches, num_workers, device)
+    return worker_loader(AugmentedImages(data, seed), batches, num_workers, device, say=say)
 
 
 def evaluation_batches(data, batch_size, device, rank=0, world_size=1):

@@ -54,9 +54,11 @@ class ImageData:
 
     def __str__(self):
         shown = [*self.classes[:10], "..."] if len(self.classes) > 10 else self.classes
+        # Files may have any size.
+        resized = f", resized to {self.size}x{self.size}" if self.test_files is not None else ""
         text = (
             f"{len(self.train_labels)} training and {len(self.test_labels)} test pictures of "
-            f"{len(self.classes)} classes ({', '.join(shown)})"
+            f"{len(self.classes)} classes ({', '.join(shown)}){resized}"
         )
         if self.left_out:
             names = [str(path) for path in self.left_out[:3]] + ["..."] * (len(self.left_out) > 3)

@@ -10,6 +10,17 @@ from harness import arguments
 from harness.arguments import LARGEST_LEARNING_RATE, learning_rate, workers
 
 
+@pytest.mark.parametrize(("cores", "names"), [(1, ("resnext_1_worker_128", "simcls_1_worker")),
+                                              (8, ("resnext_2_worker_128", "simcls_4_worker"))])  # fmt: skip
+def test_the_default_of_workers_is_within_the_cores_and_named(cores, names, monkeypatch):
+    import experiment
+    from scorer import scorer_arguments
+
+    monkeypatch.setattr(arguments, "usable_cores", lambda: cores)
+    found = [script.run_name(script.get_args_parser("").parse_args([])) for script in (experiment, scorer_arguments)]
+    assert tuple(found) == names
+
+
 @pytest.mark.parametrize(("cores", "most"), [(2, 64), (8, 64), (96, 768)])
 def test_workers_are_bounded_by_the_usable_cores(cores, most, monkeypatch):
     monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))

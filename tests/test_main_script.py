@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import time
 
@@ -59,6 +60,12 @@ def test_files_of_a_run(baseline):
     weights = torch.load(folder / "cache" / NAME / "scorer.bin", weights_only=True)
     assert all(key.startswith("encoder.") for key in weights)
     assert (folder / "cache" / NAME / "log.txt").read_text() in printed
+    assert "44 training and 12 validation documents of up to 6 candidates, cut to 60 and 20 tokens" in printed
+    assert "bert, 32,064 parameters, fp32, on cpu (" in printed
+    last = record_of(folder)["epochs"][-1]["validations"][-1]
+    shown = [", ".join(f"{100 * last[f'{whose}_rouge{kind}']:.2f}" for kind in "12L") for whose in ("val", "first")]
+    line = next(line for line in reversed(printed.splitlines()) if "first candidates" in line)
+    assert re.sub(r"rouge. |rougeL ", "", line.partition(", ")[2]).startswith("; first candidates ".join(shown))
     assert printed.count("validation loss") == 4
     assert printed.count("(best)") >= 1
 
@@ -85,10 +92,15 @@ def test_record(baseline):
 
 @pytest.mark.parametrize("extra", [["--num_workers", 2], ["--use_checkpoint"], ["--memory_budget", 0.75]])
 def test_workers_and_recomputation_change_no_result(run_script, tiny, baseline, tmp_path, extra):
-    run_script(MAIN, *tiny, *extra, "--run_name", "other", cwd=tmp_path)
+    printed = run_script(MAIN, *tiny, *extra, "--run_name", "other", cwd=tmp_path).stdout
     assert_same_results(baseline[0], tmp_path, "other")
+    plain, ours = record_of(baseline[0]), record_of(tmp_path, "other")
+    if "--num_workers" not in extra:
+        effect = re.search(r"\nkept from .*: (\S+) MiB, without recomputation about (\S+) ", printed)
+        kept, without = (float(figure) * 2**20 for figure in effect.groups())
+        assert kept == pytest.approx(ours["saved_activation_bytes"], abs=0.05 * 2**20)
+        assert without == pytest.approx(plain["saved_activation_bytes"], rel=0.15)
     if "--memory_budget" in extra:
-        plain, ours = record_of(baseline[0]), record_of(tmp_path, "other")
         assert ours["plan"]["peak_share"] <= 0.75
         assert ours["saved_activation_bytes"] < 0.8 * plain["saved_activation_bytes"]
 

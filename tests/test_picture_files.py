@@ -132,7 +132,9 @@ def test_classes_are_walked_down_and_what_is_left_out_is_counted(tmp_path):
     assert data.train_images[:, 0, 0, 0].tolist() == [10, 20, 20, 20]
     assert data.test_labels.tolist() == [0, 1, 1]
     assert len(data.left_out) == 8
-    assert str(data).startswith("4 training and 3 test pictures of 2 classes (cat, dog); 8 files left out")
+    assert str(data).startswith(
+        "4 training and 3 test pictures of 2 classes (cat, dog), resized to 32x32; 8 files left"
+    )
     first = ", ".join(f"{tmp_path}/train/{name}" for name in ("cat/.trash", "dog/.DS_Store", "dog/film.mpeg"))
     assert f"({first}, ...)" in str(data)
 

@@ -15,10 +15,12 @@ import pytest
 import torch
 from conftest import ROOT, script_command
 
-from experiment import Metrics, evaluate
+from experiment import ImageRun, Metrics, evaluate, get_args_parser
 from harness.distributed import World
+from harness.epochs import Epoch
 from harness.files import output_lock
 from harness.loading import EpochBatches, worker_loader
+from harness.machine import usable_cores
 from harness.precision import choose_precision
 from image_loaders import AugmentedImages
 from images import load_images
@@ -77,6 +79,26 @@ def test_worker_loading_is_persistent_prefetched_and_pinned_for_cuda(pictures):
     assert workers[0] == workers[1]
 
 
+def test_more_workers_than_cores_are_one_line_of_ours(pictures, recwarn):
+    dataset, said = AugmentedImages(load_images("folder", pictures), seed=0), []
+    for number in (usable_cores(), usable_cores() + 1):
+        loader = worker_loader(dataset, EpochBatches(44, 44, seed=0), number, CPU, say=said.append)
+    assert len(list(loader)) == 1
+    (line,) = said
+    assert line.startswith(f"--num_workers {usable_cores() + 1}: more processes than the {usable_cores()} cores here")
+    assert not recwarn.list
+
+
+def test_the_bar_of_a_resumed_epoch_begins_where_that_goes_on(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = ImageRun("resnext", "", get_args_parser("").parse_args(list(map(str, tiny))), World(0, 1, CPU))
+    run.batches = EpochBatches(44, 8, seed=0)
+    for done, seen in ((0, 0), (3, 24), (6, 44)):
+        run.batches.start(0, done)
+        bar = run.progress_bar(Epoch(run, 0, done))
+        assert (bar.n, bar.total) == (seen, 44)
+
+
 def test_metrics_wait_for_nothing_until_the_epoch_ends(monkeypatch):
     metrics = Metrics(CPU)
 
@@ -111,7 +133,7 @@ def test_a_bar_on_a_terminal_and_plain_lines_when_piped(tiny, tmp_path):
     assert "pictures" in bar
     assert "loss=" in bar
     assert "test_acc=" in bar
-    assert [line.split(":")[0] for line in lines[1:-1]] == ["epoch 1/2", "epoch 2/2"]
+    assert [line.split(":")[0] for line in lines[3:-2]] == ["epoch 1/2", "epoch 2/2"]
     piped = subprocess.run([*command, "--restart"], capture_output=True, text=True, check=True)
     assert piped.stderr == ""
     assert len(piped.stdout.splitlines()) == len(lines)

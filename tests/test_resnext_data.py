@@ -32,7 +32,9 @@ def train(place, *more, script="resnext", code=0):
 def test_the_data_set_is_said_and_recorded(place):
     (place / "pictures/test/notes.txt").touch()
     said = train(place).splitlines()[0]
-    assert said.startswith("44 training and 10 test pictures of 2 classes (dark, light); 1 files left out")
+    assert said.startswith(
+        "44 training and 10 test pictures of 2 classes (dark, light), resized to 32x32; 1 files left"
+    )
     data = json.loads((place / f"model_history/{NAME}.json").read_text())["data"]
     paths = sorted((place / "pictures/train").rglob("*.png"))
     pixels = np.stack([np.array(Image.open(path)) for path in paths]).reshape(-1, 3) / 255

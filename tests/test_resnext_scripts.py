@@ -1,6 +1,7 @@
 """resnext.py and resnext_checkpoint.py, run as a user runs them."""
 
 import json
+import re
 import subprocess
 import sys
 
@@ -53,8 +54,16 @@ def test_files_of_a_run(baseline):
     curves = np.load(history / f"{NAME}.npz", allow_pickle=False)
     assert [curves[key].shape for key in ("loss", "acc", "test_acc")] == [(2,)] * 3
     assert curves["loss"][1] < curves["loss"][0]
-    pictures, *epochs, files = printed.splitlines()
-    assert pictures.startswith("44 training and 10 test pictures")
+    pictures, what, techniques, *epochs, files, kept = printed.splitlines()
+    assert pictures == "44 training and 10 test pictures of 2 classes (dark, light), resized to 32x32"
+    parameters = sum(weight.numel() for name, weight in weights.items() if not re.search("running|tracked", name))
+    assert what.startswith(f"resnext29_1x4d, {parameters:,} parameters, fp32, contiguous (convolutions: groups), not ")
+    assert what.endswith("; 6 steps of 8 pictures an epoch")
+    assert "on cpu (" in what
+    assert techniques.startswith("pictures loaded without workers; half precision off (")
+    assert "; recomputation off (resnext_checkpoint.py); " in techniques
+    record = json.loads((history / f"{NAME}.json").read_text())
+    assert kept == f"kept from forward to backward: {record['saved_activation_bytes'] / 2**20:.1f} MiB"
     assert [line.split(":")[0] for line in epochs] == ["epoch 1/2", "epoch 2/2"]
     assert epochs[0].startswith(f"epoch 1/2: loss {curves['loss'][0]:.4f}, acc {curves['acc'][0]:.2f} %")
     assert files.startswith(f"model_history/{NAME}.pt")
@@ -89,11 +98,18 @@ def test_checkpointing_gives_the_same_run(run_script, tiny, baseline, tmp_path, 
     assert_same_results(baseline[0] / "model_history", tmp_path, NAME, NAME + suffix)
     plain, ours = (json.loads(path.read_text()) for path in
                    (baseline[0] / "model_history" / f"{NAME}.json", tmp_path / f"{NAME}{suffix}.json"))  # fmt: skip
-    saved = ours["saved_activation_bytes"]
-    assert saved < 0.8 * plain["saved_activation_bytes"]
+    saved, plainly = ours["saved_activation_bytes"], plain["saved_activation_bytes"]
+    assert saved < 0.8 * plainly
+    effect = result.stdout.splitlines()[-1]
+    planned = f" (planned {saved / 2**20:.1f})" * ("--memory_budget" in extra)
+    assert effect.partition(";")[0] == (
+        f"kept from forward to backward: {saved / 2**20:.1f} MiB{planned}, without recomputation "
+        f"{plainly / 2**20:.1f} ({saved / plainly:.2f} x)"
+    )
     if "--memory_budget" in extra:
         assert saved == pytest.approx(ours["plan"]["held_bytes"], rel=0.01)
         assert "plan: peak" in result.stdout
+        assert effect.endswith(f"by redoing {len(ours['plan']['redo'])} operations")
         (line,) = (line for line in result.stdout.splitlines() if line.startswith("measured: peak"))
         measured = ours["measured"]
         assert measured["held_bytes"] == saved
@@ -239,7 +255,8 @@ def test_a_stop_after_the_loss_became_nan_keeps_the_last_good_state(tiny, tmp_pa
 
 def test_a_second_run_with_the_same_output_is_refused(run_script, tiny, tmp_path):
     process = start(tmp_path, *[*tiny, "--num_epoch", 200])
-    assert [process.stdout.readline().split(":")[0] for _ in range(2)][1] == "epoch 1/200"
+    while not process.stdout.readline().startswith("epoch 1/200"):
+        assert process.poll() is None
     second = run_script(BASELINE, *tiny, "--output_dir", tmp_path, code=2)
     process.kill()
     process.wait()

@@ -329,6 +329,8 @@ def test_validation_is_the_mean_rouge_of_the_highest_scores(encoders, val_set):
         ((_, _, scores, _),) = score_samples(scorer, val_set, [number], 1, CPU, FP32)
         chosen.append(val_set.rouge(number)[scores[0].argmax()])
     means = np.mean(chosen, axis=0)
+    first = np.mean([val_set.rouge(number)[0] for number in range(len(val_set))], axis=0)
+    assert [shares[0][f"first_{name}"] for name in ("rouge1", "rouge2", "rougeL")] == pytest.approx(first, abs=1e-6)
     assert [shares[0][f"val_{name}"] for name in ("rouge1", "rouge2", "rougeL")] == pytest.approx(means, abs=1e-6)
 
 
@@ -409,4 +411,4 @@ def test_half_precision_that_names_no_type_is_bfloat16_for_encoders_of_the_t5_fa
     args = get_args_parser("").parse_args([*words.split(), "--model_type", encoders[kind]])
     architecture = load_scorer(args.model_type)[2]["architecture"]
     assert half_precision_name(args.half_precision, architecture) == on_cuda
-    assert run_name(args) == "simcls_4_worker" + "_fp16" * bool(words)
+    assert run_name(args) == f"simcls_{args.num_workers}_worker" + "_fp16" * bool(words)

@@ -4,6 +4,7 @@ A layer has two parts, attention and feed-forward. What a part works with is kep
 input alone, and the part is run again in backward. harness.planning chooses the parts from what each takes.
 """
 
+import contextlib
 import functools
 import time
 
@@ -57,19 +58,39 @@ def _redone(method):
 def plan_memory(scorer, samples, args, world, precision, run):
     """`scorer`, whose backward redoes what --memory_budget asks for, if it does; planned with the longest documents.
 
-    samples: data_utils.SampleSet. run: into whose record the plan goes.
+    samples: data_utils.SampleSet. run: into whose record the plan goes; its `kept_share` becomes, of two documents of
+    usual length, what is kept from forward to backward as a share of that in single precision without recomputation.
     """
-    if not args.memory_budget:
+    if not (args.memory_budget or args.use_checkpoint or precision.dtype):
         return scorer
-    longest = np.argsort(samples.document_lengths)[-min(2, args.batch_size) :]
-    batch = samples.batch(longest).to(world.device)
+    by_length = np.argsort(samples.document_lengths)
+    few = min(2, args.batch_size, len(samples))
+    usual = samples.batch(by_length[(len(samples) - few) // 2 :][:few]).to(world.device)
+    if args.use_checkpoint:
+        scorer.keep_activations()
+    plain = _held(scorer, usual, contextlib.nullcontext())
+    if args.use_checkpoint:
+        scorer.recompute_activations()
+    if args.memory_budget:
+        _plan_budget(scorer, samples.batch(by_length[-few:]).to(world.device), args, world, precision, run)
+    run.kept_share = _held(scorer, usual, precision.autocast()) / plain
+    return scorer
+
+
+def _held(scorer, batch, autocast):
+    """The bytes that forward of the encoder keeps for backward."""
+    with SavedBytes(scorer) as saved, autocast:
+        scorer.encode_texts(batch.texts, batch.lengths)
+    return saved.bytes
+
+
+def _plan_budget(scorer, batch, args, world, precision, run):
     texts, lengths = max(zip(batch.texts, batch.lengths, strict=True), key=lambda call: call[0].numel())
     plan, share = plan_layers(scorer, texts, lengths, args.memory_budget, precision)
     redone = [f"{sum(name.endswith(kind) for name in plan.redo)} times {kind.replace('_', '-')}" for kind in KINDS]
     planned = plan.peak_bytes / plan.plain_peak_bytes
     world.say(f"plan: backward redoes {' and '.join(redone)}, for a peak of {share:.3f} (planned {planned:.3f})")
     run.facts["plan"] = {"redo": sorted(plan.redo), "peak_share": share, "planned_peak_share": planned}
-    return scorer
 
 
 def plan_layers(scorer, texts, lengths, budget, precision):

@@ -108,7 +108,8 @@ class CollapseWatch:
 
 
 def validate(scorer, samples, args, precision, world, stop=None):
-    """The loss, and the mean ROUGE of the candidates that the scorer chooses: {"val_loss", "val_rouge1", ...}.
+    """The loss, and the mean ROUGE of the candidates that the scorer chooses: {"val_loss", "val_rouge1", ...}, and
+    that of each document's first candidate: {"first_rouge1", ...}.
 
     Each process scores its share of the SampleSet `samples`, every sample once. A stop request ends it early, with
     None.
@@ -124,11 +125,12 @@ def validate(scorer, samples, args, precision, world, stop=None):
             losses += len(part) * loss_of(args, scores, gold_scores, batch).to(losses.dtype)
             chosen.append(scores.masked_fill(~batch.present, -2).argmax(1))
         chosen = torch.cat(chosen).tolist() if chosen else []
-    figures = [samples.rouge(number)[choice] for number, choice in zip(numbers, chosen, strict=True)]
-    rouge = np.sum(figures, axis=0, dtype=np.float64) if figures else np.zeros(len(ROUGE))
+    figures = [samples.rouge(number)[[choice, 0]] for number, choice in zip(numbers, chosen, strict=True)]
+    rouge = np.sum(figures, axis=0, dtype=np.float64).ravel() if figures else np.zeros(2 * len(ROUGE))
     totals = torch.tensor([len(numbers), losses.item(), *rouge], dtype=losses.dtype, device=world.device)
     count, *sums = world.sum(totals).tolist()
-    return {f"val_{name}": value / count for name, value in zip(("loss", *ROUGE), sums, strict=True)}
+    names = ["val_loss", *(f"{whose}_{name}" for whose in ("val", "first") for name in ROUGE)]
+    return {name: value / count for name, value in zip(names, sums, strict=True)}
 
 
 def mean_rouge(result):

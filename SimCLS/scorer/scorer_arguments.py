@@ -10,6 +10,7 @@ from harness.arguments import (
     HelpWithDefaults,
     OneLineParser,
     boolean,
+    default_workers,
     fraction,
     learning_rate,
     non_negative_float,
@@ -43,7 +44,7 @@ def get_args_parser(description):
     add("--max_steps", type=positive_int, help="stop after so many steps, for profiling; writes the timings alone, "
         "below a name that ends with _{max_steps}_steps")  # fmt: skip
     tracing.add_argument(parser)
-    add("--seed", type=seed, default=0, help=" ")
+    add("--seed", type=seed, default=0, help="of the weights, the order and dropout")
     add_machine_arguments(parser.add_argument_group("machine"))
     add_learning_arguments(parser.add_argument_group("learning"))
     add_loss_arguments(parser.add_argument_group("loss"))
@@ -65,8 +66,9 @@ def add_machine_arguments(group):
         "--num_workers",
         "--num_worker",
         type=workers,
-        default=4,
-        help="processes that make batches; 0 makes them in this one",
+        default=default_workers(4),
+        help="processes that make batches; 0 makes them in this one. By default 4, or as many as there are cores where "
+        "they are fewer, which the run's name then tells",
     )
     add("--half_precision", type=half_precision_or_auto, nargs="?", const="auto", metavar="float16|bfloat16",
         help="autocast, in float16 with loss scaling when no type is named; on a CPU, and for an encoder of the T5 "
@@ -83,7 +85,7 @@ def add_machine_arguments(group):
 
 def add_learning_arguments(group):
     add = group.add_argument
-    add("--num_epoch", type=positive_int, default=5, help=" ")
+    add("--num_epoch", type=positive_int, default=5, help="passes over the training documents")
     add("--batch_size", type=positive_int, default=8, help="documents a step, over all processes")
     add("--accumulate_step", type=positive_int, default=2, help="steps whose gradients make one update")
     add("--lr", type=learning_rate, help="peak learning rate of Adam; by default 3e-5 for an encoder of width 768, "

@@ -9,6 +9,8 @@ from tqdm import tqdm
 
 from harness.endings import UserError
 from harness.files import write_json
+from harness.machine import hardware_name
+from harness.precision import explain_half_precision
 from harness.runs import Run
 from scorer.metrics import MOST_UPDATES_A_REPORT, CollapseWatch, mean_rouge
 from scorer.scorer_arguments import CACHE, run_name
@@ -38,6 +40,7 @@ class ScorerRun(Run):
         self.validations, self.losses, self.best = [], [], None
         self._watch = CollapseWatch(args.margin)
         self._logs = None
+        self.kept_share = 1.0  # Of what forward would keep for backward without recomputation and half precision.
 
     def temporary_files(self):
         return self.folder.glob(".*.tmp")  # The folder is this run's alone.
@@ -71,10 +74,22 @@ class ScorerRun(Run):
         self.facts["peak_rate"], self.facts["warmup_updates"] = schedule.peak, schedule.warmup
         if self.world.is_main:
             write_json(self.folder / "config.json", vars(self.args) | {"encoder": scorer.encoder.config.to_dict()})
+        device, precision = self.world.device, self.facts["precision"]
+        processes = f", {self.world.size} processes" if self.world.size > 1 else ""
         self.world.say(
-            f"{self.folder}: {self.facts['parameters']:,} parameters, {schedule.updates} updates, "
-            f"peak rate {schedule.peak:.2e} after {schedule.warmup}"
+            f"{description['architecture']}, {self.facts['parameters']:,} parameters, {precision}, on {device} "
+            f"({hardware_name(device)}{processes}); {explain_half_precision(precision, device)}; recomputation "
+            f"{self._recomputation() or 'off (--use_checkpoint, --memory_budget)'}; {self.args.num_workers} workers"
         )
+        self.world.say(
+            f"{self.folder}: {schedule.updates} updates, peak rate {schedule.peak:.2e} after {schedule.warmup}"
+        )
+
+    def _recomputation(self):
+        """What backward redoes, in words; None where it redoes nothing."""
+        if self.args.use_checkpoint:
+            return "of each encoder layer"
+        return f"for a peak of at most {self.args.memory_budget:g}" if self.args.memory_budget else None
 
     def epochs(self, phase, batches, **state):
         try:
@@ -187,6 +202,7 @@ class ScorerRun(Run):
         figures = [mean_rouge(result), -result["val_loss"]]  # Of equal ROUGE the lower loss is the better.
         best = self.best is None or figures > self.best
         shown = ", ".join(f"{name} {100 * result[f'val_{name}']:.2f}" for name in ROUGE)
+        shown += "; first candidates " + ", ".join(f"{100 * result[f'first_{name}']:.2f}" for name in ROUGE)
         mark = " (best)" if best else ""
         self.say(f"update {update}: validation loss {result['val_loss']:.4f}, {shown}{mark}")
         self.plot(result, update)
@@ -238,8 +254,25 @@ class ScorerRun(Run):
         self.write_record()
         self.drop_state()
         self.world.say(
-            f"{self.folder / 'scorer.bin'}: best validation ROUGE {100 * self.best[0]:.2f} (mean of the three)"
+            f"{self.folder / 'scorer.bin'}: best validation ROUGE {100 * self.best[0]:.2f} (mean of the three); beside "
+            f"it model.bin (last weights), {self.name}.json (record)"
         )
+        self.world.say(self._effect())
+
+    def _effect(self):
+        """What forward kept for backward in the first step, and what it would without the techniques, in words."""
+        kept = self.facts["saved_activation_bytes"] / 2**20
+        text = f"kept from forward to backward: {kept:.1f} MiB"
+        techniques = ["recomputation"] * bool(self._recomputation())
+        techniques += ["half precision"] * (self.facts["precision"] != "fp32")
+        if not techniques:
+            return text
+        text += f", without {' and '.join(techniques)} about {kept / self.kept_share:.1f} ({self.kept_share:.2f} x)"
+        plan = self.facts.get("plan")
+        if plan:
+            text += f"; peak {plan['peak_share']:.2f} x (planned {plan['planned_peak_share']:.2f}), by redoing "
+            text += f"{len(plan['redo'])} parts of layers"
+        return text
 
     def finish_profiling(self, timing):
         """Write the record of a run that --max_steps ended: the timings of its last epoch, no weights."""

@@ -1,0 +1,102 @@
+"""What a run of the ResNeXt scripts tells of itself: at its start what it is, at its end what its techniques did."""
+
+import contextlib
+
+import torch
+
+from harness.machine import hardware_name
+from harness.planning import describe
+from harness.precision import explain_half_precision
+from models.resnext import parse_name
+from models.resnext_checkpoint import CheckpointResNeXt
+
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def describe_run(run, steps):
+    """The two lines that an ImageRun begins with. steps: of an epoch."""
+    args, facts, device = run.args, run.facts, run.world.device
+    layout = "channels last" if facts.get("layout", {}).get("channels_last") else "contiguous"
+    form = facts.get("layout", {}).get("form", "groups")  # Of models.grouped_convolution.FORMS.
+    compiled = "compiled" if getattr(args, "compile", False) else "not compiled"
+    processes = f", {run.world.size} processes" if run.world.size > 1 else ""
+    half_precision = explain_half_precision(facts["precision"], device)
+    return (
+        f"{args.model}, {facts['parameters']:,} parameters, {facts['precision']}, {layout} (convolutions: {form}), "
+        f"{compiled}, on {device} ({hardware_name(device)}{processes}); {steps} steps of "
+        f"{args.batch_size} pictures an epoch",
+        "; ".join([_loading(run), half_precision, _recomputation(run), *_fast(run)]),
+    )
+
+
+def _loading(run):
+    if run.facts["loading"] == "device":
+        return "pictures augmented on the device"
+    number = run.args.num_worker
+    return f"pictures loaded by {number} worker{'s' * (number != 1)}" if number else "pictures loaded without workers"
+
+
+def _recomputation(run):
+    args = run.args
+    if getattr(args, "memory_budget", None):
+        what = "activations held" if args.budget_of == "held" else "peak"
+        return f"recomputation on ({what} at most {args.memory_budget:g} of what it is without)"
+    if getattr(args, "policy", None):
+        return f"recomputation on (policy {args.policy})"
+    if run.experiment == "resnext":
+        return "recomputation off (resnext_checkpoint.py)"
+    return f"recomputation off ({'not with --compile' if args.compile else '--policy, --memory_budget'})"
+
+
+def _fast(run):
+    """What resnext_fast.py can switch."""
+    args, layout = run.args, run.facts.get("layout")
+    if layout is None:
+        return ["compiling, choice of layout off (resnext_fast.py)"]
+    measured = "milliseconds_a_picture" in layout
+    why = "" if args.compile else f" ({'no CUDA GPU' if run.world.device.type != 'cuda' else '--compile'})"
+    return [
+        "layout the fastest here" if measured else "layout as asked",
+        f"compiling {'on' if args.compile else 'off'}{why}",
+        f"{'sgd in one cycle' if args.optimizer == 'sgd' else 'constant adam'}, smoothing {args.label_smoothing:g}",
+        f"averaging {'on' if args.ema else 'off (--ema)'}",
+    ]
+
+
+def plan_of(run, redo=frozenset(), half=False):
+    """The Plan of a step of an ImageRun that redoes the steps `redo` ("layer1.0.conv1", ...), in single precision or in
+    the run's own. Nothing is compiled for it; no random state changes."""
+    args, data, device = run.args, run.state["data"], run.world.device
+    dtype = HALF.get(run.facts["precision"]) if half else None
+    with torch.random.fork_rng(devices=[]):
+        model = CheckpointResNeXt(*parse_name(args.model), num_classes=len(data.classes)).to(device)
+    pictures = max(1, min(args.batch_size, len(data.train_labels)) // run.world.size)
+    with torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext():
+        return describe(model.rehearse(pictures, data.size, timed=False), redo)
+
+
+def describe_effect(run):
+    """What forward kept for backward in an ImageRun's first step, beside what it would be without the techniques, and
+    beside the plan, in words; None where it was not measured."""
+    facts, kept = run.facts, run.facts.get("saved_activation_bytes")
+    if kept is None:
+        return None
+    text = f"kept from forward to backward: {_mib(kept)} MiB"
+    changes = ["recomputation"] * bool(facts.get("policy")) + ["half precision"] * (facts["precision"] in HALF)
+    if not changes:
+        return text
+    plain, plan = plan_of(run), facts.get("plan")
+    if plan:
+        text += f" (planned {_mib(plan['held_bytes'])})"
+    text += f", without {' and '.join(changes)} {_mib(plain.plain_bytes)} ({kept / plain.plain_bytes:.2f} x)"
+    if plan and "measured" in facts:
+        peak, before = facts["measured"]["peak_bytes"], plan["plain_peak_bytes"]
+        text += (
+            f"; peak {_mib(peak)} (planned {_mib(plan['peak_bytes'])}), without recomputation {_mib(before)} "
+            f"({peak / before:.2f} x), by redoing {len(plan['redo'])} operations"
+        )
+    return text
+
+
+def _mib(size):
+    return f"{size / 2**20:.1f}"
