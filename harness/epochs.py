@@ -34,7 +34,7 @@ class Epoch:
         label = f"epoch {self.number + 1}"
         with nvtx_range(label), run.progress_bar(self) as bar:
             run.phase.start_epoch()
-            for self.step, batch in run.phase.steps(loader, label, first, run.args.max_steps):
+            for self.step, batch in run.phase.steps(loader, label, first, run.step_limit):
                 self.weight = run.batches.weight(self.step)
                 yield batch
                 self.done = self.step + 1
@@ -47,7 +47,7 @@ class Epoch:
                     if run.saves_within_epochs:
                         run.save_when_due(self.number, self.done)
             self.timing = run.phase.end_epoch()
-        run.stop.enough = run.phase.steps_done == run.args.max_steps
+        run.stop.enough = run.phase.steps_done == run.step_limit
         self._steps_ended = time.perf_counter()
 
     def end(self, result):

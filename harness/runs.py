@@ -15,6 +15,7 @@ from harness.timing import nvtx_range
 from harness.tracing import trace
 
 FORMAT = 1
+DRY_STEPS = 4  # Of --dry_run: the first, which warms up, and three whose times count.
 
 
 def add_arguments(parser):
@@ -23,6 +24,12 @@ def add_arguments(parser):
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", **flag, help="go on where a run with these arguments was interrupted, or a shorter one ended")
     add("--restart", **flag, help="begin anew, and replace the files of an earlier run")
+
+
+def add_dry_run(parser):
+    """Add `--dry_run` to an argument parser or group."""
+    parser.add_argument("--dry_run", action="store_true",
+        help=f"train {DRY_STEPS} steps, say what the run would take in time and memory, and write nothing")  # fmt: skip
 
 
 class Run:
@@ -50,6 +57,7 @@ class Run:
         # Of that, over all processes that the run was resumed in: until its first step could begin, and writing files.
         self.seconds = {"start_up_seconds": 0.0, "saving_seconds": 0.0}
         self._saved_at = self._started
+        self.is_dry = vars(args).get("dry_run", False)  # Nothing is resumed or written.
         if fixed_length is None:
             not_results = (*not_results, "num_epoch")
         self.arguments = {key: value for key, value in vars(args).items() if key not in not_results}
@@ -72,6 +80,9 @@ class Run:
 
         UserError when one does, and when this run would replace the files of an earlier one without being asked to.
         """
+        if self.is_dry:
+            yield
+            return
         with contextlib.ExitStack() as held:
             with self.world.main_first():  # Where it is refused, every process ends.
                 if self.world.is_main:
@@ -121,7 +132,7 @@ class Run:
 
     def is_done(self):
         """Whether --resume has nothing left to do, which is told."""
-        finished = self.args.resume and self._finished_arguments()
+        finished = self.args.resume and not self.is_dry and self._finished_arguments()
         if not finished or finished["num_epoch"] != self.args.num_epoch:
             return False
         if self._is_interrupted(read_state(self.path(".state"), mmap=True), finished):
@@ -151,10 +162,14 @@ class Run:
         state_dict and load_state_dict, all that a resumed run needs.
         """
         self.phase, self.batches, self.state = phase, batches, state
-        first, done = self.resume(**state) if self.args.resume else (0, 0)
+        first, done = self.resume(**state) if self.args.resume and not self.is_dry else (0, 0)
+        self.step_limit = self.args.max_steps
+        if self.is_dry:
+            self.step_limit, phase.warmup_steps = min(DRY_STEPS, self.args.num_epoch * len(batches)), 1
         self._saved_at = time.perf_counter()
         self.seconds["start_up_seconds"] += self._saved_at - self._started
-        traced = trace(self.args.trace if self.world.is_main else None, self.world.device, self.world.say)
+        traces = self.world.is_main and not self.is_dry
+        traced = trace(self.args.trace if traces else None, self.world.device, self.world.say)
         with nvtx_range(self.title), traced, stop_requests(enabled=self.world.size == 1) as self.stop:
             for number in range(first, self.args.num_epoch):
                 yield Epoch(self, number, done)
@@ -231,7 +246,7 @@ class Run:
 
     def save(self, epoch, step, **parts):
         """Save the state of `parts` before step `step` of `epoch`."""
-        if self.world.is_main:
+        if self.world.is_main and not self.is_dry:
             states = {name: part.state_dict() for name, part in parts.items()}
             with self.writing():
                 save_state(
@@ -257,7 +272,7 @@ class Run:
 
     def saved_facts(self):
         """The `facts` of the state that --resume is about to go on from; empty where there is none."""
-        state = read_state(self._state_to_resume(), mmap=True) if self.args.resume else None
+        state = read_state(self._state_to_resume(), mmap=True) if self.args.resume and not self.is_dry else None
         facts = state and state["parts"].get("facts")
         return facts if isinstance(facts, dict) else {}
 

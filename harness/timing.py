@@ -52,12 +52,14 @@ class PhaseTimer:
 
     device: a torch.device; on "cuda" device times are taken besides host times.
     enabled: False makes every phase free, to measure what the timing itself costs.
+    warmup_steps: how many first steps count in totals and shares alone.
     """
 
     def __init__(self, device, enabled=True):
         self.enabled = enabled
         self._device = device
         self._on_cuda = device.type == "cuda"
+        self.warmup_steps = WARMUP_STEPS
         self._phases = {}
         self._host = defaultdict(list)  # name -> nanoseconds, one an occurrence
         self._events = defaultdict(list)  # name -> (start, end)
@@ -103,7 +105,7 @@ class PhaseTimer:
                     batch = next(iterator)
                 yield number, batch
             self.steps_done += 1
-            if self.steps_done <= WARMUP_STEPS:
+            if self.steps_done <= self.warmup_steps:
                 self._epoch_warmup += 1
                 self._warmup_samples = {name: len(samples) for name, samples in self._host.items()}
 

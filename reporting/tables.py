@@ -12,7 +12,7 @@ from reporting.records import machine_letter, provenance
 # is known by its name, as Record.data has it, and device and threads by `hardware`.
 NOT_SETTINGS = (
     "seed", "output_dir", "run_name", "resume", "restart", "log", "port", "gpuid", "report_freq", "evaluate", "trace",
-    "data_dir", "device", "threads", "save_every",
+    "data_dir", "device", "threads", "save_every", "dry_run",
 )  # fmt: skip
 
 NUMBER = re.compile(r"[+-]?[\d.]+( ± [\d.]+)?(, within the noise)?")

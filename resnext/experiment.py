@@ -30,11 +30,12 @@ from harness.timing import nvtx_range
 from image_loaders import evaluation_batches, loading_of, training_loader
 from images import SIZE, load_images
 from models.resnext import parse_name
-from techniques import describe_effect, describe_run
+from techniques import describe_effect, describe_prospects, describe_run
 
 # They choose where and how a process runs, not what it computes: a resumed run may change them.
 NOT_RESULTS = (
-    "resume", "restart", "output_dir", "data_dir", "num_worker", "loader", "save_every", "trace", "device", "threads"
+    "resume", "restart", "output_dir", "data_dir", "num_worker", "loader", "save_every", "trace", "device", "threads",
+    "dry_run",
 )  # fmt: skip
 
 
@@ -77,6 +78,7 @@ def get_args_parser(description, kind=OneLineParser):
     add("--max_steps", type=positive_int,
         help="stop after so many steps, for profiling; a run stopped so writes its timings alone")  # fmt: skip
     tracing.add_argument(parser)
+    runs.add_dry_run(parser)
     return parser
 
 
@@ -283,7 +285,12 @@ class ImageRun(runs.Run):
             self.world.say(effect)
 
     def finish_profiling(self, timing):
-        """Write the record of a run that --max_steps ended: the timings of its last epoch, no weights, no curves."""
+        """Write the record of a run that --max_steps ended: the timings of its last epoch, no weights, no curves. Of
+        --dry_run say what they foretell."""
+        if self.is_dry:
+            for line in describe_prospects(self, timing):
+                self.world.say(line)
+            return
         self.history.append({"epoch": len(self.history) + 1, "peak_memory": timing["peak_memory"], "timing": timing})
         self.write_record()
         self.drop_state()

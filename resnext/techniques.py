@@ -1,12 +1,14 @@
 """What a run of the ResNeXt scripts tells of itself: at its start what it is, at its end what its techniques did."""
 
 import contextlib
+import datetime
 
 import torch
 
 from harness.machine import hardware_name
 from harness.planning import describe
 from harness.precision import explain_half_precision
+from models.grouped_convolution import set_form
 from models.resnext import parse_name
 from models.resnext_checkpoint import CheckpointResNeXt
 
@@ -45,7 +47,7 @@ def _recomputation(run):
         return f"recomputation on (policy {args.policy})"
     if run.experiment == "resnext":
         return "recomputation off (resnext_checkpoint.py)"
-    return f"recomputation off ({'not with --compile' if args.compile else '--policy, --memory_budget'})"
+    return "recomputation off (--policy, --memory_budget)"
 
 
 def _fast(run):
@@ -63,16 +65,18 @@ def _fast(run):
     ]
 
 
-def plan_of(run, redo=frozenset(), half=False):
-    """The Plan of a step of an ImageRun that redoes the steps `redo` ("layer1.0.conv1", ...), in single precision or in
-    the run's own. Nothing is compiled for it; no random state changes."""
+def plan_of(run, policy=frozenset(), half_precision=False):
+    """The Plan of a step of an ImageRun by `policy`, of CheckpointResNeXt's, in single precision or in the run's own.
+    Nothing is compiled for it; no random state changes."""
     args, data, device = run.args, run.state["data"], run.world.device
-    dtype = HALF.get(run.facts["precision"]) if half else None
+    dtype = HALF.get(run.facts["precision"]) if half_precision else None
     with torch.random.fork_rng(devices=[]):
-        model = CheckpointResNeXt(*parse_name(args.model), num_classes=len(data.classes)).to(device)
+        model = CheckpointResNeXt(*parse_name(args.model), num_classes=len(data.classes), policy=policy).to(device)
+    set_form(model, run.facts.get("layout", {}).get("form", "groups"))
     pictures = max(1, min(args.batch_size, len(data.train_labels)) // run.world.size)
     with torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext():
-        return describe(model.rehearse(pictures, data.size, timed=False), redo)
+        timeline = model.rehearse(pictures, data.size, timed=False)
+    return describe(timeline, frozenset(filter(model.redo, timeline.steps)))
 
 
 def describe_effect(run):
@@ -96,6 +100,57 @@ def describe_effect(run):
             f"({peak / before:.2f} x), by redoing {len(plan['redo'])} operations"
         )
     return text
+
+
+def describe_prospects(run, timing):
+    """What an ImageRun would take, of which --dry_run has done some steps, in lines. timing: of them, by a PhaseTimer;
+    the median step counts, for as many pictures as there are, and evaluation as so many forward passes."""
+    args, data, world = run.args, run.state["data"], run.world
+    pictures, tests = len(data.train_labels), len(data.test_labels)
+    batch = min(args.batch_size, pictures)
+    step, forward = (_milliseconds(timing["phases"][name]) / 1e3 for name in ("step", "forward"))
+    seconds = args.num_epoch * (step * pictures + forward * tests) / batch + run.seconds["start_up_seconds"]
+    weights = sum(weight.nbytes for weight in run.state["model"].parameters())
+    moments = sum(
+        value.nbytes
+        for values in run.state["optimizer"].state.values()
+        for value in values.values()
+        if isinstance(value, torch.Tensor)
+    )
+    plan = plan_of(run, _policy(run), half_precision=True)
+    classifier = 6 * batch // world.size * run.state["model"].linear.weight.numel()  # What follows the plan's steps.
+    flops = plan.plain_flops + plan.extra_flops + classifier
+    memory = (
+        f"predicted: {_mib(plan.held_bytes)} MiB kept from forward to backward, {_mib(plan.peak_bytes)} at the peak"
+    )
+    if getattr(args, "policy", None) == "nested":
+        memory = "what the policy nested holds is not predicted"
+    peak = timing["peak_memory"]
+    allocated = f"; the allocator's peak was {_mib(peak['allocated_bytes'])}" if peak else ""
+    steps = -(-pictures // args.batch_size)
+    return (
+        f"{run.facts['parameters']:,} parameters; about {flops / 1e9:.4g} GFLOP a step, forward and backward"
+        + f", in each of {world.size} processes" * (world.size > 1),
+        f"{memory}; {_mib(2 * weights + moments)} for weights, gradients and the optimizer{allocated}",
+        f"{steps} steps an epoch, {step:.4g} s each (the median of {timing['phases']['step']['count'] or 1}); "
+        f"{args.num_epoch} epochs with evaluation would take about {seconds:.0f} s "
+        f"({datetime.timedelta(seconds=round(seconds))})",
+        "--dry_run: nothing was written",
+    )
+
+
+def _policy(run):
+    """That of an ImageRun, as CheckpointResNeXt takes it."""
+    if run.facts.get("plan"):
+        return frozenset(run.facts["plan"]["redo"])
+    policy = getattr(run.args, "policy", None)
+    return frozenset() if policy in (None, "nested") else policy
+
+
+def _milliseconds(phase):
+    """Of one occurrence of a phase, from a PhaseTimer: the median after warm-up, or the mean where there is none."""
+    of_device = phase["device_ms"] or phase["host_ms"]
+    return of_device["total"] if of_device["median"] is None else of_device["median"]
 
 
 def _mib(size):
