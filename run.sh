@@ -212,14 +212,14 @@ simcls() (
         train $simcls/main.py $learning --num_workers 4 --use_checkpoint
         run=simcls_4_worker
         [ "$seed" = 0 ] || run+=_seed$seed
-        evaluate cache/$run/evaluation.json $run 50
+        evaluate cache/$run/evaluation.json $run 100
     done
     # A generator that has learnt from the same candidates: what it writes, and what the scorer makes of that.
     seed=${SEEDS%% *}
     train $simcls/brio.py --generator_name $simcls/demo --dataset samples --save_dir brio --num_epoch "${EPOCHS:-2}" \
         --num_cands 8 --max_source_length 96 --max_target_length 32
     generate=${generate/$simcls\/demo/brio}
-    evaluate brio/evaluation.json $run 50
+    evaluate brio/evaluation.json $run 100
     exit $failed  # Of this subshell.
 )
 

@@ -41,7 +41,7 @@ COLUMNS = {  # What a record calls a figure -> its header with the unit, and the
     "step_high": ("highest", 1),
     "peak_allocated_bytes": ("peak allocated, MiB", 1 / MIB),
     "peak_share": ("peak, % of plain", 100),
-    "reaches_goal": ("at most 60 % of the peak at 1.15 × the step", 1),
+    "reaches_goal": ("at most 60 % of the peak at 1.10 × the step", 1),
     "largest_batch": ("largest batch", 1),
     "pictures_per_second": ("pictures/s, median round", 1),
     "times_original": ("× original, median of the rounds' ratios", 1),

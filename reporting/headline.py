@@ -50,6 +50,7 @@ TECHNIQUES = {
         "on every GPU, and on CPUs that multiply bfloat16",
     ),
 }
+FEW_UPDATES = 100
 STUDIES = (DATA_LOADER, MIXED_PRECISION, CHECKPOINTING, TOGETHER, SIMCLS)
 FEW_EPOCHS = 3  # Fewer show times, and no result.
 
@@ -136,17 +137,28 @@ def _ratio(figure, row, base):
 
 
 def _result(study, row, base):
-    """The change in test accuracy, or in the scorer's ROUGE: "none" where each seed's curves are the same numbers."""
+    """The change in test accuracy, or in the validation ROUGE-1 of what a scorer chooses: "none" where each seed's
+    curves are the same numbers."""
+    curve, figure, unit = "test_acc", test_accuracy, "points"
     if study is SIMCLS:
-        return "none" if _same_curves(row, base, "val_rouge1") else "within rounding"
-    if _same_curves(row, base, "test_acc"):
+        updates = min(run.losses()[-1][0] if run.losses() else 0 for run in (*row.runs, *base.runs))
+        if updates < FEW_UPDATES:  # Which have taught a scorer nothing yet, so that nothing could change.
+            return f"not known: {updates} updates"
+        curve, figure, unit = "val_loss", validation_rouge, "ROUGE-1"
+    if _same_curves(row, base, curve):
         return "none: the same numbers"
-    new, old = (Sample.of(map(test_accuracy, each.runs)) for each in (row, base))
+    new, old = (Sample.of(map(figure, each.runs)) for each in (row, base))
     if new is None or old is None:
         return "–"
     noise = within_noise(new, old)
     note = ", within the noise" if noise else ", one run" if noise is None else ""
-    return f"{new.mean - old.mean:+.1f} points{note}"
+    return f"{new.mean - old.mean:+.1f} {unit}{note}"
+
+
+def validation_rouge(run):
+    """The ROUGE-1, in percent, of what a scorer chose of the validation candidates after its last epoch."""
+    value = run.last("val_rouge1")
+    return None if value is None else 100 * value
 
 
 def _same_curves(row, base, key):
