@@ -1,4 +1,5 @@
-"""report.py --timeline: what it reads of hand-made traces of a GPU and of a CPU."""
+"""report.py --timeline: what it reads of hand-made traces of a GPU and of a CPU, and of one as --trace writes it, which
+another program reads alike."""
 
 import gzip
 import json
@@ -6,8 +7,10 @@ import json
 import matplotlib.pyplot as plt
 import numpy as np
 import pytest
+import torch
 from run_records import read_table
 
+from harness import timing, tracing
 from reporting import timeline
 
 
@@ -119,3 +122,41 @@ def test_what_is_no_trace_of_ours_is_one_line(content, words, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(timeline.UserError, match=words):
         timeline.read_trace(tmp_path / "a.json")
+
+
+@pytest.fixture(scope="module")
+def own_trace(tmp_path_factory):
+    """What --trace writes of a loop whose steps add, then multiply."""
+    path, cpu = tmp_path_factory.mktemp("trace") / "own.json.gz", torch.device("cpu")
+    phase, numbers = timing.PhaseTimer(cpu), torch.ones(300, 300)
+    with tracing.trace(path, cpu, lambda line: None):
+        phase.start_epoch()
+        for _ in phase.steps([None] * (timing.WARMUP_STEPS + tracing.STEPS), "epoch 1"):
+            with phase("forward"):
+                numbers + numbers
+            with phase("backward"):
+                numbers @ numbers
+    return path
+
+
+def test_a_trace_of_ours_has_its_phases(own_trace):
+    trace = timeline.read_trace(own_trace)
+    assert [name for name, *_ in trace.phases] == ["data load", "forward", "backward"] * tracing.STEPS
+    assert {name for name, *_ in trace.work} == {"forward", "backward"}
+    phases = timeline.summarise(trace)
+    assert 0 < phases["forward"]["idle"] < phases["forward"]["host"]
+    assert phases["data load"]["idle"] == phases["data load"]["host"]
+
+
+def test_another_program_reads_the_same_phases_and_times(own_trace):
+    """With `pip install HolisticTraceAnalysis`, in an environment of its own: pytest tests/test_timeline.py."""
+    parser = pytest.importorskip("hta.common.trace", reason="HolisticTraceAnalysis is not installed")
+    read = parser.Trace(trace_files={0: str(own_trace)})
+    read.parse_traces(use_multiprocessing=False)
+    read.decode_symbol_ids()
+    events = read.get_trace(0)
+    phases = timeline.summarise(timeline.read_trace(own_trace))
+    for name in ("data load", "forward", "backward"):
+        durations = events[(events["s_cat"] == "user_annotation") & (events["s_name"] == name)]["dur"]
+        assert len(durations) == tracing.STEPS
+        assert durations.mean() / 1e3 == pytest.approx(phases[name]["host"], abs=2e-3)  # It rounds to microseconds.
