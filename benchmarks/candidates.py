@@ -60,7 +60,7 @@ def get_args_parser():
     parser.add_argument("--documents", type=integer, default=16, help="of the test split (default: %(default)s)")
     parser.add_argument("--model", help="also time this generator, a folder with its tokenizer")
     parser.add_argument("--reference_python", default=sys.executable, help="interpreter that has transformers 4.56.2")
-    parser.add_argument("--rounds", type=integer, default=3, help="default: %(default)s")
+    parser.add_argument("--rounds", type=integer, default=6, help="default: %(default)s")
     parser.add_argument("--num_cands", type=integer, default=8, help="default: %(default)s")
     parser.add_argument("--decoder_max_len", type=integer, default=64, help="default: %(default)s")
     parser.add_argument("--batch", type=integer, default=16, help="documents a batch of ours (default: %(default)s)")

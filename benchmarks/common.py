@@ -1,4 +1,4 @@
-"""What every benchmark shares: where its figures go, fair timing of two or more arms in one run, and its targets."""
+"""What every benchmark shares: where its figures go, fair timing of two or more arms in one run, and its verdicts."""
 
 import contextlib
 import json
@@ -10,6 +10,7 @@ from pathlib import Path
 
 from harness.endings import UserError
 from harness.machine import hardware_name
+from reporting.verdicts import find_target, judge, median_interval
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
@@ -59,25 +60,36 @@ def interleaved_rounds(arms, rounds):
 
 
 def ratio_summary(base, new):
-    """How many times faster `new` is: {"median", "low", "high"} of base / new, round by round.
+    """How many times faster `new` is: {"median", "low", "high", "interval"} of base / new, round by round.
 
-    base, new: seconds by round, as `interleaved` returns them.
+    base, new: seconds by round, as `interleaved` returns them. interval: `median_interval` of the ratios.
     """
     ratios = [slow / fast for slow, fast in zip(base, new, strict=True)]
-    return {"median": statistics.median(ratios), "low": min(ratios), "high": max(ratios)}
+    return {
+        "median": statistics.median(ratios),
+        "low": min(ratios),
+        "high": max(ratios),
+        "interval": median_interval(ratios),
+    }
+
+
+def spread(ratio, digits=2):
+    """ "95 % interval 1.21 to 1.34", of a ratio_summary; of fewer than six rounds "lowest to highest 1.15 to 1.38"."""
+    name = "95 % interval" if ratio["interval"] else "lowest to highest"
+    low, high = ratio["interval"] or (ratio["low"], ratio["high"])
+    return f"{name} {low:.{digits}f} to {high:.{digits}f}"
 
 
 def verdict(targets, device, case, ratio):
-    """ "; target at least 8: reached", of the ratio_summary `ratio`; "" where there is no target for `case`.
+    """ "; target at least 8: yes", of the ratio_summary `ratio`, judged by its interval; "" without such a target.
 
-    targets: TARGETS of a benchmark, {"cpu" or "cuda": {case: ("at least" or "at most", ratio)}}, which report.py reads
-    too; a case is named as the Case column of its table does. device: torch.device.
+    targets, case: as for `find_target`. device: torch.device.
     """
-    if case not in targets.get(device.type, {}):
+    target = find_target(targets, device.type, hardware_name(device), case)
+    if target is None:
         return ""
-    bound, limit = targets[device.type][case]
-    reached = ratio["median"] <= limit if bound == "at most" else ratio["median"] >= limit
-    return f"; target {bound} {limit:g}: {'reached' if reached else 'missed'}"
+    bound, limit = target
+    return f"; target {bound} {limit:g}: {judge(bound, limit, ratio['interval'])}"
 
 
 class Reference:

@@ -58,7 +58,7 @@ def get_args_parser():
     parser.add_argument("--scorer_path", type=Path, help="trained scorer (default: the generator's encoder as it is)")
     parser.add_argument("--documents", type=arguments.positive_int, default=32, help="default: %(default)s")
     parser.add_argument("--reference_python", default=sys.executable, help="interpreter that has transformers 4.56.2")
-    parser.add_argument("--rounds", type=arguments.positive_int, default=3, help="default: %(default)s")
+    parser.add_argument("--rounds", type=arguments.positive_int, default=6, help="default: %(default)s")
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/evaluation.json")
     return parser
 

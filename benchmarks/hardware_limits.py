@@ -1,11 +1,13 @@
 """How far training is from what the hardware can do: the larger of the time of its arithmetic and of its bytes.
 
-The arithmetic floor is the time that the FLOPs of an epoch take at the rate of a large matrix product; the bytes floor
-is that of moving each convolution's output five times (written, read by the next, read again in backward, its gradient
-written and read) at the rate of a large copy. Both rates are measured.
+The arithmetic floor is the time that the FLOPs of an epoch take at the rate of a large matrix product, or of a dense
+convolution in the layout of the run where that is faster, both in its precision; the bytes floor is that of moving each
+convolution's output five times (written, read by the next, read again in backward, its gradient written and read) at
+the rate of a large copy. All rates are medians of many rounds, and stated with the lowest and the highest.
 """
 
 import functools
+import statistics
 import sys
 from pathlib import Path
 
@@ -13,11 +15,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "resnext")]
 
 import torch
+import torch.nn.functional as F
 from common import interleaved
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from models.resnext import ResNeXt, parse_name
+from reporting.comparison import number
+
+SECONDS = 10.0  # That the rates are measured for, in turns: a shared machine's differ by half from second to second.
 
 
 @functools.cache
@@ -34,45 +40,65 @@ def forward_work(name):
     return counter.get_total_flops(), sum(elements)
 
 
-def distance(name, rate, precision, pictures, device):
-    """How far training at `rate` pictures/s is from what the hardware can do: an epoch's seconds, and both floors'."""
+def distance(name, rate, precision, pictures, device, memory_format):
+    """How far training at `rate` pictures/s is from what the hardware can do, flat: an epoch's seconds, both floors',
+    and the rates that they follow from.
+
+    precision: the Precision of the run. memory_format: of its pictures.
+    """
     flops, elements = forward_work(name)
     dtype = precision.dtype or torch.float32
-    matmul_rate, copy_rate = hardware_rates(dtype, device)
+    rates = hardware_rates(dtype, memory_format, device)
+    fastest = {what: statistics.median(values) for what, values in rates.items()}
     floors = {
-        "arithmetic_floor_seconds": 3 * flops * pictures / matmul_rate,
-        "bytes_floor_seconds": 5 * elements * dtype.itemsize * pictures / copy_rate,
+        "arithmetic_floor_seconds": 3 * flops * pictures / max(fastest["matmul"], fastest["convolution"]),
+        "bytes_floor_seconds": 5 * elements * dtype.itemsize * pictures / fastest["copy"],
     }
     epoch = pictures / rate
     limits = {
+        "precision": precision.label,
         "pflop_an_epoch": 3 * flops * pictures / 1e15,
-        "matmul_tflops_per_second": matmul_rate / 1e12,
-        "copy_gb_per_second": copy_rate / 1e9,
+        **stated("matmul", "tflops_per_second", rates, 1e12),
+        **stated("convolution", "tflops_per_second", rates, 1e12),
+        **stated("copy", "gb_per_second", rates, 1e9),
         "epoch_seconds": epoch,
         **floors,
         "times_the_larger_floor": epoch / max(floors.values()),
     }
-    print("  ".join(f"{key} {round(each, 3)}" for key, each in limits.items()))
+    print("  ".join(f"{key} {each if isinstance(each, str) else number(each)}" for key, each in limits.items()))
     return limits
 
 
-def hardware_rates(dtype, device, repeats=5):
-    """(FLOP/s of a large matrix product in `dtype`, bytes/s that a large copy reads and writes), best of `repeats`."""
-    size, copied = (8192, 2**30) if device.type == "cuda" else (1024, 2**27)
+def stated(what, unit, rates, factor):
+    """The median of the rates of `what`, and their lowest to highest, which tells how much the machine is disturbed."""
+    values = [each / factor for each in rates[what]]
+    spread = f"{number(min(values))} to {number(max(values))}"
+    return {f"{what}_{unit}": statistics.median(values), f"{what}_spread": spread}
+
+
+def hardware_rates(dtype, memory_format, device):
+    """{"matmul": FLOP/s of a large matrix product, "convolution": of a dense 3x3 convolution of pictures that lie in
+    `memory_format`, "copy": bytes/s that a large copy reads and writes}, each a list of one a round, in `dtype`."""
+    on_cuda = device.type == "cuda"
+    size, copied, pictures, channels = (8192, 2**30, 256, 256) if on_cuda else (1024, 2**27, 16, 128)
     one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    images = torch.randn(pictures, channels, 16, 16, device=device).to(dtype, memory_format=memory_format)
+    weight = torch.randn(channels, channels, 3, 3, device=device).to(dtype, memory_format=memory_format)
     source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.zeros_like(source)
+    work = {"matmul": 2 * size**3, "convolution": 2 * 9 * images.numel() * channels, "copy": 2 * copied}
+    arms = {
+        "matmul": synchronised(lambda: one @ other, device),
+        "convolution": synchronised(lambda: F.conv2d(images, weight, padding=1), device),
+        "copy": synchronised(lambda: target.copy_(source), device),
+    }
     # Single precision on CUDA is TensorFloat-32, as the convolutions' is.
     before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
-    seconds = interleaved(
-        {
-            "product": synchronised(lambda: one @ other, device),
-            "copy": synchronised(lambda: target.copy_(source), device),
-        },
-        repeats,
-    )
+    warm_up = interleaved(arms, 3)
+    rounds = max(10, int(SECONDS / sum(map(min, warm_up.values()))))
+    seconds = interleaved(arms, rounds)
     torch.backends.cuda.matmul.allow_tf32 = before
-    return 2 * size**3 / min(seconds["product"]), 2 * copied / min(seconds["copy"])
+    return {what: [work[what] / each for each in seconds[what]] for what in arms}
 
 
 def synchronised(call, device):

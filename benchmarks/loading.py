@@ -49,7 +49,7 @@ def get_args_parser():
     parser.add_argument(
         "--threads", type=arguments.positive_int, nargs="+", default=[1], help="of the device loader on a CPU"
     )
-    parser.add_argument("--rounds", type=arguments.positive_int, default=5)
+    parser.add_argument("--rounds", type=arguments.positive_int, default=7)
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/loading.json")
     return parser
 

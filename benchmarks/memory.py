@@ -11,12 +11,13 @@ Bytes are counted by saved-tensor hooks, which see what compiled code saves too.
 activations and their gradients at once in forward and backward: on a CPU of the tensors that operators return (not
 known for Inductor's code, whose buffers no operator returns), on CUDA with what cuDNN works in. FLOPs are those of
 forward convolutions that run in backward, over those of the plain step. Steps are timed in turn with the plain model's;
-their interval is from the lowest to the highest round, which for 7 rounds holds the median in 98 of 100 cases.
+their ratio is judged by its 95 % interval, yes, no or undecided: whether it is at most that of TIMED, and within 10 %
+of what was predicted.
 
 It ends with exit code 1 where an arm fails, or has gradients that are further from those in float64 than four times the
 plain model's, or where a plan is over its limits, is not predicted within 1 %, or redoes more FLOPs than CLAIMS or
-torch.compile's plan or the search's does. Such an arm's row says so. Times are shown with their targets, and do not
-fail. It takes 8 minutes on a core of an AMD EPYC.
+torch.compile's plan or the search's does. Such an arm's row says so. Times are shown with their verdicts, and do not
+fail.
 """
 
 import argparse
@@ -78,7 +79,7 @@ def get_args_parser():
     add("--policies", nargs="+", help="of these arms alone, and plain, as the table names them")
     add("--compile_backend", choices=backends, default="inductor" if on_cuda else "aot_eager")
     add("--steps", type=arguments.non_negative_int, default=5 if on_cuda else 2, help="training steps in a round")
-    add("--rounds", type=positive_int, default=7)
+    add("--rounds", type=positive_int, default=9)
     add("--timed_batch_size", type=positive_int, default=128 if on_cuda else 4)
     add("--half_precision", type=half_precision_type, nargs="?", const="float16", help="of the timed steps")
     add("--annealing_tries", type=arguments.non_negative_int, default=40_000, help="plans that a search looks at")
@@ -97,12 +98,13 @@ def main():
         raise UserError(f"--policies: there is no {min(unknown)!r}; there are {', '.join(arms)}")
     arms = {name: arm for name, arm in arms.items() if name in ("plain", *(args.policies or arms))}
     timed = {name: arm for name, arm in arms.items() if device.type == "cuda" or args.policies or name in TIMED}
+    targets = TIMED if device.type == "cpu" and args.model == CLAIMED else {}
     settings = {name: getattr(args, name) for name in ("model", "batch_size", "compile_backend")}
     record = {"benchmark": "memory", "machine": describe_machine(device), **settings}
     tables = {
         "rows": count_all(arms, args, device, bench.rows),
         "annealing": anneal_all(bench, args),
-        "training": train_all(timed, arms["plain"], args, device, bench.rows) if args.steps else (),
+        "training": train_all(timed, arms["plain"], args, device, bench.rows, targets) if args.steps else (),
     }
     record |= {name: [] for name in tables}
     path = args.output or results_path("memory", device)
@@ -220,8 +222,10 @@ def count_all(arms, args, device, rows):
     with FlopCounterMode(display=False) as counter, kept_state(plain):
         plain(images)
     forward_flops = convolution_flops(counter)
-    exact = count_bytes_and_flops(plain.double(), images.double(), labels)[0]
-    allowed = None
+    with kept_state(plain.double()):
+        exact, *_ = count_bytes_and_flops(plain, images.double(), labels)
+    with kept_state(plain.float()):
+        allowed = 4 * relative_error(count_bytes_and_flops(plain, images, labels)[0], exact)
     for name, make in arms.items():
         is_compiled = name.startswith("compile")
         is_hidden = is_compiled and args.compile_backend == "inductor" and device.type == "cpu"
@@ -240,12 +244,15 @@ def count_all(arms, args, device, rows):
         row["share"], row["peak_share"] = saved / plain_row["bytes"], peak and peak / plain_row["peak_bytes"]
         if plan := getattr(model, "the_plan", None):
             row |= {"predicted_bytes": plan.held_bytes, "predicted_peak_bytes": plan.peak_bytes}
-        error = (gradient - exact).norm() / exact.norm()
-        allowed = allowed or 4 * error
+        error = relative_error(gradient, exact)
         missed = [f"gradients off by {error:.1e} of their norm, {allowed:.1e} allowed"] if error > allowed else []
         missed += broken_claims(row, rows, args.model, device)
         rows[name] = row | ({"missed": "; ".join(missed)} if missed else {})
         yield rows[name]
+
+
+def relative_error(gradient, exact):
+    return float((gradient - exact).norm() / exact.norm())
 
 
 def broken_claims(row, rows, model, device):
@@ -336,18 +343,17 @@ def anneal_all(bench, args):
 def show(record):
     """Print the one table: what each arm holds, its peak, FLOPs and time, each beside what was predicted."""
     times = {row["policy"]: row for row in record["training"]}
-    targets = TIMED if record["machine"]["device"] == "cpu" else {}
     print("| plan | held, MiB | share | peak, MiB | share | FLOPs redone | prediction off by | step, × plain |")
     print("|---|---:|---:|---:|---:|---:|---:|---:|")
     for row in record["rows"]:
         if "bytes" in row:
-            print("|", " | ".join(cells(row, times.get(row["policy"], {}), targets)), "|")
+            print("|", " | ".join(cells(row, times.get(row["policy"], {}))), "|")
     for row in record["annealing"]:
         print(f"{row['policy']}: +{100 * row['extra']:.2f} % FLOPs; by annealing +{100 * row['extra_found']:.2f} %")
 
 
-def cells(row, time, targets):
-    """The texts of a row of the table."""
+def cells(row, time):
+    """The texts of a row of the table; `time`: its row of training steps, or {}."""
     peak, off, step = ["–", "–"], "–", "–"
     if row["peak_bytes"]:
         peak = [f"{row['peak_bytes'] / 2**20:.1f}", f"{row['peak_share']:.3f}"]
@@ -355,10 +361,10 @@ def cells(row, time, targets):
         off = f"{100 * max(off_by(row, what) for what in BYTES):.2f} %"
     if "step_times_plain" in time:
         step = f"{time['step_times_plain']:.2f} ({time['step_low']:.2f} to {time['step_high']:.2f})"
-        if time.get("predicted_step"):
-            step += f", predicted {time['predicted_step']:.2f}"
-        if most := TIMED.get(row["policy"]):
-            step += f", target {most}: {'reached' if time['step_times_plain'] <= most else 'missed'}"
+        if time["predicted_step"]:
+            step += f", predicted {time['predicted_step']:.2f} (within 10 %: {time['predicted_within_10_percent']})"
+        if time["target"]:
+            step += f", {time['target']}: {time['reached']}"
     held = [f"{row['bytes'] / 2**20:.1f}", f"{row['share']:.3f}"]
     return [row["policy"], *held, *peak, f"{100 * row['extra']:+.2f} %", off, step]
 

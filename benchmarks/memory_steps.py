@@ -7,11 +7,12 @@ from statistics import median
 
 import torch
 import torch.nn.functional as F
-from common import interleaved, ratio_summary
+from common import interleaved, ratio_summary, spread
 
 from harness import endings
 from harness.memory import SavedBytes, reset_peak_memory
 from harness.precision import choose_precision
+from reporting.verdicts import judge
 
 GOAL = {"peak_share": 0.60, "step_times_plain": 1.10}  # On CUDA, for at least one arm.
 BATCH_STEP = 128  # The largest batch is given as a multiple of it.
@@ -21,11 +22,12 @@ LARGEST_BATCH = 4096 - BATCH_STEP
 NO_CONTEXT = contextlib.nullcontext()
 
 
-def train_all(arms, make_plain, args, device, counted):
+def train_all(arms, make_plain, args, device, counted, targets):
     """Yield a flat row for each arm: training steps timed in turn with the plain model's, saved bytes, the peak, and
     the largest batch.
 
-    make_plain: makes the plain arm. counted: {name: row} of what is known of the arms besides.
+    make_plain: makes the plain arm. counted: {name: row} of what is known of the arms besides. targets: {name: the
+    times of a plain step that a step is to take at most, or None}.
     """
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
@@ -33,8 +35,8 @@ def train_all(arms, make_plain, args, device, counted):
     plain_bytes = plain_peak = None
     for name, make in arms.items():
         try:
-            arm = Trainer(make, args, device, args.timed_batch_size)
-            plain = Trainer(make_plain, args, device, args.timed_batch_size)
+            arm = TrainingSteps(make, args, device, args.timed_batch_size)
+            plain = TrainingSteps(make_plain, args, device, args.timed_batch_size)
             seconds = interleaved({"plain": plain.run, "arm": arm.run}, args.rounds)
             trained = {"precision": arm.precision.label, "saved_bytes": arm.saved_bytes, "peak_bytes": arm.peak_bytes}
             plan = getattr(arm.model, "the_plan", None)
@@ -48,6 +50,7 @@ def train_all(arms, make_plain, args, device, counted):
         saved, peak = trained["saved_bytes"], trained["peak_bytes"]
         plain_bytes, plain_peak = plain_bytes or saved, plain_peak or peak
         time, plain_step = ratio_summary(seconds["arm"], seconds["plain"]), median(seconds["plain"]) / args.steps
+        predicted, most = 1 + plan.extra_seconds / plain_step if plan else None, targets.get(name)
         row = {
             "policy": name,
             "batch_size": args.timed_batch_size,
@@ -55,7 +58,10 @@ def train_all(arms, make_plain, args, device, counted):
             "step_times_plain": time["median"],
             "step_low": time["low"],
             "step_high": time["high"],
-            "predicted_step": 1 + plan.extra_seconds / plain_step if plan else None,
+            "predicted_step": predicted,
+            "predicted_within_10_percent": predicted and judge_prediction(predicted, time["interval"]),
+            "target": most and f"at most {most}",
+            "reached": most and judge("at most", most, time["interval"]),
             "saved_share": saved / plain_bytes,
             "peak_allocated_bytes": peak,
             # Without an allocator that counts, of the tensors.
@@ -65,11 +71,18 @@ def train_all(arms, make_plain, args, device, counted):
             row["reaches_goal"] = all(row[key] <= limit for key, limit in GOAL.items())
         row["largest_batch"] = largest
         print(
-            f"{name}: step {time['median']:.2f} x plain ({time['low']:.2f} to {time['high']:.2f})"
+            f"{name}: step {time['median']:.2f} x plain ({spread(time)})"
             + (f", largest batch {largest}" if largest else ""),
             flush=True,
         )
         yield row
+
+
+def judge_prediction(predicted, interval):
+    """Whether what has that `interval` is within 10 % of `predicted`: "yes", "no" or "undecided"."""
+    above = judge("at least", predicted / 1.1, interval)
+    below = judge("at most", predicted / 0.9, interval)
+    return "no" if "no" in (above, below) else "undecided" if "undecided" in (above, below) else "yes"
 
 
 def failed(name, error):
@@ -81,7 +94,7 @@ def failed(name, error):
     return {"policy": name, "missed": text.splitlines()[0]}
 
 
-class Trainer:
+class TrainingSteps:
     """Training steps of a model with Adam, as resnext.py's, on one batch.
 
     saved_bytes: saved for backward. peak_bytes: allocated at the peak of a step, weights and Adam's moments among them;
@@ -130,7 +143,7 @@ def largest_batch(make, args, device):
         gc.collect()  # What an exception that was caught here held may be held by itself.
         torch.cuda.empty_cache()
         try:
-            return Trainer(make, args, device, batch_size).peak_bytes
+            return TrainingSteps(make, args, device, batch_size).peak_bytes
         except RuntimeError as error:
             if not endings.is_out_of_gpu_memory(error):
                 raise

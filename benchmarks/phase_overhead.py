@@ -2,13 +2,12 @@
 
     python3 benchmarks/phase_overhead.py
 
-One model trains, a few steps with phases on and as many with phases off in turn.
+One model trains, a few steps with phases on and as many with phases off in turn, once both have given one loss.
 The bare cost is that of the phases of a step with nothing in them, over the median step: where steps take by chance a
 percent more or less, it tells more than the ratio does. The device is CUDA where it is there.
 """
 
 import functools
-import math
 import statistics
 import sys
 import time
@@ -18,7 +17,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "resnext")]
 
 import torch
-from common import interleaved, ratio_summary, results_path, verdict
+from common import check, interleaved, ratio_summary, results_path, spread, verdict
 from torch import nn
 
 from experiment import model_name
@@ -50,19 +49,20 @@ def main():
     # The smallest model has the shortest steps, but on a GPU those would be of launches alone.
     default = ("resnext29_4x64d", 128) if device.type == "cuda" else ("resnext29_1x4d", 32)
     args.model, args.batch_size = args.model or default[0], args.batch_size or default[1]
-    train = trainer(args, device)
     timers = {"on": PhaseTimer(device), "off": PhaseTimer(device, enabled=False)}
+    losses = {name: make_steps(args, device)(timer) for name, timer in timers.items()}
+    check(losses["on"].equal(losses["off"]), f"phases change the loss: {losses}")
+    train = make_steps(args, device)
     arms = {name: functools.partial(train, timer) for name, timer in timers.items()}
     for arm in arms.values():
         arm()  # Warm up.
     seconds = interleaved(arms, args.rounds)
     ratio = ratio_summary(seconds["on"], seconds["off"])
-    low, high = ratio["interval"] = median_interval(seconds["on"], seconds["off"])
     step = statistics.median(seconds["off"]) / args.steps
     bare = bare_seconds(device) / step
     print(
         f"{args.model}, batch {args.batch_size}, {device.type}: a step with phases on takes {ratio['median']:.4f} x "
-        f"that with phases off (95 % interval {low:.3f} to {high:.3f}; {args.rounds} rounds of {args.steps} "
+        f"that with phases off ({spread(ratio, 3)}; {args.rounds} rounds of {args.steps} "
         f"steps){verdict(TARGETS, device, CASE, ratio)}; bare cost of the phases {100 * bare:.4f} % of a step"
     )
     record = {
@@ -76,15 +76,8 @@ def main():
     print(f"written: {path}")
 
 
-def median_interval(base, new):
-    """The 95 % interval of the median of base / new over the rounds, by the sign test: two of the sorted ratios."""
-    ratios = sorted(slow / fast for slow, fast in zip(base, new, strict=True))
-    outside = max(0, math.floor(len(ratios) / 2 - 1.96 * math.sqrt(len(ratios)) / 2) - 1)
-    return ratios[outside], ratios[-1 - outside]
-
-
-def trainer(args, device):
-    """train(phase): args.steps steps under the PhaseTimer `phase`; the model is the same each time.
+def make_steps(args, device):
+    """train(phase): args.steps steps under the PhaseTimer `phase`; returns their last loss. The model goes on training.
 
     The epoch is not summarised: that comes once in hundreds of steps, and here would come in every one.
     """
@@ -109,6 +102,7 @@ def trainer(args, device):
                 optimizer.step()
         if device.type == "cuda":
             torch.cuda.synchronize(device)
+        return loss.detach()
 
     return train
 

@@ -56,7 +56,7 @@ def get_args_parser():
     parser = arguments.OneLineParser(description=arguments.first_line(__doc__))
     parser.add_argument("--data", default="sample", help="CSV file of documents, or sample")
     parser.add_argument("--updates", type=arguments.positive_int, default=2, help="in a timed epoch")
-    parser.add_argument("--rounds", type=arguments.positive_int, default=5)
+    parser.add_argument("--rounds", type=arguments.positive_int, default=7)
     parser.add_argument("--num_workers", type=arguments.non_negative_int, default=2, help="of each arm's loader")
     parser.add_argument("--model_type", help="encoder, as of main.py; by default one of random weights")
     parser.add_argument("--width", type=arguments.positive_int, default=256, help="of random weights, 64 a head")

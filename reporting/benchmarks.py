@@ -10,6 +10,7 @@ from reporting.comparison import number
 from reporting.records import machine_letter, provenance, refused, warn
 from reporting.shapes import COUNT, NUMBER, PAIR, TEXT, is_number, maybe
 from reporting.tables import markdown
+from reporting.verdicts import find_target, judge
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "benchmarks"
 WITH_TABLES = ("fast", "layout", "memory")
@@ -52,7 +53,11 @@ COLUMNS = {  # What a record calls a figure -> its header with the unit, and the
     "peak_allocated_mib": ("peak allocated, MiB", 1),
     "pflop_an_epoch": ("PFLOP an epoch", 1),
     "matmul_tflops_per_second": ("matrix product, TFLOP/s", 1),
+    "matmul_spread": ("product, lowest to highest", 1),
+    "convolution_tflops_per_second": ("dense convolution, TFLOP/s", 1),
+    "convolution_spread": ("convolution, lowest to highest", 1),
     "copy_gb_per_second": ("copy, GB/s", 1),
+    "copy_spread": ("copy, lowest to highest", 1),
     "epoch_seconds": ("epoch, s", 1),
     "arithmetic_floor_seconds": ("epoch by arithmetic alone, s", 1),
     "bytes_floor_seconds": ("epoch by memory traffic alone, s", 1),
@@ -115,12 +120,12 @@ def render_tables(found, benchmark):
 
 
 def _ratio_rows(record):
-    targets = _targets(record["benchmark"]).get(record["machine"].get("device"), {})
+    targets, machine = _targets(record["benchmark"]), record["machine"]
     for case, ratio in _ratios("", record):
         if ratio["low"] == ratio["high"] == 1:
             continue  # Of one side to itself.
         case = ", ".join(filter(None, [record.get("model"), case]))
-        bound, limit = targets.get(case, (None, None))
+        bound, limit = find_target(targets, machine.get("device"), machine["hardware"], case) or (None, None)
         row = {
             "Benchmark": f"`{record['benchmark']}`",
             "Case": case + " (a cost)" * (bound == "at most") or None,
@@ -130,8 +135,7 @@ def _ratio_rows(record):
             "Lowest to highest": f"{number(ratio['low'])} to {number(ratio['high'])}",
         }
         if bound:
-            reached = ratio["median"] <= limit if bound == "at most" else ratio["median"] >= limit
-            row |= {"Target": f"{bound} {limit:g}", "Reached": "yes" if reached else "no"}
+            row |= {"Target": f"{bound} {limit:g}", "Reached": judge(bound, limit, ratio.get("interval"))}
         yield row | {"Made by": provenance([record]) or None}
 
 
@@ -155,7 +159,7 @@ def _length_of_seconds(value):
 
 @functools.cache
 def _targets(benchmark):
-    """TARGETS of the script of `benchmark`, {device: {case: ("at least" or "at most", ratio)}}; {} without any."""
+    """TARGETS of the script of `benchmark`, as common.find_target takes them; {} without any."""
     try:
         script = ast.parse((SCRIPTS / f"{benchmark}.py").read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError):

@@ -3,6 +3,7 @@
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from conftest import ROOT
@@ -12,8 +13,6 @@ sys.path.append(str(ROOT / "benchmarks"))
 import common
 
 from harness.endings import UserError
-
-CPU = torch.device("cpu")
 
 
 def test_arms_take_turns_and_the_order_alternates():
@@ -37,23 +36,49 @@ def test_an_arm_may_say_how_long_what_counts_of_it_took():
     assert min(seconds["ours"]) >= 0.02
 
 
-TARGETS = {"cpu": {"gain": ("at least", 2.0), "cost": ("at most", 1.01)}, "cuda": {"gain": ("at least", 9.0)}}
+TARGETS = {
+    "cpu": {"gain": ("at least", 2.0), "cost": ("at most", 1.01)},
+    "cpu, bfloat16": {"gain": ("at least", 3.0)},
+    "cuda": {"gain": ("at least", 9.0)},
+}
+WITH, WITHOUT = "AMD EPYC, 2 cores, AVX-512, bfloat16", "AMD EPYC, 2 cores, AVX2"
 
 
 @pytest.mark.parametrize(
-    ("case", "device", "median", "ending"),
+    ("case", "device", "hardware", "interval", "ending"),
     [
-        ("gain", "cpu", 2.0, "; target at least 2: reached"),
-        ("gain", "cpu", 1.9, "; target at least 2: missed"),
-        ("gain", "cuda", 2.0, "; target at least 9: missed"),
-        ("cost", "cpu", 1.0, "; target at most 1.01: reached"),
-        ("cost", "cpu", 1.02, "; target at most 1.01: missed"),
-        ("cost", "cuda", 1.0, ""),
-        ("other", "cpu", 1.0, ""),
+        ("gain", "cpu", WITHOUT, [2.0, 2.5], "; target at least 2: yes"),
+        ("gain", "cpu", WITHOUT, [1.9, 2.9], "; target at least 2: undecided"),
+        ("gain", "cpu", WITHOUT, [1.8, 1.9], "; target at least 2: no"),
+        ("gain", "cpu", WITHOUT, None, "; target at least 2: undecided"),
+        ("gain", "cpu", WITH, [2.1, 2.9], "; target at least 3: no"),
+        ("gain", "cuda", "NVIDIA H100", [2.0, 2.5], "; target at least 9: no"),
+        ("cost", "cpu", WITH, [0.9, 1.01], "; target at most 1.01: yes"),
+        ("cost", "cpu", WITHOUT, [1.0, 1.02], "; target at most 1.01: undecided"),
+        ("cost", "cpu", WITHOUT, [1.02, 1.03], "; target at most 1.01: no"),
+        ("cost", "cuda", "NVIDIA H100", [1.0, 1.0], ""),
+        ("other", "cpu", WITHOUT, [1.0, 1.0], ""),
     ],
 )
-def test_verdicts(case, device, median, ending):
-    assert common.verdict(TARGETS, torch.device(device), case, {"median": median}) == ending
+def test_verdicts_are_by_the_interval_and_the_kind_of_processor(case, device, hardware, interval, ending, monkeypatch):
+    monkeypatch.setattr(common, "hardware_name", lambda device: hardware)
+    ratio = {"median": 2.2, "interval": interval}
+    assert common.verdict(TARGETS, torch.device(device), case, ratio) == ending
+
+
+@pytest.mark.parametrize(("n", "held"), [(6, 0.969), (9, 0.961), (100, 0.965)])
+def test_the_interval_holds_the_median_in_95_of_100_cases(n, held):
+    """What it holds is known exactly: 1 - 2 P(k heads at most), with the most k of which that is 95 % at least."""
+    random = np.random.default_rng(0)
+    intervals = [common.median_interval(random.lognormal(0.0, 0.3, n)) for _ in range(4000)]
+    assert np.mean([low <= 1.0 <= high for low, high in intervals]) == pytest.approx(held, abs=0.01)
+
+
+def test_few_rounds_have_no_interval():
+    assert common.median_interval([1.0] * 5) is None
+    few, enough = (common.ratio_summary([2.0, 3.0] * n, [1.0] * 2 * n) for n in (2, 3))
+    assert (few["interval"], common.spread(few)) == (None, "lowest to highest 2.00 to 3.00")
+    assert (enough["interval"], common.spread(enough)) == ([2.0, 3.0], "95 % interval 2.00 to 3.00")
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The benchmarks of ResNeXt, run as a user runs them with tiny sizes: they check, measure and write whole records."""
 
+import dataclasses
 import functools
 import json
 import sys
@@ -16,7 +17,10 @@ from run_records import read_table
 sys.path.append(str(ROOT / "benchmarks"))
 
 import annealing
+import exactness
 import fast
+import fast_accuracy
+import fast_steps
 import layout
 import memory
 import memory_steps
@@ -25,7 +29,7 @@ from harness.endings import UserError
 from harness.loading import EpochBatches, worker_loader
 from harness.planning import plan_recomputation
 from layouts import Layout
-from models.resnext import ResNeXt
+from models.resnext import Block, ResNeXt
 from models.resnext_checkpoint import CheckpointResNeXt
 from reporting import benchmarks
 
@@ -150,13 +154,13 @@ def test_the_largest_batch_is_found(monkeypatch, limit, free_for):
     """However far the memory that seems to be free is from what fits."""
     tried = []
 
-    def trainer(make, args, device, batch_size):
+    def steps(make, args, device, batch_size):
         tried.append(batch_size)
         if batch_size > limit:
             raise torch.OutOfMemoryError
         return SimpleNamespace(peak_bytes=1000 + 10 * batch_size)
 
-    monkeypatch.setattr(memory_steps, "Trainer", trainer)
+    monkeypatch.setattr(memory_steps, "TrainingSteps", steps)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000 + 10 * free_for, 10**6))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
     assert memory_steps.largest_batch(None, None, None) == min(limit // 128 * 128, memory_steps.LARGEST_BATCH)
@@ -205,7 +209,7 @@ def test_an_arm_that_is_wrong_or_fails_says_so_and_costs_no_other():
     assert rows["wrong"]["missed"].startswith("gradients off by ")
     assert rows["failing"] == {"policy": "failing", "missed": "the compiler is ill"}
     assert "missed" not in rows["plain"] | rows["plain again"]
-    timed = {row["policy"]: row for row in memory_steps.train_all(arms, arms["plain"], args, CPU, {})}
+    timed = {row["policy"]: row for row in memory_steps.train_all(arms, arms["plain"], args, CPU, {}, {})}
     assert timed["failing"] == rows["failing"]
     assert timed["plain again"]["step_times_plain"] > 0
     with pytest.raises(RuntimeError, match="ill"):
@@ -247,30 +251,92 @@ def test_fast(fast_record, pictures):
     assert ("not carried on" in printed) == (chosen != "channels last, dense")
 
 
-@pytest.mark.parametrize(("precision", "off"), [("fp32", 1e-3), ("tf32", 1e-2), ("fp16", 3e-2), ("bf16", 1e-1)])
-@pytest.mark.parametrize("sign", [-1, 1])
-def test_a_row_that_computes_something_else_is_not_timed(precision, off, sign, monkeypatch, pictures):
-    def training(args, data, device):
-        loss = 2.3 * (1 + sign * off * (args.loader == "device"))
-        return SimpleNamespace(first_loss=loss, loaded_ahead=0, precision=SimpleNamespace(label=precision))
+def test_a_row_that_computes_something_else_is_not_timed(monkeypatch, pictures):
+    def steps(args, data, device):
+        wrong = args.loader == "device"
+        return SimpleNamespace(first_pass=wrong, loaded_ahead=0, precision=SimpleNamespace(label="fp32"))
 
-    monkeypatch.setattr(fast, "Training", training)
+    class Judge:
+        def __init__(self, *args):
+            pass
+
+        def check(self, name, precision, found):
+            assert not found, name
+            return 0.0, 0.0
+
+    monkeypatch.setattr(fast, "TrainingSteps", steps)
+    monkeypatch.setattr(fast, "Exact", Judge)
     args = fast.get_args_parser().parse_args(["--dataset", "folder", "--data_dir", str(pictures), "--batch_size", "4"])
-    rows = [fast.Row("original", []), fast.Row("other", ["--loader", "device"])]
-    rows[0].flags = ["--loader", "workers"]
-    with pytest.raises(AssertionError, match="^other: loss "):
-        next(fast.time_rows(rows, args, CPU, layout=None))
+    rows = [fast.Row("original", ["--loader", "workers"]), fast.Row("other", ["--loader", "device"])]
+    with pytest.raises(AssertionError, match="^other"):
+        fast.checked_steps(rows, fast.load_images("folder", pictures), args, CPU)
+
+
+class DroppedReLU(Block):
+    def forward(self, x):
+        out = self.conv2(F.relu(self.bn1(self.conv1(x))))
+        return F.relu(self.bn3(self.conv3(self.bn2(out))) + self.shortcut(x))
+
+
+def of_another_class(model):
+    model.layer3[2].__class__ = DroppedReLU
+
+
+def without_gradient_of_two_groups(model):
+    model.layer3[2].conv3.weight.register_hook(
+        lambda gradient: gradient * (torch.arange(gradient.shape[1]) % 4 > 0)[:, None, None]
+    )
+
+
+@pytest.fixture(scope="module")
+def exact_digits():
+    """(the digits, what the first 32 of them give in float64)"""
+    data = fast.load_images("digits", "")
+    return data, exactness.Exact("resnext29_2x4d", data, fast.LongEpochs(len(data.train_labels), 32, seed=0), CPU)
+
+
+FAULTS = {
+    "none": None,
+    "noise for pictures": None,
+    "a dropped ReLU": of_another_class,
+    "a quarter of a gradient": without_gradient_of_two_groups,
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("half", ["False", "bfloat16"])
+def test_a_wrong_arm_is_found_in_the_precision_that_it_runs_in(half, fault, exact_digits, monkeypatch):
+    data, exact = exact_digits
+    flags = ["--dataset", "digits", "--model", "resnext29_2x4d", "--batch_size", "32", "--half_precision", half]
+    args = fast.Row("any", [*flags, "--channels_last", "True", "--grouped_convolution", "groups"]).args
+    if fault == "noise for pictures":
+        data = dataclasses.replace(
+            data, train_images=np.random.default_rng(0).integers(0, 256, data.train_images.shape, dtype=np.uint8)
+        )
+    apply = Layout.apply
+    monkeypatch.setattr(
+        Layout, "apply", lambda self, model: (FAULTS[fault] or (lambda model: None))(model) or apply(self, model)
+    )
+    found = fast_steps.TrainingSteps(args, data, CPU).first_pass
+    precision = "fp32" if half == "False" else "bf16"
+    if fault == "none":
+        assert max(exact.check("arm", precision, found)) > 0
+    else:
+        with pytest.raises(AssertionError, match="^arm: its (logits|gradient) are"):
+            exact.check("arm", precision, found)
 
 
 def test_every_row_is_trained_and_what_it_reaches_stands_beside_its_speed(monkeypatch):
     def train(row, epochs, seed, folder):
         return {"epochs": [{"test_acc": 10.0 * epochs + seed + len(row.label)}]}
 
-    monkeypatch.setattr(fast, "train", train)
+    monkeypatch.setattr(fast_accuracy, "train", train)
     args = fast.get_args_parser().parse_args(["--ablation_epochs", "2", "--seeds", "0", "1", "2"])
     rows = fast.make_rows(args, CPU, LAYOUT)
-    record = {"ablation": [{"technique": row.label, "carried": True} for row in rows], "accuracy": []}
-    assert len(list(fast.train_rows(rows, record, args, LAYOUT))) == len(rows)
+    record = {"ablation": [{"technique": row.label, "carried": True} for row in rows]}
+    saved = []
+    fast.measure_accuracy(rows, record, lambda: saved.append(1), args, LAYOUT)
+    assert len(saved) == len(rows)
     assert record["accuracy"] == []
     first = record["ablation"][0]
     assert first == {
@@ -310,11 +376,15 @@ def test_on_cuda_everything_is_on_and_the_half_precision_of_the_original_is_an_a
 
 
 @pytest.mark.parametrize("model", ["resnext29_2x16d", "resnext29_4x64d"])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("device", ["cpu", "cpu, bfloat16", "cuda"])
 def test_targets_of_fast_are_of_cases_that_it_records(model, device):
     targets = fast.TARGETS[device]
     cases = [f"{model}, resnext_fast.py over the original" + end for end in ("", " in float16")]
-    expected = {("cpu", "resnext29_2x16d"): [1.3], ("cuda", "resnext29_4x64d"): [5.0, 3.5]}
+    expected = {
+        ("cpu", "resnext29_2x16d"): [1.5],
+        ("cpu, bfloat16", "resnext29_2x16d"): [2.4],
+        ("cuda", "resnext29_4x64d"): [5.0, 3.5],
+    }
     assert [targets[case][1] for case in cases if case in targets] == expected.get((device, model), [])
 
 
@@ -333,9 +403,9 @@ def test_a_timed_round_pays_for_its_loading():
     """What the workers have loaded before the round starts is no help, however long they had."""
     batches = EpochBatches(400, 1, seed=0)
     loader = worker_loader(SlowNumbers(), batches, 2, CPU)
-    training = object.__new__(fast.Training)
-    training.device, training.loaded_ahead = CPU, fast.loaded_ahead(loader)
-    training.source = fast.endless(loader, batches)
+    training = object.__new__(fast.TrainingSteps)
+    training.device, training.loaded_ahead = CPU, fast_steps.loaded_ahead(loader)
+    training.source = fast_steps.endless(loader, batches)
     training.step = lambda: next(training.source)
     training.run(1)
     time.sleep(0.6)  # Enough for 8 batches.
@@ -355,22 +425,22 @@ def test_a_round_shorter_than_what_is_loaded_ahead_is_refused():
 def test_the_peak_is_taken_after_the_warm_up(monkeypatch, pictures):
     """cuDNN tries its algorithms in the first steps, some with much memory: no such step comes after the reset."""
     order = []
-    monkeypatch.setattr(fast, "reset_peak_memory", lambda device: order.append("reset"))
-    step = fast.Training.step
-    monkeypatch.setattr(fast.Training, "step", lambda self, *args: order.append("step") or step(self, *args))
+    monkeypatch.setattr(fast_steps, "reset_peak_memory", lambda device: order.append("reset"))
+    step = fast_steps.TrainingSteps.step
+    monkeypatch.setattr(fast_steps.TrainingSteps, "step", lambda self: order.append("step") or step(self))
     flags = ["--dataset", "folder", "--data_dir", str(pictures), "--model", "resnext29_1x4d", "--batch_size", "4"]
     row = fast.Row("any", [*flags, "--channels_last", "True", "--grouped_convolution", "groups"])
-    fast.Training(row.args, fast.load_images("folder", pictures), CPU)
-    assert order == ["step"] * (1 + fast.WARM_UP) + ["reset", "step"]
+    fast_steps.TrainingSteps(row.args, fast.load_images("folder", pictures), CPU)
+    assert order == ["step"] * fast_steps.WARM_UP + ["reset", "step"]
 
 
 def test_seconds_until_an_accuracy():
     epochs = [{"timing": {"seconds": 2.0, "steps": 5}, "test_acc": accuracy} for accuracy in (50.0, 94.0, 93.0)]
-    assert fast.seconds_until(94.0, epochs) == 4.0
-    assert fast.seconds_until(95.0, epochs) is None
-    assert fast.seconds_until(None, epochs) == 6.0
+    assert fast_accuracy.seconds_until(94.0, epochs) == 4.0
+    assert fast_accuracy.seconds_until(95.0, epochs) is None
+    assert fast_accuracy.seconds_until(None, epochs) == 6.0
     epochs[1]["timing"]["steps"] = 3  # The rest of an epoch that was interrupted.
-    assert fast.seconds_until(94.0, epochs) is fast.seconds_until(None, epochs) is None
+    assert fast_accuracy.seconds_until(94.0, epochs) is fast_accuracy.seconds_until(None, epochs) is None
 
 
 def test_the_share_of_loading_is_of_medians_on_the_device_where_it_was_timed():
@@ -378,8 +448,8 @@ def test_the_share_of_loading_is_of_medians_on_the_device_where_it_was_timed():
         "data load": {"device_ms": {"median": 1.0}, "host_ms": {"median": 9.0}},
         "step": {"device_ms": {"median": 50.0}, "host_ms": {"median": 10.0}},
     }
-    assert fast.load_share(phases) == 0.02
+    assert fast_accuracy.load_share(phases) == 0.02
     on_cpu = {name: phase | {"device_ms": None} for name, phase in phases.items()}
-    assert fast.load_share(on_cpu) == 0.9
-    assert fast.mean_or_none([1.0, None]) is None
-    assert fast.mean_or_none([1.0, 2.0]) == 1.5
+    assert fast_accuracy.load_share(on_cpu) == 0.9
+    assert fast_accuracy.mean_or_none([1.0, None]) is None
+    assert fast_accuracy.mean_or_none([1.0, 2.0]) == 1.5

@@ -40,26 +40,28 @@ def targets_in_table(found):
 
 
 @pytest.mark.parametrize(
-    ("device", "median", "expected"),
+    ("device", "interval", "expected"),
     [
-        ("cpu", 1.6, ("at least 1.5", "yes")),
-        ("cpu", 1.4, ("at least 1.5", "no")),
-        ("cuda", 4.9, ("at least 5", "no")),
-        ("cuda", 5.0, ("at least 5", "yes")),
+        ("cpu", [1.5, 1.7], ("at least 1.5", "yes")),
+        ("cpu", [1.4, 1.7], ("at least 1.5", "undecided")),
+        ("cpu", [1.3, 1.4], ("at least 1.5", "no")),
+        ("cpu", None, ("at least 1.5", "undecided")),
+        ("cuda", [4.5, 4.9], ("at least 5", "no")),
+        ("cuda", [5.0, 6.0], ("at least 5", "yes")),
     ],
 )
-def test_a_target_is_that_of_the_records_device(read, device, median, expected):
-    ratios = {"original": ratio(median), "published": ratio(9.0)}
+def test_a_target_is_that_of_the_records_device_and_judged_by_the_interval(read, device, interval, expected):
+    ratios = {"original": ratio(5.5, interval=interval), "published": ratio(9.0)}
     found = read(record_of("scorer_step", device, ratios=ratios))
     assert targets_in_table(found) == {"original": expected, "published": ("–", "–")}
 
 
-@pytest.mark.parametrize(("median", "reached"), [(1.009, "yes"), (1.02, "no")])
-def test_a_cost_is_to_be_low(read, median, reached):
-    found = read(record_of("phase_overhead", results={"on over off": {"ratio": ratio(median, interval=[0.99, 1.03])}}))
+@pytest.mark.parametrize(("high", "reached"), [(1.009, "yes"), (1.02, "undecided")])
+def test_a_cost_is_to_be_low(read, high, reached):
+    found = read(record_of("phase_overhead", results={"on over off": {"ratio": ratio(1.0, interval=[0.99, high])}}))
     (row,) = read_table(benchmarks.render(found))
     assert row["Case"] == "on over off (a cost)"
-    assert (row["Target"], row["Reached"], row["95 % interval"]) == ("at most 1.01", reached, "0.990 to 1.03")
+    assert (row["Target"], row["Reached"]) == ("at most 1.01", reached)
 
 
 def test_a_benchmark_without_a_script_has_no_targets(read):
@@ -85,7 +87,7 @@ def test_targets_are_written_as_the_report_reads_them():
         targets = benchmarks._targets(path.stem)
         assert bool(targets) == ("TARGETS" in names), path.name
         for device, of_device in targets.items():
-            assert device in ("cpu", "cuda")
+            assert device in ("cpu", "cpu, bfloat16", "cuda")
             assert all(bound in ("at least", "at most") and limit > 0 for bound, limit in of_device.values())
 
 
