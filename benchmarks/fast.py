@@ -32,20 +32,16 @@ import torch
 from common import interleaved_rounds, ratio_summary, results_path, spread, verdict
 from exactness import Exact
 from fast_accuracy import accuracy
-from fast_steps import LongEpochs, TrainingSteps
+from fast_steps import LongEpochs, TrainingSteps, fastest_layout
 from hardware_limits import distance, forward_work
 from resnext_fast import get_fast_args_parser
 
 from experiment import model_name
 from harness import arguments, endings
-from harness.distributed import World
 from harness.endings import UserError
 from harness.files import write_record
 from harness.machine import describe_machine
-from harness.precision import choose_precision
 from images import load_images
-from layouts import candidates, fastest
-from models.resnext import ResNeXt, parse_name
 
 ORIGINAL = (
     "--loader workers --num_worker 2 --half_precision False --channels_last False --grouped_convolution groups "
@@ -111,7 +107,7 @@ def main():
     args = get_args_parser().parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
-    layout, milliseconds = choose_layout(args, device)
+    layout, milliseconds = fastest_layout(Row(FAST, common_flags(args)).args, device)
     rows = make_rows(args, device, layout)
     record = {"benchmark": "fast", "machine": describe_machine(device), "layout_milliseconds": milliseconds}
     record |= {name: getattr(args, name) for name in ("dataset", "model", "batch_size", "steps", "rounds")}
@@ -127,13 +123,6 @@ def main():
 def common_flags(args):
     names = ("dataset", "data_dir", "model", "batch_size")
     return [word for name in names for word in (f"--{name}", str(getattr(args, name)))]
-
-
-def choose_layout(args, device):
-    """(the Layout that resnext_fast.py chooses here, {layout: milliseconds a picture})"""
-    precision = choose_precision(Row(FAST, common_flags(args)).args.half_precision, device)
-    model = ResNeXt(*parse_name(args.model)).to(device)
-    return fastest(model, candidates(None, None), precision, World(0, 1, device), args.batch_size, size=32)
 
 
 def own_row(args, layout):

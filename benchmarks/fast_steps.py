@@ -3,6 +3,7 @@
 import itertools
 import time
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from exactness import observed_weight
@@ -11,11 +12,13 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
+from harness.distributed import World
 from harness.loading import EpochBatches
 from harness.memory import SavedBytes, reset_peak_memory
 from harness.precision import choose_precision
 from image_loaders import training_loader
-from layouts import Layout
+from images import ImageData
+from layouts import Layout, candidates, fastest
 from models.resnext import ResNeXt, parse_name
 
 WARM_UP = 2  # Steps, besides the one that is checked.
@@ -95,6 +98,20 @@ class TrainingSteps:
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         return time.perf_counter() - start
+
+
+def fastest_layout(args, device):
+    """(the Layout that resnext_fast.py chooses here with its arguments `args`, {layout: milliseconds a picture})"""
+    precision = choose_precision(args.half_precision, device)
+    model = ResNeXt(*parse_name(args.model)).to(device)
+    return fastest(model, candidates(None, None), precision, World(0, 1, device), args.batch_size, args.size)
+
+
+def random_pictures(count, side):
+    """ImageData of noise, with flips, as large as CIFAR-10 with `count` 50,000 and `side` 32: for what takes time."""
+    draws = np.random.default_rng(0)
+    images, labels = draws.integers(0, 256, (count, side, side, 3), dtype=np.uint8), draws.integers(0, 10, count)
+    return ImageData(images, labels, images[:100], labels[:100], [str(label) for label in range(10)], flip=True)
 
 
 def loaded_ahead(loader):

@@ -20,7 +20,8 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "resnext")]
 
 import numpy as np
 import torch
-from common import check, interleaved, ratio_summary, results_path, verdict
+from common import check, interleaved_rounds, ratio_summary, results_path, spread, verdict
+from fast_steps import random_pictures
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
@@ -29,7 +30,7 @@ from harness.files import write_record
 from harness.loading import EpochBatches
 from harness.machine import describe_machine
 from image_loaders import PADDING, DeviceImages, augmentation
-from images import SIZE, ImageData, load_images
+from images import SIZE, load_images
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 TARGETS = {
@@ -57,7 +58,7 @@ def get_args_parser():
 def main():
     args = get_args_parser().parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    data = random_pictures() if args.dataset == "random" else load_images(args.dataset, args.data_dir)
+    data = random_pictures(50_000, SIZE) if args.dataset == "random" else load_images(args.dataset, args.data_dir)
     torch.set_num_threads(1)  # As the original's loader has.
     largest = largest_difference(data, args.batch_size, device)
     print(f"{len(data.train_labels)} pictures; largest difference from torchvision's: {largest:.1e}", flush=True)
@@ -73,34 +74,19 @@ def main():
             )
     for arm in arms.values():
         arm()  # Warm up.
-    seconds = interleaved(arms, args.rounds)
-    rates = {name: len(data.train_labels) / statistics.median(values) for name, values in seconds.items()}
-    ratios = {name: ratio_summary(seconds["original"], seconds[name]) for name in arms if name != "original"}
+    record = {"benchmark": "loading", "machine": describe_machine(device), "dataset": args.dataset}
+    record |= {"pictures": len(data.train_labels), "batch_size": args.batch_size, "largest_difference": largest}
+    path = args.output or results_path("loading", device)
+    for seconds in interleaved_rounds(arms, args.rounds):
+        rates = {name: len(data.train_labels) / statistics.median(values) for name, values in seconds.items()}
+        ratios = {name: ratio_summary(seconds["original"], seconds[name]) for name in arms if name != "original"}
+        write_record(path, record | {"seconds": seconds, "pictures_per_second": rates, "ratios": ratios})
     for name, ratio in ratios.items():
         print(
             f"{name}: {rates[name]:.0f} pictures/s against {rates['original']:.0f}: {ratio['median']:.1f} x "
-            f"({ratio['low']:.1f} to {ratio['high']:.1f}, {args.rounds} rounds){verdict(TARGETS, device, name, ratio)}"
+            f"({spread(ratio, 1)}, {args.rounds} rounds){verdict(TARGETS, device, name, ratio)}"
         )
-    record = {
-        "benchmark": "loading",
-        "machine": describe_machine(device),
-        "dataset": args.dataset,
-        "pictures": len(data.train_labels),
-        "batch_size": args.batch_size,
-        "largest_difference": largest,
-        "seconds": seconds,
-        "pictures_per_second": rates,
-        "ratios": ratios,
-    }
-    path = args.output or results_path("loading", device)
-    write_record(path, record)
     print(f"written: {path}")
-
-
-def random_pictures(count=50_000):
-    draws = np.random.default_rng(0)
-    images, labels = draws.integers(0, 256, (count, SIZE, SIZE, 3), dtype=np.uint8), draws.integers(0, 10, count)
-    return ImageData(images, labels, images[:100], labels[:100], [str(label) for label in range(10)], flip=True)
 
 
 class OriginalImages(Dataset):

@@ -13,7 +13,7 @@ from reporting.tables import markdown
 from reporting.verdicts import find_target, judge
 
 SCRIPTS = Path(__file__).resolve().parent.parent / "benchmarks"
-WITH_TABLES = ("fast", "layout", "memory")
+WITH_TABLES = ("fast", "layout", "memory", "scaling")
 TITLES = {
     ("fast", "ablation"): "Training speed, technique by technique",
     ("fast", "limits"): "What the hardware allows, against resnext_fast.py",
@@ -21,6 +21,7 @@ TITLES = {
     ("layout", "totals"): "The grouped convolutions by form and layout",
     ("memory", "rows"): "Activation memory and recomputation",
     ("memory", "training"): "Training steps with recomputation",
+    ("scaling", "rows"): "What doubles when the work doubles, × the row before",
 }
 MIB = 2**20
 RECORD = {
@@ -69,6 +70,14 @@ COLUMNS = {  # What a record calls a figure -> its header with the unit, and the
     "load_share_of_step": ("load, % of step", 100),
     "forward_ms": ("forward, ms", 1),
     "backward_ms": ("backward, ms", 1),
+    "flops_times": ("FLOPs, ×", 1),
+    "milliseconds": ("time, ms", 1),
+    "time_times": ("time, ×", 1),
+    "time_interval": ("time, 95 % interval", 1),
+    "memory_mib": ("memory, MiB", 1),
+    "memory_times": ("memory, ×", 1),
+    "predicted_step": ("predicted", 1),
+    "predicted_within_10_percent": ("within 10 % of it", 1),
     "times_faster": ("speed, × groups in NCHW", 1),
 }
 
@@ -198,7 +207,9 @@ def _caption(record, name, rows):
     words = {key: text.format(**known) for key, text in facts.items() if record.get(key) and key not in rows[0]}
     words = [words.get("model"), words.get("pictures"), record["machine"]["hardware"], words.get("batch_size")]
     made = provenance([record])
-    times = f"n = {rounds(record)} rounds" if rounds(record) and "times_original" in rows[0] else None
+    times = (
+        f"n = {rounds(record)} rounds" if rounds(record) and {"times_original", "time_times"} & rows[0].keys() else None
+    )
     return f"{title}: {'; '.join(filter(None, [', '.join(filter(None, words)), times, made]))}:"
 
 

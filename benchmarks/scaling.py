@@ -1,0 +1,174 @@
+"""What doubles when the work doubles: time and memory against batch, width, side and number of pictures, and threads.
+
+    python3 benchmarks/scaling.py
+
+Training steps as resnext_fast.py takes them, on pictures of noise, which cost what others do. Each row changes one
+thing; where that is the number of pictures, as many steps are timed as an epoch has. All rows take turns, after those
+with the usual batch have been compared with float64.
+
+Memory is that of the weights with their gradients and the optimizer's state, of the pictures, which lie on the device,
+and of the peak of activations and their gradients: on CUDA as allocated, on a CPU of the tensors that operators return.
+
+Larger batches and smaller pictures need no option of their own to train with: --batch_size 512 --lr 0.2; or, with
+--dataset folder, --size 24 for the first epochs, then --size 32 --init and the weights that those wrote. Whether the
+accuracy is as good, only training tells.
+"""
+
+import dataclasses
+import statistics
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "resnext")]
+
+import torch
+from common import interleaved_rounds, ratio_summary, results_path
+from exactness import Exact
+from fast_steps import LongEpochs, TrainingSteps, fastest_layout, random_pictures
+from hardware_limits import forward_work
+from resnext_fast import get_fast_args_parser
+
+from experiment import model_name, picture_size
+from harness import arguments, endings
+from harness.files import write_record
+from harness.machine import describe_machine
+from harness.memory import LiveBytes
+from image_loaders import DeviceImages
+from images import SIZE
+from reporting.comparison import number
+
+
+@dataclasses.dataclass(frozen=True)
+class Point:
+    """A way to train, `steps` steps of which are timed. threads: of the processor."""
+
+    model: str
+    batch_size: int
+    side: int
+    pictures: int
+    threads: int
+    steps: int = 1
+
+    @property
+    def flops(self):
+        return 3 * forward_work(self.model)[0] * (self.side / SIZE) ** 2 * self.batch_size * self.steps
+
+
+def get_args_parser():
+    parser = arguments.OneLineParser(description=arguments.first_line(__doc__))
+    add, positive_int, on_cuda = parser.add_argument, arguments.positive_int, torch.cuda.is_available()
+    shapes, pictures = ("2x4", "2x8", "2x16"), [512, 1024, 2048]
+    if on_cuda:
+        shapes, pictures = ("4x16", "4x32", "4x64"), [12_800, 25_600, 51_200]
+    models = [f"resnext29_{shape}d" for shape in shapes]
+    add("--model", type=model_name, default=models[1], help="the usual one")
+    add("--batch_size", type=positive_int, default=128, help="the usual one")
+    add("--batch_sizes", type=positive_int, nargs="+", default=[256, 512, 1024])
+    add("--models", type=model_name, nargs="+", default=models)
+    add("--sides", type=picture_size, nargs="+", default=[16, 24, SIZE], help="of pictures, in pixels")
+    add("--pictures", type=positive_int, nargs="+", default=pictures, help="in an epoch")
+    add("--rounds", type=positive_int, default=9 if on_cuda else 7)
+    add("--output", type=Path, help="by default benchmarks/results/<hardware>/scaling.json")
+    return parser
+
+
+def main():
+    args = get_args_parser().parse_args()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.backends.cudnn.benchmark = True
+    axes = make_axes(args, device)
+    usual = get_fast_args_parser().parse_args(["--model", args.model, "--batch_size", str(args.batch_size)])
+    layout, _ = fastest_layout(usual, device)
+    print(f"{args.model}, batch {args.batch_size}, {layout}, {torch.get_num_threads()} threads", flush=True)
+    steps, memory = {}, {}
+    for point in (point for axis in axes.values() for point in axis.values()):
+        if point not in steps:
+            steps[point], memory[point] = make_steps(point, layout, point.batch_size == args.batch_size, device)
+    record = {"benchmark": "scaling", "machine": describe_machine(device), "model": args.model}
+    record |= {"batch_size": args.batch_size, "layout": str(layout), "precision": steps[point].precision.label}
+    path = args.output or results_path("scaling", device)
+    arms = {point: lambda point=point: timed(point, steps[point]) for point in steps}
+    for seconds in interleaved_rounds(arms, args.rounds):  # Written after each, since a lent GPU may be taken back.
+        rows = [row for name, axis in axes.items() for row in make_rows(name, axis, seconds, memory)]
+        record |= {"rounds": len(seconds[point]), "rows": rows}
+        write_record(path, record)
+    show(rows)
+    print(f"written: {path}")
+
+
+def make_axes(args, device):
+    """{what is changed: {to what, in words: Point}}, each from the least to the most."""
+    threads = torch.get_num_threads()
+    usual = Point(args.model, args.batch_size, SIZE, args.pictures[0], threads)
+    change = dataclasses.replace
+    axes = {
+        "batch": {str(size): change(usual, batch_size=size) for size in args.batch_sizes},
+        "width": {model: change(usual, model=model) for model in args.models},
+        "side of the pictures": {f"{side} px": change(usual, side=side) for side in args.sides},
+        "pictures, an epoch": {
+            f"{count:,}": change(usual, pictures=count, steps=max(1, count // args.batch_size))
+            for count in args.pictures
+        },
+    }
+    if device.type == "cpu":
+        counts = sorted({min(2**power, threads) for power in range(threads.bit_length() + 1)})
+        axes["threads"] = {str(count): change(usual, threads=count) for count in counts}
+    return axes
+
+
+def make_steps(point, layout, is_checked, device):
+    """(the TrainingSteps of `point` in the Layout, after a comparison with float64 if `is_checked`; bytes they need)"""
+    chosen = ["--channels_last", str(layout.channels_last), "--grouped_convolution", layout.form]
+    args = get_fast_args_parser().parse_args(
+        ["--model", point.model, "--batch_size", str(point.batch_size), "--size", str(point.side), *chosen]
+    )
+    data = random_pictures(point.pictures, point.side)
+    steps = TrainingSteps(args, data, device)
+    if is_checked:
+        batches = LongEpochs(point.pictures, point.batch_size, seed=0)
+        Exact(point.model, data, batches, device).check(str(point), steps.precision.label, steps.first_pass)
+    if device.type == "cuda":
+        return steps, steps.peak_bytes
+    with LiveBytes(steps.model) as live:
+        steps.step()
+    held = [*steps.model.parameters(), *steps.model.buffers(), *(weight.grad for weight in steps.model.parameters())]
+    held += [each for state in steps.optimizer.state.values() for each in state.values() if torch.is_tensor(each)]
+    return steps, live.peak + sum(each.nbytes for each in held) + DeviceImages.bytes_needed(data)
+
+
+def timed(point, steps):
+    before = torch.get_num_threads()
+    torch.set_num_threads(point.threads)
+    seconds = steps.run(point.steps)
+    torch.set_num_threads(before)
+    return seconds
+
+
+def make_rows(name, axis, seconds, memory):
+    """Yield a row for each Point of an axis, beside the one before it; seconds: as `interleaved_rounds` yields them."""
+    before = None
+    for value, point in axis.items():
+        row = {"changed": name, "to": value, "flops_times": None}
+        row |= {"milliseconds": 1e3 * statistics.median(seconds[point]), "time_times": None, "time_interval": None}
+        row |= {"memory_mib": memory[point] / 2**20, "memory_times": None}
+        if before:
+            time = ratio_summary(seconds[point], seconds[before])
+            row |= {"flops_times": point.flops / before.flops, "time_times": time["median"]}
+            row["time_interval"] = " to ".join(map(number, time["interval"])) if time["interval"] else None
+            row["memory_times"] = memory[point] / memory[before]
+        yield row
+        before = point
+
+
+def show(rows):
+    for row in rows:
+        text = f"{row['changed']} {row['to']}: {row['milliseconds']:.1f} ms, {row['memory_mib']:.1f} MiB"
+        if row["time_times"]:
+            text += f"; of the row before: FLOPs {row['flops_times']:.2f} x, time {row['time_times']:.2f} x "
+            text += f"(95 % interval {row['time_interval'] or 'unknown'}), memory {row['memory_times']:.2f} x"
+        print(text)
+
+
+if __name__ == "__main__":
+    endings.run(main)
