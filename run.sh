@@ -259,11 +259,12 @@ profile() {
 
 # What matters most to know first: with a lent machine, the later ones may have no time left.
 benchmarks() {
-    local script code
-    for script in ${ONLY:-phase_overhead layout fast memory loading scorer_step}; do
-        code=0
+    local script code started
+    for script in ${ONLY:-phase_overhead layout fast memory scaling loading scorer_step step_memory}; do
+        code=0 started=$SECONDS
         show ${LIMIT:+timeout --foreground "$LIMIT"} python3 "benchmarks/$script.py" ${OUT:+--output "$OUT/$script.json"} || code=$?
         [ $code = 0 ] || { failed=$code; echo "# exit code $code: $script" >&2; }
+        [ -n "${DRY:-}" ] || echo "# $script took $((SECONDS - started)) s"
         case $code in 130 | 143) exit $code ;; esac  # Stopped on purpose.
     done
 }

@@ -1,10 +1,12 @@
 """Whether a training step computes what it should: its first logits and a gradient, against those of a float64 run.
 
 The loss at initialisation would not tell: it is ln 10 for whatever is computed. How far a type's rounding may move
-logits and gradient is not guessed, either: the float64 run is done again with what each layer returns, forward and
-backward, rounded to that type. Steps in float16 and bfloat16 are as far off as that tells, to a few percent.
+logits and gradient is not guessed, either: the float64 run is done again with pictures, weights and what each layer
+returns, forward and backward, rounded to that type. Steps in float16 and bfloat16 are as far off as that tells, to a
+few percent.
 """
 
+import copy
 import functools
 
 import torch
@@ -14,7 +16,7 @@ from common import check
 from image_loaders import training_loader
 from models.resnext import ResNeXt, parse_name
 
-ALLOWED = 1.5  # Times as far as the simulated rounding. A ReLU less, in any block, is farther in bfloat16, too.
+ALLOWED = 1.75  # Times as far as the simulated rounding. A ReLU less, in any block, is farther in bfloat16, too.
 # TensorFloat-32 has the digits of float16. So single precision is held to these, too: on a CPU BatchNorm sums channels
 # last in one go, and is 100 times as far off as in the contiguous layout.
 ROUNDED_TO = {"fp32": torch.float16, "tf32": torch.float16, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -41,7 +43,7 @@ class Exact:
         self._images, self._labels = images.double().to(device), self._labels.to(device)
         torch.manual_seed(0)
         self._model = ResNeXt(*parse_name(name), num_classes=len(data.classes)).double().to(device)
-        self._right = self._pass()
+        self._right = first_pass(self._model, self._images, self._labels)
         self.tolerances = functools.cache(self._tolerances)
 
     def check(self, name, precision, found):
@@ -52,25 +54,27 @@ class Exact:
             check(error <= most, f"{name}: its {what} are {error:.1e} from those in float64, {most:.1e} allowed")
         return errors
 
-    def _pass(self):
-        logits = self._model(self._images)
-        weight = observed_weight(self._model)
-        (gradient,) = torch.autograd.grad(LOSS_SCALE * F.cross_entropy(logits, self._labels), weight)
-        return logits.detach(), gradient / LOSS_SCALE
-
     def _errors(self, found):
         """Of logits and gradient, over what their rows differ by: pictures have much in common at initialisation."""
         pairs = zip(found, self._right, strict=True)
         return [float((ours.double() - right).norm() / (right - right.mean(0)).norm()) for ours, right in pairs]
 
     def _tolerances(self, dtype):
-        layers = [layer for layer in self._model.modules() if not any(layer.children())]
-        hooks = [layer.register_forward_hook(lambda layer, args, output: Rounded.apply(output, dtype))
-                 for layer in layers]  # fmt: skip
-        errors = self._errors(self._pass())
-        for hook in hooks:
-            hook.remove()
-        return [ALLOWED * error for error in errors]
+        model = copy.deepcopy(self._model)
+        for layer in model.modules():
+            if not any(layer.children()):
+                layer.register_forward_hook(lambda layer, args, output: Rounded.apply(output, dtype))
+        for weight in model.parameters():
+            weight.data = weight.data.to(dtype).double() if weight.ndim > 1 else weight.data
+        found = first_pass(model, self._images.to(dtype).double(), self._labels)
+        return [ALLOWED * error for error in self._errors(found)]
+
+
+def first_pass(model, images, labels):
+    """(logits, gradient of observed_weight) of `model` in float64."""
+    logits = model(images)
+    (gradient,) = torch.autograd.grad(LOSS_SCALE * F.cross_entropy(logits, labels), observed_weight(model))
+    return logits.detach(), gradient / LOSS_SCALE
 
 
 class Rounded(torch.autograd.Function):

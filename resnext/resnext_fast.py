@@ -9,10 +9,9 @@ to zero, with label smoothing and no weight decay on BatchNorm and biases. Each 
 resnext.py: --loader workers --half_precision False --channels_last False --grouped_convolution groups --compile False
 --optimizer adam --label_smoothing 0.
 
-Measured by benchmarks/fast.py on a CPU (AMD EPYC, 2 cores, AVX2; torch 2.13.0, float32; n = 5 rounds, arms in turn),
-pictures/s over that way: resnext29_2x16d, batch 128: 1.38 times (1.12 to 1.92); resnext29_2x4d, batch 64: 1.66 times
-(1.46 to 1.72), and 48.7 % against 35.5 % after 6 epochs on a tenth of CIFAR-10 (5 seeds, deviations 1.0 and 5.7);
-resnext29_4x64d, batch 8: 1.24 times (1.10 to 1.33). Not yet measured: a GPU, and accuracy at full length.
+What each technique buys is measured by benchmarks/fast.py, with and without bfloat16 instructions: docs/results.md
+shows it for each processor that has a record, under "Benchmarks", beside the targets of both kinds. Not yet measured: a
+GPU, and accuracy at full length.
 """
 
 import sys

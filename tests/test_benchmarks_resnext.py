@@ -1,6 +1,5 @@
 """The benchmarks of ResNeXt, run as a user runs them with tiny sizes: they check, measure and write whole records."""
 
-import dataclasses
 import functools
 import json
 import sys
@@ -17,7 +16,6 @@ from run_records import read_table
 sys.path.append(str(ROOT / "benchmarks"))
 
 import annealing
-import exactness
 import fast
 import fast_accuracy
 import fast_steps
@@ -29,7 +27,7 @@ from harness.endings import UserError
 from harness.loading import EpochBatches, worker_loader
 from harness.planning import plan_recomputation
 from layouts import Layout
-from models.resnext import Block, ResNeXt
+from models.resnext import ResNeXt
 from models.resnext_checkpoint import CheckpointResNeXt
 from reporting import benchmarks
 
@@ -270,60 +268,6 @@ def test_a_row_that_computes_something_else_is_not_timed(monkeypatch, pictures):
     rows = [fast.Row("original", ["--loader", "workers"]), fast.Row("other", ["--loader", "device"])]
     with pytest.raises(AssertionError, match="^other"):
         fast.checked_steps(rows, fast.load_images("folder", pictures), args, CPU)
-
-
-class DroppedReLU(Block):
-    def forward(self, x):
-        out = self.conv2(F.relu(self.bn1(self.conv1(x))))
-        return F.relu(self.bn3(self.conv3(self.bn2(out))) + self.shortcut(x))
-
-
-def of_another_class(model):
-    model.layer3[2].__class__ = DroppedReLU
-
-
-def without_gradient_of_two_groups(model):
-    model.layer3[2].conv3.weight.register_hook(
-        lambda gradient: gradient * (torch.arange(gradient.shape[1]) % 4 > 0)[:, None, None]
-    )
-
-
-@pytest.fixture(scope="module")
-def exact_digits():
-    """(the digits, what the first 32 of them give in float64)"""
-    data = fast.load_images("digits", "")
-    return data, exactness.Exact("resnext29_2x4d", data, fast.LongEpochs(len(data.train_labels), 32, seed=0), CPU)
-
-
-FAULTS = {
-    "none": None,
-    "noise for pictures": None,
-    "a dropped ReLU": of_another_class,
-    "a quarter of a gradient": without_gradient_of_two_groups,
-}
-
-
-@pytest.mark.parametrize("fault", FAULTS)
-@pytest.mark.parametrize("half", ["False", "bfloat16"])
-def test_a_wrong_arm_is_found_in_the_precision_that_it_runs_in(half, fault, exact_digits, monkeypatch):
-    data, exact = exact_digits
-    flags = ["--dataset", "digits", "--model", "resnext29_2x4d", "--batch_size", "32", "--half_precision", half]
-    args = fast.Row("any", [*flags, "--channels_last", "True", "--grouped_convolution", "groups"]).args
-    if fault == "noise for pictures":
-        data = dataclasses.replace(
-            data, train_images=np.random.default_rng(0).integers(0, 256, data.train_images.shape, dtype=np.uint8)
-        )
-    apply = Layout.apply
-    monkeypatch.setattr(
-        Layout, "apply", lambda self, model: (FAULTS[fault] or (lambda model: None))(model) or apply(self, model)
-    )
-    found = fast_steps.TrainingSteps(args, data, CPU).first_pass
-    precision = "fp32" if half == "False" else "bf16"
-    if fault == "none":
-        assert max(exact.check("arm", precision, found)) > 0
-    else:
-        with pytest.raises(AssertionError, match="^arm: its (logits|gradient) are"):
-            exact.check("arm", precision, found)
 
 
 def test_every_row_is_trained_and_what_it_reaches_stands_beside_its_speed(monkeypatch):
