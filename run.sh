@@ -195,9 +195,11 @@ chain() (
     exit $failed  # Of this subshell.
 )
 
-# evaluate RECORD RUN PERCENT: of candidates of its own, so of more test documents than `samples` has made samples of.
+# evaluate RECORD RUN PERCENT: of candidates of its own, so of more test documents than `samples` has made samples of. A
+# record of a scorer that has been trained anew since then goes first: the script does not replace it.
 evaluate() {
     [ -n "${DRY:-}" ] || [ -e "cache/$2/scorer.bin" ] || return 0  # Its training failed, and was named.
+    if [ -e "$1" ] && [ -n "${AGAIN:-}" -o "cache/$2/scorer.bin" -nt "$1" ]; then show rm -f "$1"; fi
     once "$1" python3 $simcls/evaluate_model.py $generate --dataset_percent "$3" --scorer_path "cache/$2/scorer.bin" --output "$1"
 }
 

@@ -26,8 +26,7 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import numpy as np
 from data_utils import ROUGE
-from model import load_scorer, read_description
-from pretrained import half_precision_name
+from model import read_description
 from utils import read_lines
 
 from harness import arguments, devices, distributed, endings
@@ -35,11 +34,12 @@ from harness.arguments import positive_float, positive_int
 from harness.endings import UserError
 from harness.files import places, portable, write_record
 from harness.machine import describe_machine
-from harness.precision import choose_precision, half_precision_or_auto
+from harness.precision import half_precision_or_auto
 from harness.resume import changes
 from harness.runs import FORMAT
-from scorer.choices import by_rules, by_scorer, score_candidates, words
-from scorer.significance import FREE, summarise
+from scorer.choices import by_rules, by_scorer, load_judge, score_candidates, words
+from scorer.likelihood import fitted_to
+from scorer.significance import ALONE, FREE, P_VALUES, summarise
 from search.generator import (
     CANDIDATES,
     CandidateGenerator,
@@ -58,7 +58,12 @@ from texts.sentences import SentenceSplitter
 
 EXPERIMENT = "simcls_evaluation"
 SHOWN = 3
-ALONE = "SimCLS, scorer alone"
+# Settings of a search, and the arguments that name them.
+ASKED = {name: name for name in ("length_penalty", "min_length", "no_repeat_ngram_size", "max_source_length")}
+ASKED |= {"max_length": "decoder_max_len"}
+# What a record says besides its arguments, and what it means that another one says something else.
+USED = {"places": "other folders of the same names", "precision": "another precision"}
+USED |= {"scorer_digest": "other weights of the scorer"}
 ORDER = (*FREE, "worst", "best", ALONE, "SimCLS")
 
 
@@ -105,12 +110,16 @@ def main():
     # Where these change, the figures do not.
     neutral = ("output", "batch_size", "cand_gen_batch", "device", "threads")
     arguments = {name: portable(value) for name, value in vars(args).items() if name not in neutral}
-    refuse_to_replace(output, arguments, places(vars(args)))
     with distributed.world(devices.choose(args)) as world:
-        judged = judge_files(args) if args.summaries else judge_candidates(args, world)
+        judge = None if args.summaries else load_judge(args, world)
+        used = {"places": places(vars(args))}
+        if judge:
+            used |= {"precision": judge.precision.label, "scorer_digest": judge.digest}
+        refuse_to_replace(output, arguments, used)
+        judged = judge_candidates(args, world, judge) if judge else judge_files(args)
         result = summarise(judged.systems) | judged.facts
         print_table(result)
-        record = {"format": FORMAT, "experiment": EXPERIMENT, "arguments": vars(args), "places": places(vars(args))}
+        record = {"format": FORMAT, "experiment": EXPERIMENT, "arguments": vars(args)} | used
         write_record(output, record | {"machine": describe_machine(world.device)} | result)
 
 
@@ -132,20 +141,22 @@ def check_arguments(args):
         raise UserError(f"--scorer_path {args.scorer_path} is no file; main.py writes cache/<run>/scorer.bin")
 
 
-def refuse_to_replace(output, arguments, folders):
-    """UserError when the file `output` is there and is not the record of an evaluation with these arguments and
-    `folders`, as from harness.files.places."""
+def refuse_to_replace(output, arguments, used):
+    """UserError when the file `output` is there and is not the record of an evaluation with these arguments.
+
+    used: what else the record will say, by the keys of USED; a record of before, which lacks one, is not held to it.
+    """
     if not output.exists():
         return
     try:
         record = json.loads(output.read_bytes())
         ours = record["experiment"] == EXPERIMENT
         was = changes({name: record["arguments"].get(name) for name in arguments}, arguments)
-        same_places = record.get("places", folders) == folders
+        was = was or ", ".join(text for key, text in USED.items() if record.get(key, used.get(key)) != used.get(key))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         ours = False
-    if not ours or was or not same_places:
-        what = was or "other folders of the same names" if ours else "something else"
+    if not ours or was:
+        what = was if ours else "something else"
         raise UserError(f"{output} is there, an evaluation of {what}; name another --output, or delete it")
 
 
@@ -176,21 +187,19 @@ def judge_files(args):
     return Judged({"summaries": np.array(rouge)}, facts)
 
 
-def judge_candidates(args, world):
+def judge_candidates(args, world, judge):
     """The Judged ways to choose among the candidates of --samples or --generator_name; some documents are shown."""
-    lengths = {"total_len": args.total_len, "max_len": args.max_len}
-    scorer, encoding, description = load_scorer(args.model_type, args.scorer_path, **lengths)
-    half_precision = half_precision_name(args.half_precision, description["architecture"])
-    precision = choose_precision(half_precision, world.device, true_fp32=True)
-    trained = read_description(args.scorer_path) or {}
-    candidates = load_candidates(args, world, precision)
+    candidates = load_candidates(args, world, judge.precision)
     samples = candidates.samples
-    compare_counts(samples, args.num_cands, description.get("candidates"))
+    compare_counts(samples, args.num_cands, judge.description.get("candidates"))
+    trained = read_description(args.scorer_path) or {}
     warnings = check_belonging(candidates.origin, trained.get("samples"))
-    fitted = usable_weight(trained.get("likelihood"), samples, warnings)
+    if args.generator_name and not candidates.origin:
+        warnings.append("the samples do not tell what made them: the plain beam may be of another generator or search")
+    fitted = usable_weight(fitted_to(args.scorer_path), samples, warnings)
     for line in warnings:
         world.say(f"warning: {line}")
-    scores = score_candidates(scorer.to(world.device), encoding, samples, args.batch_size, world, precision)
+    scores = score_candidates(judge.scorer, judge.encoding, samples, args.batch_size, world, judge.precision)
     chosen = by_rules(samples, args.rouge_tokens)
     if fitted:
         chosen[ALONE] = by_scorer(scores, samples)
@@ -217,7 +226,7 @@ def load_candidates(args, world, precision):
         texts = [(" ".join(each["article_untok"]), " ".join(each["abstract_untok"])) for each in found.samples]
         documents = [Document(*each) for each in texts]
         args = argparse.Namespace(**vars(args) | {"num_cands": len(found.samples[0]["candidates"])})
-        generator = load_search(args, world, precision, "beam")
+        generator = load_search(args, world, precision, "beam", found.origin)
         return found._replace(plain=generate_samples(generator, documents, args.cand_gen_batch, args.rouge_tokens))
     path = find_dataset(args.dataset_name)
     every = read_documents(path, args.doc_col_name, args.sum_col_name)
@@ -232,11 +241,34 @@ def load_candidates(args, world, precision):
     return Candidates(samples, plain, generator.origin(args.generator_name, path, every), splitter)
 
 
-def load_search(args, world, precision, search):
-    """The CandidateGenerator of --generator_name with the kind of `search`."""
+def load_search(args, world, precision, search, origin=None):
+    """The CandidateGenerator of --generator_name with the kind of `search`.
+
+    origin: the provenance of the candidates that its own are compared with: all else of the search is as in theirs.
+    UserError where they are of another generator.
+    """
     model, tokenizer = load_generator(args.generator_name, generator_dtype(args.half_precision, precision))
-    settings = search_settings(args, model.generation_config, search)
-    return CandidateGenerator(model.to(world.device), tokenizer, settings, args.max_source_length)
+    settings, source_length = search_settings(args, model.generation_config, search), args.max_source_length
+    if origin:
+        settings, source_length = as_in_samples(settings, origin, args), origin["max_source_length"]
+    generator = CandidateGenerator(model.to(world.device), tokenizer, settings, source_length)
+    if origin and generator.fingerprint != origin["generator"]:
+        raise UserError(
+            f"--generator_name {args.generator_name}: the samples are of {origin['generator_name']}, of other "
+            "weights or in another precision; name that generator, with --half_precision as there"
+        )
+    return generator
+
+
+def as_in_samples(settings, origin, args):
+    """The `settings` of a search with those of the samples' provenance, but for the groups; UserError where an argument
+    names another."""
+    theirs = origin["search"] | {"max_source_length": origin["max_source_length"]}
+    for name, argument in ASKED.items():
+        asked = getattr(args, argument)
+        if asked is not None and asked != theirs.get(name, asked):
+            raise UserError(f"--{argument} {asked}: the samples were made with {theirs[name]}; leave it out")
+    return settings | {name: theirs[name] for name in settings.keys() & (theirs.keys() - {"num_groups"})}
 
 
 def read_samples(args):
@@ -337,11 +369,12 @@ def print_table(result):
             f"{100 * each['mean']:.2f} ({100 * each['low']:.2f}-{100 * each['high']:.2f})" for each in metrics.values()
         ]
         print(f"{name:<21}" + "".join(f"{cell:>21}" for cell in cells) + f"{result['words'][name]:>7.1f}")
-    for name, p_values in result.get("p_values", {}).items():
-        strongest = " *" if name == result["strongest"] else ""
-        print(f"{'p, ' + name + strongest:<21}" + "".join(f"{p:>21.2g}" for p in p_values.values()))
-    if "p_values" in result:
-        print("p: of SimCLS against that row; * the strongest of those that need no scorer")
+    for whose, key in P_VALUES.items():
+        for name, p_values in result.get(key, {}).items():
+            strongest = " *" if name == result["strongest"] else ""
+            print(f"{'p, ' + name + strongest:<21}" + "".join(f"{p:>21.2g}" for p in p_values.values()))
+        if key in result:
+            print(f"p: of {whose} against that row; * the strongest of those that need no scorer")
     print(result["rouge"])
 
 

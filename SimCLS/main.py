@@ -32,6 +32,7 @@ from scorer.optimization import Schedule, clip_gradients, seed_step
 from scorer.scorer_arguments import cached_path, get_args_parser
 from scorer.scorer_run import ScorerRun
 from texts import provenance
+from texts.samples import provenance_of
 
 
 def main():
@@ -46,10 +47,10 @@ def main():
         scorer, encoding, description = load_model(args, world)
         half_precision = half_precision_name(args.half_precision, description["architecture"])
         with world.first_on_machine():
-            description["samples"] = provenance.of_samples(Path(args.dataset) / "train")
-            of_validation = provenance.of_samples(Path(args.dataset) / "val")
+            made_of = [provenance_of(Path(args.dataset) / split) for split in ("train", "val")]
+        description["samples"] = made_of[0]
         # An argument, so that a run goes on with the samples alone that it began with, and its record tells them.
-        args.samples_digest = provenance.digest([description["samples"], of_validation])
+        args.samples_digest = provenance.digest(made_of)
         # TensorFloat-32 is off: in this model it would be for the matrix products, where PyTorch leaves it off too.
         precision = choose_precision(half_precision, device, true_fp32=True, say=world.say)
         run = ScorerRun(args, world, precision=precision.label)

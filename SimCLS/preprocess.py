@@ -85,6 +85,7 @@ def main():
         rouge_tokens=args.rouge_tokens,
         sentences=splitter.kind,
         candidates=provenance.read(args.src_dir),
+        documents=documents,
     )
     with staging(args.tgt_dir) as stage:
         refuse_to_replace(args.tgt_dir, made_of)
@@ -112,7 +113,7 @@ def refuse_to_replace(folder, made_of):
     """UserError when `folder` has samples that are not of the provenance `made_of`."""
     found = provenance.read(folder)
     if own_samples(folder) and (found is None or found["digest"] != made_of["digest"]):
-        known = (made_of.keys() & (found or {}).keys()) - {"digest", "candidates"}
+        known = (made_of.keys() & (found or {}).keys()) - {"digest", *provenance.NAMES}
         other = ", ".join(sorted(key for key in known if found[key] != made_of[key])) or "files, which it does not tell"
         raise UserError(f"{folder} has samples of other {other}; choose another --tgt_dir, or delete that folder")
 
@@ -123,7 +124,8 @@ def publish_samples(stage, tgt_dir, documents):
     # First all old ones go: a kill in here may leave too few samples, but never old and new ones side by side.
     for path in own_samples(tgt_dir):
         path.unlink()
-    for index in range(documents):
+    # 0.json is the last: where it is, all are.
+    for index in reversed(range(documents)):
         os.rename(stage / f"{index}.json", tgt_dir / f"{index}.json")
 
 

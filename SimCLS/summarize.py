@@ -22,16 +22,14 @@ from pathlib import Path
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
-from model import load_scorer, read_description
-from pretrained import half_precision_name
 from utils import read_lines
 
 from harness import arguments, devices, distributed, endings
 from harness.arguments import positive_int
 from harness.endings import UserError
 from harness.precision import choose_precision, half_precision_or_auto
-from scorer.choices import bayes_risk, score_candidates
-from scorer.likelihood import combine
+from scorer.choices import bayes_risk, load_judge, score_candidates
+from scorer.likelihood import combine, fitted_to
 from search.generator import (
     CandidateGenerator,
     add_search_arguments,
@@ -106,14 +104,10 @@ class Summarizer:
         settings = search_settings(args, model.generation_config, args.search)
         self.generator = CandidateGenerator(model.to(world.device), tokenizer, settings, args.max_source_length)
         self.split = SentenceSplitter(None).split  # Of a stream nothing can be learnt first.
-        self.scorer = self.fitted = None
+        self.judge = self.fitted = None
         if args.scorer_path:
-            lengths = {"total_len": args.total_len, "max_len": args.max_len}
-            self.scorer, self.encoding, description = load_scorer(args.model_type, args.scorer_path, **lengths)
-            self.scorer.to(world.device)
-            half_precision = half_precision_name(args.half_precision, description["architecture"])
-            self.precision = choose_precision(half_precision, world.device, true_fp32=True, say=lambda line: None)
-            self.fitted = (read_description(args.scorer_path) or {}).get("likelihood")
+            self.judge = load_judge(args, world, say=lambda line: None)
+            self.fitted = fitted_to(args.scorer_path)
 
     def __call__(self, documents):
         """A dict for each of the documents, a list of str: "summary", and "candidates", dicts, the best first."""
@@ -136,7 +130,7 @@ class Summarizer:
 
         candidates: lists of Candidate.
         """
-        if self.scorer is None:
+        if self.judge is None:
             return [None] * len(documents)
         samples = [
             {
@@ -147,8 +141,8 @@ class Summarizer:
             }
             for document, some in zip(documents, candidates, strict=True)
         ]
-        batch_size = self.args.cand_gen_batch
-        scores = score_candidates(self.scorer, self.encoding, samples, batch_size, self.world, self.precision)
+        judge, batch_size = self.judge, self.args.cand_gen_batch
+        scores = score_candidates(judge.scorer, judge.encoding, samples, batch_size, self.world, judge.precision)
         if self.fitted:
             pairs = [[[candidate.log_prob, candidate.tokens] for candidate in some] for some in candidates]
             scores = [combine(own, each, self.fitted) for own, each in zip(scores, pairs, strict=True)]

@@ -191,13 +191,7 @@ def _evaluation(repeats):
             sample = Sample.of(each["words"][name] for each in repeats if name in each["words"])
             cells["Words"] = quantity(sample, places=1)
         rows.append(cells)
-    # Records of before hold that against the generator alone.
-    against = [each.get("p_values") or {"generator": each["p_value"]} for each in repeats if each.get("p_value")]
-    for name in against[0] if against else ():
-        same = [p_values[name] for p_values in against if name in p_values]
-        worst = {metric: max(each[metric] for each in same) for metric in same[0]}
-        strongest = ", the strongest" if name == first.get("strongest") else ""
-        rows.append({"Summary": f"p, SimCLS against the {name}{strongest}"} | _p_values(worst))
+    rows += _p_rows(repeats)
     meaning = "95 % intervals" if len(repeats) == 1 else f"mean ± deviation over {len(repeats)} scorers, highest p"
     machine = first["machine"]
     # Without the folders of the machine that made the record.
@@ -210,5 +204,17 @@ def _evaluation(repeats):
     return "\n\n".join([f"{'; '.join(caption)}:", markdown(rows), *below])
 
 
-def _p_values(values):
-    return {f"{METRICS.get(metric, metric)}, %": f"{p:.2g}" for metric, p in values.items()}
+def _p_rows(repeats):
+    """A row for each system that SimCLS, and then the scorer alone, were tested against: the highest p of all."""
+    rows = []
+    for whose, key in (("SimCLS", "p_values"), ("scorer alone", "p_values_alone")):
+        tests = [each[key] for each in repeats if each.get(key)]
+        if whose == "SimCLS":  # Records of before hold that against the generator alone.
+            tests += [{"generator": each["p_value"]} for each in repeats if each.get("p_value") and not each.get(key)]
+        for name in tests[0] if tests else ():
+            same = [p_values[name] for p_values in tests if name in p_values]
+            worst = {METRICS.get(metric, metric): max(each[metric] for each in same) for metric in same[0]}
+            strongest = ", the strongest" if name == repeats[0].get("strongest") else ""
+            cells = {f"{metric}, %": f"{p:.2g}" for metric, p in worst.items()}
+            rows.append({"Summary": f"p, {whose} against the {name}{strongest}"} | cells)
+    return rows

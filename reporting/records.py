@@ -54,6 +54,7 @@ OF_EVALUATION = {
     "systems": each(dict, each(dict, {"mean": NUMBER, "low": NUMBER, "high": NUMBER})),
     "p_value": maybe(each(dict, NUMBER)),
     "p_values": maybe(each(dict, each(dict, NUMBER))),
+    "p_values_alone": maybe(each(dict, each(dict, NUMBER))),
     "words": maybe(each(dict, NUMBER)),
     "strongest": maybe(TEXT),
     "rouge": maybe(TEXT),

@@ -1,10 +1,12 @@
 """evaluate_model.py: its statistics, and the script as a user runs it."""
 
 import csv
+import functools
 import itertools
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluate_model
 import gen_candidate
@@ -24,6 +26,7 @@ from scorer import choices, likelihood
 from scorer.metrics import validate
 from scorer.scorer_arguments import get_args_parser
 from scorer.significance import bootstrap_interval, permutation_test, summarise
+from texts import provenance
 from texts.samples import as_sample, read_sample, rouge_of, sample_files
 from texts.sentences import SentenceSplitter
 
@@ -71,8 +74,11 @@ def test_simcls_is_compared_with_the_strongest_rule_and_each_has_its_own_p_value
     draws, chosen = np.random.default_rng(0), {"generator": 0.0, "most likely": 0.2, "longest": 0.1, "random": 0.0}
     systems = {name: draws.normal(0.3 + more, 0.05, (60, 3)) for name, more in chosen.items()}
     systems["SimCLS"] = systems["most likely"] + draws.normal(0, 1e-3, (60, 3))
+    systems["SimCLS, scorer alone"] = systems["generator"] + 0.01
     result = summarise(systems)
     assert result["strongest"] == "most likely"
+    alone = permutation_test(systems["SimCLS, scorer alone"] - systems["longest"])
+    assert list(result["p_values_alone"]["longest"].values()) == pytest.approx(alone, abs=0.02)
     assert list(result["p_values"]) == ["generator", "most likely", "longest"]
     for name, p_values in result["p_values"].items():
         assert list(p_values.values()) == pytest.approx(permutation_test(systems["SimCLS"] - systems[name]), abs=0.02)
@@ -131,9 +137,38 @@ def test_the_weight_of_the_likelihood_is_fitted_on_validation(monkeypatch):
         places = choices.by_scorer(list(known.scores), samples, each)
         chosen[name] = np.mean([known.figures[number][place] for number, place in enumerate(places)])
     assert chosen["fitted"] - chosen["alone"] == pytest.approx(fitted["gain"])
+    known.figures = np.random.default_rng(1).normal(0, 1, (200, 6))  # Of which likelihood and scorer know nothing.
+    by_chance = likelihood.fit(1.0, known, args, None, world)
+    assert by_chance["weight"] == 0
+    assert abs(by_chance["gain"]) < 2 * by_chance["error"]
     known.scores = known.figures  # A scorer that knows all needs no likelihood.
-    assert likelihood.fit(100.0, known, args, None, world) == {"weight": 0.0, "power": 1.0, "gain": 0.0}
+    assert likelihood.fit(100.0, known, args, None, world) == {"weight": 0.0, "power": 1.0, "gain": 0.0, "error": 0.0}
     assert likelihood.fit(1.0, Known(with_likelihood=False), args, None, world) is None
+
+
+def test_the_gain_of_a_weight_is_that_on_documents_it_was_not_fitted_to():
+    gains = np.zeros((2, 3, len(likelihood.WEIGHTS)))
+    gains[0, 1, 4:7], gains[1, 1, 4:7], gains[1, 2, 8:] = 3.0, -1.0, 4.0
+    fitted = likelihood.choose(gains, np.abs(gains), 10)
+    assert fitted["gain"] == pytest.approx((0.0 - 1.0) / 10)
+    assert fitted["error"] == pytest.approx(np.sqrt((1.0 / 10 - 0.01) / 10))
+    assert fitted["weight"] == 0
+    gains[1] = gains[0]
+    fitted = likelihood.choose(gains, np.abs(gains), 10)
+    assert (fitted["power"], fitted["gain"]) == (0.5, pytest.approx(0.6))
+
+
+def test_a_weight_counts_for_the_weights_that_it_was_fitted_to_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(likelihood, "load_weights", lambda *_: None)
+    monkeypatch.setattr(likelihood, "fit", lambda *_: {"weight": 0.04, "power": 1.0, "gain": 0.1, "error": 0.01})
+    run = SimpleNamespace(stop=SimpleNamespace(enough=False), folder=tmp_path, facts={}, say=print)
+    for name in ("scorer.bin", "model.bin"):
+        (tmp_path / name).write_text(name)
+    likelihood.fit_best(run, None, {"encoder": "bert"}, None, None, None, World(0, 1, torch.device("cpu")))
+    assert likelihood.fitted_to(tmp_path / "scorer.bin") == run.facts["likelihood"]
+    assert likelihood.fitted_to(tmp_path / "model.bin") is None
+    (tmp_path / "scorer.json").write_text('{"encoder": "bert", "likelihood": {"weight": 0.04}}')  # As before.
+    assert likelihood.fitted_to(tmp_path / "model.bin") == {"weight": 0.04}
 
 
 def test_what_does_not_belong_together_is_told():
@@ -179,7 +214,7 @@ def test_samples_are_scored_as_in_training(run_script, sample_folder, encoders, 
         assert means["worst"] <= means["random"] <= means["best"]
         interval = record["systems"]["SimCLS"][metric]
         assert interval["low"] <= interval["mean"] <= interval["high"]
-        assert 0 < record["p_value"][metric] <= 1
+        assert 0 < record["p_values"]["generator"][metric] <= 1
     assert result.stdout.count("chosen candidate:") == 3
     assert f"{100 * record['systems']['best']['rouge1']['mean']:.2f} (" in result.stdout
 
@@ -208,14 +243,21 @@ def test_generated_candidates_are_those_of_the_chain(run_script, encoders, score
     for key in ("systems", "p_values", "words", "rouge", "provenance"):
         assert one[key] == two[key]
     assert one["warnings"] == []
-    arguments = one["arguments"] | {"samples": "test"}
+    used = {name: one[name] for name in evaluate_model.USED}
+    assert used["precision"] == "fp32"
+    assert used["scorer_digest"] == provenance.digest_files([scorer_path])
+    check = functools.partial(evaluate_model.refuse_to_replace, tmp_path / "one.json")
     with pytest.raises(
         UserError, match=r"one.json is there, an evaluation of --samples None \(now test\); name another"
     ):
-        evaluate_model.refuse_to_replace(tmp_path / "one.json", arguments, one["places"])
-    with pytest.raises(UserError, match="an evaluation of other folders of the same names"):
-        evaluate_model.refuse_to_replace(tmp_path / "one.json", one["arguments"], {"generator_name": "another"})
-    evaluate_model.refuse_to_replace(tmp_path / "one.json", one["arguments"], one["places"])
+        check(one["arguments"] | {"samples": "test"}, used)
+    for name, what in (("places", "other folders of the same names"), ("precision", "another precision"),
+                       ("scorer_digest", "other weights of the scorer")):  # fmt: skip
+        with pytest.raises(UserError, match=f"one.json is there, an evaluation of {what};"):
+            check(one["arguments"], used | {name: "another"})
+    check(one["arguments"], used)
+    (tmp_path / "one.json").write_text(json.dumps({name: one[name] for name in one.keys() - used.keys()}))  # As before.
+    check(one["arguments"], used)
 
 
 SENTENCES = [
@@ -245,7 +287,8 @@ def test_generated_samples_are_those_of_gen_candidate_and_preprocess(encoders, t
     words += "--decoder_max_len 12 --no_repeat_ngram_size 2 --min_length 5 --length_penalty 0.5 --cand_gen_batch 5"
     args = evaluate_model.get_args_parser().parse_args(words.split())
     cpu = torch.device("cpu")
-    made = evaluate_model.load_candidates(args, World(0, 1, cpu), choose_precision(None, cpu)).samples
+    how = World(0, 1, cpu), choose_precision(None, cpu)
+    made, plain, _, _ = evaluate_model.load_candidates(args, *how)
 
     monkeypatch.setattr(sys, "argv", ["gen_candidate.py", *words.split()])
     gen_candidate.main()
@@ -259,6 +302,18 @@ def test_generated_samples_are_those_of_gen_candidate_and_preprocess(encoders, t
     for one, two in zip(made, read, strict=True):
         assert json.loads(json.dumps({key: value for key, value in one.items() if key != "rouge"})) == two
         assert rouge_of(one).tolist() == rouge_of(two).tolist()
+
+    # Plain beam search beside them is by that generator with those settings, and no other.
+    words = ["--samples", "test", "--generator_name", encoders["t5"]]
+    args = evaluate_model.get_args_parser().parse_args(words)
+    beside = evaluate_model.load_candidates(args, *how)
+    assert [sample["likelihood"] for sample in beside.plain] == [sample["likelihood"] for sample in plain]
+    args = evaluate_model.get_args_parser().parse_args([*words, "--num_cands", "4", "--min_length", "2"])
+    with pytest.raises(UserError, match="--min_length 2: the samples were made with 5; leave it out"):
+        evaluate_model.load_search(args, *how, "beam", beside.origin)
+    args.min_length = None
+    with pytest.raises(UserError, match=f"the samples are of {Path(encoders['t5']).name}, of other weights"):
+        evaluate_model.load_search(args, *how, "beam", beside.origin | {"generator": "another"})
 
 
 def test_sources_make_sentences_those_of_the_samples(tmp_path, monkeypatch):

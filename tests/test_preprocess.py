@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import preprocess
 import pytest
 from conftest import script_command
 from rouge_score.rouge_scorer import RougeScorer
@@ -17,7 +18,7 @@ from utils import map_in_order, read_lines
 
 from harness.endings import UserError
 from harness.files import staging
-from texts.samples import read_sample
+from texts.samples import read_sample, sample_files
 from texts.sentences import SentenceSplitter, ptb_tokenize
 
 pytestmark = pytest.mark.slow
@@ -142,8 +143,28 @@ def test_samples_of_another_input_are_never_replaced(tmp_path, run_script):
     (tmp_path / "published" / "0.json").write_text("{}")
     assert "has samples of other files, which it does not tell" in run(7, code=2, into="published")
     (tmp_path / "out" / "3.json").unlink()  # As a kill between the old samples' end and the new ones' names leaves it.
+    with pytest.raises(UserError, match=r"out has 6 of its 7 samples; the same preprocess\.py makes the others"):
+        sample_files(tmp_path / "out")
     run(7)
+    assert len(sample_files(tmp_path / "out")) == 7
     assert contents(tmp_path / "out") == before
+
+
+def test_the_first_sample_gets_its_name_last(tmp_path, monkeypatch):
+    """So that run.sh, which looks for it, makes the others too after Ctrl-C."""
+
+    def rename(source, target, own=os.rename):
+        if len(preprocess.own_samples(tmp_path)) == 2:
+            raise KeyboardInterrupt
+        own(source, target)
+
+    (tmp_path / "stage").mkdir()
+    for index in range(4):
+        (tmp_path / "stage" / f"{index}.json").touch()
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(KeyboardInterrupt):
+        preprocess.publish_samples(tmp_path / "stage", tmp_path, 4)
+    assert sorted(path.name for path in preprocess.own_samples(tmp_path)) == ["2.json", "3.json"]
 
 
 @pytest.fixture(scope="module")

@@ -174,6 +174,11 @@ def test_evaluation_table():
     generator, p_value = read_table(text)
     assert generator["ROUGE-1, %"] == "35.00 ± 7.07"
     assert p_value["ROUGE-1, %"] == "0.5"
+    other |= {"p_values": {"generator": other.pop("p_value")}, "p_values_alone": {"generator": {"rouge1": 0.2}}}
+    assert read_table(overview.evaluations([record, other]))[1:] == [
+        {"Summary": "p, SimCLS against the generator", "ROUGE-1, %": "0.5", "ROUGE-L, %": "1"},
+        {"Summary": "p, scorer alone against the generator", "ROUGE-1, %": "0.2", "ROUGE-L, %": "–"},
+    ]
     other["arguments"]["samples"] = "elsewhere"
     assert overview.evaluations([record, other]).count("95 % intervals") == 2
 

@@ -1,13 +1,37 @@
 """Ways to choose one of a document's candidates: by a scorer, and by rules that cost next to nothing."""
 
 import sys
+from typing import NamedTuple
 
 import numpy as np
-from data_utils import SampleSet, tokenize_samples
-from model import score_samples
+import torch
+from data_utils import SampleSet, TextEncoding, tokenize_samples
+from model import load_scorer, score_samples
+from pretrained import half_precision_name
 
+from harness.precision import Precision, choose_precision
 from scorer.likelihood import combine
+from texts import provenance
 from texts.scoring import mean_score, score
+
+
+class Judge(NamedTuple):
+    """A trained scorer, ready to score."""
+
+    scorer: torch.nn.Module  # On its device.
+    encoding: TextEncoding
+    description: dict  # As from `load_scorer`.
+    precision: Precision
+    digest: str  # Of the file of its weights.
+
+
+def load_judge(args, world, say=print):
+    """The Judge that the arguments --scorer_path, --model_type, --total_len, --max_len and --half_precision name."""
+    scorer, encoding, description = load_scorer(args.model_type, args.scorer_path, args.total_len, args.max_len)
+    half_precision = half_precision_name(args.half_precision, description["architecture"])
+    precision = choose_precision(half_precision, world.device, true_fp32=True, say=say)
+    digest = provenance.digest_files([args.scorer_path])
+    return Judge(scorer.to(world.device), encoding, description, precision, digest)
 
 
 def score_candidates(scorer, encoding, samples, batch_size, world, precision):

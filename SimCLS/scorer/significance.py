@@ -9,12 +9,14 @@ SEED = 0  # Of the resampling: the same figures give the same intervals.
 # Ways to choose a summary that need no scorer; SimCLS has to be better than the best of them, and than each TESTED.
 FREE = ("generator", "plain beam", "most likely", "longest", "Bayes risk", "random")
 TESTED = ("generator", "plain beam", "longest", "Bayes risk")
+ALONE = "SimCLS, scorer alone"
+P_VALUES = {"SimCLS": "p_values", ALONE: "p_values_alone"}  # Whose, and where the record has them.
 
 
 def summarise(systems):
     """The record's part: "documents"; "systems" -> metric -> "mean", "low", "high". Where SimCLS is among them also
-    "strongest", the best of FREE in the mean of the three, "p_values" -> system -> metric of SimCLS against that and
-    TESTED, and "p_value" -> metric, that against the generator.
+    "strongest", the best of FREE in the mean of the three, and "p_values" -> system -> metric of SimCLS against that
+    and TESTED; where the scorer alone is, too, its own "p_values_alone".
 
     systems: name -> float64 [documents, 3].
     """
@@ -29,15 +31,17 @@ def summarise(systems):
     free = [name for name in FREE if name in systems]
     if "SimCLS" in systems and free:
         result["strongest"] = max(free, key=lambda name: systems[name].mean())
-        against = [name for name in free if name in TESTED or name == result["strongest"]]
-        p_values = permutation_test(np.concatenate([systems["SimCLS"] - systems[name] for name in against], axis=1))
-        result["p_values"] = {
-            name: dict(zip(ROUGE, map(float, p_values[3 * place :]), strict=False))
-            for place, name in enumerate(against)
-        }
-        if "generator" in free:
-            result["p_value"] = result["p_values"]["generator"]
+        against = {name: systems[name] for name in free if name in TESTED or name == result["strongest"]}
+        result |= {key: compare(systems[name], against) for name, key in P_VALUES.items() if name in systems}
     return result
+
+
+def compare(figures, against):
+    """name -> metric -> p-value of `figures`, float64 [documents, 3], against each of `against`, a dict of such."""
+    p_values = permutation_test(np.concatenate([figures - each for each in against.values()], axis=1))
+    return {
+        name: dict(zip(ROUGE, map(float, p_values[3 * place :]), strict=False)) for place, name in enumerate(against)
+    }
 
 
 def bootstrap_interval(figures):

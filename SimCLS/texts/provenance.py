@@ -4,11 +4,10 @@ import hashlib
 import json
 
 from harness.files import write_json
-from texts.samples import sample_files
 
 FILE = "provenance.json"
-# Names that are there to be read: the digests beside them decide.
-NAMES = ("generator_name", "text_name", "candidates")
+# What is there to be read: the digests beside it decide.
+NAMES = ("generator_name", "text_name", "candidates", "documents")
 
 
 def digest(value):
@@ -44,11 +43,6 @@ def read(folder):
     return described if isinstance(described, dict) and "digest" in described else None
 
 
-def of_samples(folder):
-    """The provenance of a sample folder; without one, of the names and sizes of its samples."""
-    return read(folder) or describe(files=[[path.name, path.stat().st_size] for path in sample_files(folder)])
-
-
 def differences(ours, theirs):
     """What differs between two provenances of candidates, in words: "" when nothing does, or one of them is None.
 
@@ -56,5 +50,5 @@ def differences(ours, theirs):
     """
     if not ours or not theirs:
         return ""
-    known = (ours.keys() & theirs.keys()) - {"digest", "documents", *NAMES}
+    known = (ours.keys() & theirs.keys()) - {"digest", *NAMES}
     return ", ".join(sorted(key for key in known if ours[key] != theirs[key]))

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from harness.endings import UserError
+from texts import provenance
 from texts.candidate_files import Lines
 from texts.scoring import mean_score, score
 from texts.sentences import ptb_tokenize
@@ -20,7 +21,7 @@ KEYS = ("article", "abstract", "article_untok", "abstract_untok", "candidates", 
 def sample_files(folder):
     """The Paths of the samples of `folder`, in the order of their numbers; other files do not count.
 
-    UserError when there is no such folder or no sample in it.
+    UserError when there is no such folder or no sample in it, and when it has not as many as its provenance says.
     """
     try:
         numbered = [(int(name[:-5]), name) for name in os.listdir(folder) if re.fullmatch(r"[0-9]{1,18}\.json", name)]
@@ -28,7 +29,17 @@ def sample_files(folder):
         raise UserError(f"cannot read the sample folder {folder}: {error.strerror}; preprocess.py makes it") from None
     if not numbered:
         raise UserError(f"the sample folder {folder} holds no sample 0.json, 1.json, ...; preprocess.py makes them")
+    made = (provenance.read(Path(folder)) or {}).get("documents")
+    if made not in (None, len(numbered)):  # preprocess.py was stopped while it gave them their names.
+        raise UserError(f"{folder} has {len(numbered)} of its {made} samples; the same preprocess.py makes the others")
     return [Path(folder) / name for _, name in sorted(numbered)]
+
+
+def provenance_of(folder):
+    """The provenance of a sample folder; without one, of the names and sizes of its samples."""
+    files = sample_files(folder)
+    made_of = provenance.read(folder)
+    return made_of or provenance.describe(files=[[path.name, path.stat().st_size] for path in files])
 
 
 def read_sample(path):
