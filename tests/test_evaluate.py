@@ -304,7 +304,7 @@ def test_generated_samples_are_those_of_gen_candidate_and_preprocess(encoders, t
         assert rouge_of(one).tolist() == rouge_of(two).tolist()
 
     # Plain beam search beside them is by that generator with those settings, and no other.
-    words = ["--samples", "test", "--generator_name", encoders["t5"]]
+    words = ["--samples", "test", "--generator_name", encoders["t5"], "--cand_gen_batch", "5"]
     args = evaluate_model.get_args_parser().parse_args(words)
     beside = evaluate_model.load_candidates(args, *how)
     assert [sample["likelihood"] for sample in beside.plain] == [sample["likelihood"] for sample in plain]
