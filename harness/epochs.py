@@ -37,6 +37,7 @@ class Epoch:
             for self.step, batch in run.phase.steps(loader, label, first, run.step_limit):
                 self.weight = run.batches.weight(self.step)
                 yield batch
+                run.phase.end_step()
                 self.done = self.step + 1
                 samples = run.batches.samples_from(self.step) - run.batches.samples_from(self.done)
                 self.samples += samples

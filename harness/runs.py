@@ -178,10 +178,13 @@ class Run:
                 done = 0
 
     def save_when_due(self, epoch, step):
-        """Save the state before step `step` of `epoch` if --save_every has passed since the last time."""
+        """Save the state before step `step` of `epoch` if --save_every has passed since the last time. Training's clock
+        stands still meanwhile."""
         minutes = getattr(self.args, "save_every", 0.0)
-        if time.perf_counter() - self._saved_at >= 60 * minutes and self.may_go_on():
-            self.save(epoch, step, **self.state)
+        if time.perf_counter() - self._saved_at >= 60 * minutes:
+            with self.phase.paused():
+                if self.may_go_on():
+                    self.save(epoch, step, **self.state)
 
     def leave(self, epoch):
         """Save the state in the middle of `epoch`, unless no run could go on from it, and end the script."""

@@ -68,6 +68,7 @@ class PhaseTimer:
         self._epoch_warmup = 0
         self._warmup_samples = {}  # name -> how many of the epoch's first samples fell in warm-up steps
         self._epoch_start = None
+        self._open_step = contextlib.ExitStack()
 
     def __call__(self, name):
         """The context manager that times one occurrence of the phase `name`."""
@@ -82,8 +83,7 @@ class PhaseTimer:
         self._epoch_warmup = 0
         self._warmup_samples.clear()
         reset_peak_memory(self._device)
-        if self._on_cuda:
-            torch.cuda.synchronize(self._device)
+        self._wait_for_device()
         self._epoch_start = time.perf_counter()
 
     def steps(self, batches, label, first=0, limit=None):
@@ -91,8 +91,8 @@ class PhaseTimer:
 
         No step begins once `steps_done` is `limit`.
 
-        Each step is an NVTX range "<label> - step <number>" that closes when the next batch is asked for; the wait
-        for its batch is the phase "data load".
+        Each step is an NVTX range "<label> - step <number>" that closes at `end_step`, or else when the next batch is
+        asked for; the wait for its batch is the phase "data load".
         """
         iterator = iter(batches)
         step = self("step")
@@ -100,7 +100,8 @@ class PhaseTimer:
             if self.steps_done == limit:
                 return
             step.range_name = f"{label} - step {number + 1}"
-            with step:
+            with contextlib.ExitStack() as self._open_step:
+                self._open_step.enter_context(step)
                 with self("data load"):
                     batch = next(iterator)
                 yield number, batch
@@ -109,17 +110,28 @@ class PhaseTimer:
                 self._epoch_warmup += 1
                 self._warmup_samples = {name: len(samples) for name, samples in self._host.items()}
 
+    def end_step(self):
+        """Close the step in hand: what follows, up to the next one, is in no step."""
+        self._open_step.close()
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Within the block the epoch's clock stands still. Between steps: what is done there is no training."""
+        self._wait_for_device()  # What it still has to do is.
+        started = time.perf_counter()
+        yield
+        self._epoch_start += time.perf_counter() - started
+
     def end_epoch(self):
         """Summarise the epoch and forget its samples.
 
-        Returns a dict of plain values: "seconds", "steps", "warmup_steps", "unphased_seconds" (time of the epoch in no
-        phase), "peak_memory" (of its steps, as `peak_memory` gives it) and "phases": name -> {"count", "share" (of the
-        epoch), "host_ms", "device_ms" (None without CUDA)}, the last two {"median", "p95", "total"}. Warm-up steps
-        count in totals and shares, and in nothing else. Shares and the time in no phase are of the device's time where
-        it was taken: there the host may be many launches ahead of the work.
+        Returns a dict of plain values: "seconds" (those in `paused` left out), "steps", "warmup_steps",
+        "unphased_seconds" (of them in no phase), "peak_memory" (of its steps, as `peak_memory` gives it) and "phases":
+        name -> {"count", "share" (of the epoch), "host_ms", "device_ms" (None without CUDA)}, the last two {"median",
+        "p95", "total"}. Warm-up steps count in totals and shares, and in nothing else. Shares and the time in no phase
+        are of the device's time where it was taken: there the host may be many launches ahead of the work.
         """
-        if self._on_cuda:
-            torch.cuda.synchronize(self._device)
+        self._wait_for_device()
         seconds = time.perf_counter() - self._epoch_start
         device = self._resolve_events()
         phases = {}
@@ -143,6 +155,10 @@ class PhaseTimer:
             "peak_memory": peak_memory(self._device),
             "phases": phases,
         }
+
+    def _wait_for_device(self):
+        if self._on_cuda:
+            torch.cuda.synchronize(self._device)
 
     def _resolve_events(self):
         """Milliseconds of every phase by name. Call after a synchronize."""

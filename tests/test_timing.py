@@ -1,9 +1,15 @@
 """PhaseTimer's arithmetic on a clock that the test moves."""
 
+import argparse
+import contextlib
+from types import SimpleNamespace
+
 import pytest
 import torch
 
-from harness import timing
+from harness import runs, timing
+from harness.distributed import World
+from harness.loading import EpochBatches
 from harness.timing import WARMUP_STEPS, PhaseTimer, summarise
 
 CPU = torch.device("cpu")
@@ -101,8 +107,9 @@ def test_an_epoch_within_warm_up_has_no_median(clock):
     assert forward["host_ms"] == {"median": None, "p95": None, "total": pytest.approx(5.0 * WARMUP_STEPS)}
 
 
-def test_device_times_of_events(clock, monkeypatch):
-    """With events of a device that takes three times as long as its host, shares are those of the device."""
+@pytest.fixture
+def slow_device(clock, monkeypatch):
+    """A PhaseTimer with events of a device that takes three times as long as its host."""
 
     class Event:
         def record(self):
@@ -115,10 +122,41 @@ def test_device_times_of_events(clock, monkeypatch):
     monkeypatch.setattr(timer, "_on_cuda", True)
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event())
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: clock.pass_ms(0))
-    forward = run_epoch(timer, clock, [10] * 8)["phases"]["forward"]
+    return timer
+
+
+def test_device_times_of_events(clock, slow_device):
+    """Shares are those of the device."""
+    forward = run_epoch(slow_device, clock, [10] * 8)["phases"]["forward"]
     assert forward["host_ms"]["median"] == pytest.approx(10)
     assert forward["device_ms"]["median"] == pytest.approx(30)
     assert forward["share"] == pytest.approx(3 * 8 * 10 / (8 * (2 + 10 + 13.5 + 1)))
+
+
+def test_saving_is_not_timed_as_training(clock, slow_device, monkeypatch, tmp_path):
+    """Neither in a step of the host or the device, nor in the time of the epoch."""
+
+    class SavingRun(runs.Run):
+        saves_within_epochs = True
+
+        def save(self, epoch, step, **state):
+            saved.append(step)
+            clock.pass_ms(1000)
+
+        def progress_bar(self, epoch):
+            return contextlib.nullcontext(SimpleNamespace(update=lambda samples: None, disable=True))
+
+    monkeypatch.setattr(runs, "time", clock)
+    args = argparse.Namespace(num_epoch=1, save_every=0, resume=False, max_steps=None, trace=None)
+    run, batches, saved = SavingRun("x", tmp_path, "x", args, World(0, 1, CPU)), EpochBatches(8, 1, 0), []
+    for epoch in run.epochs(slow_device, batches):
+        for _ in epoch.steps(batches):
+            with slow_device("forward"):
+                clock.pass_ms(10)
+    assert saved == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert epoch.timing["seconds"] == pytest.approx(0.08)
+    assert epoch.timing["phases"]["step"]["host_ms"]["total"] == pytest.approx(80)
+    assert epoch.timing["phases"]["step"]["device_ms"]["total"] == pytest.approx(3 * 80)
 
 
 def test_steps_stop_at_the_limit(clock):
