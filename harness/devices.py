@@ -32,6 +32,11 @@ def device_name(text):
     return text
 
 
+def kind(args):
+    """ "cpu", "cuda" or "mps": what `--device` names, or where it names none what this machine has."""
+    return args.device.partition(":")[0] if args.device else "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def choose(args):
     """The torch.device of this process by `--device`; UserError where it is not there. Sets `--threads`, too.
 

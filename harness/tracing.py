@@ -12,6 +12,7 @@ from collections import defaultdict
 from pathlib import Path
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from harness import timing
@@ -113,6 +114,8 @@ def costliest(events, device):
     events: of a torch.profiler.profile. Backward runs in a thread of its own on CUDA, so that an operator belongs to
     the phase in whose time it was called.
     """
+    # An operator has the time of its kernels, which a GPU's profile holds again, each by itself, and phases over them.
+    events = [event for event in events if event.device_type == DeviceType.CPU]
     phases = [event for event in events if event.is_user_annotation and not STEP.fullmatch(event.name)]
     spans = [(event.time_range.start, event.time_range.end, event.name) for event in phases]
     costs = defaultdict(lambda: [0.0, 0])

@@ -1,4 +1,4 @@
-"""The pictures: three data sets as arrays. All pictures are uint8 [N, 32, 32, 3], all labels int64 [N]."""
+"""The pictures: three data sets as arrays. All pictures are uint8 [N, size, size, 3], all labels int64 [N]."""
 
 import dataclasses
 import functools

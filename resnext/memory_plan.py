@@ -8,7 +8,7 @@ compare_with_plan(plan, saved, cost, run)
 """
 
 from harness import arguments
-from harness.planning import plan_recomputation
+from harness.planning import Plan, plan_recomputation
 from models.resnext_checkpoint import POLICIES
 
 HELP = """redo in backward what is cheapest to redo, so that the peak is at most this share, from 0 to 1, of the run's
@@ -34,15 +34,20 @@ def policy_label(args):
 
 
 def plan_memory(model, data, args, world, precision, run, **layout):
-    """Give `model` the plan for --memory_budget, print it, and return it; None without a budget.
+    """Give `model` the plan for --memory_budget, print it, and return it; None without a budget. A resumed run keeps
+    its own: another time of measuring would plan another.
 
     data: the ImageData. layout: memory_format and dtype of the pictures.
     """
     if not args.memory_budget:
         return None
-    with precision.autocast():
-        timeline = model.rehearse(args.batch_size // world.size, data.train_images.shape[1], **layout)
-    plan = plan_recomputation(timeline, **{args.budget_of: args.memory_budget})
+    kept = run.saved_facts().get("plan")
+    if kept:
+        plan = Plan(**kept | {"redo": frozenset(kept["redo"])})
+    else:
+        with precision.autocast():
+            timeline = model.rehearse(args.batch_size // world.size, data.train_images.shape[1], **layout)
+        plan = plan_recomputation(timeline, **{args.budget_of: args.memory_budget})
     model.policy = plan.redo
     run.facts["plan"] = plan._asdict() | {"redo": sorted(plan.redo)}
     world.say(f"plan: {plan}")

@@ -14,6 +14,7 @@ shows it for each processor that has a record, under "Benchmarks", beside the ta
 GPU, and accuracy at full length.
 """
 
+import argparse
 import sys
 import time
 from pathlib import Path
@@ -30,7 +31,7 @@ from harness.arguments import OneLineParser, boolean, fraction, learning_rate, s
 from harness.machine import multiplies_bfloat16
 from harness.memory import SavedBytes
 from harness.planning import StepCost
-from harness.precision import choose_precision
+from harness.precision import choose_precision, half_precision_type
 from harness.timing import PhaseTimer
 from layouts import choose_layout
 from memory_plan import add_budget_arguments, compare_with_plan, plan_memory, policy_label
@@ -45,13 +46,18 @@ SWITCHES = ("channels_last", "grouped_convolution", "compile", "cuda_graphs", "o
 
 
 class FastParser(OneLineParser):
-    """A OneLineParser that knows which arguments depend on each other, and replaces those that are added again."""
+    """A OneLineParser that knows which arguments depend on each other and on the device that is asked for, and replaces
+    those that are added again."""
 
     def __init__(self, **more):
         super().__init__(conflict_handler="resolve", **more)
 
     def parse_known_args(self, *texts):
         args, unknown = super().parse_known_args(*texts)
+        if "half_precision" not in args:
+            args.half_precision = fast_type(devices.kind(args))
+        if args.compile is None:
+            args.compile = devices.kind(args) == "cuda"
         if args.cuda_graphs and not args.compile:
             self.error("--cuda_graphs launches what --compile makes; add --compile")
         if args.compile and args.policy == "nested":
@@ -63,15 +69,18 @@ class FastParser(OneLineParser):
 
 def get_fast_args_parser():
     parser = get_args_parser(__doc__, FastParser)
-    parser.set_defaults(loader="device", num_epoch=30, half_precision=fast_type())
+    parser.set_defaults(loader="device", num_epoch=30)
     switch = {"type": boolean, "nargs": "?", "const": True}
     add = parser.add_argument
     rates = " and ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
     add("--lr", type=learning_rate, help=f"peak learning rate of sgd, or adam's constant one; by default {rates}")
+    add("--half_precision", type=half_precision_type, nargs="?", const="float16", default=argparse.SUPPRESS,
+        metavar="float16|bfloat16|False",
+        help="autocast; by default in the type that the device is fast in, if any")  # fmt: skip
     add("--channels_last", **switch, help="lay pictures and convolutions out as NHWC; by default what is fastest here")
     add("--grouped_convolution", choices=FORMS,
         help="form in which the grouped convolutions run; by default what is fastest here")  # fmt: skip
-    add("--compile", **switch, default=torch.cuda.is_available(), help="torch.compile the model")
+    add("--compile", **switch, help="torch.compile the model; by default on CUDA alone")
     add("--cuda_graphs", **switch, default=False, help="with --compile, launch its kernels as CUDA graphs")
     add("--optimizer", choices=("sgd", "adam"), default="sgd", help="sgd in one cycle, or resnext.py's constant Adam")
     add("--label_smoothing", type=share, default=0.1, help="weight of the uniform distribution in the target")
@@ -81,10 +90,11 @@ def get_fast_args_parser():
     return parser
 
 
-def fast_type():
-    """The half precision that this machine is fast in, or None: on GPUs products of bfloat16 came with Ampere."""
-    if not torch.cuda.is_available():
-        return "bfloat16" if multiplies_bfloat16() else None
+def fast_type(kind):
+    """The half precision that a device of this kind is fast in here, or None: on GPUs products of bfloat16 came with
+    Ampere."""
+    if kind != "cuda":
+        return "bfloat16" if kind == "cpu" and multiplies_bfloat16() else None
     capabilities = [torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())]
     return "float16" if capabilities and min(capabilities) < (8, 0) else "bfloat16"
 
@@ -106,8 +116,8 @@ def main():
 
 def suffix(args):
     """The end of the name of a run's files: "_fast", then whatever differs from this device's defaults."""
-    parser = get_fast_args_parser()
-    changed = [name for name in SWITCHES if getattr(args, name) != parser.get_default(name)]
+    defaults = get_fast_args_parser().parse_args(["--device", devices.kind(args)])
+    changed = [name for name in SWITCHES if getattr(args, name) != getattr(defaults, name)]
     redone = f"_{policy_label(args)}" if policy_label(args) else ""
     return "_fast" + "".join(f"_{name}_{getattr(args, name)}" for name in changed) + redone
 

@@ -55,10 +55,14 @@ def _fast(run):
     args, layout = run.args, run.facts.get("layout")
     if layout is None:
         return ["compiling, choice of layout off (resnext_fast.py)"]
-    measured = "milliseconds_a_picture" in layout
-    why = "" if args.compile else f" ({'no CUDA GPU' if run.world.device.type != 'cuda' else '--compile'})"
+    why_layout = "as asked"
+    if "milliseconds_a_picture" in layout:
+        why_layout = "the fastest here" + " before compiling" * args.compile
+    elif None in (args.channels_last, args.grouped_convolution):
+        why_layout = "not measured (--deterministic)"
+    why = "" if args.compile else f" ({'not on CUDA' if run.world.device.type != 'cuda' else '--compile'})"
     return [
-        "layout the fastest here" if measured else "layout as asked",
+        f"layout {why_layout}",
         f"compiling {'on' if args.compile else 'off'}{why}",
         f"{'sgd in one cycle' if args.optimizer == 'sgd' else 'constant adam'}, smoothing {args.label_smoothing:g}",
         f"averaging {'on' if args.ema else 'off (--ema)'}",
@@ -86,7 +90,8 @@ def describe_effect(run):
     if kept is None:
         return None
     text = f"kept from forward to backward: {_mib(kept)} MiB"
-    changes = ["recomputation"] * bool(facts.get("policy")) + ["half precision"] * (facts["precision"] in HALF)
+    changes = ["compiling"] * bool(getattr(run.args, "compile", False))
+    changes += ["recomputation"] * bool(facts.get("policy")) + ["half precision"] * (facts["precision"] in HALF)
     if not changes:
         return text
     plain, plan = plan_of(run), facts.get("plan")

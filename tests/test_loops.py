@@ -28,7 +28,7 @@ TECHNIQUE = {
             "optimizer = make_optimizer(model, args.optimizer, args.lr, device, precision.scaler)",
             "batches, loader = training_batches(args, world, data, run, **layout)",
             "scaler, metrics, steps = precision.scaler, Metrics(device), len(batches)",
-            "cost = StepCost(model, device, enabled=plan is not None)",
+            "cost = StepCost(model, device, enabled=plan is not None and not args.compile)",
             'state |= {"average": average}',
             "images = images.to(device, non_blocking=True, **layout)",
             'with phase("forward"), precision.autocast(), saved.first_time(), cost.first_forward():',

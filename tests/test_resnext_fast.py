@@ -240,6 +240,11 @@ def test_names_tell_what_was_switched(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda gpu: (9 - 2 * gpu, 0))
     assert get_fast_args_parser().parse_args([]).half_precision == "float16"  # The second is a Volta.
+    # On such a machine, too, the CPU is no GPU; it has no instructions for bfloat16 here.
+    args = get_fast_args_parser().parse_args(["--device", "cpu"])
+    assert (args.half_precision, args.compile, suffix(args)) == (None, False, "_fast")
+    assert name("--device", "cpu", "--compile", "True") == "_fast_compile_True"
+    assert get_fast_args_parser().parse_args(["--device", "cuda:1", "--half_precision", "False"]).half_precision is None
 
 
 def test_the_learning_rate_is_the_optimizers_own_unless_it_is_named():

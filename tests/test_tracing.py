@@ -3,8 +3,11 @@
 import gzip
 import json
 from collections import Counter
+from types import SimpleNamespace
 
 import pytest
+import torch
+from torch.autograd import DeviceType
 
 from harness import timing, tracing
 
@@ -41,6 +44,30 @@ def test_a_trace_has_the_phases_of_some_steps_after_warm_up_and_their_operators(
     assert not result.stderr
     assert [path.name for path in (tmp_path / "traces").iterdir()] == ["run.json.gz"]
     assert timing.watchers == []
+
+
+def test_on_a_gpu_an_operator_has_the_time_of_its_kernels_once_and_the_phase_that_called_it():
+    """The kernel of forward's convolution runs while the host is in backward, as the range over it tells."""
+
+    def event(name, start, end, self_device=0.0, is_phase=False, on_gpu=False):
+        return SimpleNamespace(
+            name=name, time_range=SimpleNamespace(start=start, end=end), self_device_time_total=self_device,
+            is_user_annotation=is_phase, device_type=DeviceType.CUDA if on_gpu else DeviceType.CPU,
+        )  # fmt: skip
+
+    events = [
+        event("forward", 0, 10, is_phase=True), event("aten::conv2d", 2, 3, self_device=3000.0),
+        event("backward", 10, 20, is_phase=True), event("forward", 11, 15, is_phase=True, on_gpu=True),
+        event("conv_kernel", 12, 15, self_device=3000.0, on_gpu=True),
+        event("aten::convolution_backward", 13, 14, self_device=1000.0),
+    ]  # fmt: skip
+    # The order is that of their start; a GPU's phase may come first.
+    for listed in (events, sorted(events, key=lambda each: each.device_type == DeviceType.CPU)):
+        _, *rows = tracing.costliest(listed, torch.device("cuda"))
+        assert [row.split() for row in rows] == [
+            ["forward", "aten::conv2d", "0.600", "75.0%", "0.2"],
+            ["backward", "aten::convolution_backward", "0.200", "25.0%", "0.2"],
+        ]
 
 
 def test_a_run_that_is_too_short_says_so(train, tmp_path):

@@ -1,0 +1,59 @@
+"""What a run tells of its techniques, and that a resumed one keeps its plan."""
+
+import argparse
+import contextlib
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import memory_plan
+import techniques
+from harness.planning import Plan
+
+PLAN = Plan(frozenset({"stem.relu1"}), 100, 80, 200, 150, 5, 1000, 0.1)
+
+
+def run_with(facts, **arguments):
+    known = {"channels_last": None, "grouped_convolution": None, "compile": True, "optimizer": "sgd"}
+    known |= {"label_smoothing": 0.1, "ema": None, "memory_budget": 0.8, "budget_of": "peak", "batch_size": 8}
+    world = SimpleNamespace(device=torch.device("cpu"), size=1, say=lambda line: None)
+    return SimpleNamespace(args=argparse.Namespace(**known | arguments), facts=facts, world=world, saved_facts=dict)
+
+
+def test_compiling_is_named_among_what_changed_the_memory(monkeypatch):
+    monkeypatch.setattr(techniques, "plan_of", lambda run: PLAN)
+    run = run_with({"saved_activation_bytes": 50, "precision": "bf16"})
+    assert "without compiling and half precision 0.0 (0.50 x)" in techniques.describe_effect(run)
+    run.args.compile = False
+    assert "without half precision 0.0 (0.50 x)" in techniques.describe_effect(run)
+
+
+@pytest.mark.parametrize(
+    ("layout", "arguments", "told"),
+    [
+        ({"milliseconds_a_picture": {}}, {}, "layout the fastest here before compiling"),
+        ({"milliseconds_a_picture": {}}, {"compile": False}, "layout the fastest here"),
+        ({"form": "groups"}, {}, "layout not measured (--deterministic)"),
+        ({"form": "dense"}, {"channels_last": False, "grouped_convolution": "dense"}, "layout as asked"),
+    ],
+)
+def test_why_a_layout_was_taken_is_told(layout, arguments, told):
+    assert techniques._fast(run_with({"layout": layout}, **arguments))[0] == told
+
+
+def test_a_resumed_run_keeps_its_plan(monkeypatch):
+    """The plan follows measured seconds: it would differ from the one that the record's measured bytes are of."""
+    plans = iter([PLAN, PLAN._replace(redo=frozenset({"stem.conv1"}))])
+    monkeypatch.setattr(memory_plan, "plan_recomputation", lambda timeline, peak: next(plans))
+    model = SimpleNamespace(rehearse=lambda *args, **layout: None)
+    data, precision = (
+        SimpleNamespace(train_images=torch.zeros(1, 32, 32, 3)),
+        SimpleNamespace(autocast=contextlib.nullcontext),
+    )
+    first, resumed = run_with({}), run_with({})
+    for run, kept in ((first, {}), (resumed, first.facts)):
+        run.saved_facts = lambda kept=kept: kept
+        assert memory_plan.plan_memory(model, data, run.args, run.world, precision, run) == PLAN
+        assert model.policy == PLAN.redo
+    assert resumed.facts == first.facts
