@@ -84,9 +84,6 @@ def _digest(text):
     return hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------ sample files
-
-
 # -------------------------------------------------------------------------------------------------- token ids
 
 
@@ -95,14 +92,14 @@ class SampleSet(torch.utils.data.Dataset):
 
     arrays: as from `tokenize_samples`. Texts that are equal within a sample are there, and encoded, once.
     `dataset[epoch, number]` is the number, for `batch` as the collate function of a DataLoader. device_type: of the
-    device that the batches are for, "cpu" or "cuda".
+    device that the batches are for.
     """
 
     def __init__(self, arrays, encoding, device_type):
         # Views without np.memmap's own slow indexing.
         self._arrays = {name: np.asarray(array) for name, array in arrays.items()}
         self._pad = encoding.pad
-        self._tokens_per_call = TOKENS_PER_CALL[device_type]
+        self._tokens_per_call = TOKENS_PER_CALL.get(device_type, TOKENS_PER_CALL["cuda"])
 
     def __len__(self):
         return len(self._arrays["sample_start"]) - 1

@@ -22,15 +22,13 @@ from harness.endings import UserError
 from harness.files import atomic_write, write_json
 
 # isort: split
-from pretrained import check_length, load, most_tokens
+from pretrained import DROPOUT_KEYS, check_length, load, most_tokens
 from transformers import AutoModelForTextEncoding
 
 from scorer import minilm
 
 MARGIN = 0.01  # Of the published scorers, as are 512 tokens of a document and 120 of a summary.
 TOTAL_LEN, MAX_LEN = 512, 120
-# Their names in the configurations of T5, of BERT's family, and of others.
-DROPOUT_KEYS = ("dropout_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout")
 
 
 class Scorer(nn.Module):

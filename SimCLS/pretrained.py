@@ -17,6 +17,11 @@ from harness.endings import UserError
 HUB_TIMEOUT = 5  # seconds
 # They overflow in float16.
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
+# What the configurations of T5, of BERT's family, of BART's and of others call their shares of dropout.
+DROPOUT_KEYS = (
+    "dropout_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout",
+    "activation_dropout",
+)  # fmt: skip
 # What models call their tables of absolute positions; relative ones have no end.
 POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 

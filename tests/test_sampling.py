@@ -1,9 +1,11 @@
 """Nucleus sampling: what is drawn, how often, and that a document's draws are its own."""
 
+import pretrained
 import pytest
 import tiny_seq2seq
 import torch
 
+from search import generator
 from search.sampling import NucleusSampling
 
 
@@ -58,3 +60,19 @@ def test_a_document_s_draws_are_its_own(name):
 def test_contradictory_settings_are_refused(bad):
     with pytest.raises(ValueError, match="nucleus|maximum length"):
         search(tiny_seq2seq.build("t5"), **bad)
+
+
+@pytest.mark.parametrize(("name", "value"), [("temperature", 0.7), ("top_k", 10), ("typical_p", 0.5)])
+def test_settings_that_would_change_the_draws_are_refused(name, value):
+    model = tiny_seq2seq.build("t5")
+    setattr(model.generation_config, name, value)
+    with pytest.raises(ValueError, match=f"generation config sets {name}, which the search leaves out"):
+        search(model)
+
+
+def test_dropout_is_all_of_the_generator_s(tmp_path, monkeypatch):
+    tiny_seq2seq.build("bart").save_pretrained(tmp_path)
+    monkeypatch.setattr(pretrained, "load_tokenizer", lambda *_, **__: None)
+    monkeypatch.setattr(generator, "check_start", lambda *_: None)
+    config = generator.load_generator(str(tmp_path), dropout=0.25)[0].config
+    assert (config.dropout, config.attention_dropout, config.activation_dropout) == (0.25, 0.25, 0.25)

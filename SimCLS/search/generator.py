@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
-from pretrained import check_length, half_precision_dtype, load, most_tokens
+from pretrained import DROPOUT_KEYS, check_length, half_precision_dtype, load, most_tokens
 from utils import progress
 
 from harness import arguments
@@ -114,8 +114,7 @@ def load_generator(name, dtype=torch.float32, dropout=None):
         problem=f"--generator_name {name!r}: no sequence-to-sequence model with its tokenizer can be loaded {where}",
         advice="give a folder that finetune_model.py or create_model.py wrote, or demo/",
         dtype=dtype,
-        # The one is T5's name, the other BART's and Pegasus'.
-        **({} if dropout is None else {"dropout_rate": dropout, "dropout": dropout}),
+        **({} if dropout is None else dict.fromkeys(DROPOUT_KEYS, dropout)),
     )
     try:
         check_start(model, tokenizer)

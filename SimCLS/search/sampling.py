@@ -13,6 +13,17 @@ from harness.devices import widest_float
 from search.diverse_beam import Candidates
 from search.token_rules import TokenRules
 
+# Further settings of a generation config that would change what is drawn, and the values that leave it as it is; 50 of
+# top_k is what the library writes where nobody chose.
+UNSUPPORTED = {
+    "temperature": (None, 1.0),
+    "top_k": (None, 0, 50),
+    "min_p": (None, 0.0),
+    "typical_p": (None, 1.0),
+    "epsilon_cutoff": (None, 0.0),
+    "eta_cutoff": (None, 0.0),
+}
+
 
 class NucleusSampling(TokenRules):
     """Draws candidates from the most likely tokens that together have the probability `top_p`, called with one batch of
@@ -20,8 +31,11 @@ class NucleusSampling(TokenRules):
 
     num_samples: candidates a document. top_p: above 0, at most 1. seed: int. The rest is as for DiverseBeamSearch.
 
-    Raises ValueError as TokenRules does, and for a `top_p` outside its range.
+    Raises ValueError as TokenRules does, for a temperature and other settings that would change what is drawn, too, and
+    for a `top_p` outside its range.
     """
+
+    unsupported = TokenRules.unsupported | UNSUPPORTED
 
     def __init__(self, model, *, num_samples, top_p, seed, max_length, min_length=0, no_repeat_ngram_size=0):
         if not 0 < top_p <= 1:

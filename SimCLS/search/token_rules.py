@@ -31,6 +31,8 @@ class TokenRules:
     implemented (a repetition penalty, say).
     """
 
+    unsupported = UNSUPPORTED
+
     def __init__(self, model, max_length, min_length, no_repeat_ngram_size):
         if max_length < 2:
             raise ValueError(f"a maximum length of {max_length} leaves no room behind the start token")
@@ -41,7 +43,7 @@ class TokenRules:
         self._read_tokens(model.generation_config)
 
     def _read_tokens(self, config):
-        for name, neutral in UNSUPPORTED.items():
+        for name, neutral in self.unsupported.items():
             if getattr(config, name, None) not in neutral:
                 raise ValueError(f"the model's generation config sets {name}, which the search leaves out")
         self.start_token = _first(config.decoder_start_token_id, config.bos_token_id)
