@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from harness.endings import is_out_of_gpu_memory
 from models.grouped_convolution import FORMS, set_form
 
 SECONDS = 1.0  # What the choice may take, about: a large model needs more for one step of each.
@@ -55,7 +56,7 @@ def choose_layout(model, size, args, world, precision, run):
         layout, kept = options[0], options[0]._asdict()
     else:
         layout, taken = fastest(model, options, precision, world, args.batch_size // world.size, size)
-        kept = layout._asdict() | {"milliseconds_a_picture": taken}
+        kept = layout._asdict() | {"milliseconds_a_picture": taken, "measured": "not compiled"}
         slower = ", ".join(f"{name} {each:.3g}" for name, each in taken.items() if name != str(layout))
         world.say(f"layout: {layout}, {taken[str(layout)]:.3g} ms a picture ({slower})")
     run.facts["layout"] = kept
@@ -86,14 +87,31 @@ def fastest(model, layouts, precision, world, batch_size, size):
             torch.cuda.synchronize(world.device)
         return time.perf_counter() - started
 
-    step(layouts[0], 1)
-    # Each is done twice at least: at first memory is allocated, and algorithms are chosen.
-    pictures = min(batch_size, max(1, int(SECONDS / (2 * len(layouts) * step(layouts[0], 1)))))
-    times = _race(layouts, lambda layout: step(layout, pictures))
-    milliseconds = torch.tensor([1e3 * times[each] / pictures for each in layouts], dtype=torch.float64)
+    def race(most):
+        # One picture leaves a GPU idle between launches, which would be timed; a batch may take a CPU too long.
+        first = most if world.device.type == "cuda" else 1
+        step(layouts[0], first)
+        # Each is done twice at least: at first memory is allocated, and algorithms are chosen.
+        affordable = int(first * SECONDS / (2 * len(layouts) * step(layouts[0], first)))
+        pictures = min(most, max(1, affordable))
+        times = _race(layouts, lambda layout: step(layout, pictures))
+        return [1e3 * times[each] / pictures for each in layouts]
+
+    milliseconds = torch.tensor(_halved_until_it_fits(race, batch_size), dtype=torch.float64)
     milliseconds = (world.sum(milliseconds.to(world.device)) / world.size).tolist()
     best = layouts[milliseconds.index(min(milliseconds))]
     return best, {str(layout): taken for layout, taken in zip(layouts, milliseconds, strict=True)}
+
+
+def _halved_until_it_fits(measure, pictures):
+    """measure(pictures), of half as many where a GPU's memory is short, and so on."""
+    while True:
+        try:
+            return measure(pictures)
+        except Exception as error:
+            if pictures == 1 or not is_out_of_gpu_memory(error):
+                raise
+        pictures //= 2
 
 
 def _race(arms, measure):

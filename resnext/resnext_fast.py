@@ -205,14 +205,14 @@ def load_parts(args, world, precision, run):
     model = kind(*parse_name(args.model), num_classes=len(data.classes), **redone)
     start_from(args.init, model, data.classes, world.say)
     model.to(world.device)
-    layout = choose_layout(model, data.size, args, world, precision, run)
-    layout.apply(model)
-    pictures = {"memory_format": layout.memory_format, "dtype": precision.dtype or torch.float32}
+    chosen = choose_layout(model, data.size, args, world, precision, run)
+    chosen.apply(model)
+    layout = {"memory_format": chosen.memory_format, "dtype": precision.dtype or torch.float32}
     run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
     if not args.ema:
-        return data, model, NoAverage(model), pictures
+        return data, model, NoAverage(model), layout
     average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
-    return data, model, average, pictures
+    return data, model, average, layout
 
 
 def train(args, world, precision, run):

@@ -51,6 +51,30 @@ def test_measuring_leaves_the_model_and_the_random_state_alone():
     assert all(weight.grad is None for weight in model.parameters())
 
 
+def test_a_gpu_is_measured_with_the_batch_or_what_of_it_fits_into_memory(monkeypatch):
+    seen = []
+
+    def forward(self, images):
+        seen.append(len(images))
+        if len(images) > 4:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return images.sum() * self.linear.weight.sum()
+
+    class Gpu(str):  # Stands for a torch.device.
+        type = "cuda"
+
+    monkeypatch.setattr(ResNeXt, "forward", forward)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(layouts, "SECONDS", 1e9)
+    monkeypatch.setattr(layouts, "_race", lambda arms, measure: {arm: measure(arm) for arm in arms})
+    world = SimpleNamespace(device=CPU, size=1, sum=lambda values: values)
+    monkeypatch.setattr(torch, "rand", lambda *shape, device, generator: torch.ones(shape))
+    monkeypatch.setattr(torch, "Generator", lambda device: SimpleNamespace(manual_seed=lambda seed: None))
+    world.device, precision = Gpu("cpu"), choose_precision(None, CPU)
+    fastest(ResNeXt(1, 4), candidates(True, None), precision, world, batch_size=16, size=32)
+    assert seen == [16, 8, 4, 4, 4, 4, 4]
+
+
 def test_a_choice_is_taken_down_and_a_resumed_run_keeps_it(monkeypatch):
     measured = []
 
