@@ -154,7 +154,7 @@ resnext() {
                 train resnext/resnext_checkpoint.py $common --batch_size $batch --policy $policy
             done
         done
-        train resnext/resnext_fast.py --output_dir runs/cifar10
+        train resnext/resnext_fast.py $common  # Of one length, so that it stands in one table with them.
     done
 }
 

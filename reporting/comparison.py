@@ -64,7 +64,9 @@ def ratio_interval(new, base):
         return found, found, found
     from scipy.stats import t
 
-    freedom = variance**2 / sum(error**2 / (n - 1) for error, n in errors if n > 1 and error)
+    freedom = max(new.n, base.n) - 1  # All that is known of the scatter, where one side is a single value.
+    if min(new.n, base.n) > 1:
+        freedom = variance**2 / sum(error**2 / (n - 1) for error, n in errors if error)
     factor = math.exp(t.ppf(1 - SIGNIFICANCE / 2, freedom) * math.sqrt(variance))
     return found, found / factor, found * factor
 

@@ -5,7 +5,7 @@ import dataclasses
 from reporting import published
 from reporting.comparison import Sample, ratio_interval, within_noise
 from reporting.records import Record, provenance
-from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCLS, TOGETHER, test_accuracy
+from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCLS, TOGETHER, test_accuracy, validation_rouge
 from reporting.tables import data_name, groups, is_toy, markdown, place
 
 CHECKPOINT = "`resnext_checkpoint.py`"
@@ -72,6 +72,10 @@ class Effect:
     published: str | None
 
     @property
+    def hardware(self):
+        return self.group.machine["hardware"]
+
+    @property
     def where(self):
         model, epochs = self.group.settings.get("model"), self.group.settings.get("num_epoch")
         length = f"{epochs} epoch{'' if epochs == 1 else 's'}" if epochs else None
@@ -83,7 +87,7 @@ def effects(runs):
     """The Effects of all techniques that `runs` show, place by place: real pictures, digits, SimCLS.
 
     For each study and kind of hardware they are those of one group, as `rank` has it. A technique that has been tried
-    on real pictures is not shown on digits.
+    on real pictures is not shown on digits of the same hardware.
     """
     found = []
     for study in STUDIES:
@@ -92,8 +96,8 @@ def effects(runs):
             of_hardware.setdefault(group.machine["hardware"], group)
         for group in of_hardware.values():
             found += filter(None, (effect(study, group, row) for row in group.rows))
-    real = {each.technique for each in found if not is_toy(each.group)}
-    found = [each for each in found if not is_toy(each.group) or each.technique not in real]
+    real = {(each.technique, each.hardware) for each in found if not is_toy(each.group)}
+    found = [each for each in found if not is_toy(each.group) or (each.technique, each.hardware) not in real]
     places = {each.where: position for position, each in reversed(list(enumerate(found)))}
     return sorted(found, key=lambda each: (each.study == "simcls", is_toy(each.group), places[each.where]))
 
@@ -137,14 +141,14 @@ def _ratio(figure, row, base):
 
 
 def _result(study, row, base):
-    """The change in test accuracy, or in the validation ROUGE-1 of what a scorer chooses: "none" where each seed's
+    """The change in test accuracy, or in the validation ROUGE of what a scorer chooses: "none" where each seed's
     curves are the same numbers."""
     curve, figure, unit = "test_acc", test_accuracy, "points"
     if study is SIMCLS:
         updates = min(run.losses()[-1][0] if run.losses() else 0 for run in (*row.runs, *base.runs))
         if updates < FEW_UPDATES:  # Which have taught a scorer nothing yet, so that nothing could change.
             return f"not known: {updates} updates"
-        curve, figure, unit = "val_loss", validation_rouge, "ROUGE-1"
+        curve, figure, unit = "val_loss", validation_rouge, "ROUGE"
     if _same_curves(row, base, curve):
         return "none: the same numbers"
     new, old = (Sample.of(map(figure, each.runs)) for each in (row, base))
@@ -155,15 +159,9 @@ def _result(study, row, base):
     return f"{new.mean - old.mean:+.1f} {unit}{note}"
 
 
-def validation_rouge(run):
-    """The ROUGE-1, in percent, of what a scorer chose of the validation candidates after its last epoch."""
-    value = run.last("val_rouge1")
-    return None if value is None else 100 * value
-
-
 def _same_curves(row, base, key):
     theirs = {run.arguments.get("seed"): run.curve(key) for run in base.runs}
-    return all(run.curve(key) == theirs.get(run.arguments.get("seed")) for run in row.runs)
+    return all(run.curve(key) and run.curve(key) == theirs.get(run.arguments.get("seed")) for run in row.runs)
 
 
 def _published(study, row, base):
@@ -222,5 +220,5 @@ def render(runs, study=None):
 EXPLANATION = (
     "Time is that of an epoch's training steps; memory is what is kept from the forward for the backward pass, on a "
     "GPU the peak. Both are multiples of the run without the technique, with 95 % intervals over n runs a side that "
-    "differ in their random seed."
+    "differ in their random seed. On a CPU the runs were one after another, on a machine shared with other work."
 )

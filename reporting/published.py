@@ -5,7 +5,7 @@ precision must have been TF32 (README). A step there starts when the batch is lo
 """
 
 SETUP = "ResNeXt29_4x64d, CIFAR-10, one A100"
-MODEL, DATASET = "resnext29_4x64d", "cifar10"
+MODEL, DATASET, LEARNING_RATE = "resnext29_4x64d", "cifar10", 0.01
 
 # (batch size, arm of the table) -> milliseconds, seconds, 1e9 bytes.
 DATA_LOADER = {

@@ -199,8 +199,13 @@ class Record:
     def phase_ms(self, name):
         """Median milliseconds of the phase `name`: on the device where that was measured, else on the host."""
         timing = self.timing()
-        phase = timing and timing["phases"].get(name)
-        return phase and (phase["device_ms"] or phase["host_ms"])["median"]
+        phase = timing and self._phase(timing, name)
+        return phase and phase["median"]
+
+    @staticmethod
+    def _phase(timing, name):
+        phase = timing["phases"].get(name)
+        return phase and (phase["device_ms"] or phase["host_ms"])
 
     def load_ms(self):
         return self.phase_ms("data load")
@@ -212,14 +217,18 @@ class Record:
         return self.phase_ms("optimizer")
 
     def load_percent(self):
-        """The load's median in percent of the step's."""
-        return 100 * self.load_ms() / self.step_ms() if self.load_ms() is not None and self.step_ms() else None
+        """The load's time in percent of the steps'. In all: workers deliver in bursts, which a median does not see."""
+        timing = self.timing()
+        load, step = (timing and self._phase(timing, name) for name in ("data load", "step"))
+        return 100 * load["total"] / step["total"] if load and step and step["total"] else None
 
     def _whole_epochs(self):
         """The timings of the epochs that ran from their first step to their last: not resumed in, not cut off."""
         ended = [epoch["timing"] for epoch in self.epochs if epoch.get("loss") is not None]
-        longest = max((timing["steps"] for timing in ended), default=0)
-        return [timing for timing in ended if timing["steps"] == longest]
+        whole = max((timing["steps"] for timing in ended), default=0)
+        if pictures := (self.record.get("data") or {}).get("train_pictures"):
+            whole = -(-pictures // self.arguments["batch_size"])  # Of a single epoch, resumed, no other could tell.
+        return [timing for timing in ended if timing["steps"] == whole]
 
     def epoch_seconds(self):
         """Median time of an epoch's training steps, without the first epoch where there are more."""

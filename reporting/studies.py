@@ -110,7 +110,9 @@ def together_arm(run):
         return Arm(f"half precision ({run.precision or 'unknown'})", (1,))
     loading, batch_size = loading_label(run), run.arguments["batch_size"]
     if loading == "2 workers" and not run.arguments.get("true_fp32"):
-        return Arm("the original's way", (0, batch_size), is_baseline=True)
+        asked = run.arguments
+        changed = [asked.get("init"), asked.get("deterministic"), asked.get("lr") != published.LEARNING_RATE]
+        return Arm("the original's way", (0, batch_size, sum(map(bool, changed))), is_baseline=True)
     return Arm("no TF32" if run.arguments.get("true_fp32") else f"loading: {loading}", (1, batch_size))
 
 

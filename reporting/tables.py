@@ -112,7 +112,10 @@ class Group:
     rows: list
 
     def baseline(self, row):
-        return next((other for other in self.rows if other.arm.is_baseline and other.keys == row.keys), None)
+        """The Row that `row` is compared with: of several the first, for another technique the one of its batch size."""
+        found = [other for other in self.rows if other.arm.is_baseline and other.keys == row.keys]
+        alike = [other for other in found if other.flags.get("batch_size") == row.flags.get("batch_size")]
+        return next(iter(found if row.arm.is_baseline else alike or found), None)
 
 
 def settings(run, without=()):
@@ -154,8 +157,8 @@ def groups(study, runs):
     for group in kept:
         for row in group.rows:
             row.runs = one_a_seed(row.runs)
-        _tell_apart(group.rows)
         group.rows.sort(key=lambda row: (row.keys, not row.arm.is_baseline, row.arm.order))
+        _tell_apart(group)
     return sorted(kept, key=lambda group: (is_toy(group), -len(group.rows), _key(group.settings, group.machine)))
 
 
@@ -179,15 +182,15 @@ def one_a_seed(runs):
     return list({run.arguments.get("seed"): run for run in in_time}.values())
 
 
-def _tell_apart(rows):
+def _tell_apart(group):
     """Name the flags of rows that have one label: on a CPU --true_fp32 changes nothing, and every half precision is
-    bfloat16, but such runs are no repeats of each other."""
-    labels = []
+    bfloat16, but such runs are no repeats of each other. The first baseline keeps its name."""
+    rows, labels = group.rows, []
     for row in rows:
         same = [other.flags for other in rows if (other.arm.label, other.keys) == (row.arm.label, row.keys)]
         differing = [name for name in row.flags if any(flags.get(name) != row.flags[name] for flags in same)]
         words = ", ".join(f"--{name} {row.flags[name]}" for name in differing)
-        labels.append(f"{row.arm.label} ({words})" if words and not row.arm.is_baseline else row.arm.label)
+        labels.append(f"{row.arm.label} ({words})" if words and row is not group.baseline(row) else row.arm.label)
     for row, label in zip(rows, labels, strict=True):
         row.arm = dataclasses.replace(row.arm, label=label)
 
@@ -208,7 +211,7 @@ def render(study, runs, with_cpu_times=True):
     for group in found:
         on_cpu = group.rows[0].runs[0].on_cpu
         rows = [_cells(study, group, row, with_cpu_times or not on_cpu) for row in group.rows]
-        notes = [CPU_NOTE] * (on_cpu and with_cpu_times)
+        notes = [CPU_NOTE] * on_cpu
         if all(len(row.runs) < 2 for row in group.rows):
             notes.append(ONE_RUN_NOTE)
         notes += _without_baseline(study, group)
