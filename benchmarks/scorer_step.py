@@ -27,7 +27,7 @@ from harness import torchvision_compat  # noqa: F401
 
 # isort: split
 import torch
-from common import interleaved, ratio_summary, results_path, verdict
+from common import interleaved_rounds, ratio_summary, results_path, spread, verdict
 from create_model import train_tokenizer
 from data_utils import LengthBatches, TextEncoding, load_samples
 from model import Scorer, load_encoder, ranking_loss
@@ -84,27 +84,20 @@ def main():
         print(f"largest difference between the losses of an update: {difference:.1e}", flush=True)
         if not difference <= TOLERANCE:
             sys.exit(1)
-        seconds = interleaved({name: arm.epoch for name, arm in arms.items()}, args.rounds)
-    ratios = {name: ratio_summary(seconds[name], seconds["ours"]) for name in ("original", "published")}
-    encoder = args.model_type and Path(args.model_type).name
-    load_share = arms["ours"].waited / sum(seconds["ours"])
+        encoder = args.model_type and Path(args.model_type).name
+        record = {"benchmark": "scorer_step", "machine": describe_machine(device), "model": encoder}
+        record["settings"] = {key: str(each) if isinstance(each, Path) else each for key, each in vars(args).items()}
+        record["largest_difference"] = difference
+        path = args.output or results_path(f"scorer_step_{encoder}" if encoder else "scorer_step", device)
+        for seconds in interleaved_rounds({name: arm.epoch for name, arm in arms.items()}, args.rounds):
+            ratios = {name: ratio_summary(seconds[name], seconds["ours"]) for name in ("original", "published")}
+            load_share = arms["ours"].waited / sum(seconds["ours"])
+            write_record(path, record | {"seconds": seconds, "ratios": ratios, "load_share": load_share})
     for name, ratio in ratios.items():
-        figures = f"{ratio['median']:.2f} x our time an epoch ({ratio['low']:.2f} to {ratio['high']:.2f})"
         case = f"{encoder}, {name}" if encoder else name
-        print(f"{name:>10}: {figures}{verdict(TARGETS, device, case, ratio)}")
+        ending = verdict(TARGETS, device, case, ratio)
+        print(f"{name:>10}: {ratio['median']:.2f} x our time an epoch ({spread(ratio)}){ending}")
     print(f"      ours: {100 * load_share:.2f} % of the epoch spent waiting for data, the first batch left out")
-    record = {
-        "benchmark": "scorer_step",
-        "machine": describe_machine(device),
-        "model": encoder,
-        "settings": {key: str(value) if isinstance(value, Path) else value for key, value in vars(args).items()},
-        "largest_difference": difference,
-        "seconds": seconds,
-        "ratios": ratios,
-        "load_share": load_share,
-    }
-    name = f"scorer_step_{encoder}" if encoder else "scorer_step"
-    write_record(args.output or results_path(name, device), record)
 
 
 def write_samples(folder, documents):

@@ -137,6 +137,7 @@ def main():
     weights = sum(weight.nbytes for weight in planned.parameters())
     record = {"benchmark": "step_memory", "machine": describe_machine(device), "model": args.model}
     record |= {"batch_size": args.batch_size, "weight_bytes": weights, "kinds": KINDS, "steps": {}}
+    path = args.output or results_path("step_memory", device)
     for name, model in models.items():
         lives, turn = follow_step(model.to(device).train(), images, labels)
         points = curve(lives)
@@ -144,8 +145,7 @@ def main():
         peak = max(sum(point[1:5]) for point in points)  # Without the gradients of weights.
         record["steps"][name] = {"backward_begins": turn, "ends": lives.clock, "held_bytes": held, "points": points}
         print(f"{name:12} held {held / 2**20:7.1f} MiB, peak {peak / 2**20:7.1f} MiB")
-    path = args.output or results_path("step_memory", device)
-    write_record(path, record)
+        write_record(path, record)
     print(f"written: {path}")
 
 
