@@ -1,9 +1,11 @@
 """The figure of benchmarks/memory.py: the memory that each way of checkpointing saves, against what that costs."""
 
+import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
 from reporting.figures import MARKERS, STYLE, WIDTH, save
+from reporting.records import provenance
 from reporting.shapes import is_number
 
 NAME = "memory-frontier.png"
@@ -71,7 +73,8 @@ def draw(record):
         if y == redone:
             panel.yaxis.set_major_formatter(PercentFormatter(1.0))
     figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-    figure.suptitle(f"Memory against work: {record['model']}; {record['machine']['hardware']}", fontsize=11)
+    facts = f"{record['machine']['hardware']}; {provenance([record])}"
+    figure.suptitle(f"Memory against work: {record['model']}\n{facts}", fontsize=11)
     return figure
 
 
@@ -84,6 +87,7 @@ def peaks(record):
 
 def draw_families(panel, rows):
     """Draw [(policy, x, y), ...] with their names, and a line through each family of budgets."""
+    colours = matplotlib.color_sequences["petroff10"]
     for index, (start, title) in enumerate(FAMILIES.items()):
         # In the record's order, from budget to budget: a plan that saves less may have the higher peak.
         members = [(x, y, policy) for policy, x, y in rows if family(policy) == start]
@@ -91,7 +95,7 @@ def draw_families(panel, rows):
             continue
         xs, ys, names = zip(*members, strict=True)
         line = "--" if start in ("budget", "compile") else "none"
-        panel.plot(xs, ys, linestyle=line, marker=MARKERS[index], color=f"C{index}", markersize=8, label=title)
+        panel.plot(xs, ys, linestyle=line, marker=MARKERS[index], color=colours[index], markersize=8, label=title)
         for x, y, name in members:
             place = PLACES.get(start, ABOVE_RIGHT)
             panel.annotate(name.removeprefix("budget "), (x, y), textcoords="offset points", fontsize=8, **place)
