@@ -1,5 +1,6 @@
-"""Rewriting the generated parts of README.md and docs/, and nothing else."""
+"""Rewriting the generated parts of README.md, docs/ and the notebook, and nothing else."""
 
+import json
 import re
 
 from harness.endings import UserError
@@ -7,17 +8,18 @@ from harness.files import atomic_write
 from reporting.records import warn
 
 MARKER = re.compile(r"<!-- (?P<end>/?)report:(?P<name>[^ >]*) -->")
+NOTEBOOK = "SimCLS/SimCLS.ipynb"
 NO_RECORD = "No record of a clean commit yet."
 
 
 def pages(folder):
-    """The Markdown pages below `folder` that have generated parts: README.md and those in docs/.
+    """The Markdown pages below `folder` that have generated parts: README.md, those in docs/, and the notebook.
 
     UserError where there is no README.md.
     """
     if not (folder / "README.md").is_file():
         raise UserError(f"{folder} has no README.md; name the folder of the repository, or leave it out")
-    found = [folder / "README.md", *sorted((folder / "docs").rglob("*.md"))]
+    found = [folder / "README.md", *sorted((folder / "docs").rglob("*.md")), folder / NOTEBOOK]
     return [path for path in found if path.is_file() and b"<!-- report:" in path.read_bytes()]
 
 
@@ -32,8 +34,29 @@ def rewrite(path, bodies, root=None):
         text = path.read_bytes().decode("utf-8")  # Not as text, which would change its line ends.
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}") from None
-    new, position = [], 0
     depth = len(path.relative_to(root).parts) - 1 if root else 0
+    if path.suffix == ".ipynb":
+        new = _rewritten_notebook(path, text, bodies, depth)
+    else:
+        new = _rewritten(path, text, bodies, depth)
+    if new != text:
+        with atomic_write(path) as file:
+            file.write(new.encode("utf-8"))
+
+
+def _rewritten_notebook(path, text, bodies, depth):
+    """A notebook's JSON with new parts in its Markdown cells, laid out as Jupyter writes it."""
+    notebook = json.loads(text)
+    for cell in notebook["cells"]:
+        source = "".join(cell["source"])
+        if cell["cell_type"] == "markdown" and MARKER.search(source):
+            cell["source"] = _rewritten(path, source, bodies, depth).splitlines(keepends=True)
+    return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"
+
+
+def _rewritten(path, text, bodies, depth):
+    """`text`, which is of the page `path`, with the bodies between its markers. depth: of the page below the root."""
+    new, position = [], 0
     for start, end in _pairs(path, text, bodies):
         body = bodies[start["name"]]
         if not body:
@@ -41,10 +64,7 @@ def rewrite(path, bodies, root=None):
         body = body.replace("](/", f"]({'../' * depth}") or NO_RECORD
         new += [text[position : start.end()], f"\n{body}\n"]
         position = end.start()
-    new = "".join([*new, text[position:]])
-    if new != text:
-        with atomic_write(path) as file:
-            file.write(new.encode("utf-8"))
+    return "".join([*new, text[position:]])
 
 
 def _pairs(path, text, bodies):

@@ -10,7 +10,7 @@ from run_records import make_record, make_run, read_table
 
 from harness.endings import UserError
 from reporting import accuracy, headline, headline_figures, links, records, sentences, studies, tables
-from reporting.pages import rewrite
+from reporting.pages import NOTEBOOK, rewrite
 
 DIRTY = "0123456789ab-dirty"
 
@@ -52,10 +52,12 @@ def test_pages_are_rewritten_between_their_markers_only(run_script, tmp_path):
 def test_this_repositorys_pages_and_figures_are_what_its_records_make(run_script, tmp_path):
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copy(ROOT / "README.md", tmp_path)
+    (tmp_path / "SimCLS").mkdir()
+    shutil.copy(ROOT / NOTEBOOK, tmp_path / NOTEBOOK)
     said = run_script("report.py", "--readme", tmp_path).stderr
     assert "skipped" not in said
     assert "refused" not in said
-    for folder, pattern in (("", "README.md"), ("docs", "**/*.md"), ("image", "*.png")):
+    for folder, pattern in (("", "README.md"), ("docs", "**/*.md"), ("image", "*.png"), ("SimCLS", "*.ipynb")):
         committed = {path.relative_to(ROOT) for path in (ROOT / folder).glob(pattern)}
         made = {path.relative_to(tmp_path) for path in (tmp_path / folder).glob(pattern)}
         assert committed == made
