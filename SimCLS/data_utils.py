@@ -285,11 +285,11 @@ def _smallest(ids):
     return ids.astype(np.uint16) if ids.max() < 2**16 else ids
 
 
-def load_samples(folder, encoding, max_num, rouge_tokens, device_type, say=print):
+def load_samples(folder, encoding, max_num, rouge_tokens, device_type, say=print, keep=True):
     """The SampleSet of a sample folder, from the token file beside it when that fits, else made anew.
 
     The file is named by the tokenizer, the lengths and `rouge_tokens` (see `tokenize_samples`), and fits as long as no
-    sample's name, size or time of change differs from when it was made.
+    sample's name, size or time of change differs from when it was made. keep: False writes none.
     """
     folder = Path(folder)
     files = sample_files(folder)
@@ -299,10 +299,12 @@ def load_samples(folder, encoding, max_num, rouge_tokens, device_type, say=print
     fingerprint = _digest(json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]))
     arrays = read_arrays(path, fingerprint)
     if arrays is None:
-        say(f"making token ids of {len(files)} samples: {path}")
+        say(f"making token ids of {len(files)} samples" + f": {path}" * keep)
         samples = map(read_sample, tqdm(files, unit=" samples", leave=False, disable=not sys.stderr.isatty()))
-        write_arrays(path, fingerprint, tokenize_samples(samples, encoding, max_num, rouge_tokens))
-        arrays = read_arrays(path, fingerprint)
+        arrays = tokenize_samples(samples, encoding, max_num, rouge_tokens)
+        if keep:
+            write_arrays(path, fingerprint, arrays)
+            arrays = read_arrays(path, fingerprint)
     return SampleSet(arrays, encoding, device_type)
 
 

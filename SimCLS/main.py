@@ -69,7 +69,7 @@ def train(args, world, precision, run, scorer, encoding, description):
     scaler, metrics = precision.scaler, Metrics(device)
     phase, saved = PhaseTimer(device), SavedBytes(scorer)
     state = {"scorer": scorer, "optimizer": optimizer, "scaler": scaler, "metrics": metrics, "run": run}
-    run.describe(scorer, description, schedule)
+    run.describe(scorer, description, schedule, len(val_set))
     for epoch in run.epochs(phase, batches, **state):
         for batch in epoch.steps(loader):  # The wait for a batch is the phase "data load".
             # --------------------------------------------------------------------- once in a while: validate
@@ -122,7 +122,7 @@ def load_model(args, world):
 
 def load_data(args, world, encoding, description):
     """(training SampleSet, validation SampleSet); `description` gets the candidates that a document has."""
-    folder, to_load = Path(args.dataset), {"device_type": world.device.type, "say": world.say}
+    folder, to_load = Path(args.dataset), {"device_type": world.device.type, "say": world.say, "keep": not args.dry_run}
     with world.first_on_machine():
         train_set = load_samples(folder / "train", encoding, args.max_num, None, **to_load)
         val_set = load_samples(folder / "val", encoding, args.max_num, args.rouge_tokens, **to_load)

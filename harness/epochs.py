@@ -42,6 +42,7 @@ class Epoch:
                 samples = run.batches.samples_from(self.step) - run.batches.samples_from(self.done)
                 self.samples += samples
                 bar.update(samples)
+                run.show_progress(bar)
                 if run.batches.ends_update(self.step):
                     if run.stop:
                         break

@@ -11,6 +11,7 @@ from harness.epochs import Epoch
 from harness.files import output_lock, places, portable, write_record
 from harness.machine import describe_machine
 from harness.resume import changes, load_state, no_state, read_state, save_state, stop_requests
+from harness.run_log import RunLog
 from harness.timing import nvtx_range
 from harness.tracing import trace
 
@@ -58,6 +59,8 @@ class Run:
         self.seconds = {"start_up_seconds": 0.0, "saving_seconds": 0.0}
         self._saved_at = self._started
         self.is_dry = vars(args).get("dry_run", False)  # Nothing is resumed or written.
+        logs = vars(args).get("log") and world.is_main and not self.is_dry
+        self.log = RunLog(self.log_folder() if logs else None)
         if fixed_length is None:
             not_results = (*not_results, "num_epoch")
         self.arguments = {key: value for key, value in vars(args).items() if key not in not_results}
@@ -66,6 +69,15 @@ class Run:
 
     def path(self, suffix):
         return self.folder / f"{self.name}{suffix}"
+
+    def log_folder(self):
+        """Where `-l` writes."""
+        return self.folder / self.name
+
+    def say(self, line):
+        """Print a line, and log it."""
+        self.world.say(line)
+        self.log.line(line)
 
     def elapsed_seconds(self):
         """Wall-clock of the run so far, all processes that it was resumed in together: loading, training, evaluation,
@@ -166,16 +178,34 @@ class Run:
         self.step_limit = self.args.max_steps
         if self.is_dry:
             self.step_limit, phase.warmup_steps = min(DRY_STEPS, self.args.num_epoch * len(batches)), 1
+        for line in self.opening():
+            self.say(line)
         self._saved_at = time.perf_counter()
         self.seconds["start_up_seconds"] += self._saved_at - self._started
         traces = self.world.is_main and not self.is_dry
         traced = trace(self.args.trace if traces else None, self.world.device, self.world.say)
-        with nvtx_range(self.title), traced, stop_requests(enabled=self.world.size == 1) as self.stop:
+        with (
+            nvtx_range(self.title),
+            traced,
+            contextlib.closing(self.log),
+            stop_requests(enabled=self.world.size == 1) as self.stop,
+        ):
             for number in range(first, self.args.num_epoch):
                 yield Epoch(self, number, done)
                 if self.stop.enough:
                     return
                 done = 0
+
+    def opening(self):
+        """What the run is, in lines that are said before its first epoch."""
+        return ()
+
+    def show_progress(self, bar):
+        """Show on the progress bar how the epoch goes; called after each step."""
+
+    def logged_step(self, epoch, step):
+        """The last step for which there are figures in the log before step `step` of `epoch`."""
+        return len(self.history)
 
     def save_when_due(self, epoch, step):
         """Save the state before step `step` of `epoch` if --save_every has passed since the last time. Training's clock
@@ -238,6 +268,7 @@ class Run:
             epoch, step = state["epoch"], state["step"]
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):
             raise no_state(path) from None
+        self.log.resume(state.get("log", {}), self.logged_step(epoch, step))
         if path != self.path(".state"):
             self.facts["continues"] = path.stem
             self.world.say(f"going on from {path}")
@@ -262,6 +293,7 @@ class Run:
                     facts=self.facts,
                     elapsed_seconds=self.elapsed_seconds(),
                     seconds=self.seconds,
+                    log=self.log.state_dict(),
                     **states,
                 )
             self._saved_at = time.perf_counter()

@@ -205,6 +205,13 @@ class _Phase:
         pop_range()
 
 
+def typical_milliseconds(phase):
+    """Of one occurrence of a phase, as PhaseTimer.end_epoch has it, on the device where it was timed: the median, or
+    the total of the one occurrence where all was warm-up."""
+    found = phase["device_ms"] or phase["host_ms"]
+    return found["total"] if found["median"] is None else found["median"]
+
+
 def summarise(samples, warmup=0):
     """Median and 95th percentile of `samples` [n] after the first `warmup`, and the total of all, in their unit.
 

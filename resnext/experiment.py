@@ -3,6 +3,7 @@
 import argparse
 import re
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from harness import determinism, devices, runs, tracing
+from harness import determinism, devices, run_log, runs, tracing
 from harness.arguments import (
     HelpWithDefaults,
     OneLineParser,
@@ -26,16 +27,19 @@ from harness.endings import UserError
 from harness.files import atomic_write
 from harness.loading import EpochBatches
 from harness.precision import half_precision_type
+from harness.run_log import timing_figures
 from harness.timing import nvtx_range
 from image_loaders import evaluation_batches, loading_of, training_loader
 from images import SIZE, load_images
 from models.resnext import parse_name
 from techniques import describe_effect, describe_prospects, describe_run
 
+SECONDS_BETWEEN_READS = 2.0  # Of the running loss, which is on the device.
+
 # They choose where and how a process runs, not what it computes: a resumed run may change them.
 NOT_RESULTS = (
     "resume", "restart", "output_dir", "data_dir", "num_worker", "loader", "save_every", "trace", "device", "threads",
-    "dry_run",
+    "dry_run", "log",
 )  # fmt: skip
 
 
@@ -79,6 +83,7 @@ def get_args_parser(description, kind=OneLineParser):
         help="stop after so many steps, for profiling; a run stopped so writes its timings alone")  # fmt: skip
     tracing.add_argument(parser)
     runs.add_dry_run(parser)
+    run_log.add_argument(parser)
     return parser
 
 
@@ -175,6 +180,11 @@ class Metrics:
         loss, correct, count = world.sum(self.totals.clone()).tolist()
         return loss / count, 100 * correct / count
 
+    def so_far(self):
+        """(mean loss, accuracy in percent) since the last reset in this process. It waits for the device."""
+        loss, correct, count = self.totals.tolist()
+        return loss / max(count, 1), 100 * correct / max(count, 1)
+
     def finite(self):
         """Whether no loss since the last reset was NaN or infinite in this process."""
         return bool(self.totals.isfinite().all())
@@ -219,12 +229,11 @@ class ImageRun(runs.Run):
             # Such a data set is known by its place alone, though a run may be resumed when it has moved.
             self.only_of_records = (*self.only_of_records, "data_dir")
         super().__init__(experiment, args.output_dir, run_name(args, suffix), args, world, NOT_RESULTS, **more)
+        self._shown_at = 0.0  # When the bar's figures were last read.
         self.saves_within_epochs = world.size == 1  # Each process has sums of its own, until the epoch ends.
 
-    def epochs(self, phase, batches, **state):
-        for line in describe_run(self, len(batches)):
-            self.world.say(line)
-        yield from super().epochs(phase, batches, **state)
+    def opening(self):
+        return describe_run(self, len(self.batches))
 
     def other_names(self):
         """Those of runs that differ in how they load alone."""
@@ -260,6 +269,18 @@ class ImageRun(runs.Run):
                 "timing": epoch.timing,
             }
         )
+        # Before the state is saved, so that a run that goes on from it keeps them.
+        self.log.line(self.line())
+        self.log.plot(self._figures(), epoch.number + 1)
+
+    def _figures(self):
+        """{name: float} of the newest epoch, for TensorBoard."""
+        newest = self.history[-1]
+        figures = {name: newest[name] for name in ("loss", "acc", "test_acc", "samples_per_second")}
+        figures["rate"] = float(self.state["optimizer"].param_groups[0]["lr"])
+        if "saved_activation_bytes" in self.facts:
+            figures["memory/kept_MiB"] = self.facts["saved_activation_bytes"] / 2**20
+        return figures | timing_figures(newest["timing"])
 
     def finish(self, model):
         """Write the weights, the curves and the record; each file is whole or not there. The state goes, or becomes the
@@ -279,10 +300,12 @@ class ImageRun(runs.Run):
         else:
             self.save(self.args.num_epoch, 0, **self.state)
         longer = "" if self.fixed_length else ", .state (a larger --num_epoch --resume goes on from it)"
-        self.world.say(f"{self.path('.pt')} (weights), .npz (curves), .json (record){longer}")
+        logged = f"; {self.log_folder()} (log)" * self.args.log
+        self.say(f"{self.path('.pt')} (weights), .npz (curves), .json (record){longer}{logged}")
         effect = describe_effect(self)
         if effect:
-            self.world.say(effect)
+            self.say(effect)
+        self.log.close()
 
     def finish_profiling(self, timing):
         """Write the record of a run that --max_steps ended: the timings of its last epoch, no weights, no curves. Of
@@ -297,8 +320,8 @@ class ImageRun(runs.Run):
         self.world.say(f"stopped after {self.args.max_steps} steps: {self.path('.json')}")
 
     def progress_bar(self, epoch):
-        """A bar over the Epoch's pictures, on a terminal alone. It shows the newest loss and accuracies that are known
-        on the host: the last epoch's, since asking the device for this one's would make it wait."""
+        """A bar over the Epoch's pictures, on a terminal alone. It begins with the last epoch's loss and accuracies."""
+        self._shown_at = time.perf_counter()
         known = {}
         if self.history:
             known = {key: f"{self.history[-1][key]:.3f}" for key in ("loss", "acc", "test_acc")}
@@ -311,6 +334,16 @@ class ImageRun(runs.Run):
             leave=False,
             disable=not (self.world.is_main and sys.stderr.isatty()),
         )
+
+    def show_progress(self, bar):
+        """Show the epoch's loss and accuracy so far, every few seconds alone: to ask the device makes it wait."""
+        now = time.perf_counter()
+        if bar.disable or now < self._shown_at + SECONDS_BETWEEN_READS:
+            return
+        self._shown_at = now
+        loss, acc = self.state["metrics"].so_far()
+        last = {"test_acc": f"{self.history[-1]['test_acc']:.3f}"} if self.history else {}
+        bar.set_postfix({"loss": f"{loss:.3f}", "acc": f"{acc:.3f}"} | last, refresh=False)
 
     def line(self):
         """The newest epoch in one plain line."""

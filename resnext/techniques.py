@@ -8,6 +8,7 @@ import torch
 from harness.machine import hardware_name
 from harness.planning import describe
 from harness.precision import explain_half_precision
+from harness.timing import typical_milliseconds
 from models.grouped_convolution import set_form
 from models.resnext import parse_name
 from models.resnext_checkpoint import CheckpointResNeXt
@@ -113,7 +114,7 @@ def describe_prospects(run, timing):
     args, data, world = run.args, run.state["data"], run.world
     pictures, tests = len(data.train_labels), len(data.test_labels)
     batch = min(args.batch_size, pictures)
-    step, forward = (_milliseconds(timing["phases"][name]) / 1e3 for name in ("step", "forward"))
+    step, forward = (typical_milliseconds(timing["phases"][name]) / 1e3 for name in ("step", "forward"))
     seconds = args.num_epoch * (step * pictures + forward * tests) / batch + run.seconds["start_up_seconds"]
     weights = sum(weight.nbytes for weight in run.state["model"].parameters())
     moments = sum(
@@ -150,12 +151,6 @@ def _policy(run):
         return frozenset(run.facts["plan"]["redo"])
     policy = getattr(run.args, "policy", None)
     return frozenset() if policy in (None, "nested") else policy
-
-
-def _milliseconds(phase):
-    """Of one occurrence of a phase, from a PhaseTimer: the median after warm-up, or the mean where there is none."""
-    of_device = phase["device_ms"] or phase["host_ms"]
-    return of_device["total"] if of_device["median"] is None else of_device["median"]
 
 
 def _mib(size):

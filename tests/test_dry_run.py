@@ -1,6 +1,7 @@
 """--dry_run: what a run would take, and that nothing is written."""
 
 import re
+import shutil
 from types import SimpleNamespace
 
 import launch
@@ -74,3 +75,21 @@ def test_a_dry_run_foretells_what_a_policy_and_a_plan_keep(pictures):
     planned = prospects(pictures, plan={"redo": ["stem.relu1"]})[0]
     assert block[2] < planned[2] < plain[2]
     assert block[1] > plain[1]
+
+
+def test_a_dry_run_of_the_scorer_writes_nothing(sample_folder, encoders, tmp_path):
+    shutil.copytree(sample_folder, tmp_path / "samples", ignore=shutil.ignore_patterns("*.tokens"))
+    before = sorted(tmp_path.rglob("*"))
+    words = "--dataset samples --num_workers 0 --batch_size 4 --accumulate_step 3 --num_epoch 2 --eval_freq 1"
+    words += " --total_len 60 --max_len 20 --resume -l --dry_run"
+    ended = launch.run("SimCLS/main.py", *words.split(), "--model_type", encoders["bert"], cwd=tmp_path)
+    assert ended.code == 0, ended.err
+    assert sorted(tmp_path.rglob("*")) == before
+    figures, steps, last = ended.out.splitlines()[-3:]
+    assert re.fullmatch(
+        r"32,064 parameters; about [\d.]+ GFLOP a step, .* [1-9][\d.]* MiB kept from forward .*", figures
+    )
+    assert re.fullmatch(
+        r"11 steps and 4 updates an epoch, \S+ s a step \(the median of 3\); 2 epochs with 4 validations .*", steps
+    )
+    assert last == "--dry_run: nothing was written"

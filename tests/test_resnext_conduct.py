@@ -99,6 +99,22 @@ def test_the_bar_of_a_resumed_epoch_begins_where_that_goes_on(tiny, tmp_path, mo
         assert (bar.n, bar.total) == (seen, 44)
 
 
+def test_the_bar_shows_the_running_loss_and_seldom_asks_for_it(tiny, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    run = ImageRun("resnext", "", get_args_parser("").parse_args(list(map(str, tiny))), World(0, 1, CPU))
+    metrics, clock, shown = Metrics(CPU), iter((100.0, 101.9, 102.1)), []
+    for loss, label in ((1.0, 0), (3.0, 1)):
+        metrics.add(torch.tensor(loss), torch.tensor([[2.0, 1.0]] * 4), torch.full((4,), label))
+    bar = SimpleNamespace(disable=False, set_postfix=lambda words, refresh: shown.append(words))
+    run.state = {"metrics": metrics}
+    monkeypatch.setattr("experiment.time.perf_counter", lambda: next(clock))
+    for _ in range(2):
+        run.show_progress(bar)
+    assert shown == [{"loss": "2.000", "acc": "50.000"}]
+    run.show_progress(bar)
+    assert len(shown) == 2
+
+
 def test_metrics_wait_for_nothing_until_the_epoch_ends(monkeypatch):
     metrics = Metrics(CPU)
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, script_command
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from reporting.records import read_folders
 
@@ -230,7 +231,7 @@ def run_changed(change, script, *args):
     ids=["in a step", "in evaluation", "between the files of the record"],
 )
 def test_stopped_and_resumed_is_bit_equal(run_script, tiny, baseline, tmp_path, change, code, position):
-    args = [*tiny, "--memory_budget", 0.8, "--output_dir", tmp_path]
+    args = [*tiny, "--memory_budget", 0.8, "--output_dir", tmp_path, "-l"]
     stopped = run_changed(change, CHECKPOINT, *args)
     assert stopped.returncode == code, stopped.stderr
     name = f"{NAME}_checkpoint_budget0.8"
@@ -242,6 +243,14 @@ def test_stopped_and_resumed_is_bit_equal(run_script, tiny, baseline, tmp_path, 
     assert json.loads((tmp_path / f"{name}.json").read_text())["saved_activation_bytes"] > 0
     assert not list(tmp_path.glob(".*.tmp"))
     assert len(read_folders([tmp_path])[0]) == 1
+    epochs = [line[:9] for line in (tmp_path / name / "log.txt").read_text().splitlines() if line.startswith("epoch")]
+    assert epochs == ["epoch 1/2", "epoch 2/2"]
+    events, curves = EventAccumulator(str(tmp_path / name)).Reload(), np.load(tmp_path / f"{name}.npz")
+    for key in ("loss", "acc", "test_acc"):
+        assert [event.step for event in events.Scalars(key)] == [1, 2]
+        assert [event.value for event in events.Scalars(key)] == pytest.approx(curves[key], rel=1e-6)
+    others = {"samples_per_second", "rate", "memory/kept_MiB", "milliseconds/forward", "milliseconds/step"}
+    assert others <= set(events.Tags()["scalars"])
     refused = run_script(CHECKPOINT, *args, "--resume", "--lr", 0.5, code=2)
     assert "--lr 0.002 (now 0.5)" in refused.stderr
 

@@ -98,6 +98,10 @@ def files(folder):
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
+def test_the_log_of_a_resumed_run_keeps_what_its_state_knows_of(run):
+    assert [run[0].logged_step(*position) for position in ((0, 7), (0, 8), (1, 0), (2, 2))] == [4, 4, 10, 21]
+
+
 @pytest.mark.parametrize(("loss", "good_sums"), [(float("nan"), True), (float("inf"), True), (1.0, False)])
 def test_a_diverged_run_leaves_the_files_as_they_were(run, loss, good_sums):
     run, scorer = run

@@ -19,18 +19,21 @@ def loss_of(args, scores, gold_scores, batch):
 
 
 class Metrics:
-    """Sums over the documents of an epoch, and of a report, on the device: nothing waits for them until one ends."""
+    """Sums over the documents of an epoch, and of a report, on the device: nothing waits for them until one ends.
+
+    last_batch: the Batch that was added last.
+    """
 
     def __init__(self, device):
         # [epoch, report] x [documents, loss, spread of the scores]
         self.totals = torch.zeros(2, 3, dtype=widest_float(device), device=device)
-        self._last = None
+        self.last_batch = None
 
     @torch.no_grad()
     def add(self, loss, scores, batch, weight):
         """loss: the batch's mean, a scalar; scores: of its candidates, float [documents, candidates]. weight: 0 leaves
         the batch out."""
-        self._last = batch
+        self.last_batch = batch
         if not weight:
             return
         highest = scores.masked_fill(~batch.present, -2).amax(1)
@@ -49,8 +52,8 @@ class Metrics:
 
     def flat_loss(self, args):
         """What the loss of this process's last batch would be if all scores were equal."""
-        zeros = torch.zeros_like(self._last.rouge)
-        return float(loss_of(args, zeros, zeros[:, 0], self._last))
+        zeros = torch.zeros_like(self.last_batch.rouge)
+        return float(loss_of(args, zeros, zeros[:, 0], self.last_batch))
 
     def finite(self, world):
         """Whether no loss of the epoch so far was NaN or infinite in any process."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from model import MARGIN, MAX_LEN, TOTAL_LEN
 
-from harness import determinism, devices, runs, tracing
+from harness import determinism, devices, run_log, runs, tracing
 from harness.arguments import (
     HelpWithDefaults,
     OneLineParser,
@@ -38,12 +38,13 @@ def get_args_parser(description):
         "requirements-encoder.txt); by default that of --model_pt, else roberta-base")  # fmt: skip
     add("--model_pt", help="weights to start from, or to evaluate: a path below ./cache, such as run/scorer.bin")
     add("-e", "--evaluate", action="store_true", help="become evaluate_model.py on the test samples by --model_pt")
-    add("-l", "--log", action="store_true", help="write log.txt and TensorBoard events beside the weights")
+    run_log.add_argument(parser)
     add("--run_name", type=run_name_type, help="folder below ./cache; by default named by the settings")
     runs.add_arguments(parser)
     add("--max_steps", type=positive_int, help="stop after so many steps, for profiling; writes the timings alone, "
         "below a name that ends with _{max_steps}_steps")  # fmt: skip
     tracing.add_argument(parser)
+    runs.add_dry_run(parser)
     add("--seed", type=seed, default=0, help="of the weights, the order and dropout")
     add_machine_arguments(parser.add_argument_group("machine"))
     add_learning_arguments(parser.add_argument_group("learning"))

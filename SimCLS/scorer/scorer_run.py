@@ -1,23 +1,28 @@
 """The files of a scorer's training, and what it tells while it goes."""
 
+import datetime
 import sys
 
 import numpy as np
+import torch
 from data_utils import ROUGE
 from model import save_scorer
+from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from harness.endings import UserError
 from harness.files import write_json
 from harness.machine import hardware_name
 from harness.precision import explain_half_precision
+from harness.run_log import timing_figures
 from harness.runs import Run
+from harness.timing import typical_milliseconds
 from scorer.metrics import MOST_UPDATES_A_REPORT, CollapseWatch, mean_rouge
 from scorer.scorer_arguments import CACHE, run_name
 
 # They choose where and how long a process runs, not what it computes: a resumed run may change them.
 NOT_RESULTS = ("resume", "restart", "max_steps", "log", "port", "evaluate", "run_name", "trace")
-NOT_RESULTS += ("cuda", "gpuid", "device", "threads")
+NOT_RESULTS += ("cuda", "gpuid", "device", "threads", "dry_run")
 FIXED_LENGTH = "the learning rate falls to zero over all updates"
 POINTS_PER_EPOCH = 200  # Of the loss curve in the record.
 REPORTS = 100  # Lines about the loss in a whole run, unless MOST_UPDATES_A_REPORT asks for more.
@@ -39,7 +44,6 @@ class ScorerRun(Run):
         super().__init__("simcls", CACHE / name, name, args, world, NOT_RESULTS, FIXED_LENGTH, **facts)
         self.validations, self.losses, self.best = [], [], None
         self._watch = CollapseWatch(args.margin)
-        self._logs = None
         self.kept_share = 1.0  # Of what forward would keep for backward without recomputation and half precision.
 
     def temporary_files(self):
@@ -61,29 +65,31 @@ class ScorerRun(Run):
             parts["metrics"].totals.zero_()  # The first process has resumed the sums of all.
         return place
 
-    def describe(self, scorer, description, schedule):
-        """Take down, before `epochs`, what is trained and how: in config.json, and in a line.
+    def describe(self, scorer, description, schedule, validated):
+        """Take down, before `epochs`, what is trained and how: in config.json, and in lines.
 
-        description: as from `load_scorer`.
+        description: as from `load_scorer`. validated: how many documents a validation has.
         """
+        self._validated = validated
         self._description, self._schedule = description, schedule
         self._updates_an_epoch = schedule.updates // self.args.num_epoch
         self._report_freq = min(max(1, schedule.updates // REPORTS), MOST_UPDATES_A_REPORT)
         self._watch.warmup = schedule.warmup
         self.facts["parameters"] = sum(weight.numel() for weight in scorer.parameters())
         self.facts["peak_rate"], self.facts["warmup_updates"] = schedule.peak, schedule.warmup
-        if self.world.is_main:
+        if self.world.is_main and not self.is_dry:
             write_json(self.folder / "config.json", vars(self.args) | {"encoder": scorer.encoder.config.to_dict()})
         device, precision = self.world.device, self.facts["precision"]
         processes = f", {self.world.size} processes" if self.world.size > 1 else ""
-        self.world.say(
+        self._opening = (
             f"{description['architecture']}, {self.facts['parameters']:,} parameters, {precision}, on {device} "
             f"({hardware_name(device)}{processes}); {explain_half_precision(precision, device)}; recomputation "
-            f"{self._recomputation() or 'off (--use_checkpoint, --memory_budget)'}; {self.args.num_workers} workers"
+            f"{self._recomputation() or 'off (--use_checkpoint, --memory_budget)'}; {self.args.num_workers} workers",
+            f"{self.folder}: {schedule.updates} updates, peak rate {schedule.peak:.2e} after {schedule.warmup}",
         )
-        self.world.say(
-            f"{self.folder}: {schedule.updates} updates, peak rate {schedule.peak:.2e} after {schedule.warmup}"
-        )
+
+    def opening(self):
+        return self._opening
 
     def _recomputation(self):
         """What backward redoes, in words; None where it redoes nothing."""
@@ -91,23 +97,11 @@ class ScorerRun(Run):
             return "of each encoder layer"
         return f"for a peak of at most {self.args.memory_budget:g}" if self.args.memory_budget else None
 
-    def epochs(self, phase, batches, **state):
-        try:
-            yield from super().epochs(phase, batches, **state)
-        finally:
-            for file in self._logs or ():
-                file.close()
+    def log_folder(self):
+        return self.folder
 
-    def _open_logs(self):
-        """(log.txt, the writer of TensorBoard events) on `-l`, else None. They are opened for what comes first: by then
-        a resumed run knows where it goes on."""
-        if self._logs is None and self.args.log and self.world.is_main:
-            from torch.utils.tensorboard import SummaryWriter  # It takes a second to import.
-
-            made = self._update(len(self.history), 0)
-            log = open(self.folder / "log.txt", "a", encoding="utf-8", buffering=1)  # noqa: SIM115 (`epochs` closes it)
-            self._logs = log, SummaryWriter(str(self.folder), purge_step=made or None)
-        return self._logs
+    def logged_step(self, epoch, step):
+        return self._update(epoch, step)
 
     def _update(self, epoch, step):
         """How many updates there are before step `step` of `epoch`, both from 0."""
@@ -115,7 +109,7 @@ class ScorerRun(Run):
 
     def validation_is_due(self, epoch):
         """Whether to validate before the step in hand, where an update begins; a resumed run may have just done so."""
-        if epoch.step == 0 or not self.batches.starts_update(epoch.step):
+        if epoch.step == 0 or self.is_dry or not self.batches.starts_update(epoch.step):
             return False
         update = self._update(epoch.number, epoch.step)
         just_done = self.validations and self.validations[-1]["update"] == update
@@ -126,17 +120,7 @@ class ScorerRun(Run):
         if self.world.is_main:
             tqdm.write(line)
             sys.stdout.flush()
-            self._log(line)
-
-    def _log(self, line):
-        if self._open_logs():
-            print(line, file=self._logs[0])
-
-    def plot(self, values, update):
-        """values: dict of name -> float."""
-        if self._open_logs():
-            for name, value in values.items():
-                self._logs[1].add_scalar(name, value, update)
+            self.log.line(line)
 
     def report(self, epoch):
         """When one is due: report the loss since the last report, and look whether the scores have collapsed."""
@@ -149,7 +133,7 @@ class ScorerRun(Run):
         self.losses.append([update, loss])
         if len(self.losses) > POINTS_PER_EPOCH:
             self.losses = self.losses[1::2]
-        self.plot({"loss": loss, "spread": spread, "rate": rate}, update)
+        self.log.plot({"loss": loss, "spread": spread, "rate": rate}, update)
         line = f"update {update}: loss {loss:.4f}, spread {spread:.4f}, rate {rate:.2e}"
         if self._bar.disable:
             self.say(line)
@@ -205,10 +189,10 @@ class ScorerRun(Run):
         shown += "; first candidates " + ", ".join(f"{100 * result[f'first_{name}']:.2f}" for name in ROUGE)
         mark = " (best)" if best else ""
         self.say(f"update {update}: validation loss {result['val_loss']:.4f}, {shown}{mark}")
-        self.plot(result, update)
+        self.log.plot(result, update)
         if best:
             self.best = figures
-        if self.world.is_main:
+        if self.world.is_main and not self.is_dry:
             # That of an earlier run, whose weights go now; with it, --resume would take this run for finished.
             self.path(".json").unlink(missing_ok=True)
             for name in ("scorer.bin", "model.bin") if best else ("model.bin",):
@@ -237,7 +221,8 @@ class ScorerRun(Run):
             }
         )
         self.validations, self.losses = [], []
-        self._log(self.line())
+        self.log.line(self.line())
+        self.log.plot(timing_figures(epoch.timing), self._update(epoch.number, epoch.done))
 
     def line(self):
         """The newest epoch in one plain line."""
@@ -253,11 +238,11 @@ class ScorerRun(Run):
             return
         self.write_record()
         self.drop_state()
-        self.world.say(
+        self.say(
             f"{self.folder / 'scorer.bin'}: best validation ROUGE {100 * self.best[0]:.2f} (mean of the three); beside "
             f"it model.bin (last weights), {self.name}.json (record)"
         )
-        self.world.say(self._effect())
+        self.say(self._effect())
 
     def _effect(self):
         """What forward kept for backward in the first step, and what it would without the techniques, in words."""
@@ -275,11 +260,36 @@ class ScorerRun(Run):
         return text
 
     def finish_profiling(self, timing):
-        """Write the record of a run that --max_steps ended: the timings of its last epoch, no weights."""
+        """Write the record of a run that --max_steps ended: the timings of its last epoch, no weights. Of --dry_run say
+        what they foretell."""
+        if self.is_dry:
+            for line in self._prospects(timing):
+                self.world.say(line)
+            return
         self.history.append({"epoch": len(self.history) + 1, "peak_memory": timing["peak_memory"], "timing": timing})
         self.write_record()
         self.drop_state()
         self.world.say(f"stopped after {self.args.max_steps} steps: {self.path('.json')}")
+
+    def _prospects(self, timing):
+        """What the run would take, in lines, of which --dry_run has done some steps. timing: theirs, of PhaseTimer."""
+        steps, per_validation = self.batches.number_of_batches, self._validated / self.args.batch_size
+        step, forward = (typical_milliseconds(timing["phases"][name]) / 1e3 for name in ("step", "forward"))
+        validations = 1 + (self._updates_an_epoch - 1) // self.args.eval_freq
+        seconds = self.args.num_epoch * (steps * step + validations * per_validation * forward)
+        seconds += self.seconds["start_up_seconds"]
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            self.state["scorer"](self.state["metrics"].last_batch)
+        kept = self.facts["saved_activation_bytes"] / 2**20
+        flops = 3 * counter.get_total_flops()
+        return (
+            f"{self.facts['parameters']:,} parameters; about {flops / 1e9:.4g} GFLOP a step, forward and backward, but "
+            f"for what is redone; {kept:.1f} MiB kept from forward to backward in the first step",
+            f"{steps} steps and {self._updates_an_epoch} updates an epoch, {step:.4g} s a step (the median of "
+            f"{timing['phases']['step']['count'] or 1}); {self.args.num_epoch} epochs with {validations} validations "
+            f"each would take about {seconds:.0f} s ({datetime.timedelta(seconds=round(seconds))})",
+            "--dry_run: nothing was written",
+        )
 
     def progress_bar(self, epoch):
         """A bar over the Epoch's documents, on a terminal alone; it shows the newest report."""
