@@ -234,7 +234,7 @@ pubmed() (
     show cd runs/simcls/pubmed
     once generator/finetune.json python3 ../../../SimCLS/finetune_model.py --pt_model ../../../SimCLS/demo \
         --data_file "$text" --save_dir generator --num_epoch 4 --batch_size 32 --max_source_length 256 --label_smoothing 0 \
-        --lr 6e-4 $half $([ -n "${AGAIN:-}" ] || echo --resume)
+        --lr 6e-4 $half $resume
     for ngram in 0 3; do
         show cd ../../..
         samples "pubmed_no_repeat_$ngram" "${PERCENT:-25}" ../pubmed/generator --dataset_name "$text" \
@@ -281,7 +281,7 @@ case "${1:-}" in
     "") setup; short ;;
     cifar | resnext | simcls | pubmed | profile | benchmarks) setup; "$1" ;;
     report) setup; show python3 report.py "${@:2}" ;;
-    test) setup; show python3 -m pytest -n 2 "${@:2}" ;;
+    test) setup; show python3 -m pytest -n 2 --dist worksteal "${@:2}" ;;
     lint) setup; lint ;;
     *) echo "run.sh: unknown job '$1'; jobs are: (none) cifar resnext simcls pubmed profile benchmarks report test lint" >&2; exit 2 ;;
 esac

@@ -21,7 +21,7 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import torch
 from data_utils import LengthBatches
 from model import ranking_loss
-from pretrained import check_length
+from pretrained import check_apart, check_length
 
 from harness import arguments, determinism, devices, distributed, endings, runs, tracing
 from harness.loading import worker_loader
@@ -31,7 +31,8 @@ from harness.timing import PhaseTimer
 from scorer.optimization import Schedule, clip_gradients, seed_step
 from search.generator import load_generator
 from search.ranked_generator import BrioRun, Means, RankedGenerator, RankedSamples, validate
-from texts.samples import read_sample, sample_files
+from texts import provenance
+from texts.samples import provenance_of, read_sample, sample_files
 
 
 def get_args_parser():
@@ -72,10 +73,14 @@ def get_args_parser():
 
 def main():
     args = get_args_parser().parse_args()
+    check_apart(args.save_dir, args.generator_name)
     determinism.apply(args)
     with distributed.world(devices.choose(args)) as world:
         world.check_divisible(args.batch_size)
         precision = choose_precision(args.half_precision, world.device, say=world.say)
+        with world.first_on_machine():
+            made_of = [provenance_of(Path(args.dataset) / split) for split in ("train", "val")]
+            args.samples_digest = provenance.digest(made_of)  # A run goes on with no others.
         run = BrioRun(args, world, precision=precision.label)
         with run.lock():
             if not run.is_done():

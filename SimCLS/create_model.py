@@ -16,6 +16,7 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import torch
 import transformers
+from pretrained import refuse_to_replace
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from harness import arguments, endings, torchvision_compat  # noqa: F401
@@ -77,6 +78,7 @@ def main():
         raise UserError(f"--dropout {args.dropout} is not below 1")
     if args.vocab_size < 300:
         raise UserError(f"--vocab_size {args.vocab_size} is below 300: 256 bytes, the special tokens, and some merges")
+    refuse_to_replace(args.save_dir)
     documents = read_documents(find_dataset(args.dataset_name), args.doc_col_name, args.sum_col_name)
     transformers.set_seed(args.seed)
     tokenizer = train_tokenizer(split_documents(documents)["train"], args.arch, args.vocab_size)

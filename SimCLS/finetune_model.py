@@ -4,7 +4,8 @@
 
 After each epoch the model summarises validation documents; the epoch with the best mean of ROUGE-1, -2 and -Lsum is
 kept, and lies in --save_dir in `from_pretrained` form when training ends, with `finetune.json`, the record of the run.
-An interrupted run goes on with --resume, and ends with the same weights as if it had never stopped.
+An interrupted run goes on with --resume, and ends with the same weights as if it had never stopped. A finished one, and
+any other model in --save_dir, is replaced with --restart alone.
 
 The loop is the Trainer of transformers, on purpose: this stage shows that what is measured of a loop of one's own holds
 beside it, too. A callback marks the phases of its step, so that nsys shows them as those of the other scripts.
@@ -29,22 +30,23 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import torch
 import transformers
-from pretrained import check_length, half_precision_dtype, most_tokens
+from pretrained import check_apart, check_length, half_precision_dtype, most_tokens, refuse_to_replace
 
-from harness import arguments, determinism, devices, endings, torchvision_compat, tracing  # noqa: F401
+from harness import arguments, determinism, devices, endings, runs, torchvision_compat, tracing  # noqa: F401
 from harness.distributed import read_job
 from harness.endings import UserError
-from harness.files import output_lock, publish, staging, write_json, write_record
+from harness.files import as_recorded, output_lock, places, publish, staging, write_json, write_record
 from harness.machine import describe_machine
 from harness.precision import choose_precision, half_precision_or_auto
-from harness.resume import check_arguments, stop_requests
+from harness.resume import changes, check_arguments, stop_requests
 from search.generator import load_generator
 from search.generator_trainer import NvtxPhases, PlainProgress, Rouge, StopAndSave, SummaryDataset, Trainer
+from texts import provenance
 from texts.documents import find_dataset, read_documents, split_documents, take_percent
 from texts.scoring import add_rouge_argument, check_references
 from texts.sentences import SentenceSplitter
 
-NOT_RESULTS = ("resume", "save_dir", "trace", "device", "threads")  # What a resumed run may change.
+NOT_RESULTS = ("resume", "restart", "save_dir", "trace", "device", "threads")  # What a resumed run may change.
 STATE_FILES = ("model*", "optimizer.pt", "scheduler.pt", "rng_state*")  # Of the Trainer, besides trainer_state.json.
 
 
@@ -63,7 +65,7 @@ def get_args_parser():
     parser.add_argument("--dataset_percent", type=number, default=100, help="of each split (default: %(default)s)")
     parser.add_argument("--lead_words", type=integer, help="train on the first words of each document in place of its "
                         "summary: how many")  # fmt: skip
-    parser.add_argument("--resume", **_flag("continue the interrupted run in --save_dir"))
+    runs.add_arguments(parser)
     parser.add_argument("--seed", type=arguments.numpy_seed, default=0, help="default: %(default)s")
 
     training = parser.add_argument_group("training")
@@ -109,6 +111,7 @@ def main():
     for name in ("label_smoothing", "dropout"):
         if (getattr(args, name) or 0) >= 1:
             raise UserError(f"--{name} {getattr(args, name)} is not below 1")
+    check_apart(args.save_dir, args.generator_name)
     job = read_job()
     if args.batch_size % job.size:
         raise UserError(f"--batch_size {args.batch_size} is shared out over {job.size} processes; make it a multiple")
@@ -121,6 +124,7 @@ def main():
     say = print if is_main else lambda line: None
     precision = choose_precision(args.half_precision, device, say=say)
     documents = read_documents(find_dataset(args.dataset_name), args.doc_col_name, args.sum_col_name)
+    args.documents_digest = provenance.digest(documents)  # An argument, so that a run goes on with no others.
     splits = {split: take_percent(part, args.dataset_percent) for split, part in split_documents(documents).items()}
     if args.lead_words:
         splits = {split: [with_lead(each, args.lead_words) for each in part] for split, part in splits.items()}
@@ -195,18 +199,51 @@ def last_checkpoint(folder):
 
 def state_to_resume(args, checkpoints):
     """The state from which to go on, or None; UserError where that of another run would be lost or gone on from."""
-    arguments_path = checkpoints / "arguments.json"
-    last = last_checkpoint(checkpoints)
-    settings = {name: value for name, value in plain_arguments(args).items() if name not in NOT_RESULTS}
+    begun, is_main = checkpoints / "arguments.json", read_job().rank == 0
+    last = None if args.restart else last_checkpoint(checkpoints)
+    if args.restart and is_main:
+        shutil.rmtree(checkpoints, ignore_errors=True)
+    elif last and not args.resume:
+        raise UserError(f"{args.save_dir} holds an interrupted run; --resume goes on with it, --restart begins anew")
+    elif args.resume and begun.is_file():  # Perhaps without a state, when it was killed in its first epoch.
+        check_arguments(last or begun, json.loads(begun.read_bytes()), settings_of(args))
+    elif not (args.restart or last):
+        refuse_a_finished_run(args)
     if last is None:
-        if args.resume:
+        if args.resume and is_main:
             print(f"no saved state in {checkpoints}; starting from the beginning", flush=True)
-        write_json(arguments_path, settings)
-    elif not args.resume:
-        raise UserError(f"{args.save_dir} holds an interrupted run; add --resume, or choose another --save_dir")
-    elif arguments_path.is_file():
-        check_arguments(last, json.loads(arguments_path.read_bytes()), settings)
+        if is_main:
+            write_json(begun, settings_of(args))
     return last
+
+
+def refuse_a_finished_run(args):
+    """UserError when --save_dir holds a model of something else, a run with other arguments, or, without --resume, the
+    finished run itself."""
+    path, ours = args.save_dir / "finetune.json", as_recorded(settings_of(args))
+    finished = finished_arguments(path)
+    if finished is None:
+        refuse_to_replace(args.save_dir, ", or --restart to replace it")
+        return
+    was = changes({name: finished.get(name) for name in ours}, ours)
+    if was:
+        raise UserError(f"{path} is of a run with {was}; choose another --save_dir, or --restart to replace it")
+    if not args.resume:
+        raise UserError(f"{path} is a finished run; --restart runs it again")
+
+
+def finished_arguments(path):
+    """The arguments in the record at `path`, a dict as from `as_recorded`; None when there is no record."""
+    try:
+        record = json.loads(path.read_bytes())
+        return as_recorded(record["arguments"], record.get("places"))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def settings_of(args):
+    """The arguments that a resumed run must share, a dict of plain values."""
+    return {name: value for name, value in plain_arguments(args).items() if name not in NOT_RESULTS}
 
 
 def plain_arguments(args):
@@ -218,6 +255,7 @@ def finetune(args, model, tokenizer, splits, dtype):
     checkpoints, finished = args.save_dir / "checkpoints", args.save_dir / ".finished"
     shutil.rmtree(finished, ignore_errors=True)  # Which a killed run was removing.
     if args.resume and not checkpoints.is_dir() and (args.save_dir / "finetune.json").is_file():
+        refuse_a_finished_run(args)
         print(f"{args.save_dir / 'finetune.json'} is finished; nothing to resume")
         return
     last = state_to_resume(args, checkpoints)
@@ -314,6 +352,7 @@ def record(args, trainer, seconds):
     """What was run, where, and the loss and ROUGE of each epoch, as plain JSON values."""
     return {
         "arguments": plain_arguments(args),
+        "places": places(plain_arguments(args)),
         "machine": describe_machine(trainer.args.device),
         "parameters": trainer.model.num_parameters(),
         "train_seconds": seconds,

@@ -47,12 +47,30 @@ def load(name, kind, problem, advice, dtype=torch.float32, **settings):
                 setattr(config, key, value)
         dtype = dtype if isinstance(dtype, torch.dtype) else dtype(config)
         model = kind.from_pretrained(name, config=config, dtype=dtype, **options)
-        return model, load_tokenizer(name, **options)
+        tokenizer, embeddings = load_tokenizer(name, **options), model.get_input_embeddings().num_embeddings
+        if len(tokenizer) > embeddings:  # Else the first text with one of the rest would end the run.
+            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, more than its {embeddings} embeddings")
+        return model, tokenizer
     except Exception as error:  # Of damaged folders come OSError, ValueError, KeyError, SafetensorError and more.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if _needs_sentencepiece(Path(name)):
             reason, advice = "its tokenizer is one of sentencepiece", "install that: pip install sentencepiece"
         raise UserError(f"{problem} ({reason}); {advice}") from None
+
+
+def refuse_to_replace(folder, restart=""):
+    """UserError when there is a model in `folder`, which a script that did not make it is not to replace unasked.
+
+    restart: what else there is to do about it than to choose another folder.
+    """
+    if (Path(folder) / "config.json").exists():
+        raise UserError(f"{folder} holds a model already; choose another --save_dir{restart}")
+
+
+def check_apart(folder, source):
+    """UserError when the output `folder` is the one of the model `source`, which would be gone in the end."""
+    if Path(folder).is_dir() and Path(source).is_dir() and Path(folder).samefile(source):
+        raise UserError(f"--save_dir {folder} is the folder of the model to start from; choose another")
 
 
 def _needs_sentencepiece(folder):

@@ -114,6 +114,16 @@ def places(arguments):
     return {name: hashlib.sha256(os.path.abspath(value).encode()).hexdigest()[:8] for name, value in cut.items()}
 
 
+def as_recorded(arguments, digests=None):
+    """`arguments`, a dict, as a record has them, with the digest of its place beside each path that is cut.
+
+    digests: as from `places`, by default those of the arguments; a record has its own.
+    """
+    digests = places(arguments) if digests is None else digests
+    digests = {name: f"{portable(arguments[name])} ({digest})" for name, digest in digests.items()}
+    return portable(arguments) | digests
+
+
 def make_folder(folder):
     """Make the output folder, and those that it lies in; UserError when there can be none."""
     try:

@@ -8,7 +8,7 @@ from pathlib import Path
 from harness.arguments import boolean
 from harness.endings import UserError
 from harness.epochs import Epoch
-from harness.files import output_lock, places, portable, write_record
+from harness.files import as_recorded, output_lock, places, write_record
 from harness.machine import describe_machine
 from harness.resume import changes, load_state, no_state, read_state, save_state, stop_requests
 from harness.run_log import RunLog
@@ -112,7 +112,7 @@ class Run:
         saved, finished = read_state(self.path(".state"), mmap=True), self._finished_arguments()
         own = {} if asked.get("resume") else {name: asked.get(name) for name in self.only_of_records}
         self._refuse_another(self.path(".state"), saved and saved["arguments"], self.arguments)
-        self._refuse_another(self.path(".json"), finished, _as_recorded(self.arguments | own))
+        self._refuse_another(self.path(".json"), finished, as_recorded(self.arguments | own))
         if asked.get("resume"):
             return
         if self._is_interrupted(saved, finished):
@@ -152,14 +152,14 @@ class Run:
         self.world.say(f"{self.path('.json')} is finished; nothing to resume")
         return True
 
-    def _finished_arguments(self, name=None):
-        """The arguments in the record of the run `name`, this one by default, a dict; None when there is no record, and
-        when --max_steps cut its run short."""
-        path = self.folder / f"{name or self.name}.json"
+    def _finished_arguments(self, path=None):
+        """The arguments in the record at `path`, by default this run's, a dict; None when there is no record, and when
+        --max_steps cut its run short."""
+        path = path or self.path(".json")
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             arguments = {"num_epoch": None} | record["arguments"] | {"precision": record.get("precision")}
-            arguments = _as_recorded(arguments, record.get("places"))
+            arguments = as_recorded(arguments, record.get("places"))
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return None if arguments.get("max_steps") else arguments
@@ -229,19 +229,21 @@ class Run:
 
     # -------------------------------------------------------------------------------------- its state and its record
 
-    def other_names(self):
-        """The names of runs whose interrupted states this one can go on from as from its own."""
+    def other_states(self):
+        """The Paths of the states that this run can go on from as from its own, where their runs were interrupted."""
         return ()
 
+    def take_over(self, state):
+        """Make this run's own what there is besides the file `state`, the Path of an `other_states`."""
+
     def _state_to_resume(self):
-        """The Path of this run's own state; where it has none, of the furthest state of `other_names`."""
+        """The Path of this run's own state; where it has none, of the furthest of `other_states`."""
         own, found = self.path(".state"), []
         if own.exists() or self._finished_arguments():
             return own
-        for name in self.other_names():
-            path = self.folder / f"{name}.state"
+        for path in self.other_states():
             saved = read_state(path, mmap=True)
-            interrupted = self._is_interrupted(saved, self._finished_arguments(name))
+            interrupted = self._is_interrupted(saved, self._finished_arguments(path.with_suffix(".json")))
             if interrupted and not changes(saved["arguments"], self.arguments):
                 found.append((saved["parts"]["epoch"], saved["parts"]["step"], path))
         return max(found)[-1] if found else own
@@ -271,6 +273,8 @@ class Run:
         self.log.resume(state.get("log", {}), self.logged_step(epoch, step))
         if path != self.path(".state"):
             self.facts["continues"] = path.stem
+            if self.world.is_main:
+                self.take_over(path)
             self.world.say(f"going on from {path}")
         if epoch > self.args.num_epoch:
             raise UserError(
@@ -336,10 +340,3 @@ class Run:
         """Forget the saved state."""
         if self.world.is_main:
             self.path(".state").unlink(missing_ok=True)
-
-
-def _as_recorded(arguments, digests=None):
-    """`arguments` as a record has them, a path with the digest of its place beside it."""
-    digests = places(arguments) if digests is None else digests
-    digests = {name: f"{portable(arguments[name])} ({digest})" for name, digest in digests.items()}
-    return portable(arguments) | digests

@@ -5,7 +5,15 @@ import dataclasses
 from reporting import published
 from reporting.comparison import Sample, ratio_interval, within_noise
 from reporting.records import Record, provenance
-from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCLS, TOGETHER, test_accuracy, validation_rouge
+from reporting.studies import (
+    CHECKPOINTING,
+    DATA_LOADER,
+    MIXED_PRECISION,
+    SIMCLS,
+    TOGETHER,
+    test_accuracy,
+    validation_rouge,
+)
 from reporting.tables import data_name, groups, is_toy, markdown, place
 
 CHECKPOINT = "`resnext_checkpoint.py`"

@@ -112,7 +112,7 @@ class Group:
     rows: list
 
     def baseline(self, row):
-        """The Row that `row` is compared with: of several the first, for another technique the one of its batch size."""
+        """The Row that `row` is compared with: of several the first, and for a technique the one of its batch size."""
         found = [other for other in self.rows if other.arm.is_baseline and other.keys == row.keys]
         alike = [other for other in found if other.flags.get("batch_size") == row.flags.get("batch_size")]
         return next(iter(found if row.arm.is_baseline else alike or found), None)

@@ -235,11 +235,11 @@ class ImageRun(runs.Run):
     def opening(self):
         return describe_run(self, len(self.batches))
 
-    def other_names(self):
+    def other_states(self):
         """Those of runs that differ in how they load alone."""
         before, after = self.name.split(loading_name(self.args), 1)
         alike = re.compile(rf"{before}(device|\d+_worker){re.escape(after)}")
-        return [path.stem for path in sorted(self.folder.glob("*.state")) if alike.fullmatch(path.stem)]
+        return [path for path in sorted(self.folder.glob("*.state")) if alike.fullmatch(path.stem)]
 
     def may_go_on(self):
         weights = self.state["model"].parameters()

@@ -1,18 +1,4 @@
-"""Bad input of every kind, on disk, and the table of what each script must say of it (tests/test_bad_input.py)."""
-
-import gzip
-import json
-import os
-import shutil
-import sqlite3
-import struct
-import zlib
-
-import tiny_inputs
-import torch
-from PIL import Image
-
-from models.resnext import ResNeXt
+"""The table of bad inputs and of what each script must say of them (test_bad_input.py); bad_files.py makes them."""
 
 RESNEXT = (
     "--dataset folder --data_dir {good}/pictures --model resnext29_1x4d --batch_size 8 --num_worker 0 --num_epoch 1"
@@ -37,8 +23,8 @@ GOOD = {
     "SimCLS/texts/sample_data.py": "",
     "report.py": "",
 }
-# script: [(arguments of a case, what the line holds)]. {good} and {bad} are folders; `taken` is a file, and `mine` a
-# folder with a file, both in the current folder.
+# script: [(arguments of a case, what the line holds)]. {good} and {bad} are folders; `taken` is a file, `mine` a folder
+# with a file, and `model` one with a model, all in the current folder.
 TABLE = {
     "resnext/resnext.py": [
         ("--device gpu", "--device: 'gpu' is none of cpu, cuda, cuda:1 and the like, and mps"),
@@ -123,12 +109,17 @@ TABLE = {
         ("--pt_model {good}/bert", ": no sequence-to-sequence model"),
         ("--pt_model {bad}/models/hostile", ": no sequence-to-sequence model"),
         ("--pt_model {bad}/models/remote", ": no sequence-to-sequence model"),
+        ("--pt_model {bad}/models/tokens", "tokens, more than its 400 embeddings"),
         ("--data_file {bad}/tables/columns.csv", "has no column 'abstract'; its columns are: 'body', 'headline'"),
         ("--doc_col_name body", "has no column 'body'; its columns are: 'abstract', 'title'"),
         ("--half_precision int8", "int8"),
         ("--label_smoothing 1", "not below 1"),
         ("--dropout 1", "not below 1"),
         ("--save_dir taken", "taken"),
+        ("--save_dir model", "model holds a model already; choose another --save_dir, or --restart to replace it"),
+        ("--save_dir model --resume", "model holds a model already"),
+        ("--save_dir {good}/t5 --restart", "t5 is the folder of the model to start from; choose another"),
+        ("--resume --restart", "not allowed with argument"),
         ("--batch_size 0", "--batch_size: '0' is not"),
         ("--dataset_percent 101", "a dataset percentage of 101.0 is not above 0 and at most 100"),
         ("--seed 4294967296", "--seed: '4294967296' is not a whole number from 0 to 2**32 - 1"),
@@ -148,6 +139,8 @@ TABLE = {
         ("--generator_name {good}/bert", "no sequence-to-sequence model"),
         ("--dataset {bad}/samples/none", "holds no sample"),
         ("--save_dir taken", "output folder taken is a file"),
+        ("--save_dir model", "model holds a model already; choose another --save_dir, or --restart to replace it"),
+        ("--save_dir {good}/t5 --restart", "t5 is the folder of the model to start from; choose another"),
         ("--lr 0", "--lr: '0' is not"),
         ("--max_target_length 1", "--max_target_length 1 leaves no room for a text"),
     ],
@@ -161,6 +154,9 @@ TABLE = {
         ("--generator_name {bad}/models/damaged", "can be loaded in this folder"),
         ("--generator_name {bad}/models/no_tokenizer", "can be loaded in this folder"),
         ("--generator_name {bad}/models/bad_config", "can be loaded in this folder"),
+        ("--generator_name {bad}/models/tokens", "tokens, more than its 400 embeddings"),
+        ("--generator_name {bad}/models/end", "names the token 400; the model's are 0 to 399"),
+        ("--generator_name {bad}/models/never", "names the token -1; the model's are 0 to 399"),
         ("--dataset_name nothing.csv", "there is no dataset 'nothing.csv'"),
         ("--dataset_name mine", "there is no dataset 'mine'"),
         ("--dataset_name {bad}/tables/empty.csv", "empty.csv is empty"),
@@ -216,6 +212,7 @@ TABLE = {
         ("--model_type {bad}/models/hostile", "no encoder can be loaded from"),
         ("--model_type {bad}/models/remote", "no encoder can be loaded from"),
         ("--model_type {bad}/models/damaged", "no encoder can be loaded from"),
+        ("--model_type {bad}/models/tokens", "tokens, more than its 400 embeddings"),
         ("--gpuid 0 0", "--gpuid 0 0 names a GPU twice"),
         ("--gpuid -1", "--gpuid: '-1' is not"),
         ("--model_pt ../x.bin", "leaves the folder cache"),
@@ -245,6 +242,7 @@ TABLE = {
         ("--arch gpt", "--arch: invalid choice"),
         ("--sum_col_name x", "has no column 'x'"),
         ("--save_dir taken", "the output folder taken is a file"),
+        ("--save_dir model", "model holds a model already; choose another --save_dir"),
     ],
     "SimCLS/summarize.py": [
         ("none.txt", "cannot read none.txt"),
@@ -324,197 +322,3 @@ TABLE = {
         ("mine --nsys x --phases y", "not allowed with argument"),
     ],
 }
-
-
-class Mark:
-    """Pickled, it makes a file when it is loaded by a loader that runs code."""
-
-    def __reduce__(self):
-        return (open, ("the-pickle-ran", "w"))
-
-
-def make_bad_files(good, bad):
-    make_pictures(good / "pictures", bad / "pictures")
-    make_tables(bad / "tables")
-    make_models(good, bad / "models")
-    make_candidates(good / "candidates", bad / "candidates")
-    make_samples(good / "samples", bad / "samples")
-    make_traces(bad / "traces")
-    make_records(bad / "records")
-    make_resnext_weights(bad / "weights")
-
-
-def make_pictures(good, bad):
-    changes = {
-        "text": ("train/dark/0.png", b"no picture"),
-        "cut": ("test/light/0.png", (good / "test/light/0.png").read_bytes()[:900]),
-        "empty": ("train/light/1.png", b""),
-        "bomb": ("train/dark/0.png", _huge_png(60_000, 60_000)),
-    }
-    for name, (path, content) in changes.items():
-        shutil.copytree(good, bad / name)
-        (bad / name / path).write_bytes(content)
-    for name in ("no_picture", "lost_class", "float", "pipe"):
-        shutil.copytree(good, bad / name)
-    for path in (bad / "no_picture/train/light").iterdir():
-        path.rename(path.with_suffix(".txt"))
-    shutil.rmtree(bad / "lost_class/test/light")
-    Image.new("F", (32, 32)).save(bad / "float/train/dark/0.tif")
-    (bad / "pipe/test/dark/0.png").unlink()
-    os.mkfifo(bad / "pipe/test/dark/0.png")
-    shutil.copytree(good, bad / "other_class")
-    shutil.copytree(good / "test/dark", bad / "other_class/test/new")
-    shutil.copytree(good / "train", bad / "no_test/train")
-    (bad / "no_classes/train").mkdir(parents=True)
-
-
-def _huge_png(width, height):
-    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    chunks = [(b"IHDR", header), (b"IDAT", zlib.compress(bytes(100))), (b"IEND", b"")]
-    parts = [
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
-    ]
-    return b"\x89PNG\r\n\x1a\n" + b"".join(parts)
-
-
-def make_tables(folder):
-    rows = [f"text number {index},summary {index}" for index in range(20)]
-    texts = {
-        "empty.csv": "",
-        "blank.csv": " \n \n",
-        "columns.csv": "\n".join(["body,headline", *rows]),
-        "few.csv": "\n".join(["abstract,title", *rows[:9]]),
-        "same.csv": "\n".join(["abstract,title", *(f"text,summary {index}" for index in range(20))]),
-        "quote.csv": "\n".join(["abstract,title", rows[0], 'an "open quote, "that never ends', '"x', *rows]),
-        "text.csv.gz": "\n".join(["abstract,title", *rows]),
-    }
-    folder.mkdir()
-    for name, text in texts.items():
-        (folder / name).write_text(text)
-    (folder / "shifted.csv").write_text("\n".join(["abstract,title", *rows[:6], "a, b and c,title", *rows]))
-    (folder / "chinese.csv").write_text(
-        "\n".join(["abstract,title", *(f"文本 {row},猫坐在垫子上 {row}" for row in range(20))])
-    )
-    lines = [b"abstract,title", *(row.encode() for row in rows)]
-    lines[7] = b"caf\xe9,title"
-    (folder / "latin.csv").write_bytes(b"\n".join(lines))
-    (folder / "cut.csv.gz").write_bytes(gzip.compress(texts["few.csv"].encode())[:-9])
-
-
-def make_models(good, folder):
-    for name in ("hostile", "remote", "damaged", "no_tokenizer", "bad_config"):
-        shutil.copytree(good / "t5", folder / name)
-    (folder / "hostile/model.safetensors").unlink()
-    torch.save({"shared.weight": Mark()}, folder / "hostile/pytorch_model.bin")
-    (folder / "damaged/model.safetensors").write_bytes(b"\x08\0\0\0\0\0\0\0broken")
-    for path in folder.glob("no_tokenizer/tokenizer*"):
-        path.unlink()
-    configs = {"penalty": {"length_penalty": 2.0}, "sequences": {"num_return_sequences": 4}}
-    configs |= {"start": {"decoder_start_token_id": 5}, "starts": {"decoder_start_token_id": [3, 4]}}
-    for name, config in configs.items():
-        shutil.copytree(good / "t5", folder / name)
-        usual = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
-        (folder / name / "generation_config.json").write_text(json.dumps(usual | config))
-    make_bart(good, folder / "bart")
-    (folder / "bad_config/config.json").write_text('{"model_type": "t5",')
-    code = "open('the-pickle-ran', 'w')\nfrom transformers import T5Config as Config\n"
-    (folder / "remote/evil.py").write_text(code)
-    classes = ("AutoConfig", "AutoModelForSeq2SeqLM", "AutoModelForTextEncoding", "AutoModel")
-    config = {"model_type": "evil", "auto_map": dict.fromkeys(classes, "evil.Config")}
-    (folder / "remote/config.json").write_text(json.dumps(config))
-
-
-def make_bart(good, folder):
-    """A BART of 64 positions with the tokenizer of a RoBERTa, which is made alike."""
-    from transformers import BartConfig, BartForConditionalGeneration
-
-    sizes = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
-    sizes |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "d_model": 16, "vocab_size": 400}
-    BartForConditionalGeneration(BartConfig(max_position_embeddings=64, **sizes)).save_pretrained(folder)
-    tiny_inputs.make_tokenizer("roberta").save_pretrained(folder)
-
-
-def make_candidates(good, folder):
-    for name in ("more", "latin", "empty", "missing"):
-        shutil.copytree(good, folder / name)
-    with open(folder / "more/train.out.tokenized", "a") as file:
-        file.write("one more\n")
-    lines = (folder / "latin/train.out").read_bytes().split(b"\n")
-    lines[6] = b"caf\xe9"
-    (folder / "latin/train.out").write_bytes(b"\n".join(lines))
-    for path in (folder / "empty").iterdir():
-        path.write_bytes(b"")
-    (folder / "missing/train.target.tokenized").unlink()
-
-
-def make_samples(good, folder):
-    sample = json.loads((good / "train/3.json").read_text())
-    changes = {
-        "text": b"no JSON",
-        "latin": b'{"article": ["caf\xe9"]}',
-        "list": b"[]",
-        "key": {name: value for name, value in sample.items() if name != "abstract_untok"},
-        "sentences": sample | {"article": "one text"},
-        "score": sample | {"candidates": [["one text", 1.0]]},
-        "count": sample | {"candidates": sample["candidates"][:5]},
-        "tied": sample | {"candidates": [[text, 0.5] for text, _ in sample["candidates"]]},
-        "no_candidates": sample | {"candidates": [], "candidates_untok": []},
-    }
-    for name, content in changes.items():
-        (folder / name / "train").mkdir(parents=True)
-        content = content if isinstance(content, bytes) else json.dumps(content).encode()
-        (folder / name / "train/3.json").write_bytes(content)
-        (folder / name / "val").symlink_to(good / "val")
-    (folder / "chinese/val").mkdir(parents=True)
-    (folder / "chinese/train").symlink_to(good / "train")
-    (folder / "chinese/val/3.json").write_text(json.dumps(sample | {"abstract": ["猫坐在垫子上"]}))
-    (folder / "none/train").mkdir(parents=True)
-    (folder / "none/train/notes.txt").write_text("no sample")
-
-
-def make_traces(folder):
-    folder.mkdir()
-    (folder / "text").write_text("no database")
-    (folder / "cut").write_bytes(b"SQLite format 3\0" + bytes(range(200)))
-    (folder / "empty").write_bytes(b"")
-    for name, statement in {
-        "other": "CREATE TABLE some (thing INT)",
-        "no_steps": "CREATE TABLE NVTX_EVENTS (start INT, end INT, eventType INT, text TEXT, globalTid INT)",
-    }.items():
-        with sqlite3.connect(folder / name) as database:
-            database.execute(statement)
-
-
-def make_records(folder):
-    folder.mkdir()
-    record = {"format": 1, "experiment": "resnext", "arguments": {}, "machine": {}, "epochs": []}
-    contents = {
-        "text": "{",
-        "list": "[]",
-        "format": json.dumps(record | {"format": 99}),
-        "no_epochs": json.dumps(record),
-    }
-    for name, text in contents.items():
-        (folder / f"{name}.json").write_text(text)
-
-
-def make_resnext_weights(folder):
-    """Weights of two classes: without a record, with a torn one, and with one."""
-    folder.mkdir()
-    data = {"classes": ["dark", "light"], "mean": [0.5] * 3, "std": [0.5] * 3, "size": 32}
-    records = {"torn": "{", "whole": json.dumps({"arguments": {"dataset": "folder"}, "data": data})}
-    for name in ("alone", "torn", "whole"):
-        torch.save(ResNeXt(1, 4, num_classes=2).state_dict(), folder / f"{name}.pt")
-        if name in records:
-            (folder / f"{name}.json").write_text(records[name])
-
-
-def make_weights(good, cache):
-    """Scorers below the folder `cache`: a copy of `good`/scorer, and bad ones in all ways."""
-    for name in ("good", "other", "plain", "hostile", "empty", "torn"):
-        shutil.copytree(good / "scorer", cache / name)
-    (cache / "other/scorer.json").write_text(json.dumps({"encoder": str(good / "bert"), "architecture": "bert"}))
-    torch.save({"weight": torch.zeros(3)}, cache / "plain/scorer.bin")
-    torch.save({"encoder.shared.weight": Mark()}, cache / "hostile/scorer.bin")
-    (cache / "empty/scorer.bin").write_bytes(b"")
-    (cache / "torn/scorer.json").write_text("{")

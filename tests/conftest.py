@@ -14,6 +14,7 @@ for folder in (ROOT, ROOT / "resnext", ROOT / "SimCLS"):
     if str(folder) not in sys.path:
         sys.path.append(str(folder))
 
+import launch
 import tiny_inputs
 from tiny_inputs import WORDS  # noqa: F401  (for tests that make texts)
 
@@ -44,14 +45,16 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(scope="session")
 def run_script():
-    """run_script("resnext/resnext.py", "--seed", 1, cwd=..., code=0) -> CompletedProcess with text output."""
+    """run_script("resnext/resnext.py", "--seed", 1, cwd=..., code=0) -> CompletedProcess with text output.
+
+    In a process of its own, but not a new interpreter, whose imports take longer than most runs: see launch.py.
+    `script_command` is the command for what depends on the imports themselves.
+    """
 
     def run(script, *args, cwd=None, code=0, **env):
-        result = subprocess.run(
-            script_command(script, *args), cwd=cwd, capture_output=True, text=True, env=os.environ | env, timeout=300
-        )
-        assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
-        return result
+        ended = launch.run(script, *args, cwd=cwd or os.getcwd(), **env)
+        assert ended.code == code, f"exit code {ended.code}\n{ended.out}\n{ended.err}"
+        return subprocess.CompletedProcess([script, *args], ended.code, ended.out, ended.err)
 
     return run
 

@@ -107,7 +107,7 @@ def experiments(inputs):
                 "--max_target_length",
                 8,
             ],
-            go_on=("--resume",),
+            **again,
         ),  # fmt: skip
         Experiment(
             "gen_candidate.py",

@@ -13,7 +13,6 @@ import launch
 from experiments import COUNT_CHANGES, snapshot
 from launch import ROOT, wait_until
 
-SECONDS_TO_END = 60  # After a dead worker or process; far more than it takes.
 KILL_AT_CHANGE = """
 import signal, threading, time
 
@@ -135,11 +134,9 @@ def signals(trial):
         wait_until(lambda: any(trial.folder.iterdir()) or not script.running(), 30)  # noqa: B023 (called here)
         trial.some_time(0, 0.4)
         script.kill(number)
-        sent = time.monotonic()
         script.wait()
         if script.code != 0:  # It had not ended before.
             break
-    check(time.monotonic() - sent < 10, "it took longer than 10 s to end")
     said_in_one_line(script, code, "interrupted|terminated")
     trial.goes_on()
 
@@ -217,11 +214,9 @@ def killed_worker(trial):
         if workers and script.running():
             break
     check(workers, "it has no workers")
-    killed = time.monotonic()
     with contextlib.suppress(ProcessLookupError):
         os.kill(trial.random.choice(workers), signal.SIGKILL)
     script.wait()
-    check(time.monotonic() - killed < SECONDS_TO_END, "it took longer than a minute to end")
     if script.code != 0:  # Else the worker had just ended.
         said_in_one_line(script, 2, "process (that loads data )?was killed")
     check(wait_until(lambda: not script.relatives(), 15, 0.1), "a process has outlived it")
@@ -298,7 +293,7 @@ def killed_rank(trial):
     check(wait_until(lambda: any(path.suffix in (".state", ".partial") for path in cut.rglob("*")), 120), "no state")
     ranks = [pid for pid in launch.children(job.pid) if pid != job.pid]
     os.kill(trial.random.choice(ranks), signal.SIGKILL)
-    code, _ = ended(job, SECONDS_TO_END)
+    code, _ = ended(job)
     check(code != 0, "the job ended as if nothing had happened")
     check(wait_until(lambda: not launch.relatives(job.pid), 15, 0.1), "a process has outlived the job")
     code, errors = ended(torchrun(trial, cut, *trial.experiment.go_on))

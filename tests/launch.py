@@ -2,8 +2,8 @@
 
 Most of a short run is the import of torch and transformers. A server imports them once, and every run is a fork of it:
 the script runs as `__main__` with its own arguments, folder, environment, streams and session, and imports this
-repository's modules anew. It is killed, stopped and waited for as any process. tests/conftest.py's `run_script` starts
-a new interpreter instead, which is what a user does, for what depends on the imports themselves.
+repository's modules anew. It is killed, stopped and waited for as any process. tests/conftest.py's `script_command`
+is for what depends on the imports themselves, in a new interpreter.
 """
 
 import array
@@ -27,6 +27,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 REQUEST_BYTES = 1 << 20
+PATIENCE = 300  # Seconds, after which something hangs, however busy the machine.
 
 
 class Script:
@@ -45,7 +46,7 @@ class Script:
         descriptors = [*(stream.fileno() for stream in self._streams), write]
         socket.send_fds(_server(), [message], descriptors)
         os.close(write)
-        self.pid = int(self._read_status(60))
+        self.pid = int(self._read_status(PATIENCE))
         self.code = None
 
     def _read_status(self, timeout):
@@ -57,7 +58,7 @@ class Script:
         """Whether it has not ended yet."""
         return self.code is None and not select.select([self._status], [], [], 0)[0]
 
-    def wait(self, timeout=120):
+    def wait(self, timeout=PATIENCE):
         """The exit code, negative for a signal; TimeoutError, after killing it, when it takes longer."""
         if self.code is None:
             try:
@@ -99,7 +100,7 @@ def children(parent):
     return [pid for pid, found, _ in _processes() if found == parent]
 
 
-def run(script, *args, cwd, timeout=120, **more):
+def run(script, *args, cwd, timeout=PATIENCE, **more):
     """The Script after it has ended."""
     process = Script(script, *args, cwd=cwd, **more)
     process.wait(timeout)
@@ -133,7 +134,7 @@ def _server():
     command = [sys.executable, str(Path(__file__).resolve()), str(theirs.fileno())]
     subprocess.Popen(command, pass_fds=[theirs.fileno()], env=os.environ | environment)
     theirs.close()
-    if not select.select([ours], [], [], 120)[0] or ours.recv(16) != b"ready":
+    if not select.select([ours], [], [], PATIENCE)[0] or ours.recv(16) != b"ready":
         raise RuntimeError("the server of tests/launch.py did not start")
     return ours
 

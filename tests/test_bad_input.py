@@ -5,6 +5,7 @@ The table is in bad_inputs.py. A picture, pickle or model that is hostile leaves
 
 import json
 
+import bad_files
 import bad_inputs
 import launch
 import pytest
@@ -32,19 +33,21 @@ def folders(tmp_path_factory, pictures, encoders):
     scorer, _, description = load_scorer(good / "t5", total_len=60, max_len=20)
     (good / "scorer").mkdir()
     save_scorer(good / "scorer/scorer.bin", scorer, description)
-    bad_inputs.make_bad_files(good, bad)
+    bad_files.make_bad_files(good, bad)
     return good, bad
 
 
 @pytest.fixture
 def place(tmp_path, folders):
-    """A current folder with a file, a folder, and scorers in it."""
+    """A current folder with a file, a folder, a model, and scorers in it."""
     (tmp_path / "taken").write_text("mine")
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/config.json").write_text("{}")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/one.txt").write_text("one\n")
     (tmp_path / "mine/two.txt").write_text("one\ntwo\n")
     (tmp_path / "mine/README.md").write_text("<!-- report:runs -->\n")
-    bad_inputs.make_weights(folders[0], tmp_path / "cache")
+    bad_files.make_weights(folders[0], tmp_path / "cache")
     return tmp_path
 
 
@@ -111,7 +114,8 @@ def test_an_interrupted_run_is_not_overwritten(place, folders):
     state.mkdir(parents=True)
     for name in ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (state / name).write_text("{}")
-    assert "add --resume" in refused("SimCLS/finetune_model.py", "", place, folders)
+    line = refused("SimCLS/finetune_model.py", "", place, folders)
+    assert "holds an interrupted run; --resume goes on with it, --restart begins anew" in line
     (state.parent / "arguments.json").write_text(json.dumps({"lr": 5}))
     assert "--lr 5 (now 0.0003)" in refused("SimCLS/finetune_model.py", "--resume", place, folders)
 
@@ -124,7 +128,7 @@ def whole_state(**changes):
 STATES = {
     "foreign": lambda path: torch.save({"model": torch.zeros(3)}, path),
     "without parts": lambda path: torch.save({"format": 1}, path),
-    "hostile": lambda path: torch.save(whole_state(arguments=bad_inputs.Mark()), path),
+    "hostile": lambda path: torch.save(whole_state(arguments=bad_files.Mark()), path),
     "cut": lambda path: (torch.save(whole_state(), path), path.write_bytes(path.read_bytes()[:-500])),
     "empty": lambda path: path.write_bytes(b""),
     "text": lambda path: path.write_text("no state at all"),

@@ -3,21 +3,16 @@
 import contextlib
 import json
 import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
+import launch
 import pytest
 import torch
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "SimCLS"))
-
 import transformers
 
 pytestmark = pytest.mark.slow
 
+FINETUNE = "SimCLS/finetune_model.py"
 WORDS = ["alpha", "beta", "gamma", "delta", "epsilon", "zeta", "eta", "theta", "iota", "kappa", "lambda", "mu"]
 SIZE = [
     "--vocab_size",
@@ -37,30 +32,30 @@ TRAIN = ["--num_epoch", "3", "--batch_size", "8", "--max_source_length", "24", "
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory, run_script):
+def workplace(tmp_path_factory):
     """A folder with data.csv (60 documents) and a T5 in t5/."""
     folder = tmp_path_factory.mktemp("finetune")
     rows = [f"{a} {b}: the {b} of {a} is {a} {b},Return {b} of {a}" for a in WORDS for b in WORDS[:5]]
     (folder / "data.csv").write_text("\n".join(["abstract,title", *rows]) + "\n")
-    run_script(
-        "SimCLS/create_model.py", "--data_file", "data.csv", "--save_dir", "t5", "--copy_init", *SIZE, cwd=folder
-    )
+    create("--data_file", "data.csv", "--save_dir", "t5", "--copy_init", *SIZE, cwd=folder)
     return folder
 
 
-def train_command(save_dir, *more):
-    script = ROOT / "SimCLS" / "finetune_model.py"
-    command = [sys.executable, script, "--pt_model", "t5", "--data_file", "data.csv", "--save_dir", save_dir]
-    return list(map(str, [*command, *TRAIN, *more]))
+def create(*args, cwd):
+    made = launch.run("SimCLS/create_model.py", *args, cwd=cwd)
+    assert made.code == 0, made.err
+
+
+def arguments_of(save_dir):
+    return ["--pt_model", "t5", "--data_file", "data.csv", "--save_dir", save_dir, *TRAIN]
 
 
 def weights(folder):
     return transformers.AutoModelForSeq2SeqLM.from_pretrained(folder, dtype=torch.float32).state_dict()
 
 
-def test_models_load_as_generator_and_as_encoders(workplace, run_script):
-    files = ["--data_file", "data.csv", "--save_dir", "bert"]
-    run_script("SimCLS/create_model.py", "--arch", "bert", *files, *SIZE, cwd=workplace)
+def test_models_load_as_generator_and_as_encoders(workplace):
+    create("--arch", "bert", "--data_file", "data.csv", "--save_dir", "bert", *SIZE, cwd=workplace)
     assert transformers.AutoModelForSeq2SeqLM.from_pretrained(workplace / "t5").config.d_model == 32
     for name, last in (("t5", "</s>"), ("bert", "[SEP]")):
         encoder = transformers.AutoModelForTextEncoding.from_pretrained(workplace / name)
@@ -71,7 +66,7 @@ def test_models_load_as_generator_and_as_encoders(workplace, run_script):
         assert tokenizer.decode(batch["input_ids"][0], skip_special_tokens=True) == "alpha, beta."
 
 
-def test_copy_init_continues_what_the_decoder_reads(tmp_path, workplace, run_script):
+def test_copy_init_continues_what_the_decoder_reads(tmp_path, workplace):
     size = [
         "--vocab_size",
         "320",
@@ -88,10 +83,7 @@ def test_copy_init_continues_what_the_decoder_reads(tmp_path, workplace, run_scr
     ]
     accuracies = []
     for flag in ("True", "False"):
-        run_script(
-            "SimCLS/create_model.py", "--data_file", workplace / "data.csv", "--save_dir", tmp_path / flag,
-            "--copy_init", flag, *size,
-        )  # fmt: skip
+        create("--data_file", "data.csv", "--save_dir", tmp_path / flag, "--copy_init", flag, *size, cwd=workplace)
         model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / flag).eval()
         tokens = torch.randperm(300, generator=torch.Generator().manual_seed(0))[:20][None] + 10
         with torch.no_grad():
@@ -144,13 +136,10 @@ def test_figures_that_json_has_no_word_for_are_none():
 
 
 def test_training_that_diverges_is_one_line_and_keeps_its_state(workplace):
-    result = subprocess.run(
-        train_command("diverged", "--lr", "1e30", "--num_epoch", "1"),
-        cwd=workplace, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
-    assert result.returncode == 2, result.stderr
-    assert len(result.stderr.splitlines()) == 1, result.stderr
-    assert "training has diverged: the validation loss is nan" in result.stderr
+    ended = launch.run(FINETUNE, *arguments_of("diverged"), "--lr", 1e30, "--num_epoch", 1, cwd=workplace)
+    assert ended.code == 2, ended.err
+    assert len(ended.err.splitlines()) == 1, ended.err
+    assert "training has diverged: the validation loss is nan" in ended.err
     assert list((workplace / "diverged" / "checkpoints").glob("checkpoint-*/trainer_state.json"))
     assert not (workplace / "diverged" / "finetune.json").exists()
 
@@ -238,9 +227,14 @@ def test_of_two_epochs_with_the_same_rouge_the_lower_loss_is_the_better():
     assert best == [1, 2, 2, 4, 4]
 
 
-def test_training_keeps_the_best_model_and_a_record(workplace, run_script):
-    result = subprocess.run(train_command("tuned"), cwd=workplace, check=True, capture_output=True, timeout=300)
-    assert result.stderr == b""
+@pytest.fixture(scope="module")
+def tuned(workplace, run_script):
+    """What a run into tuned/ has said on stderr."""
+    return run_script(FINETUNE, *arguments_of("tuned"), cwd=workplace).stderr
+
+
+def test_training_keeps_the_best_model_and_a_record(workplace, tuned):
+    assert tuned == ""
     record = json.loads((workplace / "tuned" / "finetune.json").read_text())
     epochs = [entry for entry in record["history"] if "eval_rouge" in entry]
     assert len(epochs) == 3
@@ -251,3 +245,24 @@ def test_training_keeps_the_best_model_and_a_record(workplace, run_script):
     assert not (workplace / "tuned" / "checkpoints").exists()
     assert transformers.AutoTokenizer.from_pretrained(workplace / "tuned").model_max_length == 24
     assert weights(workplace / "tuned")["shared.weight"].isfinite().all()
+
+
+def test_a_finished_generator_is_not_replaced_unasked(workplace, tuned):
+    before = (workplace / "tuned/model.safetensors").read_bytes()
+    for more, line in (
+        ([], "finetune.json is a finished run; --restart runs it again"),
+        (
+            ["--lr", 0.1],
+            "is of a run with --lr 0.0003 (now 0.1); choose another --save_dir, or --restart to replace it",
+        ),
+        (["--lr", 0.1, "--resume"], "is of a run with --lr 0.0003 (now 0.1)"),
+        (["--data_file", "other.csv", "--resume"], "--documents_digest "),
+    ):
+        (workplace / "other.csv").write_text((workplace / "data.csv").read_text() + "one more,more\n")
+        ended = launch.run(FINETUNE, *arguments_of("tuned"), *more, cwd=workplace)
+        assert (ended.code, ended.err.count("\n")) == (2, 1), ended.err
+        assert line in ended.err
+    finished = launch.run(FINETUNE, *arguments_of("tuned"), "--resume", cwd=workplace)
+    assert (finished.code, finished.out) == (0, "tuned/finetune.json is finished; nothing to resume\n")
+    assert (workplace / "tuned/model.safetensors").read_bytes() == before
+    assert not (workplace / "tuned/checkpoints").exists()

@@ -1,8 +1,10 @@
 """main.py, run as a user runs it."""
 
+import functools
 import json
 import os
 import re
+import shutil
 import subprocess
 import time
 
@@ -134,11 +136,12 @@ def test_lengths_of_the_weights_are_those_of_what_follows(tiny, baseline, sample
     assert launch.run(MAIN, *more, *weights, "--max_len", 30, cwd=folder).code == 0
     arguments = record_of(folder, "more_1_steps")["arguments"]
     assert (arguments["total_len"], arguments["max_len"]) == (60, 30)
-    scored = ["-e", "--dataset", sample_folder, *weights]
+    own = ["SimCLS/evaluate_model.py", "--samples", sample_folder / "test", "--scorer_path", f"cache/{NAME}/scorer.bin"]
+    scored = [MAIN, "-e", "--dataset", sample_folder, *weights]  # Which starts a new interpreter.
     tables = []
-    for lengths in ([], ["--total_len", 60, "--max_len", 20], ["--total_len", 10, "--max_len", 5]):
+    for command in (own, [*own, "--total_len", 60, "--max_len", 20], [*scored, "--total_len", 10, "--max_len", 5]):
         (folder / f"cache/{NAME}/evaluation.json").unlink(missing_ok=True)  # No evaluation replaces another one.
-        ended = launch.run(MAIN, *scored, *lengths, cwd=folder)
+        ended = launch.run(*command, cwd=folder)
         assert ended.code == 0, ended.err
         tables.append(ended.out.splitlines()[-7:])
     assert tables[0] == tables[1] != tables[2]
@@ -199,6 +202,40 @@ def test_second_run_and_other_arguments_are_refused(run_script, tiny, tmp_path):
     assert "another run is writing" in second.stderr
     refused = run_script(MAIN, *tiny, "--resume", cwd=tmp_path, code=2)
     assert "--num_epoch 200 (now 2)" in refused.stderr
+
+
+# SIGTERM during a step, of those that this process has made.
+STOP_IN_STEP = f"""
+import os, signal, sys
+sys.path[:0] = [{str(launch.ROOT / "SimCLS")!r}, {str(launch.ROOT)!r}]
+from data_utils import LengthBatches
+weight, seen = LengthBatches.weight, []
+def spy(self, number):
+    seen.append(number)
+    if len(seen) == {{}}: os.kill(os.getpid(), signal.SIGTERM)
+    return weight(self, number)
+LengthBatches.weight = spy
+"""
+
+
+def test_a_run_goes_on_with_other_workers_but_with_no_other_samples(tiny, baseline, sample_folder, tmp_path):
+    samples = shutil.copytree(sample_folder, tmp_path / "samples")
+    run = functools.partial(launch.run, MAIN, *tiny, "--dataset", samples, cwd=tmp_path)
+    stopped = run("--num_workers", 2, before=STOP_IN_STEP.format(8))
+    assert stopped.code == 143, stopped.err
+    there = tmp_path / "cache/simcls_2_worker"
+    (samples / "val/0.json").write_bytes((sample_folder / "val/0.json").read_bytes() + b"\n")
+    for workers, line in ((2, "is of a run with --samples_digest"), (0, "starting from the beginning")):
+        ended = run("--num_workers", workers, "--resume", before=STOP_IN_STEP.format(1))
+        assert (ended.code, line in ended.err + ended.out) == ({2: 2, 0: 143}[workers], True), ended.err
+    shutil.rmtree(tmp_path / "cache" / NAME)
+    (samples / "val/0.json").write_bytes((sample_folder / "val/0.json").read_bytes())
+    # It has the other run's weights, of which no later ones may be better.
+    assert f"going on from {there.relative_to(tmp_path)}" in run("--resume", before=STOP_IN_STEP.format(1)).out
+    assert (there / "scorer.bin").read_bytes() == (tmp_path / "cache" / NAME / "scorer.bin").read_bytes()
+    assert run("--resume").code == 0
+    assert_same_results(baseline[0], tmp_path)
+    assert record_of(tmp_path)["continues"] == there.name
 
 
 # ------------------------------------------------------------------------------------------------ many processes

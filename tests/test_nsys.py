@@ -175,7 +175,7 @@ def fake_nsys(tmp_path):
         nsys.chmod(0o755)
         command = ["bash", str(ROOT / "reporting" / "profile.sh"), str(tmp_path / "trace"), "script.py"]
         environment = os.environ | {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "PYTHON": sys.executable}
-        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60)
+        return subprocess.run(command, capture_output=True, text=True, env=environment, timeout=300)
 
     return run
 

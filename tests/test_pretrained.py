@@ -173,6 +173,8 @@ def switch():
         (lambda: mbart(decoder_start_token_id=7), None),
         (lambda: with_start(mbart(decoder_start_token_id=7), [7]), None),
         (lambda: bert2bert(decoder_start_token_id=5, pad_token_id=0), None),
+        (lambda: with_start(tiny_seq2seq.build("t5"), 41), "names the token 41; the model's are 0 to 40"),
+        (lambda: with_start(tiny_seq2seq.build("t5"), "0"), "names the token '0'"),
         (mbart, "summaries start with token 7 in training and with 0 in generation"),
         (lambda: with_start(mbart(), [7, 8]), "it has to be one token"),
         (lambda: mbart(decoder_start_token_id=9), "start with token 7 in training and with 9 in generation"),

@@ -1,9 +1,9 @@
 """resnext_fast.py: its schedule and optimizer, its switches, and that it learns, stops and goes on as the others do."""
 
 import json
-import subprocess
 import sys
 
+import launch
 import numpy as np
 import pytest
 import resnext_fast
@@ -83,15 +83,13 @@ def test_a_first_step_that_overflows_leaves_no_stray_momentum():
 
 def test_the_rate_of_every_step_follows_the_cycle(tiny, tmp_path):
     spy = (
-        "import sys, runpy, torch; sys.argv = sys.argv[1:]; sys.path.insert(0, sys.argv[0].rpartition('/')[0])\n"
+        "import torch\n"
         "step = torch.optim.SGD.step\n"
         "def spy(self, *args):\n"
         "    print('rate', *(group['lr'] for group in self.param_groups)); return step(self, *args)\n"
         "torch.optim.SGD.step = spy\n"
-        "runpy.run_path(sys.argv[0], run_name='__main__')\n"
     )
-    command = [sys.executable, "-c", spy, ROOT / SCRIPT, *tiny, "--output_dir", tmp_path]
-    printed = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    printed = launch.run(SCRIPT, *tiny, "--output_dir", ".", cwd=tmp_path, before=spy).out
     rates = [[float(word) for word in line.split()[1:]] for line in printed.splitlines() if line.startswith("rate")]
     assert rates == [[0.02 * one_cycle(step, 18)] * 2 for step in range(18)]
 
@@ -110,10 +108,9 @@ def test_it_learns_and_writes_what_the_others_write(finished):
     assert weights.keys() == ResNeXt(1, 4, num_classes=2).state_dict().keys()
 
 
-STOP = """
-import os, signal, sys, runpy
-sys.argv = sys.argv[1:]
-sys.path[:0] = [sys.argv[0].rpartition('/')[0], sys.argv[0].rpartition('/resnext/')[0]]
+STOP = f"""
+import os, signal, sys
+sys.path.insert(1, {str(ROOT)!r})
 from harness import loading
 weight, seen = loading.EpochBatches.weight, []
 def spy(self, number):
@@ -121,15 +118,13 @@ def spy(self, number):
     if len(seen) == 5: os.kill(os.getpid(), signal.SIGTERM)
     return weight(self, number)
 loading.EpochBatches.weight = spy
-runpy.run_path(sys.argv[0], run_name='__main__')
 """
 
 
 def test_stopped_in_a_step_and_resumed_is_bit_equal(run_script, tiny, finished, tmp_path):
     args = [*tiny, "--ema", 0.9, "--output_dir", tmp_path]
-    command = [sys.executable, "-c", STOP, ROOT / SCRIPT, *args]
-    stopped = subprocess.run(list(map(str, command)), capture_output=True, text=True)
-    assert stopped.returncode == 143, stopped.stderr
+    stopped = launch.run(SCRIPT, *args, cwd=tmp_path, before=STOP)
+    assert stopped.code == 143, stopped.err
     state = torch.load(tmp_path / f"{NAME}_ema_0.9.state", weights_only=True)["parts"]
     assert (state["epoch"], state["step"]) == (0, 5)
     run_script(SCRIPT, *args, "--resume")

@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 
+import launch
 import numpy as np
 import pytest
 import torch
@@ -146,20 +147,17 @@ def test_max_steps_writes_the_timings_alone(run_script, tiny, tmp_path):
 
 
 NVTX_SPY = """
-import runpy, sys, nvtx
+import nvtx
 nvtx.push_range = lambda name: print("push", name)
 nvtx.pop_range = lambda: print("pop")
-sys.argv = sys.argv[1:]
-sys.path.insert(0, sys.argv[0].rpartition("/")[0])
-runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
 def test_nvtx_ranges(tiny, tmp_path):
-    command = [sys.executable, "-c", NVTX_SPY, ROOT / BASELINE, *tiny, "--num_epoch", 1, "--output_dir", tmp_path]
-    printed = subprocess.run(list(map(str, command)), capture_output=True, text=True, check=True).stdout
+    ended = launch.run(BASELINE, *tiny, "--num_epoch", 1, "--output_dir", ".", cwd=tmp_path, before=NVTX_SPY)
+    assert ended.code == 0, ended.err
     stack, seen = [], []
-    for line in printed.splitlines():
+    for line in ended.out.splitlines():
         if line.startswith("push "):
             stack.append(line[5:])
             seen.append(tuple(stack))
@@ -215,14 +213,9 @@ experiment.evaluate = lambda model, *rest: None if rest[-1] else 50.0
 
 
 def run_changed(change, script, *args):
-    """Run a script after the Python code `change`."""
-    code = (
-        "import os, runpy, signal, sys; sys.argv = sys.argv[1:]\n"
-        f"sys.path[:0] = [sys.argv[0].rpartition('/')[0], {str(ROOT)!r}]\n"
-        f"{change}\nrunpy.run_path(sys.argv[0], run_name='__main__')\n"
-    )
-    command = [sys.executable, "-c", code, ROOT / script, *args]
-    return subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    """The ended Script that ran after the Python code `change`."""
+    before = f"import os, signal, sys; sys.path.insert(1, {str(ROOT)!r})\n{change}"
+    return launch.run(script, *args, cwd=ROOT, before=before)
 
 
 @pytest.mark.parametrize(
@@ -233,7 +226,7 @@ def run_changed(change, script, *args):
 def test_stopped_and_resumed_is_bit_equal(run_script, tiny, baseline, tmp_path, change, code, position):
     args = [*tiny, "--memory_budget", 0.8, "--output_dir", tmp_path, "-l"]
     stopped = run_changed(change, CHECKPOINT, *args)
-    assert stopped.returncode == code, stopped.stderr
+    assert stopped.code == code, stopped.err
     name = f"{NAME}_checkpoint_budget0.8"
     state = torch.load(tmp_path / f"{name}.state", weights_only=True)["parts"]
     assert (state["epoch"], state["step"]) == position
@@ -257,7 +250,7 @@ def test_stopped_and_resumed_is_bit_equal(run_script, tiny, baseline, tmp_path, 
 
 def test_a_stop_after_the_loss_became_nan_keeps_the_last_good_state(tiny, tmp_path):
     stopped = run_changed(NAN_THEN_STOP, BASELINE, *tiny, "--output_dir", tmp_path)
-    assert stopped.returncode == 143, stopped.stderr
+    assert stopped.code == 143, stopped.err
     state = torch.load(tmp_path / f"{NAME}.state", weights_only=True)["parts"]
     assert (state["epoch"], state["step"]) == (1, 0)
 

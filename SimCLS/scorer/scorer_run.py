@@ -1,6 +1,8 @@
 """The files of a scorer's training, and what it tells while it goes."""
 
 import datetime
+import re
+import shutil
 import sys
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from harness.endings import UserError
-from harness.files import write_json
+from harness.files import atomic_write, write_json
 from harness.machine import hardware_name
 from harness.precision import explain_half_precision
 from harness.run_log import timing_figures
@@ -22,7 +24,8 @@ from scorer.scorer_arguments import CACHE, run_name
 
 # They choose where and how long a process runs, not what it computes: a resumed run may change them.
 NOT_RESULTS = ("resume", "restart", "max_steps", "log", "port", "evaluate", "run_name", "trace")
-NOT_RESULTS += ("cuda", "gpuid", "device", "threads", "dry_run")
+NOT_RESULTS += ("cuda", "gpuid", "device", "threads", "num_workers", "dry_run")
+WEIGHTS = ("scorer.bin", "model.bin")  # The best, and the last.
 FIXED_LENGTH = "the learning rate falls to zero over all updates"
 POINTS_PER_EPOCH = 200  # Of the loss curve in the record.
 REPORTS = 100  # Lines about the loss in a whole run, unless MOST_UPDATES_A_REPORT asks for more.
@@ -48,6 +51,19 @@ class ScorerRun(Run):
 
     def temporary_files(self):
         return self.folder.glob(".*.tmp")  # The folder is this run's alone.
+
+    def other_states(self):
+        """Those of runs that are named by their settings too, and differ in workers alone."""
+        if self.args.run_name:
+            return []
+        alike = re.compile(re.escape(self.name).replace(f"_{self.args.num_workers}_worker", r"_\d+_worker", 1))
+        return [path for path in sorted(CACHE.glob("*/*.state")) if alike.fullmatch(path.stem)]
+
+    def take_over(self, state):
+        for name in ("scorer.json", *WEIGHTS):  # There may be no later ones that are better.
+            if (state.parent / name).is_file():
+                with open(state.parent / name, "rb") as theirs, atomic_write(self.folder / name) as ours:
+                    shutil.copyfileobj(theirs, ours)
 
     def state_dict(self):
         history = {"validations": self.validations, "losses": self.losses, "best": self.best}
@@ -195,7 +211,7 @@ class ScorerRun(Run):
         if self.world.is_main and not self.is_dry:
             # That of an earlier run, whose weights go now; with it, --resume would take this run for finished.
             self.path(".json").unlink(missing_ok=True)
-            for name in ("scorer.bin", "model.bin") if best else ("model.bin",):
+            for name in WEIGHTS if best else WEIGHTS[1:]:
                 save_scorer(self.folder / name, scorer, self._description)
 
     def add_epoch(self, epoch, result, evaluation_seconds):

@@ -16,6 +16,7 @@ from harness import arguments
 from harness.endings import UserError
 from search.diverse_beam import DiverseBeamSearch
 from search.sampling import NucleusSampling
+from search.token_rules import check_tokens
 from texts import provenance
 from texts.documents import clean
 from texts.samples import as_sample
@@ -145,6 +146,7 @@ def check_start(model, tokenizer):
     generated = model.generation_config.decoder_start_token_id
     if generated is None:
         generated = model.generation_config.bos_token_id
+    check_tokens(model, [] if generated is None else [generated])
     if hasattr(tokenizer, "tgt_lang") and tokenizer.tgt_lang is None:
         raise ValueError("its tokenizer names no target language; set tgt_lang in tokenizer_config.json")
     try:
@@ -177,8 +179,6 @@ class CandidateGenerator:
         special = len(tokenizer("")["input_ids"])
         check_length("--max_source_length", self.max_source_length, special, positions)
         check_length("--decoder_max_len", settings["max_length"], 1, most_tokens(model.get_decoder()))
-        if len(tokenizer) > model.get_input_embeddings().num_embeddings:
-            raise UserError(f"the tokenizer has {len(tokenizer)} tokens, more than the generator's embeddings")
         try:
             self.search = (NucleusSampling if "top_p" in settings else DiverseBeamSearch)(model, **settings)
         except ValueError as error:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from data_utils import ROUGE
+from pretrained import refuse_to_replace
 from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutput
 
@@ -178,6 +179,13 @@ class BrioRun(runs.Run):
     def __init__(self, args, world, **facts):
         why = "the learning rate falls to 0 at the last epoch"
         super().__init__("brio", args.save_dir, "brio", args, world, NOT_RESULTS, why, **facts)
+
+    def _claim_name(self):
+        super()._claim_name()
+        fresh = not any(getattr(self.args, name) for name in ("resume", "restart"))
+        ours = self.path(".json").exists() or self.path(".state").exists()
+        if fresh and not ours:
+            refuse_to_replace(self.folder, ", or --restart to replace it")
 
     def may_go_on(self):
         return bool(self.state["means"].totals.isfinite().all())

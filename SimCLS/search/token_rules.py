@@ -1,5 +1,7 @@
 """What every search reads from a generator: its decoder, its special tokens, and which tokens may follow a text."""
 
+import itertools
+
 import torch
 
 from search.library_decoder import LibraryDecoder
@@ -41,6 +43,9 @@ class TokenRules:
         self.max_length, self.min_length = max_length, min_length
         self.no_repeat_ngram_size = no_repeat_ngram_size
         self._read_tokens(model.generation_config)
+        forced = itertools.chain(*self.forced.values())
+        numbers = [*self.end_tokens.tolist(), *self.suppressed.tolist(), *forced]
+        check_tokens(model, [self.start_token, self.pad_token, *numbers])
 
     def _read_tokens(self, config):
         for name, neutral in self.unsupported.items():
@@ -75,6 +80,15 @@ class TokenRules:
         if history.shape[1] < self.min_length:
             log_probs[:, self.end_tokens] = float("-inf")
         return log_probs
+
+
+def check_tokens(model, tokens):
+    """ValueError where one of the `tokens`, of a config of the model's, is none that the model can write: the number of
+    another vocabulary ends the run at some text, and a negative one means another token."""
+    count = (model.get_output_embeddings() or model.get_input_embeddings()).weight.shape[0]
+    for token in tokens:
+        if not (isinstance(token, int) and 0 <= token < count):
+            raise ValueError(f"its generation config names the token {token!r}; the model's are 0 to {count - 1}")
 
 
 def forbid_repeats(scores, history, size):
