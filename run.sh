@@ -166,7 +166,7 @@ samples() {
     show mkdir -p "runs/simcls/$1"
     show cd "runs/simcls/$1"
     simcls=../../../SimCLS
-    generate="--generator_name $3 --num_cands 8 --num_groups 1 --cand_gen_batch 32 $half ${*:4}"
+    generate="--generator_name $3 --num_cands 8 --search beam --cand_gen_batch 32 $half ${*:4}"
     show python3 $simcls/gen_candidate.py $generate --dataset_percent "$2"
     for split in train val test; do
         once samples/$split/0.json python3 $simcls/preprocess.py --src_dir "candidates/${candidates//\//_}_8" \

@@ -44,6 +44,7 @@ from search.generator import (
     CANDIDATES,
     CandidateGenerator,
     add_search_arguments,
+    begins_with_beam_search,
     check_groups,
     generate_samples,
     generator_dtype,
@@ -191,7 +192,7 @@ def judge_candidates(args, world, judge):
     """The Judged ways to choose among the candidates of --samples or --generator_name; some documents are shown."""
     candidates = load_candidates(args, world, judge.precision)
     samples = candidates.samples
-    compare_counts(samples, args.num_cands, judge.description.get("candidates"))
+    compare_counts(samples, args.num_cands if args.samples else None, judge.description.get("candidates"))
     trained = read_description(args.scorer_path) or {}
     warnings = check_belonging(candidates.origin, trained.get("samples"))
     if args.generator_name and not candidates.origin:
@@ -278,7 +279,7 @@ def read_samples(args):
     samples = [sample | {"rouge": rouge_of(sample, args.rouge_tokens)} for sample in samples]
     made = provenance.read(args.samples) or {}
     origin = made.get("candidates")
-    is_plain = origin is not None and origin["search"].get("num_groups") == 1
+    is_plain = origin is not None and begins_with_beam_search(origin["search"])
     if not is_plain and not args.generator_name:
         print("no row of plain beam search, which these samples have not; --generator_name beside --samples makes it")
     return Candidates(samples, samples if is_plain else None, origin, made.get("sentences", "as in the samples"))

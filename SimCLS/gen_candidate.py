@@ -1,15 +1,17 @@
-"""Stage 2 of 5: generate diverse candidate summaries of the documents of a CSV, for all three splits.
+"""Stage 2 of 5: generate candidate summaries of the documents of a CSV, for all three splits.
 
     python3 gen_candidate.py --generator_name models/t5_covid --dataset_name clean_covid.csv --num_cands 16
+    python3 gen_candidate.py ... --search beam+sample --num_cands 8    # 8 of each: {generator}_16, for --cand_num 16
     torchrun --nproc_per_node=2 gen_candidate.py ...    # shares the documents out; the files are the same
 
 Writes {output_dir}/{generator}_{num_cands}/{split}.source, .target and .out, and the same three with .tokenized (Penn
-Treebank tokens): one sample a line, the candidates of a document on neighbouring lines, best first; and, on the lines
+Treebank tokens): one sample a line, the candidates of a document on neighbouring lines, the best first, or those of the
+first search, if there are several, whose candidates are counted together in the folder's name; and, on the lines
 of `.out`, {split}.likelihood: the sum of the log-probabilities of a candidate's tokens by the generator alone, without
 penalties, and their number. Killed and started again with the same arguments, it goes on where it stopped and ends with
 the same files. Candidates that were made otherwise are never replaced. provenance.json says what made them.
 
-Candidates come from diverse beam search with as many groups as candidates, as in SimCLS (Liu and Liu 2021).
+By default they come from diverse beam search with as many groups as candidates, as in SimCLS (Liu and Liu 2021).
 """
 
 import argparse
@@ -32,6 +34,7 @@ from harness.precision import choose_precision, half_precision_or_auto
 from search.generator import (
     CandidateGenerator,
     add_search_arguments,
+    candidates_a_document,
     check_groups,
     generator_dtype,
     length_batches,
@@ -81,7 +84,7 @@ def main():
             search_settings(args, model.generation_config, args.search),
             args.max_source_length,
         )
-        folder = args.output_dir / f"{safe_name(args.generator_name)}_{args.num_cands}"
+        folder = args.output_dir / f"{safe_name(args.generator_name)}_{candidates_a_document(args)}"
         lock = output_lock(folder.with_name(folder.name + ".lock")) if world.is_main else contextlib.nullcontext()
         with lock:
             files = {split: candidate_files(generator, folder, split, part, world) for split, part in splits.items()}

@@ -14,6 +14,7 @@ import torch
 
 from search import diverse_beam, t5_decoder
 from search.diverse_beam import DiverseBeamSearch, diverse_beam_search, top_k
+from search.generator import make_searches
 from search.library_decoder import LibraryDecoder
 from search.t5_decoder import DOCUMENTS_TOGETHER, ENCODER_ATTENTION, PaddedAttention, SeparateAttention, T5Decoder
 from search.token_rules import forbid_repeats
@@ -84,6 +85,20 @@ def test_a_document_s_candidates_do_not_depend_on_its_batch(name):
         assert tokens[row, :, : alone.shape[2]].tolist() == alone[0].tolist()
         assert (tokens[row, :, alone.shape[2] :] == model.config.pad_token_id).all()
         torch.testing.assert_close(alone_scores[0], scores[row], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_searches_that_share_an_encoder_pass_find_what_each_finds_alone(name, monkeypatch):
+    model = tiny_seq2seq.build(name)
+    documents = tiny_seq2seq.documents(model)
+    beam = {"num_beams": 4, "num_groups": 1, "diversity_penalty": 0.0, "max_length": 12}
+    settings = [beam, beam | {"num_groups": 4, "diversity_penalty": 1.0}]
+    settings.append({"num_samples": 4, "top_p": 0.9, "seed": 0, "max_length": 12})
+    alone = [make_searches(model, [each])[0](*documents).tokens.tolist() for each in settings]
+    together = make_searches(model, settings)
+    encoded = together[0].encode(*documents)
+    monkeypatch.setattr(type(together[0].decoder), "encode", None)
+    assert [search(*documents, encoded).tokens.tolist() for search in together] == alone
 
 
 def test_one_group_is_plain_beam_search():
@@ -165,7 +180,7 @@ def test_t5_steps_equal_the_models_own_logits(name, together, private, monkeypat
     decoder = T5Decoder(model)
     prefix, document = torch.zeros(4, 0, dtype=torch.long), torch.arange(4)
     with torch.inference_mode():
-        decoder.start(input_ids, mask, max_length=10)
+        decoder.start(decoder.encode(input_ids, mask), max_length=10)
         for step in range(9):
             tokens = torch.randint(0, model.config.vocab_size, (len(document),), generator=generator)
             prefix = torch.cat([prefix, tokens.unsqueeze(1)], dim=1)

@@ -126,6 +126,19 @@ def test_candidates_are_those_of_their_document_in_order(tiny, whole):
             assert (float(log_prob), int(tokens)) == (pytest.approx(candidate.log_prob, abs=1e-4), candidate.tokens)
 
 
+def test_candidates_of_several_searches_stand_in_one_group_a_document(tiny, tmp_path, monkeypatch):
+    found = {}
+    for search, count in (("beam", 2), ("sample", 2), ("beam+sample", 4)):
+        more = ["--dataset_percent", 20, "--search", search, "--num_cands", 2]
+        run_here(monkeypatch, *arguments(tiny, tmp_path / search, *more))
+        assert only_folder(tmp_path / search).name.endswith(f"generator_{count}")
+        lines = iter(read_lines(only_folder(tmp_path / search) / "train.out"))
+        found[search] = list(zip(*[lines] * count, strict=True))
+    assert found["beam+sample"] == [beam + sample for beam, sample in zip(found["beam"], found["sample"], strict=True)]
+    origin = json.loads((only_folder(tmp_path / "beam+sample") / "provenance.json").read_text())
+    assert ["top_p" in each for each in origin["search"]["searches"]] == [False, True]
+
+
 def test_tokens_that_break_lines_were_generated(whole):
     """Else the counts of lines above prove nothing."""
     text = (only_folder(whole) / "train.out").read_text()

@@ -69,6 +69,7 @@ class DiverseBeamSearch(TokenRules):
         length_penalty=1.0,
         no_repeat_ngram_size=0,
         early_stopping=False,
+        decoder=None,
     ):
         if num_beams < 1 or num_groups < 1 or num_beams % num_groups:
             raise ValueError(f"{num_beams} beams cannot be shared out equally over {num_groups} groups")
@@ -76,7 +77,7 @@ class DiverseBeamSearch(TokenRules):
             raise ValueError(f"a diversity penalty of {diversity_penalty} is below 0")
         if not abs(length_penalty) <= 100:
             raise ValueError(f"a length penalty of {length_penalty} is not between -100 and 100")
-        super().__init__(model, max_length, min_length, no_repeat_ngram_size)
+        super().__init__(model, max_length, min_length, no_repeat_ngram_size, decoder)
         self.num_beams, self.num_groups, self.group_size = num_beams, num_groups, num_beams // num_groups
         self.diversity_penalty = diversity_penalty
         self.early_stopping, self.rewards_length = early_stopping, length_penalty > 0
@@ -87,12 +88,12 @@ class DiverseBeamSearch(TokenRules):
         self.offers = max(2, 1 + len(self.end_tokens)) * self.group_size
 
     @torch.inference_mode()
-    def __call__(self, input_ids, attention_mask):
+    def __call__(self, input_ids, attention_mask, encoded=None):
         """The Candidates of a batch of documents. input_ids, attention_mask: int64 [documents, length], padded at the
-        end."""
+        end. encoded: the same documents as from `encode`, where they are encoded already."""
         documents = len(input_ids)
         beams = Beams(self, documents)
-        self.decoder.start(input_ids, attention_mask, self.max_length)
+        self.decoder.start(encoded or self.encode(input_ids, attention_mask), self.max_length)
         rows = None  # Which beam each row of the decoder is. Until the first token the beams of a document are one row.
         look = STEPS_BETWEEN_LOOKS.get(self.device.type, 8)
         for length in range(1, self.max_length):

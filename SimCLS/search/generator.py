@@ -1,7 +1,9 @@
-"""The generator: a sequence-to-sequence model, its settings, and documents made candidates by diverse beam search."""
+"""The generator: a sequence-to-sequence model, its settings, and documents made candidates by one search or several."""
 
+import argparse
 import functools
 import hashlib
+import itertools
 import json
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +27,7 @@ from texts.sentences import SentenceSplitter
 # For a generator whose tokenizer or generation config names no length.
 SOURCE_LENGTH, SUMMARY_LENGTH = 512, 64
 CANDIDATES = 16
+SEARCHES = ("diverse", "beam", "sample")
 TOKENIZED_TOGETHER = 1000
 
 
@@ -32,11 +35,11 @@ def add_search_arguments(parser):
     """The arguments of the search, in a group of their own; `search_settings` reads them."""
     integer, number = arguments.positive_int, arguments.non_negative_float
     search = parser.add_argument_group("search for candidates; defaults marked * are those of the generation config")
-    search.add_argument("--search", choices=("diverse", "beam", "sample"), default="diverse",
-        help="diverse or plain beam search, or nucleus sampling (default: %(default)s)")  # fmt: skip
-    search.add_argument(
-        "--num_cands", type=integer, default=CANDIDATES, help=f"candidates a document (default: {CANDIDATES})"
-    )
+    search.add_argument("--search", type=searches, default="diverse", metavar="diverse|beam|sample", help="diverse or "
+        "plain beam search, or nucleus sampling; several as in beam+sample, whose candidates stand in this order, and "
+        "for which a document is encoded once (default: %(default)s)")  # fmt: skip
+    search.add_argument("--num_cands", type=integer, default=CANDIDATES, help="candidates a document, of each search "
+        f"(default: {CANDIDATES})")  # fmt: skip
     search.add_argument("--num_groups", type=integer, help="groups of beams (default: one a candidate)")
     search.add_argument("--diversity_penalty", type=number, default=1.0, help="default: %(default)s")
     search.add_argument("--top_p", type=arguments.fraction, default=0.9, help="of --search sample: the probability of "
@@ -52,6 +55,19 @@ def add_search_arguments(parser):
     search.add_argument("--cand_gen_batch", type=integer, default=16, help="documents a batch (default: %(default)s)")
 
 
+def searches(text):
+    """argparse type: names of SEARCHES, each once, joined by "+"."""
+    names = text.split("+")
+    if not set(names) <= set(SEARCHES) or len(names) > len(set(names)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(SEARCHES)}, nor several, as beam+sample")
+    return text
+
+
+def candidates_a_document(args):
+    """Those of all searches of --search together."""
+    return args.num_cands * len(args.search.split("+"))
+
+
 def check_groups(args):
     """UserError unless --num_groups, where it is given, divides --num_cands."""
     if args.num_groups and args.num_cands % args.num_groups:
@@ -60,10 +76,13 @@ def check_groups(args):
 
 def search_settings(args, config, search="diverse"):
     """The arguments of DiverseBeamSearch, or of NucleusSampling: the user's, else those of the generation config, else
-    neutral ones.
+    neutral ones. Of several searches {"searches": a list of such arguments, "max_length"}.
 
-    search: "diverse"; "beam" for one group, whatever the arguments say; or "sample".
+    search: "diverse"; "beam" for one group, whatever the arguments say; "sample"; or several, joined by "+".
     """
+    if "+" in search:
+        each = [search_settings(args, config, name) for name in search.split("+")]
+        return {"searches": each, "max_length": each[0]["max_length"]}
 
     def choose(name, neutral):
         for value in (getattr(args, name, None), getattr(config, name, None)):
@@ -164,7 +183,7 @@ def check_start(model, tokenizer):
 
 
 class CandidateGenerator:
-    """Documents to candidate summaries, by a search.
+    """Documents to candidate summaries, by one search or several.
 
     settings: as from `search_settings`. max_source_length: tokens at which documents are cut, or None for the
     tokenizer's own. Raises UserError for lengths or a generation config that the model cannot do.
@@ -180,9 +199,10 @@ class CandidateGenerator:
         check_length("--max_source_length", self.max_source_length, special, positions)
         check_length("--decoder_max_len", settings["max_length"], 1, most_tokens(model.get_decoder()))
         try:
-            self.search = (NucleusSampling if "top_p" in settings else DiverseBeamSearch)(model, **settings)
+            self.searches = make_searches(model, settings.get("searches", [settings]))
         except ValueError as error:
             raise UserError(str(error)) from None
+        self.pad_token = self.searches[0].pad_token
 
     def tokenize(self, texts):
         """The token ids of documents: a list of int32 arrays."""
@@ -191,16 +211,22 @@ class CandidateGenerator:
             some = texts[start : start + TOKENIZED_TOGETHER]
             encoded = self.tokenizer(some, truncation=True, max_length=self.max_source_length)
             # A tokenizer without special tokens may know nothing of a text.
-            sources += [np.array(ids or [self.search.pad_token], np.int32) for ids in encoded["input_ids"]]
+            sources += [np.array(ids or [self.pad_token], np.int32) for ids in encoded["input_ids"]]
         return sources
 
     def generate(self, sources):
-        """Candidates of one batch of tokenized documents: for each a list of Candidate, best first."""
+        """Candidates of one batch of tokenized documents: for each a list of Candidate, the best of a search first."""
         lengths = torch.tensor([len(source) for source in sources]).unsqueeze(1)
         mask = (torch.arange(int(lengths.max())) < lengths).long()
-        input_ids = torch.full(mask.shape, self.search.pad_token)
+        input_ids = torch.full(mask.shape, self.pad_token)
         input_ids[mask.bool()] = torch.from_numpy(np.concatenate(sources)).long()
-        found = self.search(input_ids.to(self.model.device), mask.to(self.model.device))
+        documents = input_ids.to(self.model.device), mask.to(self.model.device)
+        encoded = self.searches[0].encode(*documents)
+        parts = [self.read(search(*documents, encoded)) for search in self.searches]
+        return [list(itertools.chain(*some)) for some in zip(*parts, strict=True)]
+
+    def read(self, found):
+        """For each document a list of Candidate. found: the Candidates of a search."""
         texts = self.tokenizer.batch_decode(
             found.tokens.flatten(0, 1).tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -216,7 +242,7 @@ class CandidateGenerator:
     @property
     def is_plain(self):
         """Whether the first candidate is that of plain beam search."""
-        return self.settings.get("num_groups") == 1
+        return begins_with_beam_search(self.settings)
 
     def origin(self, name, path, documents):
         """The provenance of candidates of this search: name of the generator, path of the text, and all its documents,
@@ -241,6 +267,20 @@ class CandidateGenerator:
         for part in (sorted(self.tokenizer.get_vocab().items()), tokens):
             digest.update(json.dumps(part, sort_keys=True, default=str).encode())
         return digest.hexdigest()
+
+
+def make_searches(model, settings):
+    """A search for each of a list of `search_settings`; they share one decoder."""
+    made, decoder = [], None
+    for each in settings:
+        made.append((NucleusSampling if "top_p" in each else DiverseBeamSearch)(model, **each, decoder=decoder))
+        decoder = made[0].decoder
+    return made
+
+
+def begins_with_beam_search(settings):
+    """Whether of the candidates of such `search_settings` the first is that of plain beam search."""
+    return settings.get("searches", [settings])[0].get("num_groups") == 1
 
 
 def length_batches(sources, size):

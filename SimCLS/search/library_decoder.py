@@ -10,9 +10,11 @@ class LibraryDecoder:
     def __init__(self, model):
         self.model, self.encoder = model, model.get_encoder()
 
-    def start(self, input_ids, attention_mask, max_length):
-        self.hidden = self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0]
-        self.mask = attention_mask
+    def encode(self, input_ids, attention_mask):
+        return self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0], attention_mask
+
+    def start(self, encoded, max_length):
+        self.hidden, self.mask = encoded
         self.cache = EncoderDecoderCache(DynamicCache(), DynamicCache())
 
     def step(self, tokens):

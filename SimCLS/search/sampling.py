@@ -37,16 +37,18 @@ class NucleusSampling(TokenRules):
 
     unsupported = TokenRules.unsupported | UNSUPPORTED
 
-    def __init__(self, model, *, num_samples, top_p, seed, max_length, min_length=0, no_repeat_ngram_size=0):
+    def __init__(
+        self, model, *, num_samples, top_p, seed, max_length, min_length=0, no_repeat_ngram_size=0, decoder=None
+    ):
         if not 0 < top_p <= 1:
             raise ValueError(f"a nucleus of {top_p} is not above 0 and at most 1")
-        super().__init__(model, max_length, min_length, no_repeat_ngram_size)
+        super().__init__(model, max_length, min_length, no_repeat_ngram_size, decoder)
         self.num_samples, self.top_p, self.seed = num_samples, top_p, seed
 
     @torch.inference_mode()
-    def __call__(self, input_ids, attention_mask):
-        """The Candidates of a batch of documents, the most likely a token first. input_ids, attention_mask: int64
-        [documents, length], padded at the end."""
+    def __call__(self, input_ids, attention_mask, encoded=None):
+        """The Candidates of a batch of documents, the most likely a token first. The arguments are as for
+        DiverseBeamSearch."""
         documents, total = len(input_ids), len(input_ids) * self.num_samples
         uniform = self._draws(input_ids, attention_mask)
         tokens = torch.full((total, self.max_length), self.pad_token, device=self.device)
@@ -54,7 +56,7 @@ class NucleusSampling(TokenRules):
         log_probs = torch.zeros(total, dtype=widest_float(self.device), device=self.device)
         lengths = torch.full((total,), self.max_length - 1, device=self.device)
         rows = torch.arange(total, device=self.device)  # Which candidate each row of the decoder is.
-        self.decoder.start(input_ids, attention_mask, self.max_length)
+        self.decoder.start(encoded or self.encode(input_ids, attention_mask), self.max_length)
         for length in range(1, self.max_length):
             if length == 1:  # Until the first token the candidates of a document are one row.
                 logits = self.decoder.step(tokens[:documents, 0]).repeat_interleave(self.num_samples, dim=0)

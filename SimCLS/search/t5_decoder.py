@@ -10,6 +10,7 @@ The numbers equal the library's up to the rounding of sums in another order.
 """
 
 import contextlib
+import copy
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -47,7 +48,7 @@ class FeedForward(NamedTuple):
 
 
 class T5Decoder:
-    """Runs a T5 or mT5 model for beam search: `start`, then `step`, each perhaps followed by a change of rows.
+    """Runs a T5 or mT5 model for a search: `encode`, `start`, then `step`, each perhaps followed by a change of rows.
 
     A row is one beam of one document; `start` makes one row a document, and `spread` one row a beam. Rows stay in the
     order of their documents. The weights are read once, at construction: a model that has been trained since needs a
@@ -74,16 +75,22 @@ class T5Decoder:
         # mT5 has no such setting, and never scales.
         self.output_scale = config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0
 
-    def start(self, input_ids, attention_mask, max_length):
-        """Encode new documents, and forget the earlier ones.
+    def encode(self, input_ids, attention_mask):
+        """What `start` needs of a batch of documents, as often as one likes.
 
         input_ids, attention_mask: int64 [documents, length], padded at the end; no document is empty.
+        """
+        together = DOCUMENTS_TOGETHER.get(input_ids.device.type, len(input_ids))
+        parts = zip(input_ids.split(together), attention_mask.split(together), strict=True)
+        return [self._remember(ids[mask.bool()], mask.sum(1).tolist()) for ids, mask in parts]
+
+    def start(self, encoded, max_length):
+        """Begin with the documents of `encode`, and forget the earlier ones.
+
         max_length: the most tokens of a beam, the start token among them.
         """
-        documents, device = len(input_ids), input_ids.device
-        together = DOCUMENTS_TOGETHER.get(device.type, documents)
-        parts = zip(input_ids.split(together), attention_mask.split(together), strict=True)
-        self.memories = [self._remember(ids[mask.bool()], mask.sum(1).tolist()) for ids, mask in parts]
+        self.memories = [copy.copy(memory) for memory in encoded]
+        documents, device = sum(memory.documents for memory in encoded), self.embedding.device
         self.length = 0
         self.keys = [self.embedding.new_zeros(documents, self.heads, 0, self.head_size) for _ in self.decoder_layers]
         self.values = list(self.keys)
@@ -209,7 +216,8 @@ ENCODER_ATTENTION = {"cpu": SeparateAttention}
 
 
 class Memory:
-    """What beams attend to of a few documents: the keys and values of each layer, padded to one length.
+    """What beams attend to of a few documents: the keys and values of each layer, padded to one length. Once all layers
+    are added nothing is written into these tensors, so that copies of a Memory share them.
 
     The rows of ended beams are gone from the decoder, so rows are put in their places in a table of documents x beams.
     """

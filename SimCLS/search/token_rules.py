@@ -27,7 +27,8 @@ class TokenRules:
 
     model: any AutoModelForSeq2SeqLM in eval mode. Its generation config gives the start, end and padding tokens, forced
     first and last tokens, and suppressed ones. The weights are read here: train on, and a new object is needed.
-    max_length, min_length, no_repeat_ngram_size: as for DiverseBeamSearch.
+    max_length, min_length, no_repeat_ngram_size: as for DiverseBeamSearch. decoder: another search's of the same model,
+    which it shares: they take turns.
 
     Raises ValueError for a maximum length without room, and for a generation config with a setting that is not
     implemented (a repetition penalty, say).
@@ -35,10 +36,10 @@ class TokenRules:
 
     unsupported = UNSUPPORTED
 
-    def __init__(self, model, max_length, min_length, no_repeat_ngram_size):
+    def __init__(self, model, max_length, min_length, no_repeat_ngram_size, decoder=None):
         if max_length < 2:
             raise ValueError(f"a maximum length of {max_length} leaves no room behind the start token")
-        self.decoder = T5Decoder(model) if T5Decoder.supports(model) else LibraryDecoder(model)
+        self.decoder = decoder or (T5Decoder if T5Decoder.supports(model) else LibraryDecoder)(model)
         self.device = model.device
         self.max_length, self.min_length = max_length, min_length
         self.no_repeat_ngram_size = no_repeat_ngram_size
@@ -66,6 +67,12 @@ class TokenRules:
         self.forced = {1: _as_list(config.forced_bos_token_id)}
         if config.forced_eos_token_id is not None:
             self.forced[self.max_length - 1] = _as_list(config.forced_eos_token_id)
+
+    @torch.inference_mode()
+    def encode(self, input_ids, attention_mask):
+        """A batch of documents as a search takes it, however often. input_ids, attention_mask: int64 [documents,
+        length], padded at the end; no document is empty."""
+        return self.decoder.encode(input_ids, attention_mask)
 
     def allowed(self, logits, history):
         """Log-probabilities of the next token, float32 [rows, vocabulary], -inf where it may not come.

@@ -1,0 +1,151 @@
+"""What each search for candidates is worth: the ROUGE of the best candidate, and the processor time that it takes.
+
+    python3 benchmarks/searches.py
+    python3 benchmarks/searches.py --scorer_path cache/short/scorer.bin    # and what SimCLS chooses among them
+
+The demonstration's generator writes candidates of test documents by every search of SEARCHES, in bfloat16 where the
+processor multiplies it. ROUGE is the mean of ROUGE-1, -2 and -Lsum, in %, with 95 % intervals over documents: of the
+first candidate, of all in the mean, and of the best, which is as far as any scorer could get. Processor seconds are
+those of all threads, for encoding, searching and decoding to text: the median round.
+"""
+
+import argparse
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "SimCLS")]
+
+from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
+
+import numpy as np
+import torch
+from common import interleaved, results_path
+from model import load_scorer
+
+from harness import arguments, endings
+from harness.distributed import World
+from harness.files import write_record
+from harness.machine import describe_machine, multiplies_bfloat16
+from harness.precision import choose_precision
+from scorer.choices import by_scorer, score_candidates
+from scorer.significance import bootstrap_interval
+from search.generator import (
+    CandidateGenerator,
+    add_search_arguments,
+    generate_samples,
+    length_batches,
+    load_generator,
+    search_settings,
+)
+from texts.documents import find_dataset, read_documents, split_documents
+
+CPU = torch.device("cpu")
+# (search, candidates of each, further arguments)
+SEARCHES = (
+    ("beam", 8, ""),
+    ("diverse", 8, ""),
+    ("diverse", 8, "--diversity_penalty 0.3"),
+    ("sample", 8, ""),
+    ("beam", 16, ""),
+    ("diverse", 16, ""),
+    ("sample", 16, ""),
+    ("beam+diverse", 8, ""),
+    ("beam+sample", 8, ""),
+)
+
+
+def get_args_parser():
+    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--data", default="sample", help="CSV file or data set name (default: %(default)s)")
+    add("--generator_name", default=str(ROOT / "SimCLS" / "demo"), help="folder (default: SimCLS/demo)")
+    add("--scorer_path", type=Path, help="trained scorer, to choose among the candidates")
+    add("--documents", type=arguments.positive_int, default=150, help="of the test split (default: %(default)s)")
+    add("--rounds", type=arguments.positive_int, default=3, help="default: %(default)s")
+    add("--batch", type=arguments.positive_int, default=32, help="documents (default: %(default)s)")
+    add("--output", type=Path, help="by default benchmarks/results/<hardware>/searches.json")
+    return parser
+
+
+def main():
+    args = get_args_parser().parse_args()
+    documents = split_documents(read_documents(find_dataset(args.data)))["test"][: args.documents]
+    dtype = torch.bfloat16 if multiplies_bfloat16() else torch.float32
+    model, tokenizer = load_generator(args.generator_name, dtype)
+    generators = {name: CandidateGenerator(model, tokenizer, settings) for name, settings in arms(model)}
+    scorer = load_scorer(weights=args.scorer_path) if args.scorer_path else None
+    rows = [judge(name, each, documents, scorer, args) for name, each in generators.items()]
+    sources = next(iter(generators.values())).tokenize([document.text for document in documents])
+    batches = [[sources[place] for place in places] for places in length_batches(sources, args.batch)]
+    seconds = interleaved(
+        {name: lambda own=each: generate(own, batches) for name, each in generators.items()}, args.rounds
+    )
+    for row, times in zip(rows, seconds.values(), strict=True):
+        row["processor_ms_a_document"] = 1000 * statistics.median(times) / len(documents)
+        print(", ".join(f"{key} {value:.1f}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
+    record = {
+        "benchmark": "searches",
+        "machine": describe_machine(CPU),
+        "model": Path(args.generator_name).name,
+        "dataset": Path(args.data).name,
+        "documents": len(documents),
+        "precision": str(dtype).removeprefix("torch."),
+        "rounds": args.rounds,
+        "seconds": seconds,
+        "searches": rows,
+    }
+    path = args.output or results_path("searches", CPU)
+    write_record(path, record)
+    print(f"written: {path}")
+
+
+def arms(model):
+    """Yield (name, settings) for each of SEARCHES."""
+    parser = argparse.ArgumentParser()
+    add_search_arguments(parser)
+    for search, count, more in SEARCHES:
+        own = parser.parse_args(f"--search {search} --num_cands {count} {more}".split())
+        name = f"{search}, {count} each" if "+" in search else f"{search}, {count}"
+        yield (
+            f"{name}, {more.replace('--', '').replace('_', ' ')}".removesuffix(", "),
+            search_settings(own, model.generation_config, search),
+        )
+
+
+def generate(generator, batches):
+    """Processor seconds of the candidates of tokenized documents."""
+    started = time.process_time()
+    for batch in batches:
+        generator.generate(batch)
+    return time.process_time() - started
+
+
+def judge(name, generator, documents, scorer, args):
+    """A row of the table; ROUGE in %."""
+    samples = generate_samples(generator, documents, args.batch)
+    rouge = [sample["rouge"].mean(1) for sample in samples]
+    texts = [{tuple(sentences) for sentences, _ in sample["candidates"]} for sample in samples]
+    best = np.array([[each.max()] for each in rouge])
+    low, high = bootstrap_interval(best).ravel()
+    row = {
+        "search": name,
+        "candidates": len(rouge[0]),
+        "different": float(np.mean([len(each) for each in texts])),
+        "first": 100 * float(np.mean([each[0] for each in rouge])),
+        "mean": 100 * float(np.mean([each.mean() for each in rouge])),
+        "best": 100 * float(best.mean()),
+        "best_interval": f"{100 * low:.1f} to {100 * high:.1f}",
+    }
+    if scorer:
+        weights, encoding, description = scorer
+        scores = score_candidates(weights, encoding, samples, args.batch, World(0, 1, CPU), choose_precision(None, CPU))
+        chosen = by_scorer(scores, samples, description.get("likelihood"))
+        row["chosen"] = 100 * float(np.mean([each[place] for each, place in zip(rouge, chosen, strict=True)]))
+    return row
+
+
+if __name__ == "__main__":
+    endings.run(main)
