@@ -11,6 +11,7 @@ from pretrained import half_precision_name
 
 from harness.distributed import World
 from harness.precision import choose_precision
+from scorer.losses import loss_of
 from scorer.metrics import CollapseWatch, Metrics, validate
 from scorer.optimization import Schedule
 from scorer.scorer_arguments import get_args_parser, run_name
@@ -104,6 +105,32 @@ def test_candidates_that_tie_are_not_pushed_apart_and_their_order_does_not_matte
     all_tie = ranking_loss(scores, torch.ones(1), torch.ones(1, 4), present)
     assert all_tie == 0
     assert torch.autograd.grad(all_tie, scores)[0].abs().max() == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        # Of its pairs the first lacks 0.4 - 0.2 + 0.1, the second 0.3 - 0.2 + 0.2, and the third nothing.
+        ("--loss margin --margin 0.01", (0.3 + 0.3 + 0.0) / 3),
+        # softmax(4, 3, 2) is 0.6652, 0.2447, 0.0900, and softmax(2, 4, 3) is 0.0900, 0.6652, 0.2447.
+        ("--loss listwise --temperature 0.1", 0.6652 * 2 - 0.2447 - 0.0900),
+    ],
+)
+def test_other_losses_ask_for_differences_of_scores_that_are_those_of_rouge(words, expected):
+    args = get_args_parser("").parse_args([*words.split(), "--gold_weight", "0"])
+
+    class Batch:
+        rouge = torch.tensor([[0.4, 0.3, 0.2, 0.9]])
+        present = torch.tensor([[True, True, True, False]])
+
+    wrong = torch.tensor([[0.2, 0.4, 0.3, 5.0]], requires_grad=True)
+    loss = loss_of(args, wrong, torch.zeros(1), Batch)
+    assert loss.item() == pytest.approx(expected, abs=1e-3)
+    (gradient,) = torch.autograd.grad(loss, wrong)
+    assert gradient.isfinite().all()
+    assert gradient[0, 0] < 0
+    assert gradient[0, 3] == 0
+    assert loss_of(args, Batch.rouge - 0.5, torch.zeros(1), Batch).item() == pytest.approx(0, abs=1e-6)
 
 
 # ------------------------------------------------------------------------------------- learning and validation

@@ -22,6 +22,7 @@ from harness.arguments import (
 )
 from harness.endings import UserError
 from harness.precision import half_precision_or_auto
+from scorer.losses import LOSSES
 from texts.scoring import add_rouge_argument
 
 CACHE = Path("cache")
@@ -99,8 +100,12 @@ def add_learning_arguments(group):
 
 def add_loss_arguments(group):
     add = group.add_argument
+    add("--loss", choices=LOSSES, default="ranking", help="of the candidates: the published one by their ranks; a "
+        "margin that grows with the difference in ROUGE; or listwise, scores that differ as ROUGE does")  # fmt: skip
     add("--margin", type=positive_float, default=MARGIN, help="score difference of candidates that are neighbours in "
-        "ROUGE")  # fmt: skip
+        "ROUGE; with --loss margin, of candidates a hundredth of ROUGE apart")  # fmt: skip
+    add("--temperature", type=positive_float, default=0.05, help="of --loss listwise: by which scores and ROUGE are "
+        "divided before their softmax")  # fmt: skip
     add("--gold_margin", type=non_negative_float, default=0.0, help="how far the reference has to score above "
         "candidates")  # fmt: skip
     add("--gold_weight", type=non_negative_float, default=1.0, help="weight of the reference's part")
@@ -148,6 +153,8 @@ def name_by_settings(args):
     parts = [f"simcls_{args.num_workers}_worker"]
     if args.half_precision:
         parts.append({"auto": "fp16", "float16": "fp16", "bfloat16": "bf16"}[args.half_precision])
+    if args.loss != "ranking":
+        parts.append(args.loss)
     if args.use_checkpoint:
         parts.append("checkpoint")
     if args.memory_budget:
