@@ -99,8 +99,9 @@ def describe_effect(run):
     if plan:
         text += f" (planned {_mib(plan['held_bytes'])})"
     text += f", without {' and '.join(changes)} {_mib(plain.plain_bytes)} ({kept / plain.plain_bytes:.2f} x)"
-    if plan and "measured" in facts:
-        peak, before = facts["measured"]["peak_bytes"], plan["plain_peak_bytes"]
+    peak = facts.get("measured", {}).get("peak_bytes")  # None where compiled code hides it.
+    if plan and peak is not None:
+        before = plan["plain_peak_bytes"]
         text += (
             f"; peak {_mib(peak)} (planned {_mib(plan['peak_bytes'])}), without recomputation {_mib(before)} "
             f"({peak / before:.2f} x), by redoing {len(plan['redo'])} operations"

@@ -48,10 +48,21 @@ def run_script():
     """run_script("resnext/resnext.py", "--seed", 1, cwd=..., code=0) -> CompletedProcess with text output.
 
     In a process of its own, but not a new interpreter, whose imports take longer than most runs: see launch.py.
-    `script_command` is the command for what depends on the imports themselves.
+    fresh: a new interpreter all the same, for `env` that libraries read when they are imported.
     """
 
-    def run(script, *args, cwd=None, code=0, **env):
+    def run(script, *args, cwd=None, code=0, fresh=False, **env):
+        if fresh:
+            result = subprocess.run(
+                script_command(script, *args),
+                cwd=cwd,
+                env=os.environ | env,
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            assert result.returncode == code, f"exit code {result.returncode}\n{result.stdout}\n{result.stderr}"
+            return result
         ended = launch.run(script, *args, cwd=cwd or os.getcwd(), **env)
         assert ended.code == code, f"exit code {ended.code}\n{ended.out}\n{ended.err}"
         return subprocess.CompletedProcess([script, *args], ended.code, ended.out, ended.err)

@@ -129,9 +129,14 @@ def kill_while_files_change(trial):
 def signals(trial):
     number, code = trial.random.choice([(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     for attempt in range(5):
+        before = set(trial.folder.iterdir())  # What an attempt that ended too soon has left.
         script = trial.start(*trial.experiment.anew * (attempt > 0))
+
+        def begun(script=script, before=before):
+            return script.out or set(trial.folder.iterdir()) != before or not script.running()
+
         # Until it has begun to work: while it is imported it ends as any Python process.
-        wait_until(lambda: any(trial.folder.iterdir()) or not script.running(), 30)  # noqa: B023 (called here)
+        wait_until(begun, 30)
         trial.some_time(0, 0.4)
         script.kill(number)
         script.wait()

@@ -27,7 +27,7 @@ from harness.endings import UserError
 from harness.loading import EpochBatches, worker_loader
 from harness.planning import plan_recomputation
 from layouts import Layout
-from models.resnext import ResNeXt
+from models.resnext import ResNeXt, parse_name
 from models.resnext_checkpoint import CheckpointResNeXt
 from reporting import benchmarks
 
@@ -317,7 +317,7 @@ def test_on_cuda_everything_is_on_and_the_half_precision_of_the_original_is_an_a
     last = [row for row in rows if row.carried][-1].args
     assert (last.loader, last.half_precision, last.optimizer) == ("device", "bfloat16", "sgd")
     assert last.compile
-    assert ResNeXt(*fast.parse_name(last.model)).linear.in_features == 2048
+    assert ResNeXt(*parse_name(last.model)).linear.in_features == 2048
 
 
 @pytest.mark.parametrize("model", ["resnext29_2x16d", "resnext29_4x64d"])

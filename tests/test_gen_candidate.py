@@ -263,7 +263,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_and_is_asked_once(tiny, tmp_pa
     with socket.create_server(("127.0.0.1", 0)) as hub:
         threading.Thread(target=hang_up, args=(hub, calls), daemon=True).start()
         result = run_script(
-            "SimCLS/gen_candidate.py", *arguments(tiny, tmp_path, "--generator_name", "some/model"), code=2,
+            "SimCLS/gen_candidate.py", *arguments(tiny, tmp_path, "--generator_name", "some/model"), code=2, fresh=True,
             HF_HUB_OFFLINE="0", HF_ENDPOINT=f"http://127.0.0.1:{hub.getsockname()[1]}", HF_HOME=str(tmp_path / "hub"),
         )  # fmt: skip
     # Of a model no file is asked for; in some environments the client asks for more than models.

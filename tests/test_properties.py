@@ -106,7 +106,7 @@ def write_candidates(folder, split, documents, candidates):
 
 
 def make_samples(folder, split, count):
-    arguments = f"--src_dir {folder}/candidates --tgt_dir {folder}/samples/{split} --workers 1"
+    arguments = f"--src_dir {folder}/candidates --tgt_dir {folder}/samples/{split} --workers 1 --rouge_tokens unicode"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", ["preprocess.py", *arguments.split(), "--split", split, "--cand_num", str(count)])
         patch.setattr(os, "sync", lambda: None)

@@ -252,7 +252,7 @@ def test_the_learning_rate_is_the_optimizers_own_unless_it_is_named():
 
 def test_without_a_compiler_it_is_one_line_that_says_how_to_do_without(run_script, tiny, tmp_path):
     no_compiler = {"CXX": "/no/such/compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
-    errors = run_script(SCRIPT, *tiny, "--compile", "--output_dir", tmp_path, code=2, **no_compiler).stderr
+    errors = run_script(SCRIPT, *tiny, "--compile", "--output_dir", tmp_path, code=2, fresh=True, **no_compiler).stderr
     (line,) = (line for line in errors.splitlines() if line.startswith("resnext_fast.py"))
     assert "torch.compile failed (" in line
     assert "No working C++ compiler found" in line

@@ -72,7 +72,7 @@ def test_settings_that_would_change_the_draws_are_refused(name, value):
 
 def test_dropout_is_all_of_the_generator_s(tmp_path, monkeypatch):
     tiny_seq2seq.build("bart").save_pretrained(tmp_path)
-    monkeypatch.setattr(pretrained, "load_tokenizer", lambda *_, **__: None)
+    monkeypatch.setattr(pretrained, "load_tokenizer", lambda *_, **__: [])
     monkeypatch.setattr(generator, "check_start", lambda *_: None)
     config = generator.load_generator(str(tmp_path), dropout=0.25)[0].config
     assert (config.dropout, config.attention_dropout, config.activation_dropout) == (0.25, 0.25, 0.25)
