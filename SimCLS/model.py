@@ -83,9 +83,10 @@ def ranking_loss(scores, gold_scores, rouge, present, margin=MARGIN, gold_margin
     """The mean over documents of the SimCLS loss: scores should fall with the candidates' ROUGE, by steps of `margin`.
 
     Of two candidates the one with the lower ROUGE has to score lower by `margin` times the difference of their ranks;
-    what is missing is the pair's loss. As in the published code, it is averaged over the pairs of equal difference and
-    summed over the differences. Candidates of equal ROUGE share the mean of their ranks and make no pair, so nothing
-    pushes them apart, and their order does not matter. The reference has to score `gold_margin` above each candidate.
+    what is missing is the pair's loss. As in the published code, the pairs of a difference d are summed and divided by
+    (candidates - d), which is their number where no candidates are equal. Candidates of equal ROUGE share the mean of
+    their ranks and make no pair, so nothing pushes them apart, and their order does not matter; their pairs with others
+    fall on fewer differences, so that such a document weighs more. The reference has to score `gold_margin` above each candidate.
 
     scores: float [documents, candidates]. gold_scores: float [documents], of the references. rouge: float
     [documents, candidates]. present: bool [documents, candidates], False where a document has fewer candidates.
@@ -97,7 +98,7 @@ def ranking_loss(scores, gold_scores, rouge, present, margin=MARGIN, gold_margin
     ranks = better.sum(1) + (equal.sum(1) - 1) / 2  # 0 for the best
     distance = ranks[:, None, :] - ranks[:, :, None]
     missing = F.relu(scores[:, None, :] - scores[:, :, None] + margin * distance)
-    # A difference of d occurs in (count - d) pairs.
+    # Without ties a difference of d occurs in (count - d) pairs.
     candidate_loss = torch.where(better, missing / (count[:, None, None] - distance).clamp(min=1), 0).sum((1, 2))
     return (candidate_loss + gold_weight * gold_loss(scores, gold_scores, present, gold_margin)).mean()
 
