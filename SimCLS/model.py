@@ -86,7 +86,8 @@ def ranking_loss(scores, gold_scores, rouge, present, margin=MARGIN, gold_margin
     what is missing is the pair's loss. As in the published code, the pairs of a difference d are summed and divided by
     (candidates - d), which is their number where no candidates are equal. Candidates of equal ROUGE share the mean of
     their ranks and make no pair, so nothing pushes them apart, and their order does not matter; their pairs with others
-    fall on fewer differences, so that such a document weighs more. The reference has to score `gold_margin` above each candidate.
+    fall on fewer differences, so that such a document weighs more. The reference has to score `gold_margin` above each
+    candidate.
 
     scores: float [documents, candidates]. gold_scores: float [documents], of the references. rouge: float
     [documents, candidates]. present: bool [documents, candidates], False where a document has fewer candidates.
