@@ -117,6 +117,7 @@ def test_the_figure_has_a_lane_for_the_host_and_one_for_the_device(gpu_trace, tm
         (b'{"traceEvents": [{"ph": "X", "name": "step", "ts": "now", "dur": 1}]}', "no whole trace"),
         (b'{"traceEvents": []}', "has no ranges named"),
     ],
+    ids=["empty", "list", "cut", "no number", "no ranges"],  # What gzip writes tells the time.
 )
 def test_what_is_no_trace_of_ours_is_one_line(content, words, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
