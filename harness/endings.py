@@ -78,7 +78,7 @@ def explain(error):
     if is_out_of_gpu_memory(error):
         return (
             "the GPU is out of memory; use a smaller --batch_size, add --half_precision, or recompute activations "
-            "(resnext_checkpoint.py, or --use_checkpoint for SimCLS)"
+            "(docs/techniques/recomputation.md)"
         )
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
         return "the machine is out of memory; use a smaller --batch_size, or a smaller model"

@@ -72,10 +72,14 @@ def ratio_interval(new, base):
 
 
 def ratio_with_interval(new, base):
-    """ "0.76 (0.71 to 0.82)", or "0.76" where the noise is not known or there is none; None without both Samples."""
+    """The `interval_text` of the ratio of two Samples; None without both."""
     if new is None or base is None or base.mean == 0:
         return None
-    found, low, high = ratio_interval(new, base)
+    return interval_text(*ratio_interval(new, base))
+
+
+def interval_text(found, low, high):
+    """ "0.76 (0.71 to 0.82)", or "0.76" where the noise is not known (low and high are None) or there is none."""
     exact = low is None or f"{low:.2f}" == f"{high:.2f}"
     return f"{found:.2f}" if exact else f"{found:.2f} ({low:.2f} to {high:.2f})"
 

@@ -18,7 +18,7 @@ from harness.files import atomic_write
 from reporting.comparison import Sample, ratio_interval
 from reporting.overview import PHASES
 from reporting.records import Record, combine, provenance
-from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCLS, TOGETHER, in_words
+from reporting.studies import CHECKPOINTING, DATA_LOADER, FEW_EPOCHS, MIXED_PRECISION, SIMCLS, TOGETHER, in_words
 from reporting.tables import data_name, groups, hardware, is_toy, place
 
 WIDTH = 10  # Inches: 1,000 pixels, which README shows about as they are.
@@ -27,7 +27,6 @@ COLOURS = 128
 CURVES = {"loss": "training loss", "acc": "training accuracy, %", "test_acc": "test accuracy, %"}
 MARKERS = "osD^vP*X<>hd"
 LINES = ("-", "--", ":", "-.")
-FEW_EPOCHS = 3  # Fewer make no curve.
 LINE_WIDTH = 0.01  # Of a panel's height.
 LEGEND_WIDTH = 150  # Characters of a line of a legend, those of its marks with them.
 SMOOTH = 20  # Losses of single updates are shown as running means of a SMOOTH-th of them, from 2 * SMOOTH on.
@@ -153,7 +152,7 @@ def draw_curves(runs, study, curves):
             values = _stacked(run.curve(key) for run in row.runs)
             style = {"linestyle": styles[row.keys], "linewidth": _width(index, group)}
             means.append(values.mean(0))
-            _draw_band(panel, np.arange(1, values.shape[1] + 1), values, colours[in_words(row.arm.label)], **style)
+            draw_band(panel, np.arange(1, values.shape[1] + 1), values, colours[in_words(row.arm.label)], **style)
         equal.append(coincide(means, panel))
         panel.set(xlabel="epoch", ylabel=title)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -175,7 +174,7 @@ def _stacked(curves):
     return np.array([curve[: min(map(len, curves))] for curve in curves], dtype=float)
 
 
-def _draw_band(panel, x, values, colour, **style):
+def draw_band(panel, x, values, colour, **style):
     """The mean of `values` [runs, points] over x [points], in a band from the lowest run to the highest."""
     panel.plot(x, values.mean(0), color=colour, **style)
     if len(values) > 1:
@@ -230,7 +229,7 @@ def draw_losses(runs, study):
         values = np.apply_along_axis(np.convolve, 1, points[..., 1], np.full(window, 1 / window), "valid")
         means.append(values.mean(0))
         colour = colours[in_words(row.arm.label)]
-        _draw_band(panel, points[0, window - 1 :, 0], values, colour, linewidth=_width(index, group))
+        draw_band(panel, points[0, window - 1 :, 0], values, colour, linewidth=_width(index, group))
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     label = f"training loss, mean of the last {window} points" if window > 1 else "training loss"
     panel.set(xlabel="update", ylabel=label, ylim=(0, None))

@@ -3,11 +3,12 @@
 import dataclasses
 
 from reporting import published
-from reporting.comparison import Sample, ratio_interval, within_noise
+from reporting.comparison import Sample, interval_text, ratio_interval, within_noise
 from reporting.records import Record, provenance
 from reporting.studies import (
     CHECKPOINTING,
     DATA_LOADER,
+    FEW_EPOCHS,
     MIXED_PRECISION,
     SIMCLS,
     TOGETHER,
@@ -60,7 +61,6 @@ TECHNIQUES = {
 }
 FEW_UPDATES = 100
 STUDIES = (DATA_LOADER, MIXED_PRECISION, CHECKPOINTING, TOGETHER, SIMCLS)
-FEW_EPOCHS = 3  # Fewer show times, and no result.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -187,13 +187,10 @@ def _published(study, row, base):
     return ", ".join(words)
 
 
-def _times(ratio):
-    """ "0.76 (0.71 to 0.82)" of (ratio, low, high)."""
-    if ratio is None:
-        return None
-    found, low, high = ratio
-    exact = low is None or f"{low:.2f}" == f"{high:.2f}"
-    return f"{found:.2f}" if exact else f"{found:.2f} ({low:.2f} to {high:.2f})"
+def _own_words(hardware, everywhere):
+    """What `hardware` has that not all of `everywhere` have, in words: "AVX2" of "AMD EPYC, 2 cores, AVX2"."""
+    shared = set.intersection(*(set(each.split(", ")) for each in everywhere))
+    return [word for word in hardware.split(", ") if word not in shared]
 
 
 def render(runs, study=None):
@@ -205,15 +202,17 @@ def render(runs, study=None):
     if not found:
         return ""
     places = list(dict.fromkeys(each.where for each in found))
+    everywhere = {each.hardware for each in found}
     rows = [
         {
             "Technique": each.technique,
-            "Time, ×": _times(each.time),
-            "Memory, ×": _times(each.memory),
+            "Time, ×": each.time and interval_text(*each.time),
+            "Memory, ×": each.memory and interval_text(*each.memory),
             "Change in the result": each.result,
             "When to use it": each.when if study is None else None,
             "n": str(each.n),
-            "Measured on": f"{data_name(each.group)} ({places.index(each.where) + 1})",
+            "Measured on": ", ".join([data_name(each.group), *_own_words(each.hardware, everywhere)])
+            + f" ({places.index(each.where) + 1})",
             "As published, one A100, ×": each.published,
         }
         for each in found

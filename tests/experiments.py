@@ -200,7 +200,7 @@ def _lasting(value):
 def _is_passing(name, values):
     # The Trainer's history, which counts in steps, has the mean training loss since it was started.
     trainers = "step" in values and name in ("loss", "train_loss")
-    named = name in ("timing", "peak_memory", "machine", "resume", "grad_norm", "total_flos")
+    named = name in ("timing", "peak_memory", "machine", "resume", "restart", "grad_norm", "total_flos")
     return trainers or named or name.endswith(("_runtime", "_per_second", "_seconds"))
 
 

@@ -129,21 +129,20 @@ def kill_while_files_change(trial):
 def signals(trial):
     number, code = trial.random.choice([(signal.SIGINT, 130), (signal.SIGTERM, 143)])
     for attempt in range(5):
-        before = set(trial.folder.iterdir())  # What an attempt that ended too soon has left.
-        script = trial.start(*trial.experiment.anew * (attempt > 0))
-
-        def begun(script=script, before=before):
-            return script.out or set(trial.folder.iterdir()) != before or not script.running()
-
+        folder = trial.folder / str(attempt)
+        folder.mkdir()
+        script = trial.start(folder=folder)
         # Until it has begun to work: while it is imported it ends as any Python process.
-        wait_until(begun, 30)
+        wait_until(lambda: any(folder.iterdir()) or not script.running(), 30)  # noqa: B023 (called here)
         trial.some_time(0, 0.4)
         script.kill(number)
         script.wait()
         if script.code != 0:  # It had not ended before.
             break
+    else:
+        raise Unavailable(f"each of {attempt + 1} runs had ended before its signal")
     said_in_one_line(script, code, "interrupted|terminated")
-    trial.goes_on()
+    trial.goes_on(folder)
 
 
 # ------------------------------------------------------------------------------------------------------------- disks

@@ -135,11 +135,16 @@ def test_real_pictures_are_shown_before_digits_and_instead_of_them():
         ("Everything on", "0.30", "CIFAR-10 (1)"),
         ("No worker processes for loading", "1.50", "handwritten digits (2)"),
     ]
-    other_hardware = ("Half precision", "2.00", "handwritten digits (2)")
-    assert shown(digits + real) == [*expected, other_hardware]
     for run in digits:
         run.machine["hardware"] = real[0].machine["hardware"]
     assert shown(digits + real) == expected
+    for run in digits:
+        run.machine["hardware"] = "AMD EPYC"
+    other = [
+        (*row[:2], row[2].replace(" (", ", NVIDIA A100 (" if "CIFAR" in row[2] else ", AMD EPYC (")) for row in expected
+    ]
+    other.append(("Half precision", "2.00", "handwritten digits, AMD EPYC (2)"))
+    assert shown(digits + real) == other
     assert "(1) resnext29_4x64d, CIFAR-10, 3 epochs; NVIDIA A100" in headline.render(digits + real)
     for run in real:
         for epoch in run.epochs:
