@@ -35,10 +35,6 @@ from scorer.scorer_run import ScorerRun
 from texts import provenance
 from texts.samples import provenance_of
 
-# Tokens of a document up to which a CPU is faster without fused attention, which spares memory that such texts do not
-# take, and whose backward is slow: at 96 tokens a whole step takes 1.2 times as long with it (docs/log.md).
-SHORT = 128
-
 
 def main():
     args = get_args_parser(__doc__).parse_args()
@@ -120,8 +116,6 @@ def load_model(args, world):
             args.model_type, weights, args.total_len, args.max_len, args.dropout
         )
     args.total_len, args.max_len = encoding.total_len, encoding.max_len
-    if world.device.type == "cpu" and encoding.total_len <= SHORT:
-        torch.backends.cuda.enable_flash_sdp(False)  # Of a CPU, too, for all its name.
     if args.use_checkpoint:
         recompute_activations(scorer, description)
     return scorer.to(world.device), encoding, description
