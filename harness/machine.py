@@ -27,6 +27,7 @@ def describe_machine(device):
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
+    versions["torch"] = str(torch.__version__)  # With its build, as "+cu130", which the package's metadata may leave out.
     return {
         "device": device.type,
         "hardware": hardware_name(device),

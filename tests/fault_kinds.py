@@ -244,7 +244,7 @@ def out_of_gpu_memory(trial):
     """torch.OutOfMemoryError, as a full GPU raises it, in one of the first matrix products or convolutions."""
     script = trial.start(before=OUT_OF_MEMORY.format(number=trial.random.randint(1, 30)))
     script.wait()
-    said_in_one_line(script, 2, "--batch_size.*half_precision.*resnext_checkpoint.py")
+    said_in_one_line(script, 2, "--batch_size.*half_precision.*recompute activations")
     trial.goes_on()
 
 
