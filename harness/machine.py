@@ -27,7 +27,7 @@ def describe_machine(device):
     for package in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[package] = metadata.version(package)
-    versions["torch"] = str(torch.__version__)  # With its build, as "+cu130", which the package's metadata may leave out.
+    versions["torch"] = str(torch.__version__)  # With its build, as "+cu130"; the package's metadata may lack it.
     return {
         "device": device.type,
         "hardware": hardware_name(device),
