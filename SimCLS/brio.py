@@ -124,8 +124,8 @@ def train(args, world, precision, run):
                     scaler.step(optimizer)
                     scaler.update()
             means.add(epoch.weight, len(scores), loss, ranking, likelihood)  # On the device: nothing waits for it.
+            run.note_saved(saved.bytes)
         # ---------------------------------------------------------------------------------------------------------
-        run.note_saved(saved.bytes)
         epoch.end(validate(ranked, val_set, args, world, run.stop))
     run.finish()
 

@@ -73,8 +73,8 @@ def train(args, world, precision, run):
                 scaler.step(optimizer)
                 scaler.update()
             metrics.add(loss, output, labels, epoch.weight)  # On the device: nothing waits for it.
+            run.note_saved(saved.bytes)  # Here, so that a state that is saved within the epoch has it.
         # ---------------------------------------------------------------------------------------------------------
-        run.note_saved(saved.bytes)
         epoch.end(evaluate(model, data, precision, world, args.batch_size, run.stop))
     run.finish(model)
 

@@ -250,9 +250,9 @@ def train(args, world, precision, run):
                 scaler.update()
                 average.update_parameters(model)
             metrics.add(loss, output, labels, epoch.weight)  # On the device: nothing waits for it.
+            run.note_saved(saved.bytes)  # Here, so that a state that is saved within the epoch has it.
+            compare_with_plan(plan, saved, cost, run)
         # ---------------------------------------------------------------------------------------------------------
-        run.note_saved(saved.bytes)
-        compare_with_plan(plan, saved, cost, run)
         epoch.end(evaluate(average.module, data, precision, world, args.batch_size, run.stop, **layout))
     run.finish(average.module)
 

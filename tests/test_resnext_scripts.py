@@ -187,6 +187,14 @@ def spy(self, number):
     return weight(self, number)
 loading.EpochBatches.weight = spy
 """
+KILL_IN_LAST_STEP = """
+from harness import loading
+weight = loading.EpochBatches.weight
+def spy(self, number):
+    if number == 5: os.kill(os.getpid(), signal.SIGKILL)
+    return weight(self, number)
+loading.EpochBatches.weight = spy
+"""
 STOP_IN_EVALUATION = """
 import image_loaders
 batches = image_loaders.evaluation_batches
@@ -220,8 +228,13 @@ def run_changed(change, script, *args):
 
 @pytest.mark.parametrize(
     ("change", "code", "position"),
-    [(STOP_IN_STEP, 143, (0, 4)), (STOP_IN_EVALUATION, 143, (0, 6)), (STOP_AFTER_LAST_SAVE, -9, (1, 6))],
-    ids=["in a step", "in evaluation", "between the files of the record"],
+    [
+        (STOP_IN_STEP, 143, (0, 4)),
+        (KILL_IN_LAST_STEP, -9, (0, 5)),
+        (STOP_IN_EVALUATION, 143, (0, 6)),
+        (STOP_AFTER_LAST_SAVE, -9, (1, 6)),
+    ],
+    ids=["in a step", "killed in a smaller step", "in evaluation", "between the files of the record"],
 )
 def test_stopped_and_resumed_is_bit_equal(run_script, tiny, baseline, tmp_path, change, code, position):
     args = [*tiny, "--memory_budget", 0.8, "--output_dir", tmp_path, "-l"]
@@ -233,7 +246,10 @@ def test_stopped_and_resumed_is_bit_equal(run_script, tiny, baseline, tmp_path, 
     (tmp_path / f".{name}.pt.abandoned.tmp").write_text("half a file")
     run_script(CHECKPOINT, *args, "--resume")
     assert_same_results(baseline[0] / "model_history", tmp_path, NAME, name)
-    assert json.loads((tmp_path / f"{name}.json").read_text())["saved_activation_bytes"] > 0
+    record = json.loads((tmp_path / f"{name}.json").read_text())
+    # Of a full batch, whatever step the resumed run began with.
+    assert record["saved_activation_bytes"] == pytest.approx(record["plan"]["held_bytes"], rel=0.01)
+    assert record["measured"]["held_bytes"] == record["saved_activation_bytes"]
     assert not list(tmp_path.glob(".*.tmp"))
     assert len(read_folders([tmp_path])[0]) == 1
     epochs = [line[:9] for line in (tmp_path / name / "log.txt").read_text().splitlines() if line.startswith("epoch")]
