@@ -7,10 +7,11 @@ BRIO (Liu et al. 2022, "BRIO: Bringing Order to Abstractive Summarization"): the
 of a summary is its log-probability divided by tokens ** length_penalty; the loss is SimCLS's ranking loss of these
 scores, plus the cross-entropy of the reference, without which it would forget how to write.
 
---dataset holds the folders train and val of samples that preprocess.py made of this generator's candidates. After each
-epoch the generator summarises the validation documents by beam search; the epoch with the best mean of ROUGE-1, -2 and
--L is kept, and lies in --save_dir in `from_pretrained` form, with `brio.json`, the record of the run. It is a generator
-as any other: gen_candidate.py and evaluate_model.py take it.
+--dataset holds the folders train and val of samples that preprocess.py made of this generator's candidates. Before the
+first epoch and after each the generator summarises the validation documents by beam search; the epoch with the best
+mean of ROUGE-1, -2 and -L is kept, and lies in --save_dir in `from_pretrained` form, with `brio.json`, the record of
+the run. It is a generator as any other: gen_candidate.py and evaluate_model.py take it, and its searches divide by the
+--length_penalty that it was trained with.
 """
 
 import sys
@@ -21,7 +22,7 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import torch
 from data_utils import LengthBatches
 from model import ranking_loss
-from pretrained import check_apart, check_length
+from pretrained import check_apart, check_length, most_tokens
 
 from harness import arguments, determinism, devices, distributed, endings, runs, tracing
 from harness.loading import worker_loader
@@ -29,10 +30,11 @@ from harness.memory import SavedBytes
 from harness.precision import choose_precision, half_precision_type
 from harness.timing import PhaseTimer
 from scorer.optimization import Schedule, clip_gradients, seed_step
-from search.generator import load_generator
+from search.generator import check_generation, is_of, load_generator, own_length, own_source_length
 from search.ranked_generator import BrioRun, Means, RankedGenerator, RankedSamples, validate
 from texts import provenance
 from texts.samples import provenance_of, read_sample, sample_files
+from texts.scoring import add_rouge_argument
 
 
 def get_args_parser():
@@ -61,13 +63,15 @@ def get_args_parser():
     add("--rank_weight", type=arguments.non_negative_float, default=1.0, help="of the ranking loss")
     add("--mle_weight", type=arguments.non_negative_float, default=0.1, help="of the reference's cross-entropy")
     add("--margin", type=arguments.positive_float, default=0.01, help="score difference of neighbours in ROUGE")
-    add("--length_penalty", type=float, default=1.0, help="exponent of the tokens that a log-probability is divided by")
+    add("--length_penalty", type=float, help="exponent of the tokens that a log-probability is divided by *")
 
-    add = parser.add_argument_group("lengths, in tokens, and counts").add_argument
-    add("--max_source_length", type=arguments.positive_int, default=512, help="of a document; longer ones are cut")
-    add("--max_target_length", type=arguments.positive_int, default=64, help="of a summary; longer ones are cut")
+    lengths = parser.add_argument_group("lengths, in tokens, and counts; defaults marked * are the generator's own")
+    add = lengths.add_argument
+    add("--max_source_length", type=arguments.positive_int, help="of a document; longer ones are cut *")
+    add("--max_target_length", type=arguments.positive_int, help="of a summary; longer ones are cut *")
     add("--num_cands", type=arguments.positive_int, default=16,
         help="candidates a document, the first ones, and beams of the search that validates")  # fmt: skip
+    add_rouge_argument(lengths)
     return parser
 
 
@@ -81,15 +85,17 @@ def main():
         with world.first_on_machine():
             made_of = [provenance_of(Path(args.dataset) / split) for split in ("train", "val")]
             args.samples_digest = provenance.digest(made_of)  # A run goes on with no others.
+            model, tokenizer = load_own_generator(args, made_of, world)
         run = BrioRun(args, world, precision=precision.label)
         with run.lock():
             if not run.is_done():
-                train(args, world, precision, run)
+                train(args, world, precision, run, RankedGenerator(model, tokenizer, args.length_penalty))
 
 
-def train(args, world, precision, run):
+def train(args, world, precision, run, ranked):
     device = world.device
-    ranked, train_set, val_set = load_parts(args, world)
+    ranked.train().to(device)
+    train_set, val_set = load_data(args, ranked.tokenizer)
     parallel = world.wrap(ranked)
     batches = LengthBatches(train_set.document_lengths, args.batch_size, args.accumulate_step, args.seed, world.rank,
                             world.size)  # fmt: skip
@@ -101,6 +107,8 @@ def train(args, world, precision, run):
     state = {"ranked": ranked, "optimizer": optimizer, "scaler": scaler, "means": means}
 
     for epoch in run.epochs(phase, batches, **state):
+        if epoch.number == epoch.done == 0 and not args.max_steps:
+            run.begin(epoch, validate(ranked, val_set, args, world, run.stop))
         # ------------------------------------------------------------------------------------ the training step
         for batch in epoch.steps(loader):  # The wait for a batch is the phase "data load".
             seed_step(args.seed, epoch.number, epoch.step, world.rank)  # Of the dropout.
@@ -130,17 +138,37 @@ def train(args, world, precision, run):
     run.finish()
 
 
-def load_parts(args, world):
-    """(RankedGenerator on its device, training RankedSamples, validation samples, a list of dicts)"""
-    with world.first_on_machine():
-        model, tokenizer = load_generator(args.generator_name)
-    for name in ("max_source_length", "max_target_length"):
-        check_length(f"--{name}", getattr(args, name), len(tokenizer("")["input_ids"]))
+def load_own_generator(args, made_of, world):
+    """(model, tokenizer); the lengths and the length penalty in `args` become those that are used.
+
+    made_of: the provenance of the samples, of which a line is said where they are of another generator.
+    """
+    model, tokenizer = load_generator(args.generator_name)
+    if not all(is_of(model, tokenizer, made) for made in made_of):
+        world.say(
+            f"warning: {args.dataset} has candidates of another generator than {args.generator_name}; BRIO is made for "
+            "those that a generator finds itself"
+        )
+    config = model.generation_config
+    args.max_source_length = args.max_source_length or own_source_length(model, tokenizer)
+    args.max_target_length = args.max_target_length or own_length(config) - 1  # Without the token that it starts with.
+    if args.length_penalty is None:
+        args.length_penalty = 1.0 if config.length_penalty is None else config.length_penalty
+    # So that searches, later ones too, rank as training does; a config without beams has no length penalty.
+    config.length_penalty, config.num_beams = args.length_penalty, args.num_cands
+    check_generation(args.generator_name, model, tokenizer, args.num_cands)
+    special = len(tokenizer("")["input_ids"])
+    check_length("--max_source_length", args.max_source_length, special, most_tokens(model.get_encoder()))
+    check_length("--max_target_length", args.max_target_length, special, most_tokens(model.get_decoder()))
+    return model, tokenizer
+
+
+def load_data(args, tokenizer):
+    """(training RankedSamples, validation samples, a list of dicts)"""
     train, val = (
         [read_sample(path) for path in sample_files(Path(args.dataset) / split)] for split in ("train", "val")
     )
-    train_set = RankedSamples(train, tokenizer, args.num_cands, args.max_source_length, args.max_target_length)
-    return RankedGenerator(model.train(), tokenizer, args.length_penalty).to(world.device), train_set, val
+    return RankedSamples(train, tokenizer, args.num_cands, args.max_source_length, args.max_target_length), val
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def train(args, world, precision, run, scorer, encoding, description):
     train_set, val_set = load_data(args, world, encoding, description)
     parallel_scorer = world.wrap(plan_memory(scorer, train_set, args, world, precision, run))
     batches, loader = training_batches(args, world, train_set)
-    optimizer = torch.optim.Adam(scorer.parameters(), fused=True)
+    optimizer = torch.optim.Adam([each for each in scorer.parameters() if each.requires_grad], fused=True)
     schedule = Schedule.of_run(args, optimizer, description["hidden_size"], batches.updates)
     scaler, metrics = precision.scaler, Metrics(device)
     phase, saved = PhaseTimer(device), SavedBytes(scorer)
@@ -116,6 +116,8 @@ def load_model(args, world):
             args.model_type, weights, args.total_len, args.max_len, args.dropout
         )
     args.total_len, args.max_len = encoding.total_len, encoding.max_len
+    if args.frozen_layers:
+        freeze_layers(scorer, args.frozen_layers, description)
     if args.use_checkpoint:
         recompute_activations(scorer, description)
     return scorer.to(world.device), encoding, description
@@ -138,6 +140,13 @@ def load_data(args, world, encoding, description):
         f"candidates, cut to {encoding.total_len} and {encoding.max_len} tokens"
     )
     return train_set, val_set
+
+
+def freeze_layers(scorer, count, description):
+    try:
+        scorer.freeze_layers(count)
+    except ValueError as error:
+        raise UserError(f"--frozen_layers {count}: {description['encoder']}: {error}; name fewer") from None
 
 
 def recompute_activations(scorer, description):

@@ -74,6 +74,22 @@ class Scorer(nn.Module):
         enable = getattr(self.encoder, "activation_checkpointing_enable", self.encoder.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
 
+    def freeze_layers(self, count):
+        """Let the embeddings and the `count` lowest layers keep their weights: backward ends above them.
+
+        ValueError for an encoder without a list of its layers, or with no more than `count`.
+        """
+        depth = self.encoder.config.num_hidden_layers
+        lists = (each for each in self.encoder.modules() if isinstance(each, nn.ModuleList) and len(each) == depth)
+        layers = next(lists, ())
+        first = next(iter(layers[count].parameters()), None) if count < len(layers) else None
+        if first is None:
+            raise ValueError(f"the encoder has {len(layers)} layers that could be told apart")
+        for weights in self.encoder.parameters():  # In the order in which a text meets them.
+            if weights is first:
+                break
+            weights.requires_grad_(False)
+
     def keep_activations(self):
         """Keep for backward what it needs, as a scorer does at first."""
         getattr(self.encoder, "activation_checkpointing_disable", self.encoder.gradient_checkpointing_disable)()

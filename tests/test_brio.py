@@ -1,12 +1,14 @@
 """brio.py: the scores that a generator gives to summaries, and its fine-tuning on them."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
-from search.generator import load_generator
+from search.generator import fingerprint, is_of, load_generator, own_length, own_source_length
 from search.ranked_generator import RankedGenerator, RankedSamples
+from texts import provenance
 from texts.samples import read_sample, sample_files
 
 pytestmark = pytest.mark.slow
@@ -39,12 +41,46 @@ def test_scores_are_log_probabilities_whatever_else_is_in_the_batch(encoders, sa
 
 def test_a_run_learns_the_order_and_leaves_a_generator(run_script, encoders, sample_folder, tmp_path):
     arguments = ["--generator_name", encoders["t5"], "--dataset", sample_folder, "--save_dir", "brio", "--num_epoch", 3,
-                 "--num_cands", 6, "--num_workers", 0, "--lr", 0.003, "--mle_weight", 0]  # fmt: skip
-    run_script(SCRIPT, *arguments, cwd=tmp_path)
+                 "--num_cands", 6, "--num_workers", 0, "--lr", 0.003, "--mle_weight", 0,
+                 "--length_penalty", 0.7]  # fmt: skip
+    printed = run_script(SCRIPT, *arguments, cwd=tmp_path).stdout
     record = json.loads((tmp_path / "brio" / "brio.json").read_text())
+    assert "warning" not in printed
+    before = [100 * record["before"][f"val_{name}"] for name in ("rouge1", "rouge2", "rougeL")]
+    assert "before the first epoch: rouge1 {:.2f}, rouge2 {:.2f}, rougeL {:.2f}\n".format(*before) in printed
+    config = json.loads((tmp_path / "brio" / "generation_config.json").read_text())
+    assert config["length_penalty"] == 0.7  # Which later searches rank by, then.
+    lengths = [record["arguments"][f"max_{which}_length"] for which in ("source", "target")]
+    model, tokenizer = load_generator(encoders["t5"])
+    assert lengths == [own_source_length(model, tokenizer), own_length(model.generation_config) - 1]
     losses = [epoch["ranking_loss"] for epoch in record["epochs"]]
     assert losses[2] < 0.9 * losses[0]
     assert {"val_rouge1", "val_rouge2", "val_rougeL", "cross_entropy", "timing"} <= record["epochs"][0].keys()
     before, after = (load_generator(str(folder))[0].state_dict() for folder in (encoders["t5"], tmp_path / "brio"))
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert "nothing to resume" in run_script(SCRIPT, *arguments, "--resume", cwd=tmp_path).stdout
+
+
+def test_what_makes_it_worse_and_samples_of_another_generator_are_said(run_script, encoders, sample_folder, tmp_path):
+    samples = shutil.copytree(sample_folder, tmp_path / "samples")
+    for split in ("train", "val"):
+        provenance.write(samples / split, provenance.describe(candidates={"generator": "another"}))
+    arguments = ["--generator_name", encoders["t5"], "--dataset", samples, "--save_dir", "brio", "--num_epoch", 1,
+                 "--num_workers", 0, "--lr", 1.0, "--rouge_tokens", "characters"]  # fmt: skip
+    printed = run_script(SCRIPT, *arguments, cwd=tmp_path).stdout
+    assert f"warning: {samples} has candidates of another generator than {encoders['t5']}" in printed
+    assert f"warning: no epoch is better than {encoders['t5']}" in printed
+    record = json.loads((tmp_path / "brio" / "brio.json").read_text())
+    assert record["before"]["val_rouge1"] >= record["epochs"][0]["val_rouge1"]
+
+
+def test_a_generators_samples_are_its_own_in_whatever_precision(encoders):
+    model, tokenizer = load_generator(encoders["t5"])
+    half = load_generator(encoders["t5"], torch.bfloat16)[0]
+    origin = fingerprint(half, tokenizer)
+    assert origin != fingerprint(model, tokenizer)
+    assert is_of(model, tokenizer, {"candidates": {"generator": origin}})
+    assert is_of(model, tokenizer, {"files": []})
+    with torch.no_grad():
+        next(model.parameters())[0] += 1
+    assert not is_of(model, tokenizer, {"candidates": {"generator": origin}})

@@ -39,7 +39,8 @@ def gradients(scorer):
 
 
 def test_every_layers_parts_are_found(scorer):
-    assert [set(parts) for parts in parts_of(scorer.encoder)] == [set(KINDS)] * LAYERS
+    found = parts_of(scorer.encoder)
+    assert {number: set(parts) for number, parts in found.items()} == dict.fromkeys(range(LAYERS), set(KINDS))
 
 
 @pytest.mark.parametrize("budget", [0.8, 0.6, 0.4])
@@ -56,3 +57,23 @@ def test_a_plan_is_within_its_budget_as_predicted_and_changes_no_gradient(scorer
 def test_a_budget_that_cannot_be_met_is_refused(scorer):
     with pytest.raises(UserError, match="a memory budget of 0.05 cannot be met"):
         plan_layers(scorer, TEXTS, LENGTHS, 0.05, SINGLE)
+
+
+@pytest.mark.parametrize("make", [make_bert, make_t5])
+def test_frozen_layers_get_no_gradient_the_others_their_own_and_a_plan_leaves_them_alone(make):
+    torch.manual_seed(0)
+    scorer = Scorer(make()).train()
+    whole = dict(zip([name for name, _ in scorer.named_parameters()], gradients(scorer), strict=True))
+    scorer.freeze_layers(2)
+    gradients(scorer)
+    own = {name: weight.grad for name, weight in scorer.named_parameters() if weight.grad is not None}
+    layers = "layer" if make is make_bert else "block"
+    above = {name for name in whole if f"{layers}.2." in name or f"{layers}.3." in name or "final_layer_norm" in name}
+    assert own.keys() == above
+    assert all(torch.equal(own[name], whole[name]) for name in above)
+    plan, share = plan_layers(scorer, TEXTS, LENGTHS, 0.8, SINGLE)
+    assert 0.5 < share <= 0.8
+    assert plan.redo
+    assert all(name[0] in "23" for name in plan.redo)
+    with pytest.raises(ValueError, match=f"the encoder has {LAYERS} layers"):
+        scorer.freeze_layers(LAYERS)

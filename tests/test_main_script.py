@@ -13,6 +13,7 @@ import pytest
 import tiny_inputs
 import torch
 from conftest import script_command
+from transformers import AutoModel
 
 MAIN = "SimCLS/main.py"
 NAME = "simcls_0_worker"
@@ -174,6 +175,24 @@ def test_an_encoder_that_keeps_all_activations(tiny, tmp_path):
         (line,) = ended.err.splitlines()
         assert words in line
         assert "making token ids" not in ended.out
+
+
+def test_frozen_layers_keep_their_weights_over_a_run_that_was_stopped(tiny, encoders, tmp_path):
+    frozen = functools.partial(launch.run, MAIN, *tiny, "--frozen_layers", 1, cwd=tmp_path)
+    assert frozen(before=STOP_IN_STEP.format(8)).code == 143
+    ended = frozen("--resume")
+    assert ended.code == 0, ended.err
+    name = f"{NAME}_frozen1"
+    old = AutoModel.from_pretrained(encoders["bert"]).state_dict()
+    new = torch.load(tmp_path / "cache" / name / "model.bin")
+    changed = {key for key, value in new.items() if not torch.equal(value, old[key.removeprefix("encoder.")])}
+    assert changed == {key for key in new if ".layer.1." in key}
+    learning = sum(new[key].numel() for key in changed)
+    assert record_of(tmp_path, name)["learning_parameters"] == learning
+    assert f"32,064 parameters ({learning:,} learn: --frozen_layers 1), fp32" in ended.out
+    ended = launch.run(MAIN, *tiny, "--frozen_layers", 2, cwd=tmp_path)
+    assert (ended.code, ended.err.count("\n")) == (2, 1)
+    assert "the encoder has 2 layers that could be told apart; name fewer" in ended.err
 
 
 def test_each_batch_can_be_an_update(tiny, tmp_path):

@@ -19,7 +19,7 @@ from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel, 
 from harness.distributed import World
 from harness.endings import UserError
 from scorer.scorer_arguments import get_args_parser
-from search.generator import CandidateGenerator, check_start, own_length, search_settings
+from search.generator import CandidateGenerator, check_generation, check_start, own_length, search_settings
 
 SMALL_BERT = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 SMALL_BERT |= {"num_hidden_layers": 1, "max_position_embeddings": 48, "pad_token_id": 0}
@@ -213,13 +213,12 @@ def test_a_generation_config_that_will_fail_is_refused_before_training(settings,
     model, tokenizer = finetune_model.load_generator(encoders["t5"])
     for name, value in settings.items():
         setattr(model.generation_config, name, value)
-    args = SimpleNamespace(generator_name="mine", num_beams=settings.get("num_beams", 1))
     with pytest.raises(UserError, match="'mine': validation cannot generate by its generation config, or not save it"):
-        finetune_model.check_generation(args, model, tokenizer)
+        check_generation("mine", model, tokenizer, settings.get("num_beams", 1))
 
 
 def test_a_generation_config_of_many_sequences_validates_by_one(encoders):
     model, tokenizer = finetune_model.load_generator(encoders["t5"])
     model.generation_config.num_beams = model.generation_config.num_return_sequences = 4
-    finetune_model.check_generation(SimpleNamespace(generator_name="mine", num_beams=1), model, tokenizer)
+    check_generation("mine", model, tokenizer, 1)
     assert model.generation_config.num_return_sequences == 4

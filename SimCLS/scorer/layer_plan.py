@@ -23,7 +23,8 @@ TRIES = 4  # At a plan that is within the budget as measured, and not only as pl
 
 
 def parts_of(encoder):
-    """[{kind: (module, name of the method that runs the part)}], one a layer, of BERT's family and of T5; [] of others.
+    """{number of a layer: {kind: (module, name of the method that runs the part)}}, of BERT's family and of T5; {} of
+    others. Layers that do not learn keep nothing for backward, and are left out.
 
     encoder: a transformers model.
     """
@@ -33,12 +34,16 @@ def parts_of(encoder):
             found.append({"attention": (module.attention, "forward"), "feed_forward": (module, "feed_forward_chunk")})
         elif isinstance(getattr(module, "layer", None), nn.ModuleList) and hasattr(module.layer[-1], "DenseReluDense"):
             found.append({kind: (module.layer[at], "forward") for kind, at in zip(KINDS, (0, -1), strict=True)})
-    return found
+    return {number: parts for number, parts in enumerate(found) if _learns(parts)}
+
+
+def _learns(parts):
+    return any(weights.requires_grad for module, _ in parts.values() for weights in module.parameters())
 
 
 def redo_parts(layers, redo):
     """Let backward redo the parts named in `redo`, "3.attention" say, and no others. layers: as from `parts_of`."""
-    for number, parts in enumerate(layers):
+    for number, parts in layers.items():
         for kind, (module, method) in parts.items():
             module.__dict__.pop(method, None)  # What is below hides the method of the class.
             if f"{number}.{kind}" in redo:
@@ -107,11 +112,11 @@ def plan_layers(scorer, texts, lengths, budget, precision):
         kind = scorer.encoder.config.model_type
         raise UserError(f"--memory_budget knows the layers of BERT's family and of T5, and not of {kind}; leave it out")
     measure = functools.partial(_measure, scorer, layers, texts, lengths, precision)
-    names = {kind: {f"{number}.{kind}" for number in range(len(layers))} for kind in KINDS}
+    names = {kind: {f"{number}.{kind}" for number in layers} for kind in KINDS}
     held, peak = measure(frozenset())
     sizes = {kind: (held - measure(names[kind])[0]) // len(layers) for kind in KINDS}
     seconds = _seconds(scorer, layers, texts, lengths, precision)
-    timeline = _timeline(len(layers), sizes, seconds, held, peak)
+    timeline = _timeline(layers, sizes, seconds, held, peak)
     limit = budget
     for _ in range(TRIES):
         plan = plan_recomputation(timeline, peak=limit)
@@ -152,7 +157,7 @@ def _seconds(scorer, layers, texts, lengths, precision):
         return run
 
     redo_parts(layers, ())
-    for parts in layers:
+    for parts in layers.values():
         for kind, (module, method) in parts.items():
             setattr(module, method, timed(kind, getattr(module, method)))
     with torch.no_grad(), precision.autocast():
@@ -161,11 +166,12 @@ def _seconds(scorer, layers, texts, lengths, precision):
     return seconds
 
 
-def _timeline(count, sizes, seconds, held, peak):
+def _timeline(layers, sizes, seconds, held, peak):
     """The Timeline of a call: in backward, from the last layer to the first, a part after the other is needed."""
+    count = len(layers)
     fixed, other = held - count * sum(sizes.values()), peak - count * sum(sizes.values())
     groups, entry = [], None
-    for number in range(count):
+    for number in layers:
         # Parts are redone from what is kept anyway: no step has another for its input.
         steps = [Step(f"{number}.{kind}", (), sizes[kind], sizes[kind], 0, 0, seconds[kind]) for kind in KINDS]
         forward = [Event("made", step.name, other) for step in steps]

@@ -95,6 +95,8 @@ def add_learning_arguments(group):
     add("--warmup", type=fraction, default=0.1, help="share of the updates in which the rate rises to its peak, from "
         "which it falls to 0")  # fmt: skip
     add("--dropout", type=dropout_type, default=0.0, help="of the encoder; it blurs differences as small as the margin")
+    add("--frozen_layers", type=non_negative_int, default=0, help="lowest layers of the encoder that keep their "
+        "weights, and its embeddings with them: steps are shorter, and less is kept for backward")  # fmt: skip
     add("--grad_norm", type=non_negative_float, default=1.0, help="clip gradients to this norm; 0 does not clip")
 
 
@@ -155,6 +157,8 @@ def name_by_settings(args):
         parts.append({"auto": "fp16", "float16": "fp16", "bfloat16": "bf16"}[args.half_precision])
     if args.loss != "ranking":
         parts.append(args.loss)
+    if args.frozen_layers:
+        parts.append(f"frozen{args.frozen_layers}")
     if args.use_checkpoint:
         parts.append("checkpoint")
     if args.memory_budget:

@@ -92,13 +92,16 @@ class ScorerRun(Run):
         self._report_freq = min(max(1, schedule.updates // REPORTS), MOST_UPDATES_A_REPORT)
         self._watch.warmup = schedule.warmup
         self.facts["parameters"] = sum(weight.numel() for weight in scorer.parameters())
+        learning = sum(weight.numel() for weight in scorer.parameters() if weight.requires_grad)
+        self.facts["learning_parameters"] = learning
         self.facts["peak_rate"], self.facts["warmup_updates"] = schedule.peak, schedule.warmup
         if self.world.is_main and not self.is_dry:
             write_json(self.folder / "config.json", vars(self.args) | {"encoder": scorer.encoder.config.to_dict()})
         device, precision = self.world.device, self.facts["precision"]
         processes = f", {self.world.size} processes" if self.world.size > 1 else ""
+        frozen = f" ({learning:,} learn: --frozen_layers {self.args.frozen_layers})" if self.args.frozen_layers else ""
         self._opening = (
-            f"{description['architecture']}, {self.facts['parameters']:,} parameters, {precision}, on {device} "
+            f"{description['architecture']}, {self.facts['parameters']:,} parameters{frozen}, {precision}, on {device} "
             f"({hardware_name(device)}{processes}); {explain_half_precision(precision, device)}; recomputation "
             f"{self._recomputation() or 'off (--use_checkpoint, --memory_budget)'}; {self.args.num_workers} workers",
             f"{self.folder}: {schedule.updates} updates, peak rate {schedule.peak:.2e} after {schedule.warmup}",

@@ -162,7 +162,9 @@ def validate(ranked, samples, args, world, stop):
     ranked.eval()
     generator = CandidateGenerator(ranked.model, ranked.tokenizer, settings, args.max_source_length)
     with nvtx_range("validation"):
-        written = generate_samples(generator, documents[world.rank :: world.size], VALIDATED_TOGETHER)
+        written = generate_samples(
+            generator, documents[world.rank :: world.size], VALIDATED_TOGETHER, args.rouge_tokens
+        )
     ranked.train()
     figures = np.sum([each["rouge"][0] for each in written], axis=0) if written else np.zeros(len(ROUGE))
     sums = world.sum(torch.tensor(figures, dtype=widest_float(world.device), device=world.device)).tolist()
@@ -186,6 +188,14 @@ class BrioRun(runs.Run):
         ours = self.path(".json").exists() or self.path(".state").exists()
         if fresh and not ours:
             refuse_to_replace(self.folder, ", or --restart to replace it")
+
+    def begin(self, epoch, result):
+        """Take down what a validation of the generator as it was has found, before the first step."""
+        if result is None:
+            self.leave(epoch)
+        self.facts["before"] = result
+        rouge = ", ".join(f"{name} {100 * result[f'val_{name}']:.2f}" for name in ROUGE)
+        self.world.say(f"before the first epoch: {rouge}")
 
     def may_go_on(self):
         return bool(self.state["means"].totals.isfinite().all())
@@ -242,4 +252,9 @@ class BrioRun(runs.Run):
             self.write_record()
             self.drop_state()
             best = max(map(mean_rouge, self.history))
-            self.world.say(f"{self.folder}: best validation ROUGE {100 * best:.2f} (mean of the three)")
+            before = mean_rouge(self.facts["before"])
+            self.world.say(
+                f"{self.folder}: best validation ROUGE {100 * best:.2f} (mean of the three), {100 * before:.2f} before"
+            )
+            if best <= before:
+                self.world.say(f"warning: no epoch is better than {self.args.generator_name}; try a lower --lr")
