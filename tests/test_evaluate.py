@@ -137,30 +137,46 @@ def test_the_weight_of_the_likelihood_is_fitted_on_validation(monkeypatch):
         places = choices.by_scorer(list(known.scores), samples, each)
         chosen[name] = np.mean([known.figures[number][place] for number, place in enumerate(places)])
     assert chosen["fitted"] - chosen["alone"] == pytest.approx(fitted["gain"])
-    known.figures = np.random.default_rng(1).normal(0, 1, (200, 6))  # Of which likelihood and scorer know nothing.
-    by_chance = likelihood.fit(1.0, known, args, None, world)
-    assert by_chance["weight"] == 0
-    assert abs(by_chance["gain"]) < 2 * by_chance["error"]
+    known.scores = known.figures + np.random.default_rng(1).normal(0, 0.05, (200, 6))
+    both = likelihood.fit(1.0, known, args, None, world)  # The means have an error of 0.1, the scores half of it.
+    assert both["weight"] == pytest.approx(0.05**2 / 0.1**2, rel=0.2)
+    assert both["slope"] == pytest.approx(0.2, abs=3 * both["error"])
     known.scores = known.figures  # A scorer that knows all needs no likelihood.
-    assert likelihood.fit(100.0, known, args, None, world) == {"weight": 0.0, "power": 1.0, "gain": 0.0, "error": 0.0}
+    knowing = likelihood.fit(100.0, known, args, None, world)
+    assert (knowing["weight"], knowing["gain"]) == (pytest.approx(0, abs=1e-9), 0)
     assert likelihood.fit(1.0, Known(with_likelihood=False), args, None, world) is None
 
 
-def test_the_gain_of_a_weight_is_that_on_documents_it_was_not_fitted_to():
-    gains = np.zeros((2, 3, len(likelihood.WEIGHTS)))
-    gains[0, 1, 4:7], gains[1, 1, 4:7], gains[1, 2, 8:] = 3.0, -1.0, 4.0
-    fitted = likelihood.choose(gains, np.abs(gains), 10)
-    assert fitted["gain"] == pytest.approx((0.0 - 1.0) / 10)
-    assert fitted["error"] == pytest.approx(np.sqrt((1.0 / 10 - 0.01) / 10))
-    assert fitted["weight"] == 0
-    gains[1] = gains[0]
-    fitted = likelihood.choose(gains, np.abs(gains), 10)
-    assert (fitted["power"], fitted["gain"]) == (0.5, pytest.approx(0.6))
+def test_the_error_of_the_slope_is_that_over_documents():
+    """200 times 40 documents of which the likelihood says nothing, but each of whose candidates are there twice."""
+    draws = np.random.default_rng(0)
+    found = []
+    for _ in range(200):
+        pairs = [(draws.normal(0, 1, 4).repeat(2), draws.normal(-1, 1, 4).repeat(2)) for _ in range(40)]
+        judged = [(scores, np.stack([means, np.ones(8)], -1), scores + draws.normal(0, 1, 4).repeat(2))
+                  for scores, means in pairs]  # fmt: skip
+        found.append(likelihood.regress(judged))
+    slopes, errors = (np.array([each[name] for each in found]) for name in ("slope", "error"))
+    assert np.sqrt(np.mean(errors**2)) == pytest.approx(slopes.std(), rel=0.15)
+    assert all((each["weight"] == 0) == (each["slope"] <= each["error"]) for each in found)
+
+
+def test_shares_of_processes_make_one_fit():
+    known = Known()
+    judged = [(known.scores[number], known.likelihood(number), known.figures[number]) for number in range(200)]
+    whole, sums = likelihood.regress(judged), []
+    likelihood.regress(judged[::2], lambda own: sums.append(own) or own)
+    # The second process, whose sums come together with those of the first as far as they do not hang on the fit.
+    others = iter(sums[:1])
+    half = likelihood.regress(judged[1::2], lambda own: own + next(others, 0))
+    assert (half["slope"], half["power"]) == (pytest.approx(whole["slope"]), whole["power"])
 
 
 def test_a_weight_counts_for_the_weights_that_it_was_fitted_to_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(likelihood, "load_weights", lambda *_: None)
-    monkeypatch.setattr(likelihood, "fit", lambda *_: {"weight": 0.04, "power": 1.0, "gain": 0.1, "error": 0.01})
+    monkeypatch.setattr(
+        likelihood, "fit", lambda *_: {"weight": 0.04, "power": 1.0, "slope": 0.02, "error": 0.01, "gain": 0.1}
+    )
     run = SimpleNamespace(stop=SimpleNamespace(enough=False), folder=tmp_path, facts={}, say=print)
     for name in ("scorer.bin", "model.bin"):
         (tmp_path / name).write_text(name)

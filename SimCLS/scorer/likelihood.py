@@ -13,10 +13,7 @@ from texts import provenance
 from texts.scoring import mean_score
 
 POWERS = (1.0, 0.5, 0.0)
-WEIGHTS = (0.0, *(0.000625 * 2**step for step in range(10)))  # To 0.32.
-GRID = [[{"weight": weight, "power": power} for weight in WEIGHTS] for power in POWERS]
-FOLDS = 10
-CLEAR = 1.645  # Standard errors, of a one-sided test at 5 %.
+MOST = 100.0  # A weight with which the scorer hardly counts any more.
 
 
 def combine(scores, likelihood, fitted):
@@ -25,52 +22,68 @@ def combine(scores, likelihood, fitted):
     scores: float [..., candidates]; likelihood: float [..., candidates, 2], log-probabilities and numbers of tokens.
     fitted: {"weight", "power"} as from `fit`.
     """
+    return scores + fitted["weight"] * per_token(likelihood, fitted["power"])
+
+
+def per_token(likelihood, power):
+    """Log-probabilities, each divided by its number of tokens ** power, float64 [..., candidates]."""
     log_probs, tokens = np.moveaxis(np.asarray(likelihood, dtype=np.float64), -1, 0)
-    return scores + fitted["weight"] * log_probs / tokens ** fitted["power"]
+    return log_probs / tokens**power
 
 
 def fit(scorer, samples, args, precision, world):
-    """The {"weight", "power", "gain", "error"} of `choose` for the choices of `scorer` among the SampleSet `samples`;
-    None where samples have no likelihoods. Each process scores its share."""
+    """The {"weight", "power", "slope", "error", "gain"} of `regress` for the scores of `scorer` among the SampleSet
+    `samples`; None where samples have no likelihoods. Each process scores its share."""
     if samples.likelihood(0) is None:
         return None
-    sums = torch.zeros(2, FOLDS, len(POWERS), len(WEIGHTS), dtype=torch.float64)  # Of gains, and of their squares.
+    judged = []
     numbers = np.argsort(samples.document_lengths, kind="stable")[world.rank :: world.size]
     for part, _, scores, _ in score_samples(scorer, samples, numbers, 2 * args.batch_size, world.device, precision):
         for number, own in zip(part, scores.cpu().double().numpy(), strict=True):
-            rouge, likelihood = mean_score(samples.rouge(number)), samples.likelihood(number)
-            own = own[: len(rouge)]
-            chosen = torch.tensor([[rouge[combine(own, likelihood, each).argmax()] for each in row] for row in GRID])
-            gains = chosen.double() - chosen[0, 0]
-            sums[:, number % FOLDS] += torch.stack([gains, gains**2])
-    sums = world.sum(sums.to(world.device, widest_float(world.device)))
-    return choose(*sums.cpu().double().numpy(), len(samples))
+            rouge = mean_score(samples.rouge(number))
+            judged.append((own[: len(rouge)], samples.likelihood(number), rouge))
+
+    def total(sums):
+        there = torch.from_numpy(sums).to(world.device, widest_float(world.device))
+        return world.sum(there).cpu().double().numpy()
+
+    return regress(judged, total)
 
 
-def choose(gains, squares, documents):
-    """The {"weight", "power"} with the best mean ROUGE, or no weight where that is not clearly better than none; with
-    the "gain" of fitting one, cross-validated, and the standard "error" of that.
+def regress(judged, total=lambda sums: sums):
+    """How much likelihood counts beside a scorer: least squares of ROUGE by both, within documents.
 
-    A weight fits its own documents better than others. So each fold gets the weight that is the best on the other
-    folds, and what that gains there is "gain". It is clear when chance would give it once in twenty times.
+    "weight" and "power" are as `combine` takes them. "slope" is the ROUGE that a unit of the likelihood is worth beside
+    the score, "error" its standard error, documents being independent and their candidates not (Liang and Zeger 1986).
+    The weight is the slope by that of the score; it is 0 where the slope is within its error. "gain" is the mean ROUGE
+    that choosing so adds here.
 
-    gains, squares: sums over the documents of a fold, float64 [folds, powers, weights], of the ROUGE that an entry of
-    GRID gains over the scorer alone, and of its square. documents: in all folds.
+    judged: for each document of this process (scores float64 [candidates], likelihood [candidates, 2], ROUGE float64
+    [candidates]). total: sums an array over the processes.
     """
-    places = [_best(gains.sum(0) - own) for own in gains]
-    gain, square = (
-        sum(own[place] for own, place in zip(sums, places, strict=True)) / documents for sums in (gains, squares)
-    )
-    error = np.sqrt(max(square - gain**2, 0) / documents)
-    power, weight = _best(gains.sum(0)) if gain > CLEAR * error else (0, 0)
-    return GRID[power][weight] | {"gain": float(gain), "error": float(error)}
-
-
-def _best(table):
-    """The place in `table` [powers, weights] whose figure is the best together with its neighbours' in the row, since a
-    peak of one weight is chance; of equal ones the smaller weight."""
-    smooth = np.stack([np.convolve(np.pad(row, 1, mode="edge"), np.ones(3) / 3, "valid") for row in table])
-    return min(np.ndindex(smooth.shape), key=lambda place: (-round(smooth[place], 9), place[1], place[0]))
+    moments = np.zeros((len(judged), len(POWERS), 3, 3))  # Of score, likelihood and ROUGE, about their means.
+    for own, (scores, likelihood, rouge) in zip(moments, judged, strict=True):
+        for place, power in enumerate(POWERS):
+            table = np.stack([scores, per_token(likelihood, power), rouge])
+            table = table - table.mean(1, keepdims=True)
+            own[place] = table @ table.T
+    sums = total(moments.sum(0))
+    slopes = [np.linalg.pinv(each[:2, :2]) @ each[:2, 2] for each in sums]
+    left = [each[2, 2] - each[2, :2] @ slope for each, slope in zip(sums, slopes, strict=True)]
+    best = int(np.argmin(np.round(left, 12)))
+    by_score, slope = slopes[best]
+    own = moments[:, best]
+    residuals = own[:, :2, 2] - own[:, :2, :2] @ slopes[best]
+    inverse = np.linalg.pinv(sums[best][:2, :2])
+    error = np.sqrt((inverse @ total(residuals.T @ residuals) @ inverse)[1, 1])
+    weight = slope / max(by_score, slope / MOST) if slope > error else 0.0
+    fitted = {"weight": float(weight), "power": POWERS[best], "slope": float(slope), "error": float(error)}
+    gains = [
+        rouge[combine(scores, likelihood, fitted).argmax()] - rouge[scores.argmax()]
+        for scores, likelihood, rouge in judged
+    ]
+    gain, documents = total(np.array([sum(gains, 0.0), len(gains)]))
+    return fitted | {"gain": float(gain / documents)}
 
 
 def fitted_to(path):
@@ -98,6 +111,7 @@ def fit_best(run, scorer, description, samples, args, precision, world):
     if world.is_main:
         write_json(path.with_name("scorer.json"), description | {"likelihood": fitted})
     run.say(
-        f"likelihood: weight {fitted['weight']:g} of log-probability / tokens^{fitted['power']:g}; cross-validated it "
-        f"gains {100 * fitted['gain']:+.2f} ± {100 * fitted['error']:.2f} ROUGE (mean of the three)"
+        f"likelihood: weight {fitted['weight']:.3g} of log-probability / tokens^{fitted['power']:g}, a unit of which "
+        f"is worth {100 * fitted['slope']:.2f} ± {100 * fitted['error']:.2f} ROUGE beside the score; it gains "
+        f"{100 * fitted['gain']:+.2f} on validation (mean of the three)"
     )
