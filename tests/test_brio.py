@@ -2,18 +2,21 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from harness.distributed import World
 from search.generator import fingerprint, is_of, load_generator, own_length, own_source_length
-from search.ranked_generator import RankedGenerator, RankedSamples
+from search.ranked_generator import BrioRun, Means, RankedGenerator, RankedSamples
 from texts import provenance
 from texts.samples import read_sample, sample_files
 
 pytestmark = pytest.mark.slow
 
 SCRIPT = "SimCLS/brio.py"
+CPU = torch.device("cpu")
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6])
@@ -84,3 +87,17 @@ def test_a_generators_samples_are_its_own_in_whatever_precision(encoders):
     with torch.no_grad():
         next(model.parameters())[0] += 1
     assert not is_of(model, tokenizer, {"candidates": {"generator": origin}})
+
+
+def test_the_generator_of_the_best_epoch_is_kept(tmp_path):
+    """And one that is no better than the generator as it was, if no epoch is."""
+    args = SimpleNamespace(save_dir=tmp_path, resume=False, restart=False, generator_name="x")
+    kept, run = [], BrioRun.__new__(BrioRun)
+    run.args, run.world, run.folder, run.history, run.facts = args, World(0, 1, CPU), tmp_path, [], {}
+    losses = dict.fromkeys(Means.names, 1.0)
+    for rouge in (0.3, 0.5, 0.4, 0.6):
+        ranked = SimpleNamespace(save=lambda folder, rouge=rouge: kept.append(rouge))
+        run.state = {"means": SimpleNamespace(take=lambda world: losses), "ranked": ranked}
+        epoch = SimpleNamespace(number=0, samples=1, timing={"seconds": 1.0, "peak_memory": None})
+        run.add_epoch(epoch, {f"val_{name}": rouge for name in ("rouge1", "rouge2", "rougeL")}, 0.0)
+    assert kept == [0.3, 0.5, 0.6]

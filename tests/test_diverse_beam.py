@@ -57,6 +57,13 @@ def test_tokens_and_scores_equal_those_of_transformers_4_56(name):
         assert_equal_to_record(case, search(case))
 
 
+def test_an_end_token_among_bad_words_still_ends():
+    case = next(case for case in RECORD["cases"] if case["settings"].get("bad_words_ids"))
+    end = tiny_seq2seq.build(case["model"]).generation_config.eos_token_id
+    words = [*case["settings"]["bad_words_ids"], [end]]
+    assert_equal_to_record(case, search(case | {"settings": case["settings"] | {"bad_words_ids": words}}))
+
+
 def test_the_record_has_candidates_that_end_early_and_some_that_do_not():
     lengths = {case["model"]: set() for case in RECORD["cases"]}
     for case in RECORD["cases"]:

@@ -96,6 +96,19 @@ def test_what_a_worker_met_is_told_as_if_it_had_been_met_here(error, line):
     assert "\n" not in str(told)
 
 
+def test_of_what_a_worker_met_the_last_is_told():
+    try:
+        try:
+            raise ValueError("what was behind it")
+        except ValueError as error:
+            raise UserError("cannot decode the picture a/b.png") from error
+    except UserError:
+        wrapper = ExceptionWrapper(where="in DataLoader worker process 0")
+    with pytest.raises(UserError) as again:
+        wrapper.reraise()
+    assert explain(again.value) == "cannot decode the picture a/b.png"
+
+
 ENDS = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])

@@ -4,6 +4,7 @@ import csv
 import functools
 import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -233,6 +234,26 @@ def test_samples_are_scored_as_in_training(run_script, sample_folder, encoders, 
         assert 0 < record["p_values"]["generator"][metric] <= 1
     assert result.stdout.count("chosen candidate:") == 3
     assert f"{100 * record['systems']['best']['rouge1']['mean']:.2f} (" in result.stdout
+
+
+def test_the_likelihood_counts_as_it_was_fitted(run_script, sample_folder, scorer_path, tmp_path):
+    """So much, here, that nothing else does."""
+    draws = np.random.default_rng(0)
+    samples = shutil.copytree(sample_folder / "test", tmp_path / "samples")
+    for path in samples.glob("[0-9]*.json"):
+        sample = json.loads(path.read_text())
+        pairs = [[draws.normal(-20, 5), int(draws.integers(5, 20))] for _ in sample["candidates"]]
+        path.write_text(json.dumps(sample | {"likelihood": pairs}))
+    for name in ("scorer.bin", "scorer.json"):
+        shutil.copy(scorer_path.with_name(name), tmp_path)
+    description = json.loads((tmp_path / "scorer.json").read_text())
+    digest = provenance.digest_files([scorer_path])
+    description["likelihood"] = {"weight": 1e4, "power": 1.0, "scorer_digest": digest}
+    (tmp_path / "scorer.json").write_text(json.dumps(description))
+    run_script(EVALUATE, "--samples", samples, "--scorer_path", "scorer.bin", "--output", "record.json", cwd=tmp_path)
+    systems = json.loads((tmp_path / "record.json").read_text())["systems"]
+    assert systems["SimCLS"]["rouge1"]["mean"] == systems["most likely"]["rouge1"]["mean"]
+    assert systems[evaluate_model.ALONE]["rouge1"]["mean"] != systems["SimCLS"]["rouge1"]["mean"]
 
 
 def test_generated_candidates_are_those_of_the_chain(run_script, encoders, scorer_path, tmp_path):

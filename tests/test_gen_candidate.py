@@ -153,7 +153,7 @@ def test_a_crash_at_any_moment_loses_nothing(tiny, whole, tmp_path, monkeypatch,
 
     def torn_append(file, value):
         if len(written) == moment:
-            file.write(b'{"batch"')
+            file.write(b'{"batch"' + 2000 * b" ")  # Longer than what comes in its place.
             file.flush()
             raise KeyboardInterrupt
         written.append(value)
@@ -227,6 +227,7 @@ def test_another_batch_size_goes_on_with_what_is_made(tiny, whole, tmp_path, mon
     out = capsys.readouterr().out
     assert "train: the candidates of 48 documents are there already" in out
     assert "going on after 3 of 6 documents" in out
+    assert "val: 3 of 3 documents, " in out  # Nothing is made a second time.
     assert "starting over" not in out
     made, expected = contents(tmp_path), contents(whole)
     for split in SPLITS:  # In batches of another size, sums are rounded otherwise.

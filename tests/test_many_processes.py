@@ -110,6 +110,27 @@ def test_the_others_wait_for_a_process_that_works_alone_longer_than_for_one_that
     run_two(tmp_path / "check.py", launch.ROOT, cwd=tmp_path)
 
 
+DISAGREE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from harness import distributed, endings
+
+def main():
+    with distributed.world(torch.device("cpu")) as world:
+        world.check_equal(True, "what is the same")
+        world.check_equal(world.rank == 0, "whether this is the first")
+
+endings.run(main)
+"""
+
+
+def test_processes_that_disagree_end_each_in_one_line(tmp_path):
+    (tmp_path / "check.py").write_text(DISAGREE)
+    for process in run_two(tmp_path / "check.py", launch.ROOT, cwd=tmp_path, code=2):
+        assert process.err == "check.py: the processes of this job do not agree on whether this is the first\n"
+
+
 def test_where_the_main_process_fails_alone_the_others_end_in_one_line(tmp_path):
     (tmp_path / "check.py").write_text(LONG_WORK_ALONE)
     main, other = run_two(tmp_path / "check.py", launch.ROOT, "fail", cwd=tmp_path, code=2)

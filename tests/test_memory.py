@@ -21,6 +21,14 @@ def test_saved_bytes_by_hand():
     assert saved.bytes == 4 * (16 * 32 + 16 * 64)
 
 
+def test_saved_bytes_leave_out_buffers():
+    """BatchNorm saves its input, and mean and deviation of each channel; the running ones are the model's."""
+    model = nn.BatchNorm1d(1000)
+    with SavedBytes(model) as saved:
+        model(torch.randn(2, 1000, requires_grad=True))
+    assert saved.bytes == 4 * (2 * 1000 + 2 * 1000)
+
+
 def test_saved_bytes_count_a_view_as_its_storage_once():
     x = torch.randn(10, 10, requires_grad=True)
     with SavedBytes(nn.Identity()) as saved:

@@ -60,7 +60,7 @@ def test_the_command_prints_the_table(real_trace, run_script):
 
 
 def make_trace(path, steps, ranges_as_text=False):
-    """A trace with GPU work, and ranges that are no phases. In each step of 100 ms forward launches two overlapping
+    """A trace with GPU work, and ranges that are no phases. In each step of 100 ms forward launches three overlapping
     kernels from the main thread, and backward a kernel and a copy from autograd's; the GPU does them later, after the
     ranges have closed."""
     database = sqlite3.connect(path)
@@ -98,7 +98,8 @@ def make_trace(path, steps, ranges_as_text=False):
         push_pop(f"aten::add, seq = {step}, op_id = {7 * step}, sizes = [[], []]", at + 32, at + 33)
         push_pop("backward", at + 40, at + 80)
         launch("KERNEL", at + 15, MAIN, at + 50, at + 57)
-        launch("KERNEL", at + 16, MAIN, at + 55, at + 60)
+        launch("KERNEL", at + 16, MAIN, at + 51, at + 52)
+        launch("KERNEL", at + 17, MAIN, at + 55, at + 60)
         launch("KERNEL", at + 45, AUTOGRAD, at + 60, at + 90)
         launch("MEMCPY", at + 79, AUTOGRAD, at + 91, at + 93)
         launch("KERNEL", at + 85, MAIN, at + 93, at + 94)  # In no phase.

@@ -43,6 +43,10 @@ def test_an_epoch_that_was_cut_short_is_no_epoch_time():
     run = Record(Path("record.json"), record)
     assert run.epoch_seconds() == 40
     assert run.overall_seconds() is None
+    record = make_record()
+    for pictures, seconds in ((49_900, 50), (49_920, 50), (49_921, None)):  # 390 batches of at most 128, or 391.
+        alone = record | {"data": {"train_pictures": pictures}, "epochs": record["epochs"][:1]}
+        assert Record(Path("record.json"), alone).epoch_seconds() == seconds
     record = make_record(max_steps=100)
     record["epochs"] = [{"epoch": 1, "timing": make_timing()}]  # What --max_steps leaves.
     assert Record(Path("record.json"), record).epoch_seconds() is None
@@ -78,6 +82,9 @@ def test_samples_and_noise():
     assert comparison.ratio(Sample.of([11.0, 12.0, 13.0]), sample) == "6.00"
     assert comparison.difference(Sample.of([1.0, 2.5]), sample) == "-0.2, within the noise"
     assert comparison.ratio(sample, None) is None
+    # The scatter of the three, a quarter squared, is the single one's too: a third together, for 2 degrees of freedom.
+    factor = np.exp(4.303 * np.sqrt(1 / 3))
+    assert comparison.ratio_interval(Sample.of([4.0]), sample) == pytest.approx((2, 2 / factor, 2 * factor), rel=1e-3)
 
 
 @pytest.mark.parametrize(

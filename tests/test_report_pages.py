@@ -152,6 +152,18 @@ def test_real_pictures_are_shown_before_digits_and_instead_of_them():
     assert "a step waits 8.0 % of its time" in sentences.bullets(digits + real, [])  # And not 4.0 %, as for digits.
 
 
+def test_of_several_evaluations_the_smallest_gain_is_told():
+    def evaluation(chosen):
+        figures = {"generator": 0.30, "Bayes risk": 0.32, "SimCLS": chosen}
+        return {
+            "systems": {name: {"rouge1": {"mean": mean}} for name, mean in figures.items()},
+            "strongest": "Bayes risk",
+        }
+
+    line = sentences.bullets([], [evaluation(0.36), evaluation(0.34), evaluation(0.38)])
+    assert "ROUGE-1 from 30.0 to 34.0; the best rule without a scorer (Bayes risk) has 32.0" in line
+
+
 def test_the_first_figure_has_a_row_of_panels_for_each_place():
     runs = [make_run(dataset="digits", device="cpu"), make_run(1.5, dataset="digits", device="cpu", num_worker=0)]
     runs += [make_run(), make_run(0.7, half_precision="float16", precision="fp16")]

@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 
+from harness.resume import changes
+
 SCRIPT = "resnext/resnext.py"
 NAME = "resnext_0_worker_8_resnext29_1x4d_folder"
 # SIGTERM during a step of this process; `kill` is how often a batch's weight has been asked for.
@@ -148,3 +150,9 @@ def test_a_run_goes_on_with_other_workers(run, whole, tmp_path):
     # A finished run's state is no interrupted one: other arms of a study begin anew.
     (tmp_path / f"{other}.state").unlink()
     assert "starting from the beginning" in run("--num_epoch", 3, "--loader", "device", "--resume").out
+
+
+def test_an_argument_that_only_one_of_two_runs_has_is_a_change():
+    assert changes({"a": 1}, {"a": 1, "lr": 0.1}) == "--lr None (now 0.1)"
+    assert changes({"a": 1, "lr": 0.1}, {"a": 1}) == "--lr 0.1 (now None)"
+    assert changes({"a": 1}, {"a": 1}) == ""

@@ -53,6 +53,7 @@ def test_a_document_s_draws_are_its_own(name):
     each = logits.double().log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
     counted = torch.arange(each.shape[1]) < found.lengths.flatten()[:, None]
     torch.testing.assert_close(found.log_probs.flatten(), (each * counted).sum(1), rtol=0, atol=1e-4)
+    torch.testing.assert_close(found.scores, (found.log_probs / found.lengths).float())
     assert name == "bart" or len(set(found.lengths.flatten().tolist())) > 1
 
 

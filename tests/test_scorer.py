@@ -1,6 +1,7 @@
 """The scorer: its loss and its learning. What it reads: test_scorer_data.py; its files: test_scorer_weights.py."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from pretrained import half_precision_name
 
 from harness.distributed import World
 from harness.precision import choose_precision
+from scorer import metrics
 from scorer.losses import loss_of
 from scorer.metrics import CollapseWatch, Metrics, validate
-from scorer.optimization import Schedule
+from scorer.optimization import Schedule, seed_step
 from scorer.scorer_arguments import get_args_parser, run_name
 from texts.samples import read_sample, sample_files
 
@@ -162,6 +164,39 @@ def test_validation_is_the_mean_rouge_of_the_highest_scores(encoders, val_set):
     first = np.mean([val_set.rouge(number)[0] for number in range(len(val_set))], axis=0)
     assert [shares[0][f"first_{name}"] for name in ("rouge1", "rouge2", "rougeL")] == pytest.approx(first, abs=1e-6)
     assert [shares[0][f"val_{name}"] for name in ("rouge1", "rouge2", "rougeL")] == pytest.approx(means, abs=1e-6)
+
+
+def test_a_candidate_that_is_not_there_is_never_chosen(val_set, monkeypatch):
+    def scored(scorer, samples, numbers, *rest):
+        present = torch.tensor([[True, True, False]])
+        for number in numbers:
+            yield [number], SimpleNamespace(present=present), torch.tensor([[-0.2, -0.1, 0.0]]), None
+
+    monkeypatch.setattr(metrics, "score_samples", scored)
+    monkeypatch.setattr(metrics, "loss_of", lambda *_: torch.zeros(()))
+    result = validate(None, val_set, get_args_parser("").parse_args([]), FP32, World(0, 1, CPU))
+    second = np.mean([val_set.rouge(number)[1] for number in range(len(val_set))], axis=0)
+    assert [result[f"val_{name}"] for name in ("rouge1", "rouge2", "rougeL")] == pytest.approx(second, abs=1e-6)
+
+
+def test_each_step_of_each_process_has_its_own_dropout_and_has_it_again():
+    def drawn(*position):
+        seed_step(*position)
+        return float(torch.rand(1))
+
+    places = [(0, 0, 0, 0), (1, 0, 0, 0), (0, 1, 0, 0), (0, 0, 1, 0), (0, 0, 0, 1)]
+    assert len({drawn(*place) for place in places}) == len(places)
+    assert drawn(*places[0]) == drawn(*places[0])
+
+
+@pytest.mark.parametrize(
+    ("words", "name"),
+    [("", ""), ("--half_precision bfloat16", "_bf16"), ("--loss margin", "_margin"), ("--frozen_layers 2", "_frozen2"),
+     ("--use_checkpoint", "_checkpoint"), ("--memory_budget 0.5", "_budget0.5"), ("--seed 3", "_seed3"),
+     ("--deterministic", "_deterministic")],
+)  # fmt: skip
+def test_what_changes_a_run_is_in_its_name(words, name):
+    assert run_name(get_args_parser("").parse_args(["--num_workers", "1", *words.split()])) == f"simcls_1_worker{name}"
 
 
 def test_recomputation_changes_no_gradient_and_keeps_less(encoders, val_set):

@@ -102,6 +102,14 @@ def test_the_log_of_a_resumed_run_keeps_what_its_state_knows_of(run):
     assert [run[0].logged_step(*position) for position in ((0, 7), (0, 8), (1, 0), (2, 2))] == [4, 4, 10, 21]
 
 
+def test_of_equal_rouge_the_lower_loss_is_the_better(run):
+    run, scorer = run
+    for loss, is_best in ((2.0, False), (0.5, True), (0.7, False)):
+        before = (run.folder / "scorer.bin").stat().st_mtime_ns
+        run.add_validation(4, result_of(loss), scorer)
+        assert ((run.folder / "scorer.bin").stat().st_mtime_ns > before) == is_best
+
+
 @pytest.mark.parametrize(("loss", "good_sums"), [(float("nan"), True), (float("inf"), True), (1.0, False)])
 def test_a_diverged_run_leaves_the_files_as_they_were(run, loss, good_sums):
     run, scorer = run

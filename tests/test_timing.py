@@ -133,7 +133,10 @@ def test_device_times_of_events(clock, slow_device):
     assert forward["share"] == pytest.approx(3 * 8 * 10 / (8 * (2 + 10 + 13.5 + 1)))
 
 
-def test_saving_is_not_timed_as_training(clock, slow_device, monkeypatch, tmp_path):
+@pytest.mark.parametrize(("every", "steps"), [(0, [1, 2, 3, 4, 5, 6, 7, 8]), (0.04 / 60, [4, 8]), (0.09 / 60, [])])
+def test_saving_is_every_so_many_minutes_and_not_timed_as_training(
+    clock, slow_device, monkeypatch, tmp_path, every, steps
+):
     """Neither in a step of the host or the device, nor in the time of the epoch."""
 
     class SavingRun(runs.Run):
@@ -142,18 +145,19 @@ def test_saving_is_not_timed_as_training(clock, slow_device, monkeypatch, tmp_pa
         def save(self, epoch, step, **state):
             saved.append(step)
             clock.pass_ms(1000)
+            self._saved_at = clock.perf_counter()
 
         def progress_bar(self, epoch):
             return contextlib.nullcontext(SimpleNamespace(update=lambda samples: None, disable=True))
 
     monkeypatch.setattr(runs, "time", clock)
-    args = argparse.Namespace(num_epoch=1, save_every=0, resume=False, max_steps=None, trace=None)
+    args = argparse.Namespace(num_epoch=1, save_every=every, resume=False, max_steps=None, trace=None)
     run, batches, saved = SavingRun("x", tmp_path, "x", args, World(0, 1, CPU)), EpochBatches(8, 1, 0), []
     for epoch in run.epochs(slow_device, batches):
         for _ in epoch.steps(batches):
             with slow_device("forward"):
                 clock.pass_ms(10)
-    assert saved == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert saved == steps
     assert epoch.timing["seconds"] == pytest.approx(0.08)
     assert epoch.timing["phases"]["step"]["host_ms"]["total"] == pytest.approx(80)
     assert epoch.timing["phases"]["step"]["device_ms"]["total"] == pytest.approx(3 * 80)
