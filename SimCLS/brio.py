@@ -25,6 +25,7 @@ from model import ranking_loss
 from pretrained import check_apart, check_length, most_tokens
 
 from harness import arguments, determinism, devices, distributed, endings, runs, tracing
+from harness.endings import UserError
 from harness.loading import worker_loader
 from harness.memory import SavedBytes
 from harness.precision import choose_precision, half_precision_type
@@ -63,7 +64,11 @@ def get_args_parser():
     add("--rank_weight", type=arguments.non_negative_float, default=1.0, help="of the ranking loss")
     add("--mle_weight", type=arguments.non_negative_float, default=0.1, help="of the reference's cross-entropy")
     add("--margin", type=arguments.positive_float, default=0.01, help="score difference of neighbours in ROUGE")
-    add("--length_penalty", type=float, help="exponent of the tokens that a log-probability is divided by *")
+    add(
+        "--length_penalty",
+        type=arguments.finite_float,
+        help="exponent of the tokens that a log-probability is divided by *",
+    )
 
     lengths = parser.add_argument_group("lengths, in tokens, and counts; defaults marked * are the generator's own")
     add = lengths.add_argument
@@ -77,6 +82,8 @@ def get_args_parser():
 
 def main():
     args = get_args_parser().parse_args()
+    if not (args.rank_weight or args.mle_weight):
+        raise UserError("--rank_weight 0 and --mle_weight 0 leave nothing to learn; give one of them")
     check_apart(args.save_dir, args.generator_name)
     determinism.apply(args)
     with distributed.world(devices.choose(args)) as world:
@@ -168,7 +175,13 @@ def load_data(args, tokenizer):
     train, val = (
         [read_sample(path) for path in sample_files(Path(args.dataset) / split)] for split in ("train", "val")
     )
-    return RankedSamples(train, tokenizer, args.num_cands, args.max_source_length, args.max_target_length), val
+    train_set = RankedSamples(train, tokenizer, args.num_cands, args.max_source_length, args.max_target_length)
+    if args.rank_weight and train_set.all_tied:
+        raise UserError(
+            f"{Path(args.dataset) / 'train'}: of the first {args.num_cands} candidates of a document none is better "
+            "than another, so that there is nothing to learn; make more of them, or give --rank_weight 0"
+        )
+    return train_set, val
 
 
 if __name__ == "__main__":

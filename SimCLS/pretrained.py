@@ -1,5 +1,6 @@
 """Loading a model with its tokenizer in `from_pretrained` form, a folder or a name on the hub."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -24,6 +25,9 @@ DROPOUT_KEYS = (
 )  # fmt: skip
 # What models call their tables of absolute positions; relative ones have no end.
 POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
+# What `git clone` leaves of a large file where git-lfs is not installed.
+LFS_POINTER = b"version https://git-lfs.github.com"
+JSON_FILES = ("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.json")
 
 
 def load(name, kind, problem, advice, dtype=torch.float32, **settings):
@@ -35,18 +39,20 @@ def load(name, kind, problem, advice, dtype=torch.float32, **settings):
     UserError "problem (reason); advice" when they cannot be loaded.
     """
     # The library warns of weights that are tied, or left out on purpose, and the hub's client of each try.
-    logging.set_verbosity_error()
+    logging.set_verbosity_error()  # What matters of it, `check_weights` says.
     huggingface_hub.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     try:
+        check_files(Path(name))
         options = {"trust_remote_code": False, "local_files_only": Path(name).is_dir() or not hub_answers()}
         config = AutoConfig.from_pretrained(name, **options)
         for key, value in settings.items():
             if hasattr(config, key):
                 setattr(config, key, value)
         dtype = dtype if isinstance(dtype, torch.dtype) else dtype(config)
-        model = kind.from_pretrained(name, config=config, dtype=dtype, **options)
+        model, loaded = kind.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **options)
+        check_weights(model, loaded["missing_keys"])
         tokenizer, embeddings = load_tokenizer(name, **options), model.get_input_embeddings().num_embeddings
         if len(tokenizer) > embeddings:  # Else the first text with one of the rest would end the run.
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, more than its {embeddings} embeddings")
@@ -55,7 +61,39 @@ def load(name, kind, problem, advice, dtype=torch.float32, **settings):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if _needs_sentencepiece(Path(name)):
             reason, advice = "its tokenizer is one of sentencepiece", "install that: pip install sentencepiece"
+        elif "tiktoken" in reason:  # Which the library tries when sentencepiece cannot read a file.
+            reason = "its tokenizer's .model file is none of sentencepiece"
         raise UserError(f"{problem} ({reason}); {advice}") from None
+
+
+def check_files(folder):
+    """ValueError that names a file of a model's folder that is damaged: the library passes over some of them."""
+    for path in sorted(path for pattern in JSON_FILES for path in folder.glob(pattern)):
+        if path.read_bytes()[: len(LFS_POINTER)] != LFS_POINTER:
+            try:
+                json.loads(path.read_bytes())
+            except ValueError:
+                raise ValueError(f"{path.name} is not whole JSON") from None
+    for path in sorted(path for path in folder.glob("*") if path.is_file()):
+        with open(path, "rb") as file:
+            start = file.read(len(LFS_POINTER))
+        if start == LFS_POINTER:
+            raise ValueError(f"{path.name} is a pointer to the file itself, which git lfs pull fetches")
+        if not start and path.suffix in (".model", ".safetensors", ".bin"):
+            raise ValueError(f"{path.name} is empty")
+
+
+def check_weights(model, missing):
+    """ValueError where weights of `model` were not in its files, and so are random, or are not finite.
+
+    missing: names. Of poolers, which nothing uses here, many files have none.
+    """
+    missing = sorted(name for name in missing if "pooler." not in name)
+    if missing:
+        raise ValueError(f"its files lack {len(missing)} of the model's weights, such as {missing[0]}")
+    for name, weights in model.named_parameters():
+        if not weights.isfinite().all():
+            raise ValueError(f"its weights {name} are not all finite numbers")
 
 
 def refuse_to_replace(folder, restart=""):

@@ -1,6 +1,7 @@
 """What every script's command line is made of: argument types, and a parser whose errors are one line."""
 
 import argparse
+import math
 
 from harness.machine import usable_cores
 
@@ -36,6 +37,11 @@ def positive_float(text):
 def non_negative_float(text):
     """An argparse type: a finite float of at least 0."""
     return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
+
+
+def finite_float(text):
+    """An argparse type: a finite float."""
+    return _number(text, float, math.isfinite, "a finite number")
 
 
 def learning_rate(text):

@@ -1,14 +1,19 @@
 """How a script ends.
 
-Bad input ends with one line on stderr (what is wrong, where, what to do) and exit code 2. SIGINT and SIGTERM
-end with 130 and 143, after the script's `finally` blocks have run.
+Bad input ends with one line on stderr (what is wrong, where, what to do) and exit code 2. SIGINT, SIGTERM
+and SIGHUP end with 130, 143 and 129, after the script's `finally` blocks have run.
 """
 
+import contextlib
 import errno
 import os
 import re
 import signal
+import stat
 import sys
+
+# The second, which not every system has: its terminal has gone.
+TERMINATING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class UserError(Exception):
@@ -16,18 +21,29 @@ class UserError(Exception):
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived. Like KeyboardInterrupt, it is not an Exception, so that nothing swallows it by accident."""
+    """One of TERMINATING, `number`, arrived. Like KeyboardInterrupt, it is not an Exception, so that nothing swallows
+    it by accident."""
+
+    number = signal.SIGTERM
+
+    @classmethod
+    def by(cls, number, *words):
+        error = cls(*words)
+        error.number = number
+        return error
 
 
 def run(main):
     """Call `main()` and end the process as a user of the shell expects.
 
     UserError, a full disk, a folder that cannot be written, an exhausted GPU, a model that cannot be compiled and
-    the end of another process of the job end with one line and exit code 2; SIGINT with 130; SIGTERM with 143. Any
-    other exception is a defect of ours, and keeps its traceback, as all do where TRACEBACK=1 is set.
+    the end of another process of the job end with one line and exit code 2; SIGINT with 130; SIGTERM with 143, and
+    SIGHUP, of a terminal that has gone, with 129. Any other exception is a defect of ours, and keeps its traceback, as
+    all do where TRACEBACK=1 is set.
     """
-    if signal.getsignal(signal.SIGTERM) != signal.SIG_IGN:  # Who started it may want it to outlive one.
-        signal.signal(signal.SIGTERM, _terminate)
+    for number in TERMINATING:
+        if signal.getsignal(number) != signal.SIG_IGN:  # Who started it may want it to outlive one, as nohup does.
+            signal.signal(number, _terminate)
     _print_what_can_be_printed()
     try:
         try:
@@ -38,7 +54,7 @@ def run(main):
     except KeyboardInterrupt as error:
         _end(130, "; ".join(["interrupted", *error.args]))
     except Terminated as error:
-        _end(143, "; ".join(["terminated", *error.args]))
+        _end(128 + error.number, "; ".join(["terminated", *error.args]))
     except BrokenPipeError:
         # The reader of our output went away (`| head`); point stdout elsewhere so that the flush at exit is quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -51,7 +67,11 @@ def run(main):
 
 
 def _print_what_can_be_printed():
-    """What the terminal's encoding lacks, and file names that are no text, become marks instead of an error."""
+    """What the terminal's encoding lacks, and file names that are no text, become marks instead of an error; what goes
+    to a stream that was closed before the start (`>&-`) goes nowhere."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it stays open)
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -81,7 +101,7 @@ def explain(error):
             "(docs/techniques/recomputation.md)"
         )
     if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
-        return "the machine is out of memory; use a smaller --batch_size, or a smaller model"
+        return "the machine is out of memory; use a smaller --batch_size, a smaller model, or smaller pictures (--size)"
     if type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.", "triton.")):
         return (
             f"torch.compile failed ({_reason(text)}); is there a C++ compiler on this machine? --compile False does "
@@ -148,8 +168,18 @@ _DISK_ERRORS = {
 }
 
 
-def _terminate(signum, frame):
-    raise Terminated
+def _terminate(number, frame):
+    leave_terminal(number)
+    raise Terminated.by(number)
+
+
+def leave_terminal(number):
+    """After a SIGHUP the terminal is gone: what is printed from now on goes nowhere, where it would end the script."""
+    if number == getattr(signal, "SIGHUP", None):
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
+                    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _end(code, line):

@@ -30,7 +30,7 @@ def atomic_write(path, mode="wb"):
     The data is on the disk before the rename, so a crash leaves the old file or the new one, never a half.
     """
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(path.parent)
     encoding = None if "b" in mode else "utf-8"
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
     try:

@@ -6,7 +6,7 @@ import signal
 
 import torch
 
-from harness.endings import Terminated, UserError
+from harness.endings import TERMINATING, Terminated, UserError, leave_terminal
 from harness.files import atomic_write
 
 FORMAT = 1
@@ -85,7 +85,7 @@ def changes(saved, arguments):
 class StopRequest:
     """Whether training is to stop early: `if stop: ...`.
 
-    signal: the SIGINT or SIGTERM that has arrived, or None. enough: whether the steps of --max_steps are done.
+    signal: the SIGINT, SIGTERM or SIGHUP that has arrived, or None. enough: whether the steps of --max_steps are done.
     """
 
     def __init__(self):
@@ -95,14 +95,14 @@ class StopRequest:
         return self.signal is not None or self.enough
 
     def leave(self, *words):
-        """End the script as the signal would have, with exit code 130 or 143; `words` say how to go on."""
-        raise (KeyboardInterrupt if self.signal == signal.SIGINT else Terminated)(*words)
+        """End the script as the signal would have, with exit code 130, 143 or 129; `words` say how to go on."""
+        raise KeyboardInterrupt(*words) if self.signal == signal.SIGINT else Terminated.by(self.signal, *words)
 
 
 @contextlib.contextmanager
 def stop_requests(enabled=True):
-    """Within the block the first SIGINT or SIGTERM only sets the StopRequest that is yielded, so that the loop can end
-    its step and save; a second one interrupts at once.
+    """Within the block the first SIGINT, SIGTERM or SIGHUP only sets the StopRequest that is yielded, so that the loop
+    can end its step and save; a second one interrupts at once.
 
     With enabled=False signals interrupt at once: the processes of one job would stop at different steps and wait for
     each other, and what they saved after the last epoch is there to resume from.
@@ -112,7 +112,7 @@ def stop_requests(enabled=True):
         yield stop
         return
 
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *TERMINATING)}
     # What is ignored stays so: SIGINT is, in a script's background jobs, which are not meant when Ctrl-C ends another.
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
     process = os.getpid()
@@ -121,6 +121,7 @@ def stop_requests(enabled=True):
         if os.getpid() != process:  # A forked data worker inherits this handler; it ends with its parent.
             return
         stop.signal = number
+        leave_terminal(number)
         for each, handler in before.items():
             signal.signal(each, handler)
 

@@ -110,9 +110,12 @@ class Run:
         if asked.get("restart"):
             return
         saved, finished = read_state(self.path(".state"), mmap=True), self._finished_arguments()
+        # A few steps' timings give way to those of a whole run, but not to those of another run's steps.
+        recorded = self._finished_arguments(even_cut_short=bool(asked.get("max_steps")))
         own = {} if asked.get("resume") else {name: asked.get(name) for name in self.only_of_records}
+        own.pop("max_steps", None)
         self._refuse_another(self.path(".state"), saved and saved["arguments"], self.arguments)
-        self._refuse_another(self.path(".json"), finished, as_recorded(self.arguments | own))
+        self._refuse_another(self.path(".json"), recorded, as_recorded(self.arguments | own))
         if asked.get("resume"):
             return
         if self._is_interrupted(saved, finished):
@@ -152,17 +155,19 @@ class Run:
         self.world.say(f"{self.path('.json')} is finished; nothing to resume")
         return True
 
-    def _finished_arguments(self, path=None):
-        """The arguments in the record at `path`, by default this run's, a dict; None when there is no record, and when
-        --max_steps cut its run short."""
+    def _finished_arguments(self, path=None, even_cut_short=False):
+        """The arguments in the record at `path`, by default this run's, a dict; None when there is no record, and,
+        unless `even_cut_short`, when --max_steps cut its run short."""
         path = path or self.path(".json")
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             arguments = {"num_epoch": None} | record["arguments"] | {"precision": record.get("precision")}
             arguments = as_recorded(arguments, record.get("places"))
-        except (OSError, ValueError, KeyError, TypeError):
+            # Of an epoch that was cut short there are no results.
+            cut_short = arguments.get("max_steps") and "loss" not in record["epochs"][-1]
+        except (OSError, ValueError, KeyError, TypeError, IndexError):
             return None
-        return None if arguments.get("max_steps") else arguments
+        return None if cut_short and not even_cut_short else arguments
 
     # ------------------------------------------------------------------------------------------------- its epochs
 

@@ -11,22 +11,22 @@ import numpy as np
 from harness.endings import UserError
 from harness.runs import FORMAT
 from reporting import shapes
-from reporting.shapes import ANY, COUNT, NUMBER, PAIR, POSITIVE, TEXT, each, maybe
+from reporting.shapes import ANY, COUNT, NUMBER, PAIR, POSITIVE, TEXT, WHOLE, each, maybe
 
 # Samples and candidates of SimCLS, and what resnext/evaluate.py writes.
 NO_RECORD = re.compile(r"\d+\.json|\w+\.settings\.json|provenance\.json|.+\.evaluation\.json")
 EVALUATION = "simcls_evaluation"
 # The experiments, and the arguments without which a record of theirs says too little to be compared.
 OF_IMAGES = {
-    "model": TEXT, "dataset": TEXT, "batch_size": COUNT, "num_worker": COUNT, "half_precision": maybe(ANY),
+    "model": TEXT, "dataset": TEXT, "batch_size": WHOLE, "num_worker": COUNT, "half_precision": maybe(ANY),
     "loader": maybe(TEXT), "data_dir": maybe(TEXT),
 }  # fmt: skip
-OF_ALL = {"seed": maybe(COUNT), "max_steps": maybe(COUNT), "num_epoch": maybe(COUNT), "batch_size": maybe(COUNT)}
+OF_ALL = {"seed": maybe(COUNT), "max_steps": maybe(COUNT), "num_epoch": maybe(COUNT), "batch_size": maybe(WHOLE)}
 ARGUMENTS = {
     "resnext": OF_IMAGES,
     "resnext_checkpoint": OF_IMAGES | {"policy": TEXT, "memory_budget": maybe(NUMBER)},
     "resnext_fast": OF_IMAGES | {"policy": maybe(TEXT), "memory_budget": maybe(NUMBER)},
-    "simcls": {"batch_size": COUNT, "num_workers": COUNT, "half_precision": maybe(ANY), "use_checkpoint": ANY},
+    "simcls": {"batch_size": WHOLE, "num_workers": COUNT, "half_precision": maybe(ANY), "use_checkpoint": ANY},
     EVALUATION: {},
 }
 MACHINE = {
@@ -120,7 +120,7 @@ def _json_files(folder):
         return [folder]
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name one that holds run records, as bash run.sh makes them")
-    return [path for path in folder.rglob("*.json") if not NO_RECORD.fullmatch(path.name)]
+    return [path for path in folder.rglob("*.json") if not NO_RECORD.fullmatch(path.name) and path.is_file()]
 
 
 def _read(path):

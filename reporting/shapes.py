@@ -1,13 +1,13 @@
 """What a JSON value must look like, and what is wrong with one that does not."""
 
-import math
+import sys
 
 # A shape is a pair (words, test); a dict, name -> shape, whose names must be there; or what a function below makes.
 
 
 def is_number(value):
-    """Whether `value` is a finite number, and no truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether `value` is a finite number that a float can hold, and no truth value."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 ANY = ("anything", lambda value: True)
@@ -15,6 +15,7 @@ TEXT = ("text", lambda value: isinstance(value, str))
 NUMBER = ("a number", is_number)
 POSITIVE = ("a number above 0", lambda value: is_number(value) and value > 0)
 COUNT = ("a whole number", lambda value: is_number(value) and isinstance(value, int) and value >= 0)
+WHOLE = ("a whole number above 0", lambda value: COUNT[1](value) and value > 0)
 PAIR = ("two numbers", lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_number, value)))
 DICT = ("an object", lambda value: isinstance(value, dict))
 

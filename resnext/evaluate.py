@@ -10,6 +10,7 @@ The record beside the .pt says what else is needed. Without one, as beside weigh
 """
 
 import argparse
+import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -22,7 +23,7 @@ import torch
 from confusion import WIDEST_TABLE, Predictions, class_lines, draw_matrix, draw_mistakes, matrix_lines
 from export_model import export
 from harness import devices, endings
-from harness.arguments import OneLineParser, positive_float, positive_int
+from harness.arguments import OneLineParser, fraction, positive_int, share
 from harness.endings import UserError
 from harness.files import atomic_write, write_json
 from harness.precision import choose_precision
@@ -41,8 +42,8 @@ def get_args_parser():
     add("--export", type=Path, metavar="FILE", help="write the model to a .pt2 (torch.export) or .onnx file")
     add("--dataset", choices=("cifar10", "digits", "folder"), help="by default the run's")
     add("--data_dir", type=Path, help="where the pictures are; by default where the run had them")
-    add("--mean", type=float, nargs=3, metavar="X", help="of the channels in [0, 1]; by default the run's")
-    add("--std", type=positive_float, nargs=3, metavar="X", help="of the channels in [0, 1]; by default the run's")
+    add("--mean", type=share, nargs=3, metavar="X", help="of the channels in [0, 1]; by default the run's")
+    add("--std", type=fraction, nargs=3, metavar="X", help="of the channels in [0, 1]; by default the run's")
     add("--batch_size", type=positive_int, help="pictures at a time; by default the run's")
     add("--output_dir", type=Path, help="where the figures and numbers go; by default beside the weights")
     devices.add_arguments(parser)
@@ -77,8 +78,9 @@ def main():
         classify(args.pictures, model, known, precision, layout)
     if on_test_pictures:
         data.statistics = known.mean, known.std
+        judged = what_is_judged(args, data, known)
         batches = evaluation_batches(data, args.batch_size or settings.get("batch_size", 128), device)
-        tell(args, record, data, predict(model, batches, precision, layout))
+        tell(args, record, data, judged, predict(model, batches, precision, layout))
 
 
 # ----------------------------------------------------------------------------------- what the weights alone do not say
@@ -153,13 +155,26 @@ def predict(model, batches, precision, layout):
     return Predictions(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def tell(args, record, data, predictions):
+def what_is_judged(args, data, known):
+    """What an evaluation is of, as its JSON says; UserError where one of something else would be replaced."""
+    judged = {"digest": data.digest, "mean": known.mean.tolist(), "std": known.std.tolist()}
+    path = (args.output_dir or args.run.parent) / f"{args.run.stem}.evaluation.json"
+    try:
+        there = json.loads(path.read_bytes())["data"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return judged
+    if there != judged:
+        raise UserError(f"{path} is of other pictures, or of another --mean and --std; name another --output_dir")
+    return judged
+
+
+def tell(args, record, data, judged, predictions):
     """Print what the predictions for the test pictures of `data` show, and write it as figures and JSON."""
     matrix = predictions.confusion(len(data.classes))
     mistakes = predictions.surest_mistakes()
     files = data.test_files or [f"test picture {number}" for number in range(len(data.test_labels))]
     accuracy = f"test accuracy {predictions.accuracy():.2f} % of {len(files)} pictures"
-    print(f"{accuracy}{beside_record(record, predictions)}\n")
+    print(f"{accuracy}{beside_record(record, judged, predictions)}\n")
     print(*class_lines(matrix, data.classes), sep="\n")
     if len(data.classes) <= WIDEST_TABLE:
         print("", *matrix_lines(matrix, data.classes), sep="\n")
@@ -178,6 +193,7 @@ def tell(args, record, data, predictions):
     by_class = {name: 100 * matrix[label, label] / matrix[label].sum() for label, name in enumerate(data.classes)}
     results = {
         "weights": args.run.name,
+        "data": judged,
         "test_acc": predictions.accuracy(),
         "test_acc_by_class": by_class,
         "confusion": matrix.tolist(),
@@ -194,8 +210,11 @@ def tell(args, record, data, predictions):
     print(f"\nwritten: {folder / args.run.stem}.{{evaluation.json,{'.png,'.join(figures)}.png}}")
 
 
-def beside_record(record, predictions):
-    """What the run's record says of the same accuracy, in words to follow it."""
+def beside_record(record, judged, predictions):
+    """What the run's record says of the same accuracy, in words to follow it; "" where that is of something else."""
+    facts = record.get("data", {})
+    if any(facts.get(name, value) != value for name, value in judged.items()):
+        return ""
     told = [epoch["test_acc"] for epoch in record.get("epochs", []) if "test_acc" in epoch]
     if not told:
         return ""

@@ -138,10 +138,10 @@ def test_the_weight_of_the_likelihood_is_fitted_on_validation(monkeypatch):
         places = choices.by_scorer(list(known.scores), samples, each)
         chosen[name] = np.mean([known.figures[number][place] for number, place in enumerate(places)])
     assert chosen["fitted"] - chosen["alone"] == pytest.approx(fitted["gain"])
-    known.scores = known.figures + np.random.default_rng(1).normal(0, 0.05, (200, 6))
-    both = likelihood.fit(1.0, known, args, None, world)  # The means have an error of 0.1, the scores half of it.
-    assert both["weight"] == pytest.approx(0.05**2 / 0.1**2, rel=0.2)
-    assert both["slope"] == pytest.approx(0.2, abs=3 * both["error"])
+    known.scores = known.figures + np.random.default_rng(1).normal(0, 0.2, (200, 6))
+    both = likelihood.fit(1.0, known, args, None, world)  # The means have an error of 0.1, the scores twice of it.
+    assert both["weight"] == pytest.approx(0.2**2 / 0.1**2, rel=0.2)
+    assert both["slope"] == pytest.approx(0.8, abs=3 * both["error"])
     known.scores = known.figures  # A scorer that knows all needs no likelihood.
     knowing = likelihood.fit(100.0, known, args, None, world)
     assert (knowing["weight"], knowing["gain"]) == (pytest.approx(0, abs=1e-9), 0)
@@ -159,7 +159,19 @@ def test_the_error_of_the_slope_is_that_over_documents():
         found.append(likelihood.regress(judged))
     slopes, errors = (np.array([each[name] for each in found]) for name in ("slope", "error"))
     assert np.sqrt(np.mean(errors**2)) == pytest.approx(slopes.std(), rel=0.15)
-    assert all((each["weight"] == 0) == (each["slope"] <= each["error"]) for each in found)
+    assert all(each["weight"] == 0 for each in found if each["slope"] <= each["error"] or each["gain"] == 0)
+    assert any(each["weight"] > 0 for each in found)
+
+
+def test_a_weight_that_gains_nothing_is_none():
+    """Beside the scores, likelihood says which of the worst two is worse, and is wrong of the best two."""
+    scores, rouge = np.array([3.0, 2.9, 1.0, 1.0]), np.array([3.0, 2.8, 2.0, 0.0])
+    likelihood_of = np.stack([np.array([-1.2, -1.0, -1.0, -3.0]), np.ones(4)], -1)
+    draws = np.random.default_rng(0)
+    judged = [(scores, likelihood_of, rouge + draws.normal(0, 0.01, 4)) for _ in range(20)]
+    fitted = likelihood.regress(judged)
+    assert fitted["slope"] > fitted["error"]
+    assert (fitted["weight"], fitted["gain"]) == (0, 0)
 
 
 def test_shares_of_processes_make_one_fit():

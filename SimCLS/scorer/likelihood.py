@@ -55,8 +55,8 @@ def regress(judged, total=lambda sums: sums):
 
     "weight" and "power" are as `combine` takes them. "slope" is the ROUGE that a unit of the likelihood is worth beside
     the score, "error" its standard error, documents being independent and their candidates not (Liang and Zeger 1986).
-    The weight is the slope by that of the score; it is 0 where the slope is within its error. "gain" is the mean ROUGE
-    that choosing so adds here.
+    The weight is the slope by that of the score; it is 0 where the slope is within its error, or choosing so adds
+    nothing here. "gain" is the mean ROUGE that it adds.
 
     judged: for each document of this process (scores float64 [candidates], likelihood [candidates, 2], ROUGE float64
     [candidates]). total: sums an array over the processes.
@@ -83,7 +83,9 @@ def regress(judged, total=lambda sums: sums):
         for scores, likelihood, rouge in judged
     ]
     gain, documents = total(np.array([sum(gains, 0.0), len(gains)]))
-    return fitted | {"gain": float(gain / documents)}
+    if gain <= 0:
+        fitted["weight"] = 0.0
+    return fitted | {"gain": max(0.0, float(gain / documents))}
 
 
 def fitted_to(path):

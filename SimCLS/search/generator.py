@@ -47,7 +47,9 @@ def add_search_arguments(parser):
     search.add_argument("--top_p", type=arguments.fraction, default=0.9, help="of --search sample: the probability of "
         "the tokens that are drawn from (default: %(default)s)")  # fmt: skip
     search.add_argument("--seed", type=arguments.seed, default=0, help="of --search sample (default: %(default)s)")
-    search.add_argument("--length_penalty", type=float, help="exponent of the length that scores are divided by *")
+    search.add_argument(
+        "--length_penalty", type=arguments.finite_float, help="exponent of the length that scores are divided by *"
+    )
     search.add_argument("--min_length", type=arguments.non_negative_int, help="tokens before the end *")
     search.add_argument("--no_repeat_ngram_size", type=arguments.non_negative_int, help="0 allows repetition *")
     search.add_argument("--decoder_max_len", type=integer, help=f"most tokens of a candidate (* or {SUMMARY_LENGTH})")
@@ -230,7 +232,8 @@ class CandidateGenerator:
         try:
             self.searches = make_searches(model, settings.get("searches", [settings]))
         except ValueError as error:
-            raise UserError(str(error)) from None
+            where = f" ({model.name_or_path}/generation_config.json)" if "generation config" in str(error) else ""
+            raise UserError(f"{error}{where}") from None
         self.pad_token = self.searches[0].pad_token
 
     def tokenize(self, texts):

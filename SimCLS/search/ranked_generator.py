@@ -53,6 +53,11 @@ class RankedSamples(torch.utils.data.Dataset):
         return epoch_and_number[1]
 
     @property
+    def all_tied(self):
+        """Whether no document has candidates of different scores."""
+        return all(len(set(scores)) < 2 for scores in self.rouge)
+
+    @property
     def document_lengths(self):
         """Tokens of each document, int64 [samples]."""
         return np.array([len(source) for source in self.sources])

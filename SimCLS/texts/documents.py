@@ -19,6 +19,8 @@ from harness.endings import UserError
 FOLDER = Path(__file__).resolve().parent.parent
 SPLIT_SEED = 42
 FEWEST_DOCUMENTS = 10
+# How files begin that gzip has packed, and that bzip2, xz and zip have.
+GZIP, PACKED = b"\x1f\x8b", (b"BZh", b"\xfd7zXZ", b"PK\x03\x04")
 LONGEST_NAME = 200  # bytes; file systems allow 255, and callers add to the name
 
 # White space and control characters: a superset of what str.splitlines() splits on, because the candidate files
@@ -63,31 +65,28 @@ def read_documents(path, document_column="abstract", summary_column="title"):
 
 
 def read_column(path, column):
-    """Yield the text in a column of a .csv or .csv.gz file, row by row, "" where a row is too short for it.
+    """Yield the text in a column of a .csv or .csv.gz file, row by row.
 
     The file is never in memory as a whole. Raises UserError as `read_documents`, and for a row that has more fields
-    than the header.
+    than the header, or ends before the column.
     """
     csv.field_size_limit(2**31 - 1)
     rows = None
     try:
-        with (
-            gzip.open(path, "rt", encoding="utf-8-sig", newline="")
-            if path.suffix == ".gz"
-            else open(path, encoding="utf-8-sig", newline="") as file
-        ):
-            rows = csv.reader(file, strict=True)
-            header = [clean(name) for name in next(rows, [])]
-            if column not in header:
-                raise UserError(f"{path} has no column {column!r}; its columns are: {', '.join(map(repr, header))}")
-            place = header.index(column)
+        with open(path, "rb") as file:
+            lines = gzip.GzipFile(fileobj=file) if file.peek(len(GZIP)).startswith(GZIP) else file
+            rows = csv.reader(io.TextIOWrapper(lines, encoding="utf-8-sig", newline=""), strict=True)
+            header = next(rows, [])
+            (place,) = _places(path, header, [column])
             for row in filter(None, rows):
                 if len(row) > len(header):
                     raise UserError(
                         f"{path}, line {rows.line_num}: {len(row)} fields, and the header has {len(header)}; put a "
                         "field with commas in quotation marks"
                     )
-                yield row[place] if len(row) > place else ""
+                if len(row) <= place:
+                    raise UserError(f"{path}, line {rows.line_num}: the row ends before its column {column!r}")
+                yield row[place]
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is no complete gzip file ({error}); fetch it again") from None
     except UnicodeDecodeError as error:
@@ -165,6 +164,21 @@ def _hash(text):
     return hashlib.blake2b(f"{SPLIT_SEED} {text}".encode(), digest_size=16).digest()
 
 
+def _places(path, header, columns):
+    """The places of `columns` in the `header` of the file `path`; UserError for one that is not there once."""
+    header = [clean(name) for name in header]
+    for column in columns:
+        if column not in header:
+            advice = "; its first line is empty" if not header else f"; its columns are: {', '.join(map(repr, header))}"
+            parted = next((mark for mark in ";\t|" if mark in "".join(header)), None)
+            if parted and len(header) == 1:
+                advice += f"; they are parted by {parted!r}: save it with commas"
+            raise UserError(f"{path} has no column {column!r}{advice}")
+        if header.count(column) > 1:
+            raise UserError(f"{path} has {header.count(column)} columns {column!r}; name each of them otherwise")
+    return [header.index(column) for column in columns]
+
+
 def _read_columns(path, *columns):
     """The text of the named columns, one tuple a row."""
     # A field of a document may well be longer than csv's default limit of 131,072 characters.
@@ -174,11 +188,7 @@ def _read_columns(path, *columns):
         header = next(rows, None)
         if header is None:
             raise UserError(f"{path} is empty; it needs a header row and at least {FEWEST_DOCUMENTS} documents")
-        header = [clean(column) for column in header]
-        missing = [column for column in columns if column not in header]
-        if missing:
-            raise UserError(f"{path} has no column {missing[0]!r}; its columns are: {', '.join(map(repr, header))}")
-        places = [header.index(column) for column in columns]
+        places = _places(path, header, columns)
         found = []
         for row in filter(None, rows):  # Of a blank line comes nothing.
             if len(row) < len(header) or any(row[len(header) :]):
@@ -195,8 +205,10 @@ def _read_columns(path, *columns):
 def _read_text(path):
     try:
         data = path.read_bytes()
-        if path.suffix == ".gz":
+        if data.startswith(GZIP):
             data = gzip.decompress(data)
+        elif data.startswith(PACKED) or path.suffix == ".gz":
+            raise UserError(f"{path} is packed, and not by gzip; unpack it")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is no complete gzip file ({error}); fetch it again") from None
     except OSError as error:
