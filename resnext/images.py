@@ -153,6 +153,8 @@ def _load_folder(data_dir, size):
     for has, lacks, classes in (("test", "train", test.keys() - train), ("train", "test", train.keys() - test)):
         if classes:
             raise UserError(f"{data_dir / has} has the class {min(classes)!r}, which {data_dir / lacks} lacks")
+    if len(train) == 1:
+        raise UserError(f"{data_dir} has the class {min(train)!r} alone; there is nothing to tell it from")
     arrays, files = [], []
     for classes in (train, test):
         files = [(path, label) for label, name in enumerate(sorted(train)) for path in classes[name]]

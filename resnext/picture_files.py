@@ -37,8 +37,6 @@ def list_classes(folder):
             raise UserError(f"{path} has no picture in it, but stands for a class; put some there, or remove it")
     if not classes:
         raise UserError(f"{folder} has no class folders with pictures in them; it needs <class>/*.png or the like")
-    if len(classes) == 1:
-        raise UserError(f"{folder} has the class {next(iter(classes))} alone; there is nothing to tell it from")
     return classes, left_out
 
 

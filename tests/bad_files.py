@@ -1,5 +1,6 @@
 """Bad input of every kind, on disk, for the table of bad_inputs.py."""
 
+import bz2
 import gzip
 import json
 import os
@@ -12,6 +13,7 @@ import tiny_inputs
 import torch
 import transformers
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from models.resnext import ResNeXt
 
@@ -49,6 +51,8 @@ def make_pictures(good, bad):
     for path in (bad / "no_picture/train/light").iterdir():
         path.rename(path.with_suffix(".txt"))
     shutil.rmtree(bad / "lost_class/test/light")
+    for split in ("train", "test"):
+        shutil.copytree(good / split / "dark", bad / "one_class" / split / "dark")
     Image.new("F", (32, 32)).save(bad / "float/train/dark/0.tif")
     (bad / "pipe/test/dark/0.png").unlink()
     os.mkfifo(bad / "pipe/test/dark/0.png")
@@ -76,7 +80,9 @@ def make_tables(folder):
         "few.csv": "\n".join(["abstract,title", *rows[:9]]),
         "same.csv": "\n".join(["abstract,title", *(f"text,summary {index}" for index in range(20))]),
         "quote.csv": "\n".join(["abstract,title", rows[0], 'an "open quote, "that never ends', '"x', *rows]),
-        "text.csv.gz": "\n".join(["abstract,title", *rows]),
+        "semicolons.csv": "\n".join(["abstract;title", *rows]),
+        "doubled.csv": "\n".join(["abstract,abstract,title", *(f"short,{row}" for row in rows)]),
+        "late.csv": "\n".join(["", "abstract,title", *rows]),
     }
     folder.mkdir()
     for name, text in texts.items():
@@ -88,6 +94,8 @@ def make_tables(folder):
     lines = [b"abstract,title", *(row.encode() for row in rows)]
     lines[7] = b"caf\xe9,title"
     (folder / "latin.csv").write_bytes(b"\n".join(lines))
+    (folder / "packed.csv").write_bytes(bz2.compress(texts["few.csv"].encode()))
+    (folder / "short.csv").write_text("number,abstract\n1,one text\n2\n")
     (folder / "cut.csv.gz").write_bytes(gzip.compress(texts["few.csv"].encode())[:-9])
 
 
@@ -110,6 +118,7 @@ def make_models(good, folder):
         shutil.copytree(good / "t5", folder / name)
         usual = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
         (folder / name / "generation_config.json").write_text(json.dumps(usual | config))
+    make_damaged_weights(good / "t5", folder)
     make_bart(good, folder / "bart")
     (folder / "bad_config/config.json").write_text('{"model_type": "t5",')
     code = "open('the-pickle-ran', 'w')\nfrom transformers import T5Config as Config\n"
@@ -117,6 +126,26 @@ def make_models(good, folder):
     classes = ("AutoConfig", "AutoModelForSeq2SeqLM", "AutoModelForTextEncoding", "AutoModel")
     config = {"model_type": "evil", "auto_map": dict.fromkeys(classes, "evil.Config")}
     (folder / "remote/config.json").write_text(json.dumps(config))
+
+
+def make_damaged_weights(good, folder):
+    """Models that transformers loads without a word, and that are not what they were; and files that it cannot name."""
+    for name in ("lacking", "renamed", "not_finite", "cut_config", "pointer", "empty_vocabulary"):
+        shutil.copytree(good, folder / name)
+    weights = load_file(good / "model.safetensors")
+    attention = [name for name in weights if name.startswith("decoder.block.0.layer.0.")]
+    nan = weights["shared.weight"].clone()
+    nan[7] = float("nan")
+    changed = {
+        "lacking": {name: value for name, value in weights.items() if name not in attention},
+        "renamed": {f"model.{name}": value for name, value in weights.items()},
+        "not_finite": weights | {"shared.weight": nan},
+    }
+    for name, content in changed.items():
+        save_file(content, folder / name / "model.safetensors", metadata={"format": "pt"})
+    (folder / "cut_config/generation_config.json").write_text('{"num_beams": ')
+    (folder / "pointer/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
+    (folder / "empty_vocabulary/spiece.model").write_bytes(b"")
 
 
 def make_bart(good, folder):
@@ -152,7 +181,8 @@ def make_samples(good, folder):
         "sentences": sample | {"article": "one text"},
         "score": sample | {"candidates": [["one text", 1.0]]},
         "count": sample | {"candidates": sample["candidates"][:5]},
-        "tied": sample | {"candidates": [[text, 0.5] for text, _ in sample["candidates"]]},
+        "tied": sample
+        | {name: [[text, 0.5] for text, _ in sample[name]] for name in ("candidates", "candidates_untok")},
         "no_candidates": sample | {"candidates": [], "candidates_untok": []},
     }
     for name, content in changes.items():
@@ -160,6 +190,9 @@ def make_samples(good, folder):
         content = content if isinstance(content, bytes) else json.dumps(content).encode()
         (folder / name / "train/3.json").write_bytes(content)
         (folder / name / "val").symlink_to(good / "val")
+    (folder / "all_tied").mkdir()
+    for split in ("train", "val"):
+        (folder / "all_tied" / split).symlink_to(folder / "tied/train")
     (folder / "chinese/val").mkdir(parents=True)
     (folder / "chinese/train").symlink_to(good / "train")
     (folder / "chinese/val/3.json").write_text(json.dumps(sample | {"abstract": ["猫坐在垫子上"]}))

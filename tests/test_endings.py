@@ -140,6 +140,54 @@ def test_what_an_encoding_lacks_is_marked_and_an_ignored_signal_stays_ignored(en
     assert ended.stdout == b"a dash " + dash + b" and a name that is no text: \\udce9\n"
 
 
+HANGS_UP = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+from harness import endings
+from harness.resume import stop_requests
+def main():
+    with stop_requests() as stop:
+        os.kill(os.getpid(), signal.SIGHUP)
+        print("to a terminal that has gone", flush=True)
+        assert stop
+        open("saved", "w").close()
+        stop.leave("--resume goes on")
+endings.run(main)
+"""
+
+
+@pytest.mark.parametrize("kind", ["terminal", "pipe", "file"])
+def test_a_terminal_that_hangs_up_stops_a_run_as_sigterm_does(kind, tmp_path):
+    """Though nothing can be printed any more, where that was a terminal or a pipe."""
+    reader, writer = os.openpty() if kind == "terminal" else os.pipe()
+    with open(tmp_path / "log", "wb") as file:
+        out = file if kind == "file" else writer
+        command = [sys.executable, "-c", HANGS_UP, os.path.dirname(os.path.dirname(endings.__file__))]
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=out)
+        os.close(writer)
+        os.close(reader)
+        assert process.wait() == 129
+    assert (tmp_path / "saved").exists()
+    lines = "to a terminal that has gone\n-c: terminated; --resume goes on\n"
+    assert (tmp_path / "log").read_text() == (lines if kind == "file" else "")
+
+
+def test_streams_that_are_closed_take_what_is_printed():
+    command = f"{sys.executable} -c '{CLOSED}' {os.path.dirname(os.path.dirname(endings.__file__))} >&- 2>&-"
+    assert subprocess.run(command, shell=True).returncode == 2
+
+
+CLOSED = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from harness import endings
+def main():
+    print("for nobody", sys.stderr.isatty())
+    raise endings.UserError("what is wrong")
+endings.run(main)
+"""
+
+
 def test_a_rank_that_is_empty_does_not_hide_the_line(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "")
     with pytest.raises(SystemExit):

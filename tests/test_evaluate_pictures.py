@@ -81,6 +81,18 @@ def test_on_the_test_pictures(place):
     assert "evaluation" not in report.err
 
 
+def test_an_evaluation_of_other_pictures_replaces_none_and_claims_nothing_of_the_record(place):
+    evaluate(place)
+    before = (place / f"model_history/{NAME}.evaluation.json").read_bytes()
+    shutil.copytree(place / "pictures", place / "others")
+    (place / "others/test/dark/0.png").unlink()
+    evaluate(place)  # Of the same again.
+    for other in (["--data_dir", "others"], ["--mean", 0.1, 0.1, 0.1]):
+        assert f"{NAME}.evaluation.json is of other pictures, or of another --mean" in evaluate(place, *other, code=2)
+        assert "record says" not in evaluate(place, *other, "--output_dir", f"own{len(other)}")
+    assert (place / f"model_history/{NAME}.evaluation.json").read_bytes() == before
+
+
 def test_ones_own_pictures(place):
     Image.new("L", (90, 50), 250).save(place / "wide.pgm")
     lines = evaluate(place, "--pictures", "pictures/test/light/0.png", "wide.pgm").splitlines()

@@ -74,7 +74,7 @@ def read_column(path, column):
     rows = None
     try:
         with open(path, "rb") as file:
-            lines = gzip.GzipFile(fileobj=file) if file.peek(len(GZIP)).startswith(GZIP) else file
+            lines = gzip.GzipFile(fileobj=file) if _is_zipped(path, file.peek(4)) else file
             rows = csv.reader(io.TextIOWrapper(lines, encoding="utf-8-sig", newline=""), strict=True)
             header = next(rows, [])
             (place,) = _places(path, header, [column])
@@ -202,13 +202,19 @@ def _read_columns(path, *columns):
         raise UserError(f"{path}, line {rows.line_num}: not a CSV file ({error})") from None
 
 
+def _is_zipped(path, start):
+    """Whether a file that begins with the bytes `start` is one of gzip, whatever its name; UserError where something
+    else has packed it."""
+    if start.startswith(PACKED):
+        raise UserError(f"{path} is packed, and not by gzip; unpack it")
+    return start.startswith(GZIP)
+
+
 def _read_text(path):
     try:
         data = path.read_bytes()
-        if data.startswith(GZIP):
+        if _is_zipped(path, data):
             data = gzip.decompress(data)
-        elif data.startswith(PACKED) or path.suffix == ".gz":
-            raise UserError(f"{path} is packed, and not by gzip; unpack it")
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is no complete gzip file ({error}); fetch it again") from None
     except OSError as error:
