@@ -55,7 +55,7 @@ class Epoch:
     def end(self, result):
         """Take the epoch down, with `result`, what its evaluation found (None where a stop has cut that short).
 
-        Saves the state. After SIGINT or SIGTERM the script ends here. UserError when the epoch's loss is not finite.
+        Saves the state. After a signal the script ends here. UserError when the epoch's loss is not finite.
         """
         run, evaluation_seconds = self.run, time.perf_counter() - self._steps_ended
         if run.part and run.part["samples"] > self.samples:

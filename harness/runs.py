@@ -172,8 +172,8 @@ class Run:
     # ------------------------------------------------------------------------------------------------- its epochs
 
     def epochs(self, phase, batches, **state):
-        """Yield an Epoch for each that is left of --num_epoch. Meanwhile a first SIGINT or SIGTERM only sets `stop`, so
-        that an epoch can end its step and save.
+        """Yield an Epoch for each that is left of --num_epoch. Meanwhile a first SIGINT, SIGTERM or SIGHUP only
+        sets `stop`, so that an epoch can end its step and save.
 
         phase: the PhaseTimer of the steps. batches: the EpochBatches of the loader. state: name -> object with
         state_dict and load_state_dict, all that a resumed run needs.

@@ -127,7 +127,7 @@ def kill_while_files_change(trial):
 
 
 def signals(trial):
-    number, code = trial.random.choice([(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+    number, code = trial.random.choice([(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
     for attempt in range(5):
         folder = trial.folder / str(attempt)
         folder.mkdir()
@@ -141,7 +141,8 @@ def signals(trial):
             break
     else:
         raise Unavailable(f"each of {attempt + 1} runs had ended before its signal")
-    said_in_one_line(script, code, "interrupted|terminated")
+    if number != signal.SIGHUP:  # There is nobody left to say it to.
+        said_in_one_line(script, code, "interrupted|terminated")
     trial.goes_on(folder)
 
 
@@ -327,7 +328,7 @@ KILLS = {
     "SIGKILL while files change": kill_while_files_change,
 }
 OTHERS = {
-    "SIGINT or SIGTERM": signals,
+    "SIGINT, SIGTERM or SIGHUP": signals,
     "full disk": full_disk,
     "read-only disk": read_only_disk,
     "GPU out of memory": out_of_gpu_memory,

@@ -12,7 +12,7 @@ FAULTS = KILLS | OTHERS | WITH_WORKERS
 SHORT = {
     "SIGKILL at a random moment": ["resnext_checkpoint.py", "resnext_fast.py", "finetune_model.py", "main.py"],
     "SIGKILL while files change": ["resnext.py", "finetune_model.py", "gen_candidate.py", "preprocess.py", "main.py"],
-    "SIGINT or SIGTERM": ["resnext.py", "finetune_model.py", "gen_candidate.py", "main.py"],
+    "SIGINT, SIGTERM or SIGHUP": ["resnext.py", "finetune_model.py", "gen_candidate.py", "main.py"],
     "full disk": ["resnext.py", "finetune_model.py", "gen_candidate.py", "main.py"],
     "read-only disk": ["main.py", "gen_candidate.py"],
     "GPU out of memory": ["resnext_checkpoint.py", "finetune_model.py", "main.py"],
@@ -69,5 +69,5 @@ def test_every_fault_is_planned_for_every_script_that_can_meet_it(trials):
     planned = plan(args, trials.experiments)
     assert sum(fault.startswith("SIGKILL") and fault in KILLS for fault, _, _ in planned) == 50
     assert {fault for fault, _, _ in planned} == FAULTS.keys() | fault_kinds.MANY_PROCESSES.keys()
-    for fault in (*KILLS, "full disk", "SIGINT or SIGTERM"):
+    for fault in (*KILLS, "full disk", "SIGINT, SIGTERM or SIGHUP"):
         assert {each.name for name, _, each in planned if name == fault} == {each.name for each in trials.experiments}

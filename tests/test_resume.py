@@ -112,6 +112,19 @@ def test_a_finished_run_is_not_replaced_unasked(run, pictures, tmp_path):
     assert json.loads((tmp_path / f"{NAME}.json").read_text())["arguments"]["lr"] == 0.001
 
 
+def test_timings_of_a_few_steps_give_way_to_the_same_again_alone_and_of_all_steps_to_none(run, tmp_path):
+    few = ["--num_epoch", 1, "--max_steps", 2]
+    run(*few)
+    run(*few)
+    before = (tmp_path / f"{NAME}_2_steps.json").read_bytes()
+    assert "_2_steps.json is of a run with --lr 0.002 (now 0.003); choose" in run(*few, "--lr", 0.003, code=2).err
+    assert (tmp_path / f"{NAME}_2_steps.json").read_bytes() == before
+    whole = ["--num_epoch", 1, "--max_steps", 2000]  # There are 6.
+    run(*whole)
+    assert "_2000_steps.json is a finished run; --restart runs it again" in run(*whole, code=2).err
+    assert "nothing to resume" in run(*whole, "--resume").out
+
+
 def test_what_is_no_state_is_not_replaced_unasked(run, tmp_path):
     (tmp_path / f"{NAME}.state").write_text("no state")
     assert "not a whole training state" in run("--num_epoch", 1, code=2).err

@@ -181,7 +181,7 @@ class ScorerRun(Run):
 
     def keep_within_epoch(self, epoch, result):
         """Take down a validation before the step in hand, and save the state; UserError, with nothing written, when a
-        loss is not finite: the epoch's mean could not become so again. After SIGINT or SIGTERM the script ends here.
+        loss is not finite: the epoch's mean could not become so again. After a signal the script ends here.
 
         result: as from `validate`.
         """
