@@ -26,7 +26,7 @@ export STEPS=${STEPS:-30}
 SEEDS=${SEEDS:-0}
 resume=$([ -n "${AGAIN:-}" ] && echo --restart || echo --resume)
 cuda=$(nvidia-smi -L >/dev/null 2>&1 && echo --cuda || true)
-short_percent=10
+short_percent=20
 # A processor without instructions for bfloat16 would take minutes longer.
 half=$([ -n "$cuda" ] || grep -qw 'avx512_bf16\|amx_bf16\|bf16' /proc/cpuinfo 2>/dev/null && echo --half_precision || true)
 failed=0  # The exit code of the last training run or benchmark that failed.
@@ -191,7 +191,7 @@ choose_encoder() {
 chain() (
     samples ${short_percent}_percent $short_percent ../../../SimCLS/demo
     seed=0
-    train $simcls/main.py $learning --run_name short --num_epoch 2 --num_workers 1 $half
+    train $simcls/main.py $learning --run_name short --num_epoch 1 --num_workers 1 $half
     evaluate cache/short/evaluation.json short 50
     exit $failed  # Of this subshell.
 )
@@ -254,10 +254,10 @@ profile() {
     [ -z "$cuda" ] || size= name=resnext_2_worker_128_digits
     show bash reporting/profile.sh runs/profile/resnext resnext/resnext.py --dataset digits $size --num_worker 2 --output_dir runs/profile
     show python3 report.py --phases runs/profile/${name}_"$STEPS"_steps.json
-    samples ${short_percent}_percent $short_percent ../../../SimCLS/demo
+    samples 5_percent 5 ../../../SimCLS/demo
     show bash ../../../reporting/profile.sh ../../profile/simcls $simcls/main.py $learning --run_name profile
     show cd ../../..
-    show python3 report.py --phases runs/simcls/${short_percent}_percent/cache/profile_"$STEPS"_steps/profile_"$STEPS"_steps.json
+    show python3 report.py --phases runs/simcls/5_percent/cache/profile_"$STEPS"_steps/profile_"$STEPS"_steps.json
 }
 
 # What matters most to know first: with a lent machine, the later ones may have no time left.

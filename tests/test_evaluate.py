@@ -163,6 +163,18 @@ def test_the_error_of_the_slope_is_that_over_documents():
     assert any(each["weight"] > 0 for each in found)
 
 
+def test_the_likelihood_counts_by_a_power_that_makes_the_likelier_the_better():
+    """Though the sum, which is the lower the longer, would explain more: here longer candidates are the better ones."""
+    draws, judged = np.random.default_rng(0), []
+    for _ in range(200):
+        tokens, means, scores = draws.integers(4, 20, 6), draws.normal(-1, 0.2, 6), draws.normal(0, 1, 6)
+        rouge = scores + 0.3 * tokens + means
+        judged.append((scores, np.stack([means * tokens, tokens], -1), rouge))
+    fitted = likelihood.regress(judged)
+    assert fitted["power"] == 1.0
+    assert fitted["slope"] > 0
+
+
 def test_a_weight_that_gains_nothing_is_none():
     """Beside the scores, likelihood says which of the worst two is worse, and is wrong of the best two."""
     scores, rouge = np.array([3.0, 2.9, 1.0, 1.0]), np.array([3.0, 2.8, 2.0, 0.0])

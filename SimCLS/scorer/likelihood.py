@@ -69,7 +69,10 @@ def regress(judged, total=lambda sums: sums):
             own[place] = table @ table.T
     sums = total(moments.sum(0))
     slopes = [np.linalg.pinv(each[:2, :2]) @ each[:2, 2] for each in sums]
-    left = [each[2, 2] - each[2, :2] @ slope for each, slope in zip(sums, slopes, strict=True)]
+    # Of the powers by which the more likely candidates are the better ones, that which leaves least unexplained.
+    left = [
+        each[2, 2] - each[2, :2] @ slope if slope[1] > 0 else np.inf for each, slope in zip(sums, slopes, strict=True)
+    ]
     best = int(np.argmin(np.round(left, 12)))
     by_score, slope = slopes[best]
     own = moments[:, best]
