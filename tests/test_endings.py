@@ -156,6 +156,10 @@ endings.run(main)
 """
 
 
+def notice_hangups():
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+
 @pytest.mark.parametrize("kind", ["terminal", "pipe", "file"])
 def test_a_terminal_that_hangs_up_stops_a_run_as_sigterm_does(kind, tmp_path):
     """Though nothing can be printed any more, where that was a terminal or a pipe."""
@@ -163,7 +167,8 @@ def test_a_terminal_that_hangs_up_stops_a_run_as_sigterm_does(kind, tmp_path):
     with open(tmp_path / "log", "wb") as file:
         out = file if kind == "file" else writer
         command = [sys.executable, "-c", HANGS_UP, os.path.dirname(os.path.dirname(endings.__file__))]
-        process = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=out)
+        # The tests themselves may have been started by nohup, and what is ignored stays so.
+        process = subprocess.Popen(command, cwd=tmp_path, stdout=out, stderr=out, preexec_fn=notice_hangups)
         os.close(writer)
         os.close(reader)
         assert process.wait() == 129

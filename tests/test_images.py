@@ -177,13 +177,16 @@ def test_folder(pictures, tmp_path):
         load_images("folder", tmp_path)
     (tmp_path / "test" / "a").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "test" / "a" / "x.webp")
-    assert (load_images("folder", tmp_path).train_images == 7).all()
+    with pytest.raises(UserError, match="has the class 'a' alone"):
+        load_images("folder", tmp_path)
 
     (tmp_path / "test" / "b").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "test" / "b" / "x.png")
     with pytest.raises(UserError, match=r"class 'b', which .*train lacks"):
         load_images("folder", tmp_path)
     (tmp_path / "train" / "b").mkdir()
+    Image.new("RGB", (32, 32)).save(tmp_path / "train" / "b" / "x.png")
+    assert (load_images("folder", tmp_path).train_images[0] == 7).all()
     (tmp_path / "train" / "b" / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
     with pytest.raises(UserError, match=r"cannot decode the picture .*broken\.jpg"):
         load_images("folder", tmp_path)
