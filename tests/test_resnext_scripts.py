@@ -349,5 +349,8 @@ def test_gradients_of_two_processes_are_those_of_one(tmp_path):
     script.write_text(DDP_CHECK)
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", script, ROOT,
                ROOT / "resnext"]  # fmt: skip
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+    for _ in range(2):  # Once in many times a thread of gloo's outlives a process that is done, and torch aborts it.
+        result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+        if "terminate called without an active exception" not in result.stderr:
+            break
     assert result.returncode == 0, result.stderr
