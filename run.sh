@@ -179,7 +179,7 @@ samples() {
 choose_encoder() {
     learning="--dataset samples --batch_size 4 --accumulate_step 1 --total_len 96 --max_len 32 $cuda"
     if [ -n "${DRY:-}" ] || python3 $simcls/scorer/minilm.py; then
-        # That its four lowest layers of six learn, too, changes nothing but the time (docs/log.md).
+        # With its four lowest layers of six as they are, a step takes half of the time; what it chooses: docs/log.md.
         learning+=" --model_type minilm --lr 1e-4 --frozen_layers 4"
     else
         learning+=" --model_type $simcls/demo --lr 3e-4"

@@ -68,12 +68,6 @@ def load(name, kind, problem, advice, dtype=torch.float32, **settings):
 
 def check_files(folder):
     """ValueError that names a file of a model's folder that is damaged: the library passes over some of them."""
-    for path in sorted(path for pattern in JSON_FILES for path in folder.glob(pattern)):
-        if path.read_bytes()[: len(LFS_POINTER)] != LFS_POINTER:
-            try:
-                json.loads(path.read_bytes())
-            except ValueError:
-                raise ValueError(f"{path.name} is not whole JSON") from None
     for path in sorted(path for path in folder.glob("*") if path.is_file()):
         with open(path, "rb") as file:
             start = file.read(len(LFS_POINTER))
@@ -81,6 +75,11 @@ def check_files(folder):
             raise ValueError(f"{path.name} is a pointer to the file itself, which git lfs pull fetches")
         if not start and path.suffix in (".model", ".safetensors", ".bin"):
             raise ValueError(f"{path.name} is empty")
+    for path in sorted(path for pattern in JSON_FILES for path in folder.glob(pattern)):
+        try:
+            json.loads(path.read_bytes())
+        except ValueError:
+            raise ValueError(f"{path.name} is not whole JSON") from None
 
 
 def check_weights(model, missing):

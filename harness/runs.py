@@ -46,7 +46,7 @@ class Run:
     title = "training"  # The NVTX range around all epochs.
     elsewhere = "output folder"  # What to choose another of where a name is taken.
     saves_within_epochs = False  # Else after epochs alone.
-    only_of_records = ("max_steps",)  # Of `not_results`, what tells finished runs apart all the same.
+    only_of_records = ()  # Of `not_results`, what tells finished runs apart all the same.
 
     def __init__(self, experiment, folder, name, args, world, not_results=(), fixed_length=None, **facts):
         """fixed_length: why a finished run cannot go on to a larger --num_epoch; None where it can."""
@@ -113,7 +113,6 @@ class Run:
         # A few steps' timings give way to those of a whole run, but not to those of another run's steps.
         recorded = self._finished_arguments(even_cut_short=bool(asked.get("max_steps")))
         own = {} if asked.get("resume") else {name: asked.get(name) for name in self.only_of_records}
-        own.pop("max_steps", None)
         self._refuse_another(self.path(".state"), saved and saved["arguments"], self.arguments)
         self._refuse_another(self.path(".json"), recorded, as_recorded(self.arguments | own))
         if asked.get("resume"):
