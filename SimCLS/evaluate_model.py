@@ -45,7 +45,7 @@ from search.generator import (
     CandidateGenerator,
     add_search_arguments,
     begins_with_beam_search,
-    check_groups,
+    check_search,
     generate_samples,
     generator_dtype,
     load_generator,
@@ -135,7 +135,7 @@ def check_arguments(args):
         raise UserError("--sources goes with --summaries; the other candidates come with their documents")
     if args.generator_name and not args.samples:
         args.num_cands = args.num_cands or CANDIDATES
-        check_groups(args)
+        check_search(args)
     if not args.summaries and not args.scorer_path:
         raise UserError(f"--{sources[0]} needs --scorer_path, a scorer that main.py trained")
     if args.scorer_path and not args.scorer_path.is_file():
@@ -145,7 +145,7 @@ def check_arguments(args):
 def refuse_to_replace(output, arguments, used):
     """UserError when the file `output` is there and is not the record of an evaluation with these arguments.
 
-    used: what else the record will say, by the keys of USED; a record of before, which lacks one, is not held to it.
+    used: what else the record will say, by the keys of USED.
     """
     if not output.exists():
         return
@@ -153,7 +153,7 @@ def refuse_to_replace(output, arguments, used):
         record = json.loads(output.read_bytes())
         ours = record["experiment"] == EXPERIMENT
         was = changes({name: record["arguments"].get(name) for name in arguments}, arguments)
-        was = was or ", ".join(text for key, text in USED.items() if record.get(key, used.get(key)) != used.get(key))
+        was = was or ", ".join(text for key, text in USED.items() if record.get(key) != used.get(key))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         ours = False
     if not ours or was:
@@ -264,7 +264,9 @@ def load_search(args, world, precision, search, origin=None):
 def as_in_samples(settings, origin, args):
     """The `settings` of a search with those of the samples' provenance, but for the groups; UserError where an argument
     names another."""
-    theirs = origin["search"] | {"max_source_length": origin["max_source_length"]}
+    searches = origin["search"].get("searches", [origin["search"]])
+    of_beams = next((each for each in searches if "num_beams" in each), searches[0])
+    theirs = of_beams | {"max_source_length": origin["max_source_length"]}
     for name, argument in ASKED.items():
         asked = getattr(args, argument)
         if asked is not None and asked != theirs.get(name, asked):

@@ -35,7 +35,7 @@ from search.generator import (
     CandidateGenerator,
     add_search_arguments,
     candidates_a_document,
-    check_groups,
+    check_search,
     generator_dtype,
     length_batches,
     load_generator,
@@ -70,7 +70,7 @@ def get_args_parser():
 
 def main():
     args = get_args_parser().parse_args()
-    check_groups(args)
+    check_search(args)
     path = find_dataset(args.dataset_name)
     documents = read_documents(path, args.doc_col_name, args.sum_col_name)
     splits = {split: take_percent(part, args.dataset_percent) for split, part in split_documents(documents).items()}

@@ -33,7 +33,7 @@ from scorer.likelihood import combine, fitted_to
 from search.generator import (
     CandidateGenerator,
     add_search_arguments,
-    check_groups,
+    check_search,
     generator_dtype,
     length_batches,
     load_generator,
@@ -69,7 +69,7 @@ def get_args_parser():
 
 def main():
     args = get_args_parser().parse_args()
-    check_groups(args)
+    check_search(args)
     if args.scorer_path and not args.scorer_path.is_file():
         raise UserError(f"--scorer_path {args.scorer_path} is no file; main.py writes cache/<run>/scorer.bin")
     documents = map(clean, read_documents(args.text, args.doc_col_name))

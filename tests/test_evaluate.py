@@ -1,5 +1,6 @@
 """evaluate_model.py: its statistics, and the script as a user runs it."""
 
+import argparse
 import csv
 import functools
 import itertools
@@ -14,6 +15,7 @@ import numpy as np
 import preprocess
 import pytest
 import torch
+import transformers
 from conftest import WORDS
 from data_utils import SampleSet, tokenize_samples
 from model import load_scorer, save_scorer
@@ -26,6 +28,7 @@ from scorer import choices
 from scorer.metrics import validate
 from scorer.scorer_arguments import get_args_parser
 from scorer.significance import bootstrap_interval, permutation_test, summarise
+from search.generator import search_settings
 from texts import provenance
 from texts.samples import as_sample, read_sample, rouge_of, sample_files
 from texts.sentences import SentenceSplitter
@@ -204,8 +207,6 @@ def test_generated_candidates_are_those_of_the_chain(run_script, encoders, score
         with pytest.raises(UserError, match=f"one.json is there, an evaluation of {what};"):
             check(one["arguments"], used | {name: "another"})
     check(one["arguments"], used)
-    (tmp_path / "one.json").write_text(json.dumps({name: one[name] for name in one.keys() - used.keys()}))  # As before.
-    check(one["arguments"], used)
 
 
 SENTENCES = [
@@ -314,3 +315,19 @@ def test_files_are_scored_as_rouge_score_does(run_script, tmp_path):
     for metric, name in (("rouge1", "rouge1"), ("rouge2", "rouge2"), ("rougeL", "rougeLsum")):
         expected = np.mean([score[name].fmeasure for score in scores])
         assert record["systems"]["summaries"][metric]["mean"] == pytest.approx(expected, abs=1e-12)
+
+
+def test_the_plain_beam_beside_samples_of_several_searches_is_as_their_beams(tmp_path):
+    def searches(names, **more):
+        asked = argparse.Namespace(num_cands=4, num_groups=None, diversity_penalty=1.0, top_p=0.9, seed=0,
+                                   decoder_max_len=9, **more)  # fmt: skip
+        return search_settings(asked, transformers.GenerationConfig(), names)
+
+    args = evaluate_model.get_args_parser().parse_args(["--samples", "test"])
+    for names in ("diverse", "diverse+sample", "sample+diverse"):
+        origin = {"search": searches(names, length_penalty=2.0, min_length=3), "max_source_length": 50}
+        ours = evaluate_model.as_in_samples(searches("beam") | {"num_beams": 8}, origin, args)
+        assert ours == searches("beam", length_penalty=2.0, min_length=3)
+    args.length_penalty = 1.0
+    with pytest.raises(UserError, match="--length_penalty 1.0: the samples were made with 2.0; leave it out"):
+        evaluate_model.as_in_samples(searches("beam"), origin, args)

@@ -18,6 +18,7 @@ from utils import progress
 
 from harness import arguments, endings
 from harness.endings import UserError
+from search.ctranslate2_beams import CTranslate2Beams
 from search.diverse_beam import DiverseBeamSearch
 from search.sampling import NucleusSampling
 from search.token_rules import check_tokens
@@ -30,6 +31,7 @@ from texts.sentences import SentenceSplitter
 SOURCE_LENGTH, SUMMARY_LENGTH = 512, 64
 CANDIDATES = 16
 SEARCHES = ("diverse", "beam", "sample")
+ENGINES = {"pytorch": None, "ctranslate2": "float32", "ctranslate2_int8": "int8"}  # And the type that they compute in.
 TOKENIZED_TOGETHER = 1000
 
 
@@ -56,6 +58,8 @@ def add_search_arguments(parser):
     search.add_argument(
         "--max_source_length", type=integer, help="tokens of a document, cut there (default: the tokenizer's)"
     )
+    search.add_argument("--engine", choices=ENGINES, default="pytorch", help="of --search beam: ours, or the "
+        "optional package CTranslate2, faster on a CPU, in float32 or in int8 (default: %(default)s)")  # fmt: skip
     search.add_argument("--cand_gen_batch", type=integer, default=16, help="documents a batch (default: %(default)s)")
 
 
@@ -72,8 +76,12 @@ def candidates_a_document(args):
     return args.num_cands * len(args.search.split("+"))
 
 
-def check_groups(args):
-    """UserError unless --num_groups, where it is given, divides --num_cands."""
+def check_search(args):
+    """UserError unless --num_groups, where it is given, divides --num_cands, and --engine knows the search."""
+    if ENGINES[args.engine] and args.search != "beam":
+        raise UserError(f"--engine {args.engine} knows --search beam alone; name that, or leave the engine out")
+    if ENGINES[args.engine] and args.half_precision:
+        raise UserError(f"--engine {args.engine} computes in {ENGINES[args.engine]}; leave --half_precision out")
     if args.num_groups and args.num_cands % args.num_groups:
         raise UserError(f"--num_groups {args.num_groups} does not divide --num_cands {args.num_cands}")
 
@@ -102,13 +110,16 @@ def search_settings(args, config, search="diverse"):
     if search == "sample":
         return {"num_samples": args.num_cands, "top_p": args.top_p, "seed": args.seed, **both}
     groups = 1 if search == "beam" else args.num_groups or args.num_cands
-    return both | {
+    engine = ENGINES[getattr(args, "engine", "pytorch")]
+    if engine:
+        both |= {"engine": f"ctranslate2, {engine}", "early_stopping": True}
+    return {
         "num_beams": args.num_cands,
         "num_groups": groups,
         "diversity_penalty": args.diversity_penalty,
         "length_penalty": choose("length_penalty", 1.0),
         "early_stopping": choose("early_stopping", False),
-    }
+    } | both
 
 
 def own_length(config):
@@ -319,6 +330,10 @@ def is_of(model, tokenizer, made):
 
 def make_searches(model, settings):
     """A search for each of a list of `search_settings`; they share one decoder."""
+    if "engine" in settings[0]:
+        known = "num_beams", "max_length", "min_length", "length_penalty", "no_repeat_ngram_size"
+        of_engine = {name: settings[0][name] for name in known}
+        return [CTranslate2Beams(model, **of_engine, compute_type=settings[0]["engine"].split()[-1])]
     made, decoder = [], None
     for each in settings:
         made.append((NucleusSampling if "top_p" in each else DiverseBeamSearch)(model, **each, decoder=decoder))
