@@ -148,7 +148,8 @@ def _ratio_rows(record):
             "Lowest to highest": f"{number(ratio['low'])} to {number(ratio['high'])}",
         }
         if bound:
-            row |= {"Target": f"{bound} {limit:g}", "Reached": judge(bound, limit, ratio.get("interval"))}
+            reached = judge(bound, limit, ratio["interval"]) if ratio.get("interval") else "too few rounds"
+            row |= {"Target": f"{bound} {limit:g}", "Reached": reached}
         yield row | {"Made by": provenance([record]) or None}
 
 
@@ -172,7 +173,7 @@ def _length_of_seconds(value):
 
 @functools.cache
 def _targets(benchmark):
-    """TARGETS of the script of `benchmark`, as common.find_target takes them; {} without any."""
+    """TARGETS of the script of `benchmark`, as verdicts.find_target takes them; {} without any."""
     try:
         script = ast.parse((SCRIPTS / f"{benchmark}.py").read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError):

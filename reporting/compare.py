@@ -107,9 +107,7 @@ def draw(sides, path):
         handles = [plt.Line2D([], [], color=colours[name], linewidth=3, label=name) for name in both]
         figure.legend(handles=handles, loc="outside lower center", ncols=1)
         figure.suptitle("; ".join(dict.fromkeys(place(hardware(side[0])) for side in sides)), fontsize=11)
-    save(figure, path)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def _draw_phases(panel, index, side, colour):

@@ -17,7 +17,7 @@ from PIL import Image
 from harness.files import atomic_write
 from reporting.comparison import Sample, ratio_interval
 from reporting.overview import PHASES
-from reporting.records import Record, combine, provenance
+from reporting.records import Record, provenance
 from reporting.studies import CHECKPOINTING, DATA_LOADER, FEW_EPOCHS, MIXED_PRECISION, SIMCLS, TOGETHER, in_words
 from reporting.tables import data_name, groups, hardware, is_toy, place
 
@@ -62,21 +62,21 @@ def draw_studies(runs, folder):
         with plt.rc_context(STYLE):
             figure = draw(runs, *what)
         if figure is not None:
-            path = folder / f"{name}.png"
-            save(figure, path)
-            plt.close(figure)
-            written.append(path)
+            written.append(save(figure, folder / f"{name}.png"))
     return written
 
 
 def save(figure, path):
-    """Write a PNG of few colours: a third of the size, and the same bytes for the same records."""
+    """Write a PNG of few colours: a third of the size, and the same bytes for the same records. The figure is closed;
+    returns `path`."""
     figure.canvas.draw()
     picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]).quantize(
         COLOURS, Image.Quantize.MAXCOVERAGE
     )
     with atomic_write(path) as file:
         picture.save(file, format="PNG", optimize=True)
+    plt.close(figure)
+    return path
 
 
 def on_cpu(group):
@@ -266,11 +266,13 @@ def draw_timeline(runs, studies):
     panel.set_ylim(len(bars) - 0.4, -0.6)
     panel.grid(axis="y", visible=False)
     run = arms[0][1].runs[0]
-    multiples = "time, multiples of the step of each bar's own baseline, whose other settings are the same"
+    multiples = "step time, × that of the run without the technique"
     panel.set_xlabel(multiples if run.on_cpu else "time, ms")
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
     title = f"One training step by phase: {run.arguments['model']}, {run.data}, batch {run.arguments['batch_size']}"
-    whiskers = "\nmedians; whiskers: a standard deviation over the runs" * any(deviation for *_, deviation in bars)
+    whiskers = "\nmeans over runs of their medians; whiskers: a standard deviation" * any(
+        deviation for *_, deviation in bars
+    )
     return finish(figure, handles, f"{title}\n{facts(hardware(run), [row.runs for _, row, _ in arms])}{whiskers}")
 
 
@@ -293,20 +295,29 @@ def _arms(runs, studies):
 
 
 def _bars(name, row, base):
-    """[(label, {phase: median length}, deviation of the step over the runs or None), ...] of an arm: host, and GPU
-    where that was timed."""
-    timing, scale = combine([run.timing() for run in row.runs if run.epochs]), 1.0
-    if row.runs[0].on_cpu:
-        scale = combine([run.timing() for run in base.runs if run.epochs])["phases"]["step"]["host_ms"]["median"]
+    """[(label, {phase: length}, deviation of the step over the runs or None), ...] of an arm: host, and GPU where that
+    was timed. A length is the mean of the runs' medians, as in the tables."""
+    on_cpu = row.runs[0].on_cpu
+    scale = _medians(base.runs, "host")["step"].mean if on_cpu else 1.0
     bars = []
     for side, words in SIDES.items():
-        times = {phase: found[f"{side}_ms"] for phase, found in timing["phases"].items()}
-        if all(times.values()):
-            lengths = {phase: time["median"] / scale for phase, time in times.items() if time["median"] is not None}
-            steps = [run.timing()["phases"]["step"][f"{side}_ms"]["median"] for run in row.runs if run.epochs]
-            label = name if row.runs[0].on_cpu else f"{name}, {words}"
-            bars.append((label, lengths, Sample.of(steps).deviation / scale if len(steps) > 1 else None))
+        medians = _medians(row.runs, side)
+        if "step" in medians:
+            lengths = {phase: sample.mean / scale for phase, sample in medians.items()}
+            step = medians["step"]
+            label = name if on_cpu else f"{name}, {words}"
+            bars.append((label, lengths, step.deviation / scale if step.n > 1 else None))
     return bars
+
+
+def _medians(runs, side):
+    """{phase: the Sample of its median milliseconds over `runs`}, of the phases that were timed on this side."""
+    times = {}
+    for timing in (run.timing() for run in runs if run.epochs):
+        for phase, found in timing["phases"].items():
+            times.setdefault(phase, []).append((found[f"{side}_ms"] or {}).get("median"))
+    samples = {phase: Sample.of(values) for phase, values in times.items()}
+    return {phase: sample for phase, sample in samples.items() if sample}
 
 
 def draw_memory(runs, study):

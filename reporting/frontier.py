@@ -9,16 +9,18 @@ from reporting.records import provenance
 from reporting.shapes import is_number
 
 NAME = "memory-frontier.png"
-FAMILIES = {  # The start of a policy's name -> what the legend calls its family.
-    "budget": "our plans for a budget (--memory_budget)",
+# The start of a policy's name -> what the legend calls its family. Those with a line go on from budget to budget.
+FAMILIES = {
+    "budget held": "our plans for what is saved (--budget_of held)",
+    "budget": "our plans for the peak (--memory_budget)",
     "compile": "torch.compile, activation_memory_budget",
     "torch.utils": "torch.utils.checkpoint, block by block",
     "nested": "the original study's nested scheme",
     "": "our policies, and plain",
 }
-# Where names stand, in points from theirs, so that those of different families keep apart where their points meet.
-ABOVE_RIGHT, BELOW_RIGHT, BELOW_LEFT = ({"xytext": (5, 6)}, {"xytext": (5, -13)}, {"xytext": (-5, -13), "ha": "right"})
-PLACES = {"": BELOW_RIGHT, "compile": BELOW_LEFT}
+WITH_LINE = ("budget held", "budget", "compile")
+AS_COMPILE = "as compile"  # Our plans at what one of torch.compile's holds, or peaks at; its name stands beside that.
+GAP = 10  # Points that a name is moved up by, where it would cover another.
 
 
 def draw_frontier(found, folder):
@@ -34,9 +36,7 @@ def draw_frontier(found, folder):
     record = min(records, key=lambda record: record["machine"].get("device") == "cpu")
     with plt.rc_context(STYLE):
         figure = draw(record)
-    save(figure, folder / NAME)
-    plt.close(figure)
-    return [folder / NAME]
+    return [save(figure, folder / NAME)]
 
 
 def is_whole(record):
@@ -53,28 +53,33 @@ def points(record, table, x, y):
 
 def draw(record):
     """The FLOPs recomputed against the memory that is saved, and against the peak; then the time of steps against
-    theirs. What the record does not know has no panel."""
-    redone = "FLOPs recomputed, of those of forward and backward"
+    theirs, from the lowest to the highest round. What the record does not know has no panel. Our plans stand where
+    what their budget limits is drawn."""
+    redone, on_peak = "FLOPs recomputed, of those of forward and backward", "peak of activations and their gradients"
+    trained = points(record, "training", "peak_share", "step_times_plain")
+    allocated = any(row.get("peak_allocated_bytes") for row in record.get("training") or [] if isinstance(row, dict))
     wanted = (
-        (points(record, "rows", "share", "extra"), "activation memory saved for backward, share of plain", redone),
-        (peaks(record), "peak of activations and their gradients, share of plain", redone),
-        (
-            points(record, "training", "peak_share", "step_times_plain"),
-            "peak memory allocated in a step, share of plain",
-            "time of a step, × plain",
-        ),
+        (points(record, "rows", "share", "extra"), "budget", "activation memory saved for backward", redone),
+        (peaks(record), "budget held", on_peak, redone),
+        (trained, None, "peak memory allocated in a step" if allocated else on_peak, "time of a step, × plain"),
     )
     drawn = [panel for panel in wanted if len(panel[0]) > 1]
     height = 1 + 4.4 * len(drawn)
     figure, panels = plt.subplots(len(drawn), 1, figsize=(WIDTH, height), layout="constrained", squeeze=False)
-    for panel, (rows, x, y) in zip(panels[:, 0], drawn, strict=True):
-        draw_families(panel, rows)
-        panel.set(xlabel=x, ylabel=y)
+    names = {}
+    for panel, (rows, elsewhere, x, y) in zip(panels[:, 0], drawn, strict=True):
+        kept = rows if len(drawn) < 3 else [row for row in rows if family(row[0]) != elsewhere]
+        if y != redone:
+            draw_spread(panel, record)
+        draw_families(panel, kept)
+        panel.set(xlabel=f"{x}, share of plain", ylabel=y)
         if y == redone:
             panel.yaxis.set_major_formatter(PercentFormatter(1.0))
-    figure.legend(*panels[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        names |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
+    figure.legend(names.values(), names, loc="outside lower center", ncols=2)
     facts = f"{record['machine']['hardware']}; {provenance([record])}"
     figure.suptitle(f"Memory against work: {record['model']}\n{facts}", fontsize=11)
+    keep_names_apart(figure, panels[:, 0])
     return figure
 
 
@@ -89,19 +94,39 @@ def draw_families(panel, rows):
     """Draw [(policy, x, y), ...] with their names, and a line through each family of budgets."""
     colours = matplotlib.color_sequences["petroff10"]
     for index, (start, title) in enumerate(FAMILIES.items()):
-        # In the record's order, from budget to budget: a plan that saves less may have the higher peak.
-        members = [(x, y, policy) for policy, x, y in rows if family(policy) == start]
+        members = sorted((x, y, policy) for policy, x, y in rows if family(policy) == start)
         if not members:
             continue
         xs, ys, names = zip(*members, strict=True)
-        line = "--" if start in ("budget", "compile") else "none"
+        line = "--" if start in WITH_LINE else "none"
         panel.plot(xs, ys, linestyle=line, marker=MARKERS[index], color=colours[index], markersize=8, label=title)
         for x, y, name in members:
-            place = PLACES.get(start, ABOVE_RIGHT)
-            panel.annotate(name.removeprefix("budget "), (x, y), textcoords="offset points", fontsize=8, **place)
+            if AS_COMPILE not in name:
+                shown = name.removeprefix("budget ").removeprefix("held ")
+                panel.annotate(shown, (x, y), xytext=(5, 6), textcoords="offset points", fontsize=8)
     panel.set_xlim(0, 1.1)
     low, high = panel.get_ylim()
-    panel.set_ylim(low - 0.08 * (high - low), high + 0.04 * (high - low))
+    panel.set_ylim(low - 0.08 * (high - low), high + 0.08 * (high - low))
+
+
+def draw_spread(panel, record):
+    """Whiskers from the lowest to the highest round, of the arms whose steps were timed."""
+    for row in record["training"]:
+        figures = [row.get(name) for name in ("peak_share", "step_low", "step_high")]
+        if all(map(is_number, figures)):
+            x, low, high = figures
+            panel.plot([x, x], [low, high], color="black", linewidth=1, marker="_", zorder=1)
+
+
+def keep_names_apart(figure, panels):
+    """Move a name up until it covers none of those before it."""
+    figure.canvas.draw()
+    for panel in panels:
+        boxes = []
+        for text in panel.texts:
+            while any(text.get_window_extent().overlaps(box) for box in boxes):
+                text.xyann = (text.xyann[0], text.xyann[1] + GAP)
+            boxes.append(text.get_window_extent())
 
 
 def family(policy):

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from harness.machine import BFLOAT16, VECTOR_INSTRUCTIONS
 from reporting import published
 from reporting.comparison import Sample, interval_text, ratio_interval, within_noise
 from reporting.records import Record, provenance
@@ -18,6 +19,7 @@ from reporting.studies import (
 from reporting.tables import data_name, groups, is_toy, markdown, place
 
 CHECKPOINT = "`resnext_checkpoint.py`"
+MULTIPLIES_HALF = "on CPUs with bfloat16 instructions; on GPUs, as published"
 # Study, the start of an arm's label -> the technique with the way to switch it on, and when it pays.
 TECHNIQUES = {
     ("data-loader", "0 workers"): (
@@ -28,7 +30,7 @@ TECHNIQUES = {
         "Pictures kept and augmented on the GPU (or CPU) that trains: `--loader device`",
         "when they fit there, and steps are short",
     ),
-    ("mixed-precision", ""): ("Half precision: `--half_precision`", "on every GPU, and on CPUs that multiply bfloat16"),
+    ("mixed-precision", ""): ("Half precision: `--half_precision`", MULTIPLIES_HALF),
     ("checkpointing", "chain"): (
         f"Recomputing all but the convolutions: {CHECKPOINT}",
         "when memory is short by up to a half",
@@ -49,18 +51,22 @@ TECHNIQUES = {
         f"Recomputing so that at most a share is kept: {CHECKPOINT} `--budget_of held --memory_budget`",
         "to compare with other planners",
     ),
-    ("together", "everything on"): ("Everything on: `resnext_fast.py`", "to train, rather than to compare"),
+    ("together", "everything on"): (
+        "Everything on, and another recipe (SGD in one cycle): `resnext_fast.py`",
+        "to train, rather than to compare",
+    ),
     ("simcls", "4 workers, recomputation"): (
         "SimCLS, recomputing the encoder's layers: `main.py --use_checkpoint`",
         "when long documents do not fit",
     ),
     ("simcls", "4 workers, "): (
         "SimCLS, half precision: `main.py --half_precision`",
-        "on every GPU, and on CPUs that multiply bfloat16",
+        MULTIPLIES_HALF,
     ),
 }
-FEW_UPDATES = 100
+FEW_UPDATES, SAME = 100, "none: the same numbers"
 STUDIES = (DATA_LOADER, MIXED_PRECISION, CHECKPOINTING, TOGETHER, SIMCLS)
+ORDER = ("together", "mixed-precision", "checkpointing", "data-loader", "simcls")  # What buys most comes first.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +116,22 @@ def effects(runs):
     return sorted(found, key=lambda each: (each.study == "simcls", is_toy(each.group), places[each.where]))
 
 
+def distinct(found):
+    """The Effects without those that say of another machine what an earlier one has said: whose intervals overlap."""
+    shown = []
+    for each in found:
+        earlier = [one for one in shown if one.technique == each.technique]
+        if not any(_agree(each.time, one.time) for one in earlier):
+            shown.append(each)
+    return shown
+
+
+def _agree(one, other):
+    """Whether the 95 % intervals of two ratios overlap; False where one of them is not known."""
+    known = one and other and None not in one + other
+    return bool(known) and max(one[1], other[1]) <= min(one[2], other[2])
+
+
 def rank(group):
     """What comes first: real pictures, enough epochs to see a result, several seeds, more epochs, more seeds."""
     epochs = max((len(run.curve("loss")) for row in group.rows for run in row.runs), default=0)
@@ -128,13 +150,14 @@ def effect(study, group, row):
     if row.arm.label.startswith(("budget", "held")):
         technique += f" {row.arm.label.split()[1]}"
     memory = Record.allocated_gb if base.runs[0].allocated_gb() else Record.saved_mib
+    of_peak = row.arm.label.startswith("budget") and memory is Record.saved_mib
     return Effect(
         study.name,
         row.arm.label,
         technique,
         when,
         _ratio(Record.epoch_seconds, row, base),
-        _ratio(memory, row, base),
+        _peak_ratio(row) if of_peak else _ratio(memory, row, base),
         _result(study, row, base),
         min(len(row.runs), len(base.runs)),
         group,
@@ -148,6 +171,12 @@ def _ratio(figure, row, base):
     return ratio_interval(new, old) if new and old and old.mean else None
 
 
+def _peak_ratio(row):
+    """What the peak of activations and their gradients was, over that of the same steps without recomputation."""
+    peaks = Sample.of(run.peak_share() for run in row.runs)
+    return peaks and (peaks.mean, None, None)
+
+
 def _result(study, row, base):
     """The change in test accuracy, or in the validation ROUGE of what a scorer chooses: "none" where each seed's
     curves are the same numbers."""
@@ -158,13 +187,17 @@ def _result(study, row, base):
             return f"not known: {updates} updates"
         curve, figure, unit = "val_loss", validation_rouge, "ROUGE"
     if _same_curves(row, base, curve):
-        return "none: the same numbers"
+        return SAME
     new, old = (Sample.of(map(figure, each.runs)) for each in (row, base))
     if new is None or old is None:
         return "–"
     noise = within_noise(new, old)
     note = ", within the noise" if noise else ", one run" if noise is None else ""
-    return f"{new.mean - old.mean:+.1f} {unit}{note}"
+    text = f"{new.mean - old.mean:+.1f} {unit}{note}"
+    if study is TOGETHER:  # Another recipe: at a constant rate the last epoch may be far below the best.
+        new, old = (Sample.of(max(run.curve(curve), default=None) for run in each.runs) for each in (row, base))
+        text += f" ({new.mean - old.mean:+.1f} best epoch against best)"
+    return text
 
 
 def _same_curves(row, base, key):
@@ -188,19 +221,23 @@ def _published(study, row, base):
 
 
 def _own_words(hardware, everywhere):
-    """What `hardware` has that not all of `everywhere` have, in words: "AVX2" of "AMD EPYC, 2 cores, AVX2"."""
+    """What `hardware` has that not all of `everywhere` have: ["CPU with AVX2"] of "AMD EPYC, 2 cores, AVX2"."""
     shared = set.intersection(*(set(each.split(", ")) for each in everywhere))
-    return [word for word in hardware.split(", ") if word not in shared]
+    words = [word for word in hardware.split(", ") if word not in shared]
+    if words and {*words} <= {*VECTOR_INSTRUCTIONS.values(), BFLOAT16}:
+        return [f"CPU with {' and '.join(words)}"]
+    return words
 
 
 def render(runs, study=None):
     """Markdown: the headline table, with what its rows ran on below; "" when there are no runs for it.
 
-    study: the name of one of STUDIES, for its rows alone.
+    study: the name of one of STUDIES, for its rows alone, and on all machines; without it, those that are `distinct`.
     """
-    found = [each for each in effects(runs) if study in (None, each.study)]
+    found = [each for each in effects(runs) if study == each.study] if study else distinct(effects(runs))
     if not found:
         return ""
+    found.sort(key=lambda each: ORDER.index(each.study))
     places = list(dict.fromkeys(each.where for each in found))
     everywhere = {each.hardware for each in found}
     rows = [
@@ -225,7 +262,8 @@ def render(runs, study=None):
 
 
 EXPLANATION = (
-    "Time is that of an epoch's training steps; memory is what is kept from the forward for the backward pass, on a "
-    "GPU the peak. Both are multiples of the run without the technique, with 95 % intervals over n runs a side that "
-    "differ in their random seed. On a CPU the runs were one after another, on a machine shared with other work."
+    "Time is that of an epoch's training steps. Memory is what the forward pass keeps for the backward pass; of a "
+    "`--memory_budget`, and on a GPU, the highest that there is at any time. Both are multiples of the run without the "
+    "technique, with 95 % intervals; each side has n runs, with different random seeds. CPUs were shared with other "
+    "work."
 )

@@ -1,5 +1,7 @@
 """What README shows: what each technique adds to the time and memory of training, and how soon each gets where."""
 
+import textwrap
+
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
@@ -12,19 +14,18 @@ from reporting.studies import in_words
 from reporting.tables import is_toy
 
 LESS, MORE = "#3f90da", "#e76300"  # Told apart by colour-blind readers, too; and they point to different sides.
-ROW, AROUND = 0.36, 0.42  # Inches: of a technique, and of the line above those of one place.
+ROW, AROUND, LINE = 0.36, 0.42, 0.15  # Inches: a technique, the line above those of one place, and a further line.
+WIDEST = 125  # Characters of such a line.
 
 
 def draw_waterfall(runs, folder):
     """Write `folder`/techniques.png; returns the paths written: [] where no run shows a technique."""
-    found = headline.effects(runs)
+    found = headline.distinct(headline.effects(runs))
     if not found:
         return []
     with plt.rc_context(STYLE):
         figure = draw(found)
-    save(figure, folder / "techniques.png")
-    plt.close(figure)
-    return [folder / "techniques.png"]
+    return [save(figure, folder / "techniques.png")]
 
 
 def draw(effects):
@@ -33,12 +34,13 @@ def draw(effects):
     places = {}
     for each in effects:
         places.setdefault(each.where, []).append(each)
-    heights = [AROUND + ROW * len(found) for found in places.values()]
+    rows = [(textwrap.fill(place_line(where, found), WIDEST), found) for where, found in places.items()]
+    heights = [AROUND + ROW * len(found) + LINE * line.count("\n") for line, found in rows]
     figure, panels = plt.subplots(
         len(places), 2, figsize=(WIDTH, 1.1 + sum(heights)), layout="constrained", sharex="col", sharey="row",
         squeeze=False, height_ratios=heights,
     )  # fmt: skip
-    for row, (where, found) in zip(panels, places.items(), strict=True):
+    for row, (line, found) in zip(panels, rows, strict=True):
         for panel, key in zip(row, ("time", "memory"), strict=True):
             for position, each in enumerate(found):
                 draw_bar(panel, position, getattr(each, key))
@@ -46,16 +48,16 @@ def draw(effects):
             panel.grid(axis="y", visible=False)
         row[0].set_yticks(range(len(found)), [short(each) for each in found])
         row[0].set_ylim(len(found) - 0.4, -0.6)
-        row[0].set_title(" ", fontsize=9)  # Room for the line below, which is wider than the panel.
-        line = row[0].annotate(place_line(where, found), (0, 1), xycoords=("figure fraction", "axes fraction"),
-                               xytext=(6, 5), textcoords="offset points", fontsize=9)  # fmt: skip
-        line.set_in_layout(False)
+        row[0].set_title("\n" * line.count("\n") + " ", fontsize=9)  # Room for the line, which is wider than the panel.
+        title = row[0].annotate(line, (0, 1), xycoords=("figure fraction", "axes fraction"),
+                                xytext=(6, 5), textcoords="offset points", fontsize=9)  # fmt: skip
+        title.set_in_layout(False)
     for panel, title in zip(panels[-1], ("time of an epoch", "memory"), strict=True):
         panel.set_xlabel(f"{title}, × that of the run without it")
         panel.set_xlim(0, 1.2 * max(1.0, panel.get_xlim()[1]))
     figure.suptitle(
         "What each technique adds to time and memory: left of the line is saved, right is paid\n"
-        "bars: means over n runs of other seeds; whiskers: 95 % intervals, where n > 1", fontsize=11,
+        "bars: means over n runs with different seeds; whiskers: 95 % intervals, where n > 1", fontsize=11,
     )  # fmt: skip
     return figure
 
@@ -110,9 +112,7 @@ def draw_time_to_accuracy(runs, folder):
         panel.set(xlabel="minutes since the run's start, with evaluation and saving", ylabel="test accuracy, %")
         panel.set_xlim(0, None)
         finish(figure, handles, figure_title("Time to accuracy", group, banded=True))
-    save(figure, folder / "time_to_accuracy.png")
-    plt.close(figure)
-    return [folder / "time_to_accuracy.png"]
+    return [save(figure, folder / "time_to_accuracy.png")]
 
 
 def longest(group):

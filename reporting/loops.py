@@ -20,7 +20,10 @@ def whole(script):
 
 
 def difference(script, base="resnext.py"):
-    """What train() of `script` has otherwise than that of `base`: a diff in Markdown, with a line around a change."""
-    lines = list(difflib.unified_diff(function(base), function(script), lineterm="", n=1))[2:]
-    shown = ["..." if line.startswith("@@") else line for line in lines]
-    return "\n".join(["```diff", f"--- {base}, train()", f"+++ {script}, train()", *shown, "```"])
+    """What load_parts(), which makes the model, and train() of `script` have otherwise than those of `base`: a diff in
+    Markdown, with a line around a change."""
+    parts = ["```diff", f"--- {base}", f"+++ {script}"]
+    for name in ("load_parts", "train"):
+        lines = list(difflib.unified_diff(function(base, name), function(script, name), lineterm="", n=1))[2:]
+        parts += [f" {name}():", *("..." if line.startswith("@@") else line for line in lines)]
+    return "\n".join([*parts, "```"])

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.endings import UserError
-from harness.timing import WARMUP_STEPS, summarise
+from harness.timing import WARMUP_STEPS, describe_epoch
 
 STEP = re.compile(r".+ - step \d+")
 # What torch.autograd.profiler.emit_nvtx adds to an operator's name, different in every call.
@@ -147,20 +147,12 @@ def _timing(members, warm_from, work):
         if not each.is_step:
             occurrences[each.name].append(each)
     occurrences["step"] = steps
-    phases = {}
+    samples = {}
     for name, ranges in occurrences.items():
-        warmup = sum(each.start < warm_from for each in ranges)
-        host_ms = summarise(np.array([each.end - each.start for each in ranges]) / 1e6, warmup)
-        device_ms = None if work is None else summarise(_busy_time(ranges, work) / 1e6, warmup)
-        share = (device_ms or host_ms)["total"] / (1e3 * seconds)
-        phases[name] = {"count": len(ranges) - warmup, "share": share, "host_ms": host_ms, "device_ms": device_ms}
-    return {
-        "seconds": seconds,
-        "steps": len(steps),
-        "warmup_steps": sum(step.start < warm_from for step in steps),
-        "unphased_seconds": seconds * (1 - sum(phases[name]["share"] for name in phases if name != "step")),
-        "phases": phases,
-    }
+        host_ms = np.array([each.end - each.start for each in ranges]) / 1e6
+        device_ms = None if work is None else _busy_time(ranges, work) / 1e6
+        samples[name] = host_ms, device_ms, sum(each.start < warm_from for each in ranges)
+    return describe_epoch(seconds, samples, samples["step"][2])
 
 
 def _busy_time(ranges, work):

@@ -209,8 +209,6 @@ def _p_rows(repeats):
     rows = []
     for whose, key in (("SimCLS", "p_values"), ("scorer alone", "p_values_alone")):
         tests = [each[key] for each in repeats if each.get(key)]
-        if whose == "SimCLS":  # Records of before hold that against the generator alone.
-            tests += [{"generator": each["p_value"]} for each in repeats if each.get("p_value") and not each.get(key)]
         for name in tests[0] if tests else ():
             same = [p_values[name] for p_values in tests if name in p_values]
             worst = {METRICS.get(metric, metric): max(each[metric] for each in same) for metric in same[0]}

@@ -47,12 +47,12 @@ EPOCH = {"epoch": COUNT, "timing": TIMING, "peak_memory": PEAK, "losses": maybe(
 EPOCH |= dict.fromkeys(OF_EPOCH, maybe(NUMBER))
 RECORD = {
     "name": maybe(TEXT), "machine": MACHINE, "precision": maybe(TEXT), "loading": maybe(TEXT),
-    "saved_activation_bytes": maybe(NUMBER),
+    "saved_activation_bytes": maybe(NUMBER), "measured": maybe({"peak_bytes": maybe(NUMBER)}),
+    "plan": maybe({"plain_peak_bytes": maybe(NUMBER)}),
 }  # fmt: skip
 OF_RUN = {"epochs": each(list, EPOCH)}
 OF_EVALUATION = {
     "systems": each(dict, each(dict, {"mean": NUMBER, "low": NUMBER, "high": NUMBER})),
-    "p_value": maybe(each(dict, NUMBER)),
     "p_values": maybe(each(dict, each(dict, NUMBER))),
     "p_values_alone": maybe(each(dict, each(dict, NUMBER))),
     "words": maybe(each(dict, NUMBER)),
@@ -220,7 +220,8 @@ class Record:
         """The load's time in percent of the steps'. In all: workers deliver in bursts, which a median does not see."""
         timing = self.timing()
         load, step = (timing and self._phase(timing, name) for name in ("data load", "step"))
-        return 100 * load["total"] / step["total"] if load and step and step["total"] else None
+        total = step and step["total"] - 1e3 * _validation_seconds(timing)
+        return 100 * load["total"] / total if load and total else None
 
     def _whole_epochs(self):
         """The timings of the epochs that ran from their first step to their last: not resumed in, not cut off."""
@@ -232,13 +233,14 @@ class Record:
 
     def epoch_seconds(self):
         """Median time of an epoch's training steps, without the first epoch where there are more."""
-        seconds = [timing["seconds"] for timing in self._whole_epochs()]
+        seconds = [timing["seconds"] - _validation_seconds(timing) for timing in self._whole_epochs()]
         return float(np.median(seconds[1:] or seconds)) if seconds else None
 
     def overall_seconds(self):
         """Time of all epochs' training steps; None for a run that was cut off or resumed."""
         whole = self._whole_epochs()
-        return sum(timing["seconds"] for timing in whole) if whole and len(whole) == len(self.epochs) else None
+        seconds = [timing["seconds"] - _validation_seconds(timing) for timing in whole]
+        return sum(seconds) if whole and len(whole) == len(self.epochs) else None
 
     def samples_per_second(self):
         values = [epoch["samples_per_second"] for epoch in self.epochs if epoch.get("samples_per_second")]
@@ -248,6 +250,13 @@ class Record:
         """MiB that autograd keeps from forward for backward."""
         saved = self.record.get("saved_activation_bytes")
         return None if saved is None else saved / 2**20
+
+    def peak_share(self):
+        """The measured peak of activations and their gradients over the one without recomputation, of a run with a
+        plan."""
+        peak, plain = ((self.record.get(part) or {}).get(name) for part, name in
+                       (("measured", "peak_bytes"), ("plan", "plain_peak_bytes")))  # fmt: skip
+        return peak / plain if peak and plain else None
 
     def _peak(self, name):
         def peaks(epochs):
@@ -295,6 +304,13 @@ class Record:
         """[[update, loss], ...] of a SimCLS run, in order; of an image run [[epoch, loss], ...]."""
         within = [point for epoch in self.epochs for point in epoch.get("losses", ())]
         return within or [[epoch["epoch"], epoch["loss"]] for epoch in self.epochs if epoch.get("loss") is not None]
+
+
+def _validation_seconds(timing):
+    """What validations within an epoch took of its time: a scorer's may come between its steps, which begin and end
+    around them."""
+    phase = timing["phases"].get("validation")
+    return (phase["device_ms"] or phase["host_ms"])["total"] / 1e3 if phase else 0.0
 
 
 def combine(timings):

@@ -1,7 +1,8 @@
 """What the records say in a sentence: one a technique for the README, and what interrupted runs lost."""
 
 from reporting import accuracy, headline
-from reporting.comparison import Sample
+from reporting.comparison import Sample, interval_text
+from reporting.headline import SAME
 from reporting.records import provenance
 from reporting.studies import loading_label
 from reporting.tables import markdown
@@ -30,6 +31,9 @@ def _loading(effects):
     if sample is None:
         return None
     text = f"with two worker processes a step waits {sample.mean:.1f} % of its time for pictures"
+    ratio = next((each.time for each in effects if each.study == "data-loader" and each.time), None)
+    if ratio:
+        text += f", and without them an epoch takes {interval_text(*ratio)} × the time"
     return f"**Loading**: {text} ([page]({PAGE}loading.md))."
 
 
@@ -46,18 +50,20 @@ def _by_hardware(effects, study, title, page):
 
 
 def _recomputation(effects):
-    ratios = [each.memory[0] for each in effects if each.study == "checkpointing" and each.memory]
-    if not ratios:
+    found = [each for each in effects if each.study == "checkpointing" and each.memory and each.time]
+    if not found:
         return None
-    text = f"the same weights from {min(ratios):.2f} × the activation memory, bit for bit on a CPU"
-    return f"**Recomputing activations**: {text} ([page]({PAGE}recomputation.md))."
+    least = min(found, key=lambda each: each.memory[0])
+    text = f"{least.memory[0]:.2f} × the memory for {least.time[0]:.2f} × the time"
+    same = ", and the very same weights" if least.result == SAME else ""
+    return f"**Recomputing activations**: {text}{same} ([page]({PAGE}recomputation.md))."
 
 
 def _everything(effects, runs):
     for group in accuracy.timed_groups(runs):
         ratio = accuracy.ratio_of(group, "everything on")
         if ratio:
-            text = f"the accuracy that the original's way reaches, in {ratio} × its time"
+            text = f"the best accuracy of the original's way (`resnext.py` as it is) in {ratio} × its time"
             return f"**Everything on**: {text} ([page]({PAGE}everything-on.md))."
     return _by_hardware(effects, "together", "**Everything on**", "everything-on")
 
@@ -65,15 +71,21 @@ def _everything(effects, runs):
 def _re_ranking(evaluations):
     gains = []
     for record in evaluations:
-        systems, free = record["systems"], record.get("strongest")
-        figures = [systems.get(name, {}).get("rouge1") for name in ("generator", "SimCLS", free)]
+        figures = [_rouge(record["systems"].get(name, {})) for name in ("generator", "SimCLS", record.get("strongest"))]
         if all(figures):
-            gains.append([100 * figure["mean"] for figure in figures] + [free])
+            gains.append((*figures, record["strongest"]))
     if not gains:
         return None
-    first, chosen, without, free = min(gains, key=lambda each: each[1] - each[0])
-    text = f"ROUGE-1 from {first:.1f} to {chosen:.1f}; the best rule without a scorer ({free}) has {without:.1f}"
-    return f"**Re-ranking summaries**: {text} ([page](/docs/simcls.md#what-it-buys))."
+    first, chosen, without, free = min(gains, key=lambda each: each[1][0] - each[0][0])
+    first, chosen, without = (" / ".join(f"{each:.1f}" for each in figures) for figures in (first, chosen, without))
+    text = f"ROUGE-1 / 2 / L from {first} to {chosen}, where the best rule without a scorer ({free}) has {without}"
+    return f"**Choosing among summaries** (SimCLS): {text} ([page](/docs/simcls.md#what-it-buys))."
+
+
+def _rouge(system):
+    """[ROUGE-1, -2, -L] of a system of an evaluation in percent; None where one is not known."""
+    figures = [system.get(name) for name in ("rouge1", "rouge2", "rougeL")]
+    return [100 * figure["mean"] for figure in figures] if all(figures) else None
 
 
 def faults(measured):

@@ -17,7 +17,6 @@ POSITIVE = ("a number above 0", lambda value: is_number(value) and value > 0)
 COUNT = ("a whole number", lambda value: is_number(value) and isinstance(value, int) and value >= 0)
 WHOLE = ("a whole number above 0", lambda value: COUNT[1](value) and value > 0)
 PAIR = ("two numbers", lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_number, value)))
-DICT = ("an object", lambda value: isinstance(value, dict))
 
 
 def maybe(shape):

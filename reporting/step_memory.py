@@ -30,9 +30,7 @@ def draw_step_memory(measured, folder):
         return []
     with plt.rc_context(STYLE):
         figure = draw(min(records, key=lambda record: record["machine"].get("device") == "cpu"))
-    save(figure, folder / "step_memory.png")
-    plt.close(figure)
-    return [folder / "step_memory.png"]
+    return [save(figure, folder / "step_memory.png")]
 
 
 def draw(record):

@@ -155,7 +155,7 @@ A100_STEP = {"A100: step, ms": "step_ms", "A100: epoch, s": "epoch_s"}
 
 DATA_LOADER = Study(
     "data-loader",
-    "Data loader",
+    "Loading pictures",
     loading_arm,
     "Loading",
     "resnext.py with 2 workers",
@@ -169,7 +169,7 @@ DATA_LOADER = Study(
 )
 MIXED_PRECISION = Study(
     "mixed-precision",
-    "Mixed precision",
+    "Half precision",
     precision_arm,
     "Precision",
     "resnext.py without --half_precision",
@@ -187,7 +187,7 @@ MIXED_PRECISION = Study(
 )
 CHECKPOINTING = Study(
     "checkpointing",
-    "Activation checkpointing",
+    "Recomputing activations",
     checkpointing_arm,
     "Recomputed in backward",
     "resnext.py",
@@ -212,7 +212,7 @@ CHECKPOINTING = Study(
 )
 SIMCLS = Study(
     "simcls",
-    "SimCLS",
+    "Training the scorer of SimCLS",
     simcls_arm,
     "Set-up",
     "main.py with 4 workers",

@@ -11,14 +11,14 @@ from reporting.records import machine_letter, provenance
 # Runs that differ in these alone are the same experiment: they say where and how the process ran. A folder of pictures
 # is known by its name, as Record.data has it, and device and threads by `hardware`.
 NOT_SETTINGS = (
-    "seed", "output_dir", "run_name", "resume", "restart", "log", "port", "gpuid", "report_freq", "evaluate", "trace",
+    "seed", "output_dir", "run_name", "resume", "restart", "log", "port", "gpuid", "evaluate", "trace",
     "data_dir", "device", "threads", "save_every", "dry_run",
 )  # fmt: skip
 
 NUMBER = re.compile(r"[+-]?[\d.]+( ± [\d.]+)?(, within the noise)?")
 CPU_NOTE = (
-    "A CPU, shared with other work, and one run after another: read the ratios, and those with care; `benchmarks/` "
-    "interleaves its sides."
+    "On a CPU that was shared with other work: read the ratios, and those with care; `benchmarks/` interleaves its "
+    "sides."
 )
 PUBLISHED_NOTE = f"The columns headed A100 are the original study's ({SETUP}), published; compare them with each other."
 ONE_RUN_NOTE = "One run a row: the noise is not known."
@@ -162,7 +162,11 @@ def groups(study, runs):
     return sorted(kept, key=lambda group: (is_toy(group), -len(group.rows), _key(group.settings, group.machine)))
 
 
-DATA = {"cifar10": "CIFAR-10", "digits": "handwritten digits", "samples": "texts"}  # Others by their own name.
+DATA = {
+    "cifar10": "CIFAR-10",
+    "digits": "handwritten digits",
+    "samples": "SimCLS texts",
+}  # Others by their own name.
 
 
 def data_name(group):

@@ -248,9 +248,7 @@ def draw(traces, path):
         handles = [Patch(color=colour, label=name) for name, colour in colours.items() if name in shown]
         handles.append(Patch(color=IDLE, label="the device is idle"))
         finish(figure, handles, "Where a training step goes: one of median length")
-    save(figure, path)
-    plt.close(figure)
-    return path
+    return save(figure, path)
 
 
 def _draw_lanes(panel, trace, colours):

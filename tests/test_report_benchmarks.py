@@ -45,7 +45,7 @@ def targets_in_table(found):
         ("cpu", [1.5, 1.7], ("at least 1.5", "yes")),
         ("cpu", [1.4, 1.7], ("at least 1.5", "undecided")),
         ("cpu", [1.3, 1.4], ("at least 1.5", "no")),
-        ("cpu", None, ("at least 1.5", "undecided")),
+        ("cpu", None, ("at least 1.5", "too few rounds")),
         ("cuda", [4.5, 4.9], ("at least 5", "no")),
         ("cuda", [5.0, 6.0], ("at least 5", "yes")),
     ],
@@ -179,8 +179,9 @@ def test_the_frontier_has_a_panel_of_times_where_they_and_the_peaks_are_known(tr
     for panel in figure.axes:
         assert [text.get_text() for text in panel.texts] == ["0.5", "plain"]
     if panels == 2:
-        (budget, plain) = figure.axes[1].lines
-        assert (budget.get_xydata().tolist(), plain.get_xydata().tolist()) == ([[0.55, 1.12]], [[1.0, 1.0]])
+        *spread, budget, plain = (line.get_xydata().tolist() for line in figure.axes[1].lines)
+        assert (budget, plain) == ([[0.55, 1.12]], [[1.0, 1.0]])
+        assert spread[1] == [[0.55, 1.11], pytest.approx([0.55, 1.13])]  # The lowest round and the highest.
 
 
 def test_the_frontier_has_a_panel_of_peaks_where_they_are_known():
@@ -201,6 +202,6 @@ def test_names_in_the_frontier_lie_apart():
     figure.canvas.draw()
     for panel in figure.axes:
         boxes = [text.get_window_extent() for text in panel.texts]
-        assert len(boxes) >= 12
+        assert len(boxes) >= 5
         for index, box in enumerate(boxes):
             assert not any(box.overlaps(other) for other in boxes[:index]), panel.texts[index].get_text()

@@ -26,6 +26,18 @@ def test_figures_of_a_run():
     assert make_run(device="cpu").allocated_gb() is None
 
 
+def test_validations_between_a_scorers_steps_are_no_training():
+    plain, validated = make_run(), make_run()
+    for epoch in validated.epochs:
+        timing = epoch["timing"]
+        times = {"median": 5e3, "p95": 5e3, "total": 1e4}
+        timing["seconds"] += 10
+        timing["phases"]["step"]["device_ms"]["total"] += 1e4
+        timing["phases"]["validation"] = {"count": 2, "share": 0.2, "host_ms": times, "device_ms": times}
+    for figure in (Record.epoch_seconds, Record.overall_seconds, Record.load_percent, Record.step_ms):
+        assert figure(validated) == pytest.approx(figure(plain))
+
+
 def test_the_peak_leaves_out_epochs_in_which_algorithms_are_tried():
     record = make_record()
     for epoch, (warmup, peak) in zip(record["epochs"], ((5, 9e9), (0, 6e9), (0, 7e9)), strict=True):

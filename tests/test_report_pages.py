@@ -108,7 +108,7 @@ def runs_of(scales, **arguments):
 def test_the_headline_has_a_row_for_each_technique_with_its_interval_and_what_was_published():
     runs = runs_of((1.0, 1.1, 0.9)) + runs_of((0.5, 0.52, 0.48), precision="fp16", half_precision="float16", acc=91.0)
     runs += runs_of((2.0,), num_worker=0) + [make_run(num_worker=4)]
-    none, half = read_table(headline.render(runs))
+    half, none = read_table(headline.render(runs))
     assert none["Technique"].startswith("No worker processes")
     assert none["Change in the result"] == "none: the same numbers"
     assert none["As published, one A100, ×"] == "time 1.52"
@@ -131,8 +131,8 @@ def test_real_pictures_are_shown_before_digits_and_instead_of_them():
         return [(row["Technique"].partition(":")[0], row["Time, ×"], row["Measured on"]) for row in rows]
 
     expected = [
+        ("Everything on, and another recipe (SGD in one cycle)", "0.30", "CIFAR-10 (1)"),
         ("Half precision", "0.70", "CIFAR-10 (1)"),
-        ("Everything on", "0.30", "CIFAR-10 (1)"),
         ("No worker processes for loading", "1.50", "handwritten digits (2)"),
     ]
     for run in digits:
@@ -143,7 +143,7 @@ def test_real_pictures_are_shown_before_digits_and_instead_of_them():
     other = [
         (*row[:2], row[2].replace(" (", ", NVIDIA A100 (" if "CIFAR" in row[2] else ", AMD EPYC (")) for row in expected
     ]
-    other.append(("Half precision", "2.00", "handwritten digits, AMD EPYC (2)"))
+    other.insert(2, ("Half precision", "2.00", "handwritten digits, AMD EPYC (2)"))
     assert shown(digits + real) == other
     assert "(1) resnext29_4x64d, CIFAR-10, 3 epochs; NVIDIA A100" in headline.render(digits + real)
     for run in real:
@@ -152,16 +152,43 @@ def test_real_pictures_are_shown_before_digits_and_instead_of_them():
     assert "a step waits 8.0 % of its time" in sentences.bullets(digits + real, [])  # And not 4.0 %, as for digits.
 
 
+def test_another_machine_has_a_row_of_its_own_where_it_says_something_else():
+    def measured(hardware, *scales):
+        runs = runs_of((1.0, 1.1, 0.9)) + runs_of((1.0, 1.02, 0.98), num_worker=0)
+        runs += runs_of(scales, precision="fp16", half_precision="float16", acc=91.0)
+        for run in runs:
+            run.machine["hardware"] = hardware
+        return runs
+
+    runs = measured("AMD EPYC, AVX-512", 0.5, 0.52, 0.48) + measured("AMD EPYC, AVX2", 2.0, 2.1, 1.9)
+    runs += measured("AMD EPYC, SSE", 0.52, 0.54, 0.5)
+    shown = [row["Technique"].partition(":")[0] for row in read_table(headline.render(runs))]
+    assert shown == ["Half precision", "Half precision", "No worker processes for loading"]
+    assert len(read_table(headline.render(runs, "mixed-precision"))) == 3
+    # Of single runs nothing is known to be the same.
+    singles = [make_run(), make_run(0.5, precision="fp16", half_precision="float16", num_worker=2)]
+    others = [make_run(), make_run(0.5, precision="fp16", half_precision="float16", num_worker=2)]
+    for run in others:
+        run.machine["hardware"] = "AMD EPYC"
+    assert len(read_table(headline.render(singles + others))) == 2
+
+
 def test_of_several_evaluations_the_smallest_gain_is_told():
     def evaluation(chosen):
         figures = {"generator": 0.30, "Bayes risk": 0.32, "SimCLS": chosen}
         return {
-            "systems": {name: {"rouge1": {"mean": mean}} for name, mean in figures.items()},
+            "systems": {
+                name: {metric: {"mean": mean} for metric in ("rouge1", "rouge2", "rougeL")}
+                for name, mean in figures.items()
+            },
             "strongest": "Bayes risk",
         }
 
     line = sentences.bullets([], [evaluation(0.36), evaluation(0.34), evaluation(0.38)])
-    assert "ROUGE-1 from 30.0 to 34.0; the best rule without a scorer (Bayes risk) has 32.0" in line
+    expected = (
+        "from {0} / {0} / {0} to {1} / {1} / {1}, where the best rule without a scorer (Bayes risk) has {2} / {2} / {2}"
+    )
+    assert expected.format("30.0", "34.0", "32.0") in line
 
 
 def test_the_first_figure_has_a_row_of_panels_for_each_place():
@@ -172,6 +199,17 @@ def test_the_first_figure_has_a_row_of_panels_for_each_place():
     assert labels == [["half precision (fp16)"], ["loading without workers"]]
     assert [panel.patches[0].get_width() for panel in panels[::2]] == pytest.approx([-0.3, 0.5])
     assert "CIFAR-10, 3 epochs; NVIDIA A100" in panels[0].texts[-1].get_text()
+
+
+def test_a_long_line_over_a_panel_is_broken_and_stays_within_the_figure():
+    runs = [make_run(), make_run(0.7, half_precision="float16", precision="fp16")]
+    for run in runs:
+        run.machine["hardware"] = "AMD EPYC, 2 cores, AVX-512, bfloat16, and a name that is as long as names can be"
+    figure = headline_figures.draw(headline.effects(runs))
+    figure.canvas.draw()
+    line = figure.axes[0].texts[-1]
+    assert "\n" in line.get_text()
+    assert line.get_window_extent().x1 < figure.bbox.x1
 
 
 def timed(run, *points):
