@@ -22,7 +22,7 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import torch
 from data_utils import LengthBatches
 from model import ranking_loss
-from pretrained import check_apart, check_length, most_tokens
+from pretrained import check_apart, check_lengths
 
 from harness import arguments, determinism, devices, distributed, endings, runs, tracing
 from harness.endings import UserError
@@ -88,7 +88,8 @@ def main():
     determinism.apply(args)
     with distributed.world(devices.choose(args)) as world:
         world.check_divisible(args.batch_size)
-        precision = choose_precision(args.half_precision, world.device, say=world.say)
+        # TensorFloat-32 is off: in this model it would be for the matrix products, where PyTorch leaves it off too.
+        precision = choose_precision(args.half_precision, world.device, true_fp32=True, say=world.say)
         with world.first_on_machine():
             made_of = [provenance_of(Path(args.dataset) / split) for split in ("train", "val")]
             args.samples_digest = provenance.digest(made_of)  # A run goes on with no others.
@@ -164,9 +165,7 @@ def load_own_generator(args, made_of, world):
     # So that searches, later ones too, rank as training does; a config without beams has no length penalty.
     config.length_penalty, config.num_beams = args.length_penalty, args.num_cands
     check_generation(args.generator_name, model, tokenizer, args.num_cands)
-    special = len(tokenizer("")["input_ids"])
-    check_length("--max_source_length", args.max_source_length, special, most_tokens(model.get_encoder()))
-    check_length("--max_target_length", args.max_target_length, special, most_tokens(model.get_decoder()))
+    check_lengths(model, tokenizer, args.max_source_length, args.max_target_length)
     return model, tokenizer
 
 

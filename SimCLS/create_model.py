@@ -57,14 +57,9 @@ def get_args_parser():
     size.add_argument("--num_layers", type=integer, default=3, help="encoder layers (default: %(default)s)")
     size.add_argument("--num_decoder_layers", type=integer, default=2, help="of t5 (default: %(default)s)")
     size.add_argument("--max_positions", type=integer, default=512, help="of bert, in tokens (default: %(default)s)")
-    parser.add_argument("--dropout", type=arguments.non_negative_float, default=0.1, help="default: %(default)s")
+    parser.add_argument("--dropout", type=arguments.share_below_one, default=0.1, help="default: %(default)s")
     parser.add_argument(
-        "--copy_init",
-        type=arguments.boolean,
-        nargs="?",
-        const=True,
-        default=False,
-        help="start t5 with attention that copies from the document (see copy_init)",
+        "--copy_init", **arguments.FLAG, help="start t5 with attention that copies from the document (see copy_init)"
     )
     parser.add_argument("--seed", type=arguments.numpy_seed, default=0, help="default: %(default)s")
     return parser
@@ -74,8 +69,6 @@ def main():
     args = get_args_parser().parse_args()
     if args.d_model % args.num_heads:
         raise UserError(f"--d_model {args.d_model} is not a multiple of --num_heads {args.num_heads}")
-    if args.dropout >= 1:
-        raise UserError(f"--dropout {args.dropout} is not below 1")
     if args.vocab_size < 300:
         raise UserError(f"--vocab_size {args.vocab_size} is below 300: 256 bytes, the special tokens, and some merges")
     refuse_to_replace(args.save_dir)

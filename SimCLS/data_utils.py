@@ -158,9 +158,9 @@ class SampleSet(torch.utils.data.Dataset):
             lengths,
             torch.from_numpy(row_of_text[documents]),
             torch.from_numpy(row_of_text[documents + 1]),
-            _padded([row_of_text[each] for each in candidates], 0, torch.int64),
-            _padded([self.scores(number) for number in numbers], 0, torch.float32),
-            _padded([np.ones(len(each)) for each in candidates], 0, torch.bool),
+            padded([row_of_text[each] for each in candidates], 0, torch.int64),
+            padded([self.scores(number) for number in numbers], 0, torch.float32),
+            padded([np.ones(len(each)) for each in candidates], 0, torch.bool),
         )
 
 
@@ -203,7 +203,7 @@ def _pad_groups(texts, pad, tokens_per_call):
     groups, lengths = [], []
     for start, end in itertools.pairwise([*starts, len(order)]):
         members = order[start:end]
-        groups.append(_padded([texts[member] for member in members], pad, torch.int64))
+        groups.append(padded([texts[member] for member in members], pad, torch.int64))
         even = sizes[members[0]] == sizes[members[-1]]
         lengths.append(None if even else torch.from_numpy(sizes[members]))
     row_of_text = np.empty(len(texts), dtype=np.int64)
@@ -211,8 +211,8 @@ def _pad_groups(texts, pad, tokens_per_call):
     return groups, lengths, row_of_text
 
 
-def _padded(rows, value, dtype):
-    """Arrays of one dimension as one tensor [rows, the longest], `value` at their ends."""
+def padded(rows, value, dtype):
+    """Lists or arrays of one dimension as one tensor [rows, the longest] of this dtype, `value` at their ends."""
     array = np.full((len(rows), max(map(len, rows))), value, dtype=torch.empty(0, dtype=dtype).numpy().dtype)
     for place, row in zip(array, rows, strict=True):
         place[: len(row)] = row

@@ -29,7 +29,7 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import torch
 import transformers
-from pretrained import check_apart, check_length, half_precision_dtype, most_tokens, refuse_to_replace
+from pretrained import check_apart, check_lengths, half_precision_dtype, refuse_to_replace
 
 from harness import arguments, determinism, devices, endings, runs, torchvision_compat, tracing  # noqa: F401
 from harness.distributed import read_job
@@ -77,15 +77,18 @@ def get_args_parser():
     training.add_argument("--warmup", type=arguments.fraction, default=0.05,
                           help="share of the updates in which the rate rises to its peak, from which it falls to 0 "
                                "(default: %(default)s)")  # fmt: skip
-    training.add_argument("--label_smoothing", type=arguments.non_negative_float, default=0.1,
+    training.add_argument("--label_smoothing", type=arguments.share_below_one, default=0.1,
                           help="default: %(default)s")  # fmt: skip
-    training.add_argument("--dropout", type=arguments.non_negative_float, help="default: the generator's own")
+    training.add_argument("--dropout", type=arguments.share_below_one, help="default: the generator's own")
     training.add_argument(
         "--half_precision", type=half_precision_or_auto, nargs="?", const="auto",
         metavar="float16|bfloat16",
         help="autocast, in float16 when no type is named; on a CPU, and for the T5 family, in bfloat16")  # fmt: skip
     training.add_argument(
-        "--use_checkpoint", "--gradient_checkpointing", **_flag("recompute activations in the backward pass")
+        "--use_checkpoint",
+        "--gradient_checkpointing",
+        **arguments.FLAG,
+        help="recompute activations in the backward pass",
     )
     devices.add_arguments(parser)
     determinism.add_argument(training)
@@ -101,25 +104,18 @@ def get_args_parser():
     return parser
 
 
-def _flag(text):
-    return {"type": arguments.boolean, "nargs": "?", "const": True, "default": False, "help": text}
-
-
 def main():
     args = get_args_parser().parse_args()
-    for name in ("label_smoothing", "dropout"):
-        if (getattr(args, name) or 0) >= 1:
-            raise UserError(f"--{name} {getattr(args, name)} is not below 1")
     check_apart(args.save_dir, args.generator_name)
     job = read_job()
     if args.batch_size % job.size:
         raise UserError(f"--batch_size {args.batch_size} is shared out over {job.size} processes; make it a multiple")
+    if not job.is_started:
+        show_only_one_gpu(args)
     determinism.apply(args)
     is_main = job.rank == 0
     device = devices.choose(args)
     args.device = device.type  # As the Trainer is told, and the record.
-    if not job.is_started:
-        show_only(device)
     say = print if is_main else lambda line: None
     precision = choose_precision(args.half_precision, device, say=say)
     documents = read_documents(find_dataset(args.dataset_name), args.doc_col_name, args.sum_col_name)
@@ -129,9 +125,7 @@ def main():
         splits = {split: [with_lead(each, args.lead_words) for each in part] for split, part in splits.items()}
     check_references((document.summary for document in documents), args.rouge_tokens, args.dataset_name, say)
     model, tokenizer = load_generator(args.generator_name, dropout=args.dropout)
-    special = len(tokenizer("")["input_ids"])
-    check_length("--max_source_length", args.max_source_length, special, most_tokens(model.get_encoder()))
-    check_length("--max_target_length", args.max_target_length, special, most_tokens(model.get_decoder()))
+    check_lengths(model, tokenizer, args.max_source_length, args.max_target_length)
     set_lengths(args, model, tokenizer)
     check_generation(args.generator_name, model, tokenizer, args.num_beams)
     transformers.set_seed(args.seed)
@@ -140,12 +134,19 @@ def main():
         finetune(args, model, tokenizer, splits, dtype)
 
 
-def show_only(device):
-    """Show this process no GPU but `device`: the Trainer would share each batch out over all that it sees, and what
-    --batch_size and --warmup say would no longer hold. To be called before anything has used a GPU."""
-    if device.type == "cuda":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # By which `device` is counted.
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[device.index] if visible else str(device.index)
+def show_only_one_gpu(args):
+    """Show this process no GPU but that of --device, as its first: the Trainer would share each batch out over all that
+    it sees, and what --batch_size and --warmup say would no longer hold.
+
+    To be called before anything else asks for GPUs: CUDA reads the variable once. One that is not there stays named.
+    """
+    kind, _, number = (args.device or "cuda").partition(":")
+    number = int(number or 0)
+    if kind != "cuda" or number >= torch.cuda.device_count():  # Which asks the driver, and not CUDA.
+        return
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # By which the number counts.
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
+    args.device = "cuda"
 
 
 def set_lengths(args, model, tokenizer):

@@ -183,6 +183,7 @@ def choose_device(args):
         raise UserError("--cuda: PyTorch finds no CUDA GPU on this machine; leave --cuda out to train on the CPU")
     # Processes that torchrun started take the GPUs in order, unless told which.
     gpus = args.gpuid if processes == 1 or len(args.gpuid) > 1 else range(processes)
+    devices.set_threads(args)
     missing = [gpu for gpu in gpus if gpu >= torch.cuda.device_count()]
     if missing:
         raise UserError(f"--gpuid {missing[0]}: there is no such GPU; this machine has {torch.cuda.device_count()}")

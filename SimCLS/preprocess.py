@@ -25,7 +25,6 @@ One sync flushes all samples before they get their names: a sync a sample would 
 import itertools
 import json
 import os
-import re
 import sys
 from pathlib import Path
 
@@ -38,7 +37,7 @@ from harness.endings import UserError
 from harness.files import staging
 from texts import provenance
 from texts.candidate_files import check_counts, likelihood_file, read_likelihoods, read_split, text_files
-from texts.samples import score_sample
+from texts.samples import FILE_NAME, score_sample
 from texts.scoring import add_rouge_argument, check_references
 from texts.sentences import SentenceSplitter
 
@@ -106,7 +105,7 @@ def main():
 
 def own_samples(folder):
     """The Paths of the samples in `folder`."""
-    return [path for path in folder.iterdir() if re.fullmatch(r"[0-9]+\.json", path.name)]
+    return [path for path in folder.iterdir() if FILE_NAME.fullmatch(path.name)]
 
 
 def refuse_to_replace(folder, made_of):

@@ -67,7 +67,10 @@ def load(name, kind, problem, advice, dtype=torch.float32, **settings):
 
 
 def check_files(folder):
-    """ValueError that names a file of a model's folder that is damaged: the library passes over some of them."""
+    """ValueError that names a file of a model's folder that is damaged, or would not be used: the library passes over
+    some of them."""
+    if (folder / "adapter_config.json").is_file():  # Which the library reads with the package peft alone.
+        raise ValueError("it has an adapter (adapter_config.json), which would not be applied; merge it into the model")
     for path in sorted(path for path in folder.glob("*") if path.is_file()):
         with open(path, "rb") as file:
             start = file.read(len(LFS_POINTER))
@@ -167,7 +170,7 @@ def most_tokens(module):
     return most
 
 
-def check_length(argument, length, special, most=sys.maxsize):
+def check_length(argument, length, special, most):
     """UserError unless `length` tokens hold one of a text, too, and are not more than the model has positions for.
 
     special: tokens that an empty text has. most: as from `most_tokens`.
@@ -176,3 +179,10 @@ def check_length(argument, length, special, most=sys.maxsize):
         raise UserError(f"{argument} {length} leaves no room for a text; this model needs {special + 1} tokens")
     if length > most:
         raise UserError(f"{argument} {length} is more than the {most} positions of this model")
+
+
+def check_lengths(model, tokenizer, source_length, target_length):
+    """`check_length` of --max_source_length and --max_target_length for a sequence-to-sequence `model`."""
+    special = len(tokenizer("")["input_ids"])
+    check_length("--max_source_length", source_length, special, most_tokens(model.get_encoder()))
+    check_length("--max_target_length", target_length, special, most_tokens(model.get_decoder()))

@@ -34,11 +34,6 @@ def read_lines(path):
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def count_lines(path):
-    """The number of lines that `read_lines` yields."""
-    return sum(1 for _ in read_lines(path))
-
-
 def map_in_order(function, items, workers, chunk, initializer=None, initargs=()):
     """Yield `function(item)` for each item, in order, computed by `workers` processes (1: by this one).
 

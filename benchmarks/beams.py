@@ -16,6 +16,7 @@ import argparse
 import sys
 import tempfile
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "SimCLS")]
@@ -165,7 +166,7 @@ def time_case(name, case, args, documents=None):
     result |= {
         "mean_source_tokens": sum(map(len, case.sources)) / count,
         "seconds": seconds,
-        "documents_per_second": {arm: count / sorted(times)[len(times) // 2] for arm, times in seconds.items()},
+        "documents_per_second": {arm: count / median(times) for arm, times in seconds.items()},
         "quality": {arm: quality(some, found["CTranslate2, float32"], documents) for arm, some in found.items()},
         "ratios": {
             pair: ratio_summary(seconds[f"CTranslate2, {theirs}"], seconds[f"ours, {ours}"])

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "SimCLS")]
@@ -161,7 +162,7 @@ def time_case(name, model_folder, sources, reference, args):
         "mean_source_tokens": sum(map(len, sources)) / len(sources),
         "mean_candidate_tokens": sum(lengths) / len(lengths),
         "seconds": seconds,
-        "documents_per_second": {arm: len(sources) / sorted(times)[len(times) // 2] for arm, times in seconds.items()},
+        "documents_per_second": {arm: len(sources) / median(times) for arm, times in seconds.items()},
         "ratios": {arm: ratio_summary(seconds[arm], seconds["ours"]) for arm in ("original", "sorted")},
     }
     for arm, ratio in result["ratios"].items():

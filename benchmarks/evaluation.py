@@ -18,6 +18,7 @@ import operator
 import sys
 import time
 from pathlib import Path
+from statistics import median
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "SimCLS")]
@@ -94,7 +95,7 @@ def main():
         "documents": len(documents),
         "candidates": CANDIDATES,
         "seconds": seconds,
-        "documents_per_second": {name: len(documents) / sorted(each)[len(each) // 2] for name, each in seconds.items()},
+        "documents_per_second": {name: len(documents) / median(each) for name, each in seconds.items()},
         "ratio": ratios["plain"],
         "ratio_batched": ratios["batched"],
     }

@@ -32,13 +32,13 @@ def train_all(arms, make_plain, args, device, counted, targets):
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
     on_cuda = device.type == "cuda"
-    plain_bytes = plain_peak = None
     for name, make in arms.items():
         try:
             arm = TrainingSteps(make, args, device, args.timed_batch_size)
             plain = TrainingSteps(make_plain, args, device, args.timed_batch_size)
             seconds = interleaved({"plain": plain.run, "arm": arm.run}, args.rounds)
-            trained = {"precision": arm.precision.label, "saved_bytes": arm.saved_bytes, "peak_bytes": arm.peak_bytes}
+            precision, peak = arm.precision.label, arm.peak_bytes
+            saved_share, peak_share = arm.saved_bytes / plain.saved_bytes, peak and peak / plain.peak_bytes
             plan = getattr(arm.model, "the_plan", None)
             arm = plain = None  # Their memory is the search's.
             # Compiled code would be compiled for every size that is tried.
@@ -47,14 +47,12 @@ def train_all(arms, make_plain, args, device, counted, targets):
             arm = plain = None
             yield failed(name, error)
             continue
-        saved, peak = trained["saved_bytes"], trained["peak_bytes"]
-        plain_bytes, plain_peak = plain_bytes or saved, plain_peak or peak
         time, plain_step = ratio_summary(seconds["arm"], seconds["plain"]), median(seconds["plain"]) / args.steps
         predicted, most = 1 + plan.extra_seconds / plain_step if plan else None, targets.get(name)
         row = {
             "policy": name,
             "batch_size": args.timed_batch_size,
-            "precision": trained["precision"],
+            "precision": precision,
             "step_times_plain": time["median"],
             "step_low": time["low"],
             "step_high": time["high"],
@@ -62,10 +60,10 @@ def train_all(arms, make_plain, args, device, counted, targets):
             "predicted_within_10_percent": predicted and judge_prediction(predicted, time["interval"]),
             "target": most and f"at most {most}",
             "reached": most and judge("at most", most, time["interval"]),
-            "saved_share": saved / plain_bytes,
+            "saved_share": saved_share,
             "peak_allocated_bytes": peak,
             # Without an allocator that counts, of the tensors.
-            "peak_share": peak / plain_peak if peak else counted.get(name, {}).get("peak_share"),
+            "peak_share": peak_share or counted.get(name, {}).get("peak_share"),
         }
         if on_cuda:
             row["reaches_goal"] = all(row[key] <= limit for key, limit in GOAL.items())

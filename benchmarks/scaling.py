@@ -91,7 +91,7 @@ def main():
     arms = {point: lambda point=point: timed(point, steps[point]) for point in steps}
     for seconds in interleaved_rounds(arms, args.rounds):  # Written after each, since a lent GPU may be taken back.
         rows = [row for name, axis in axes.items() for row in make_rows(name, axis, seconds, memory)]
-        record |= {"rounds": len(seconds[point]), "rows": rows}
+        record |= {"rounds": len(next(iter(seconds.values()))), "rows": rows}
         write_record(path, record)
     show(rows)
     print(f"written: {path}")

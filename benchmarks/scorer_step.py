@@ -86,7 +86,7 @@ def main():
             sys.exit(1)
         encoder = args.model_type and Path(args.model_type).name
         record = {"benchmark": "scorer_step", "machine": describe_machine(device), "model": encoder}
-        record["settings"] = {key: str(each) if isinstance(each, Path) else each for key, each in vars(args).items()}
+        record["settings"] = vars(args)
         record["largest_difference"] = difference
         path = args.output or results_path(f"scorer_step_{encoder}" if encoder else "scorer_step", device)
         for seconds in interleaved_rounds({name: arm.epoch for name, arm in arms.items()}, args.rounds):

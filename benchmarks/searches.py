@@ -31,6 +31,7 @@ from harness.files import write_record
 from harness.machine import describe_machine, multiplies_bfloat16
 from harness.precision import choose_precision
 from scorer.choices import by_scorer, score_candidates
+from scorer.likelihood import fitted_to
 from scorer.significance import bootstrap_interval
 from search.generator import (
     CandidateGenerator,
@@ -140,9 +141,9 @@ def judge(name, generator, documents, scorer, args):
         "best_interval": f"{100 * low:.1f} to {100 * high:.1f}",
     }
     if scorer:
-        weights, encoding, description = scorer
+        weights, encoding, _ = scorer
         scores = score_candidates(weights, encoding, samples, args.batch, World(0, 1, CPU), choose_precision(None, CPU))
-        chosen = by_scorer(scores, samples, description.get("likelihood"))
+        chosen = by_scorer(scores, samples, fitted_to(args.scorer_path))
         row["chosen"] = 100 * float(np.mean([each[place] for each, place in zip(rouge, chosen, strict=True)]))
     return row
 

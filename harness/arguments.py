@@ -9,45 +9,33 @@ from harness.machine import usable_cores
 LARGEST_LEARNING_RATE = 1e37
 
 
-def positive_int(text):
-    """An argparse type: an int of at least 1."""
-    return _number(text, int, lambda value: value >= 1, "a whole number of at least 1")
+def _number(kind, accept, wanted):
+    """An argparse type: a `kind`, int or float, that `accept` is true of; `wanted` is that in words."""
+
+    def read(text):
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not accept(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
+        return value
+
+    return read
 
 
-def non_negative_int(text):
-    """An argparse type: an int of at least 0."""
-    return _number(text, int, lambda value: value >= 0, "a whole number of at least 0")
-
-
-def seed(text):
-    """An argparse type: an int from 0 to 2**63 - 1, which every random number generator takes."""
-    return _number(text, int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1")
-
-
-def numpy_seed(text):
-    """An argparse type: an int from 0 to 2**32 - 1, the seeds of NumPy's generator, which transformers seeds too."""
-    return _number(text, int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")
-
-
-def positive_float(text):
-    """An argparse type: a finite float above 0."""
-    return _number(text, float, lambda value: 0 < value < float("inf"), "a number above 0")
-
-
-def non_negative_float(text):
-    """An argparse type: a finite float of at least 0."""
-    return _number(text, float, lambda value: 0 <= value < float("inf"), "a number of at least 0")
-
-
-def finite_float(text):
-    """An argparse type: a finite float."""
-    return _number(text, float, math.isfinite, "a finite number")
-
-
-def learning_rate(text):
-    """An argparse type: a float above 0 and at most LARGEST_LEARNING_RATE."""
-    wanted = f"a number above 0 and at most {LARGEST_LEARNING_RATE:g}"
-    return _number(text, float, lambda value: 0 < value <= LARGEST_LEARNING_RATE, wanted)
+positive_int = _number(int, lambda value: value >= 1, "a whole number of at least 1")
+non_negative_int = _number(int, lambda value: value >= 0, "a whole number of at least 0")
+seed = _number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1")  # What all generators take.
+numpy_seed = _number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")  # And NumPy's.
+positive_float = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
+non_negative_float = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
+finite_float = _number(float, math.isfinite, "a finite number")
+fraction = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+share = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+share_below_one = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+learning_rate = _number(float, lambda value: 0 < value <= LARGEST_LEARNING_RATE,
+                        f"a number above 0 and at most {LARGEST_LEARNING_RATE:g}")  # fmt: skip
 
 
 def workers(text):
@@ -56,7 +44,7 @@ def workers(text):
     Far more are a slip of the pen, and would take the machine down before anything could be said about them.
     """
     most = max(64, 8 * usable_cores())
-    return _number(text, int, lambda value: 0 <= value <= most, f"a whole number from 0 to {most}")
+    return _number(int, lambda value: 0 <= value <= most, f"a whole number from 0 to {most}")(text)
 
 
 def default_workers(wanted):
@@ -65,35 +53,15 @@ def default_workers(wanted):
     return min(wanted, usable_cores())
 
 
-def fraction(text):
-    """An argparse type: a float above 0 and at most 1."""
-    return _number(text, float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
-
-
-def share(text):
-    """An argparse type: a float from 0 to 1."""
-    return _number(text, float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-
-
-def _number(text, kind, accept, wanted):
-    try:
-        value = kind(text)
-    except ValueError:
-        value = None
-    if value is None or not accept(value):
-        raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}")
-    return value
-
-
 def boolean(text):
-    """An argparse type for flags that older notebooks pass a value to, as in `--use_checkpoint False`.
-
-    Use it with `nargs="?", const=True, default=False`.
-    """
+    """An argparse type for flags that older notebooks pass a value to, as in `--use_checkpoint False`: see FLAG."""
     value = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}.get(text.lower())
     if value is None:
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return value
+
+
+FLAG = {"type": boolean, "nargs": "?", "const": True, "default": False}
 
 
 def first_line(text):

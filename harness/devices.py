@@ -37,13 +37,18 @@ def kind(args):
     return args.device.partition(":")[0] if args.device else "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def set_threads(args):
+    """Let PyTorch compute with as many threads as `--threads` says, if it says."""
+    if args.threads:
+        torch.set_num_threads(args.threads)
+
+
 def choose(args):
     """The torch.device of this process by `--device`; UserError where it is not there. Sets `--threads`, too.
 
     Of a job's processes each has a GPU of its own.
     """
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    set_threads(args)
     job, gpus = read_job(), torch.cuda.device_count() if torch.cuda.is_available() else 0
     name = args.device or ("cuda" if gpus else "cpu")
     kind, _, number = name.partition(":")

@@ -11,6 +11,7 @@ import re
 import signal
 import stat
 import sys
+import traceback
 
 # The second, which not every system has: its terminal has gone.
 TERMINATING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
@@ -116,12 +117,19 @@ def explain(error):
             "for SimCLS) none is needed, and --resume goes on from the last epoch"
         )
     # The second is what taking a tensor from a worker raises, when that was killed in between.
-    if text.startswith("DataLoader worker (pid") or isinstance(error, (ConnectionError, EOFError)):
+    broken = isinstance(error, (ConnectionError, EOFError)) and _passed_through(error, "multiprocessing")
+    if text.startswith("DataLoader worker (pid") or broken:
         return (
             "a process that loads data was killed; is memory or /dev/shm short? Try fewer --num_worker (--num_workers "
             "for SimCLS); --resume goes on from the last saved state"
         )
     return None
+
+
+def _passed_through(error, module):
+    """Whether `error` came by way of a function of `module` or its parts."""
+    names = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
+    return any(module in name.split(".") for name in names)
 
 
 def _words_of(error):

@@ -16,7 +16,7 @@ from harness.files import ROOT, portable
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "nvtx")
 # Linux's names of a processor's abilities, x86's and ARM's: the first that is there, and any of the second line.
 VECTOR_INSTRUCTIONS = {"avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
-BFLOAT16_FLAGS = {"avx512_bf16", "amx_bf16", "bf16"}
+BFLOAT16_FLAGS, BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}, "bfloat16"
 
 
 def describe_machine(device):
@@ -50,7 +50,7 @@ def hardware_name(device):
     name, flags = _processor()
     words = [name, f"{usable_cores()} cores"]
     words += next(([word] for flag, word in VECTOR_INSTRUCTIONS.items() if flag in flags), [])
-    return ", ".join(words + ["bfloat16"] * multiplies_bfloat16())
+    return ", ".join(words + [BFLOAT16] * multiplies_bfloat16())
 
 
 def multiplies_bfloat16():

@@ -20,7 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.endings import UserError
-from harness.memory import LiveBytes
+from harness.memory import LiveBytes, reset_peak_memory
 
 # What moving a byte adds to the cost where that is counted in FLOPs: next to nothing, so that it decides between plans
 # of the same FLOPs.
@@ -125,7 +125,8 @@ def _what_is_least(timeline, peak, held, plain_peak, plain_held):
 
 
 class StepCost:
-    """Measures what a Plan predicts of a training step besides what it holds, in the first step alone.
+    """Measures what a Plan predicts of a training step besides what it holds, in one step alone: the first, and on CUDA
+    the second, since in the first one cuDNN may try algorithms that need more memory than the one it takes.
 
     with cost.first_forward():
         loss = criterion(model(images), labels)
@@ -133,25 +134,28 @@ class StepCost:
         loss.backward()
     cost.peak_bytes, cost.redone_flops
 
-    peak_bytes: of forward and backward, above what was there before. On CUDA it is the allocator's (PhaseTimer has
-    reset it when the epoch began), with the gradients of the weights and what cuDNN works in; elsewhere it is of the
-    tensors that operators return, without those gradients. redone_flops: of the forward convolutions that backward ran.
-    Both are None before the first step, and with enabled=False.
+    peak_bytes: of forward and backward, above what was there before. On CUDA it is the allocator's, with the gradients
+    of the weights and what cuDNN works in; elsewhere it is of the tensors that operators return, without those
+    gradients. redone_flops: of the forward convolutions that backward ran. Both are None before that step, and with
+    enabled=False.
     """
 
     def __init__(self, model, device, enabled=True):
         self._device, self._on_cuda = device, device.type == "cuda"
         self._enabled = enabled
+        self._steps = 0  # That have begun.
         self._live = contextlib.nullcontext() if self._on_cuda else LiveBytes(model)
         self._before = 0
         self.peak_bytes = self.redone_flops = None
 
     @contextlib.contextmanager
     def first_forward(self):
+        self._steps += 1
         if not self._is_due():
             yield
             return
         if self._on_cuda:
+            reset_peak_memory(self._device)
             self._before = torch.cuda.memory_allocated(self._device)
         with self._live:
             yield
@@ -168,12 +172,17 @@ class StepCost:
         self.redone_flops = convolution_flops(counter)
 
     def _is_due(self):
-        return self._enabled and self.redone_flops is None
+        return not self.is_known and self._steps > self._on_cuda
+
+    @property
+    def is_known(self):
+        """Whether there is nothing left to measure."""
+        return not self._enabled or self.redone_flops is not None
 
 
 def convolution_flops(counter):
     """The FLOPs of the forward convolutions that a FlopCounterMode has seen."""
-    return counter.get_flop_counts()["Global"].get(torch.ops.aten.convolution, 0)
+    return counter.get_flop_counts().get("Global", {}).get(torch.ops.aten.convolution, 0)
 
 
 # ---------------------------------------------------------------------- the search

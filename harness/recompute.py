@@ -5,8 +5,9 @@ names the steps of its forward, and for each step its output is either kept or r
 turn be redone. So a BatchNorm and its ReLU, which cost one pass over memory, are redone without the convolution
 before them, and so is the sum that ends a residual block.
 
-Redoing is exact: it computes the same numbers again, and leaves BatchNorm's running statistics alone. A redone
-BatchNorm does not look for the mean and the variance a second time, since autograd has them from forward.
+Redoing computes the same numbers again, bit for bit on a CPU and to rounding on CUDA, where forward may take another
+kernel; and it leaves BatchNorm's running statistics alone. A redone BatchNorm does not look for the mean and the
+variance a second time, since autograd has them from forward.
 """
 
 import torch

@@ -2,10 +2,13 @@
 
 import contextlib
 import json
+import sys
 import time
 from pathlib import Path
 
-from harness.arguments import boolean
+from tqdm import tqdm
+
+from harness.arguments import FLAG
 from harness.endings import UserError
 from harness.epochs import Epoch
 from harness.files import as_recorded, output_lock, places, write_record
@@ -21,10 +24,9 @@ DRY_STEPS = 4  # Of --dry_run: the first, which warms up, and three whose times 
 
 def add_arguments(parser):
     """--resume and --restart: what to do about the files that an earlier run of the same name has left."""
-    flag = {"type": boolean, "nargs": "?", "const": True, "default": False}
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--resume", **flag, help="go on where a run with these arguments was interrupted, or a shorter one ended")
-    add("--restart", **flag, help="begin anew, and replace the files of an earlier run")
+    add("--resume", **FLAG, help="go on where a run with these arguments was interrupted, or a shorter one ended")
+    add("--restart", **FLAG, help="begin anew, and replace the files of an earlier run")
 
 
 def add_dry_run(parser):
@@ -40,10 +42,11 @@ class Run:
     and how a process runs, and not what it computes. facts: what else the record says of the run; more may be put in
     while it goes. history: of the epochs that are done, one dict an epoch, as the record has it.
 
-    A subclass says how an epoch is taken down and shown: `add_epoch`, `line`, `progress_bar`, `finish_profiling`.
+    A subclass says how an epoch is taken down and shown, `add_epoch` and `line`, and what --dry_run says, `prospects`.
     """
 
     title = "training"  # The NVTX range around all epochs.
+    unit = "samples"  # Of what the progress bar counts.
     elsewhere = "output folder"  # What to choose another of where a name is taken.
     saves_within_epochs = False  # Else after epochs alone.
     only_of_records = ()  # Of `not_results`, what tells finished runs apart all the same.
@@ -204,6 +207,18 @@ class Run:
         """What the run is, in lines that are said before its first epoch."""
         return ()
 
+    def progress_bar(self, epoch):
+        """A bar over the samples of an Epoch, on a terminal alone."""
+        total = self.batches.samples_from(0)
+        return tqdm(
+            desc=f"epoch {epoch.number + 1}/{self.args.num_epoch}",
+            total=total,
+            initial=total - self.batches.samples_from(epoch.done),
+            unit=f" {self.unit}",
+            leave=False,
+            disable=not (self.world.is_main and sys.stderr.isatty()),
+        )
+
     def show_progress(self, bar):
         """Show on the progress bar how the epoch goes; called after each step."""
 
@@ -226,6 +241,18 @@ class Run:
             self.save(epoch.number, epoch.done, **self.state)
         state = self.path(".state")
         self.stop.leave(*[f"the same command with --resume goes on ({state})"] * state.exists())
+
+    def finish_profiling(self, timing):
+        """Write the record of a run that --max_steps ended: of its last epoch the timings alone. Of --dry_run say what
+        they foretell. timing: as from PhaseTimer.end_epoch."""
+        if self.is_dry:
+            for line in self.prospects(timing):
+                self.world.say(line)
+            return
+        self.history.append({"epoch": len(self.history) + 1, "peak_memory": timing["peak_memory"], "timing": timing})
+        self.write_record()
+        self.drop_state()
+        self.world.say(f"stopped after {self.args.max_steps} steps: {self.path('.json')}")
 
     def may_go_on(self):
         """Whether training can go on from here: no loss is NaN."""

@@ -100,15 +100,17 @@ class PhaseTimer:
             if self.steps_done == limit:
                 return
             step.range_name = f"{label} - step {number + 1}"
-            with contextlib.ExitStack() as self._open_step:
-                self._open_step.enter_context(step)
-                with self("data load"):
-                    batch = next(iterator)
-                yield number, batch
-            self.steps_done += 1
-            if self.steps_done <= self.warmup_steps:
-                self._epoch_warmup += 1
-                self._warmup_samples = {name: len(samples) for name, samples in self._host.items()}
+            try:
+                with contextlib.ExitStack() as self._open_step:
+                    self._open_step.enter_context(step)
+                    with self("data load"):
+                        batch = next(iterator)
+                    yield number, batch
+            finally:  # Also of the step after which the loop is left.
+                self.steps_done += 1
+                if self.steps_done <= self.warmup_steps:
+                    self._epoch_warmup += 1
+                    self._warmup_samples = {name: len(samples) for name, samples in self._host.items()}
 
     def end_step(self):
         """Close the step in hand: what follows, up to the next one, is in no step."""
@@ -134,27 +136,12 @@ class PhaseTimer:
         self._wait_for_device()
         seconds = time.perf_counter() - self._epoch_start
         device = self._resolve_events()
-        phases = {}
-        for name, nanoseconds in self._host.items():
-            warmup = self._warmup_samples.get(name, 0)
-            host_ms = summarise(np.array(nanoseconds) / 1e6, warmup)
-            device_ms = summarise(device[name], warmup) if name in device else None
-            phases[name] = {
-                "count": len(nanoseconds) - warmup,
-                "share": (device_ms or host_ms)["total"] / (1e3 * seconds),
-                "host_ms": host_ms,
-                "device_ms": device_ms,
-            }
-        steps = len(self._host.get("step", ()))
-        self._host.clear()
-        return {
-            "seconds": seconds,
-            "steps": steps,
-            "warmup_steps": self._epoch_warmup,
-            "unphased_seconds": seconds * (1 - sum(phases[name]["share"] for name in phases if name != "step")),
-            "peak_memory": peak_memory(self._device),
-            "phases": phases,
+        samples = {
+            name: (np.array(nanoseconds) / 1e6, device.get(name), self._warmup_samples.get(name, 0))
+            for name, nanoseconds in self._host.items()
         }
+        self._host.clear()
+        return describe_epoch(seconds, samples, self._epoch_warmup) | {"peak_memory": peak_memory(self._device)}
 
     def _wait_for_device(self):
         if self._on_cuda:
@@ -203,6 +190,26 @@ class _Phase:
         if self._watched:
             self._watched.close()
         pop_range()
+
+
+def describe_epoch(seconds, samples, warmup_steps):
+    """What PhaseTimer.end_epoch returns, but for the memory.
+
+    samples: name of a phase -> (its milliseconds on the host, those on the device or None, float [n] each, and how many
+    of the first were warm-up).
+    """
+    phases = {}
+    for name, (host, device, warmup) in samples.items():
+        host_ms, device_ms = summarise(host, warmup), None if device is None else summarise(device, warmup)
+        share = (device_ms or host_ms)["total"] / (1e3 * seconds)
+        phases[name] = {"count": len(host) - warmup, "share": share, "host_ms": host_ms, "device_ms": device_ms}
+    return {
+        "seconds": seconds,
+        "steps": len(samples["step"][0]) if "step" in samples else 0,
+        "warmup_steps": warmup_steps,
+        "unphased_seconds": seconds * (1 - sum(phases[name]["share"] for name in phases if name != "step")),
+        "phases": phases,
+    }
 
 
 def typical_milliseconds(phase):

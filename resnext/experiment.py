@@ -2,20 +2,18 @@
 
 import argparse
 import re
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from tqdm import tqdm
 
 from harness import determinism, devices, run_log, runs, tracing
 from harness.arguments import (
+    FLAG,
     HelpWithDefaults,
     OneLineParser,
-    boolean,
     default_workers,
     learning_rate,
     non_negative_float,
@@ -68,7 +66,7 @@ def get_args_parser(description, kind=OneLineParser):
     add("--data_dir", default=str(Path(__file__).resolve().parent / "data"), help="where the pictures are")
     add("--loader", choices=("workers", "device"), default="workers",
         help="load by worker processes, or augment whole batches where the model is")  # fmt: skip
-    add("--true_fp32", type=boolean, nargs="?", const=True, default=False,
+    add("--true_fp32", **FLAG,
         help="no TensorFloat-32, which GPUs since Ampere use for single precision")  # fmt: skip
     add("--seed", type=seed, default=0, help="of the weights, the order and the augmentation")
     add("--init", metavar="RUN.pt", help="begin with these trained weights instead of random ones")
@@ -222,6 +220,7 @@ class ImageRun(runs.Run):
     """A Run under --output_dir that ends with the weights (.pt), the curves (.npz) and the record (.json)."""
 
     title = "training resnext"
+    unit = "pictures"
     elsewhere = "--output_dir"
 
     def __init__(self, experiment, suffix, args, world, **more):
@@ -307,33 +306,16 @@ class ImageRun(runs.Run):
             self.say(effect)
         self.log.close()
 
-    def finish_profiling(self, timing):
-        """Write the record of a run that --max_steps ended: the timings of its last epoch, no weights, no curves. Of
-        --dry_run say what they foretell."""
-        if self.is_dry:
-            for line in describe_prospects(self, timing):
-                self.world.say(line)
-            return
-        self.history.append({"epoch": len(self.history) + 1, "peak_memory": timing["peak_memory"], "timing": timing})
-        self.write_record()
-        self.drop_state()
-        self.world.say(f"stopped after {self.args.max_steps} steps: {self.path('.json')}")
+    def prospects(self, timing):
+        return describe_prospects(self, timing)
 
     def progress_bar(self, epoch):
-        """A bar over the Epoch's pictures, on a terminal alone. It begins with the last epoch's loss and accuracies."""
+        """A bar that begins with the last epoch's loss and accuracies."""
         self._shown_at = time.perf_counter()
-        known = {}
-        if self.history:
-            known = {key: f"{self.history[-1][key]:.3f}" for key in ("loss", "acc", "test_acc")}
-        return tqdm(
-            desc=f"epoch {epoch.number + 1}/{self.args.num_epoch}",
-            total=self.batches.samples_from(0),
-            initial=self.batches.samples_from(0) - self.batches.samples_from(epoch.done),
-            unit=" pictures",
-            postfix=known,
-            leave=False,
-            disable=not (self.world.is_main and sys.stderr.isatty()),
-        )
+        bar = super().progress_bar(epoch)
+        if self.history and not bar.disable:
+            bar.set_postfix({key: f"{self.history[-1][key]:.3f}" for key in ("loss", "acc", "test_acc")})
+        return bar
 
     def show_progress(self, bar):
         """Show the epoch's loss and accuracy so far, every few seconds alone: to ask the device makes it wait."""

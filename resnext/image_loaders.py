@@ -57,9 +57,6 @@ class AugmentedImages(Dataset):
         self.mean, self.std = data.statistics
         self.flip, self.seed = data.flip, seed
 
-    def __len__(self):
-        return len(self.labels)
-
     def __getitem__(self, position):
         from torchvision.transforms.v2 import functional
 

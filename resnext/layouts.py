@@ -97,8 +97,8 @@ def fastest(model, layouts, precision, world, batch_size, size):
         times = _race(layouts, lambda layout: step(layout, pictures))
         return [1e3 * times[each] / pictures for each in layouts]
 
-    milliseconds = torch.tensor(_halved_until_it_fits(race, batch_size), dtype=torch.float64)
-    milliseconds = (world.sum(milliseconds.to(world.device)) / world.size).tolist()
+    milliseconds = torch.tensor(_halved_until_it_fits(race, batch_size), device=world.device)
+    milliseconds = (world.sum(milliseconds) / world.size).tolist()
     best = layouts[milliseconds.index(min(milliseconds))]
     return best, {str(layout): taken for layout, taken in zip(layouts, milliseconds, strict=True)}
 

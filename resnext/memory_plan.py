@@ -46,8 +46,10 @@ def plan_memory(model, data, args, world, precision, run, **layout):
         plan = Plan(**kept | {"redo": frozenset(kept["redo"])})
     else:
         with precision.autocast():
-            timeline = model.rehearse(args.batch_size // world.size, data.train_images.shape[1], **layout)
-        plan = plan_recomputation(timeline, **{args.budget_of: args.memory_budget})
+            timeline = model.rehearse(args.batch_size // world.size, data.size, **layout)
+        # Many processes would each time the steps for themselves, and plan apart.
+        cost = "seconds" if world.size == 1 else "flops"
+        plan = plan_recomputation(timeline, **{args.budget_of: args.memory_budget}, cost=cost)
     model.policy = plan.redo
     run.facts["plan"] = plan._asdict() | {"redo": sorted(plan.redo)}
     world.say(f"plan: {plan}")
@@ -55,8 +57,8 @@ def plan_memory(model, data, args, world, precision, run, **layout):
 
 
 def compare_with_plan(plan, saved, cost, run):
-    """Put what the run's first step took into the record, and print it beside the plan, if there is one."""
-    if plan and saved.bytes is not None and "measured" not in run.facts:
+    """Put what a step took into the record, once it is known, and print it beside the plan, if there is one."""
+    if plan and saved.bytes is not None and cost.is_known and "measured" not in run.facts:
         run.facts["measured"] = {
             "held_bytes": saved.bytes,
             "peak_bytes": cost.peak_bytes,

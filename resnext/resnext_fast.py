@@ -27,7 +27,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from experiment import ImageRun, Metrics, evaluate, get_args_parser, load_data, training_batches
 from harness import determinism, devices, distributed, endings
-from harness.arguments import OneLineParser, boolean, fraction, learning_rate, share
+from harness.arguments import FLAG, OneLineParser, fraction, learning_rate, share
 from harness.machine import multiplies_bfloat16
 from harness.memory import SavedBytes
 from harness.planning import StepCost
@@ -70,7 +70,7 @@ class FastParser(OneLineParser):
 def get_fast_args_parser():
     parser = get_args_parser(__doc__, FastParser)
     parser.set_defaults(loader="device", num_epoch=30)
-    switch = {"type": boolean, "nargs": "?", "const": True}
+    switch = FLAG | {"default": None}
     add = parser.add_argument
     rates = " and ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
     add("--lr", type=learning_rate, help=f"peak learning rate of sgd, or adam's constant one; by default {rates}")
@@ -81,7 +81,7 @@ def get_fast_args_parser():
     add("--grouped_convolution", choices=FORMS,
         help="form in which the grouped convolutions run; by default what is fastest here")  # fmt: skip
     add("--compile", **switch, help="torch.compile the model; by default on CUDA alone")
-    add("--cuda_graphs", **switch, default=False, help="with --compile, launch its kernels as CUDA graphs")
+    add("--cuda_graphs", **FLAG, help="with --compile, launch its kernels as CUDA graphs")
     add("--optimizer", choices=("sgd", "adam"), default="sgd", help="sgd in one cycle, or resnext.py's constant Adam")
     add("--label_smoothing", type=share, default=0.1, help="weight of the uniform distribution in the target")
     add("--ema", type=fraction, metavar="DECAY",

@@ -130,7 +130,7 @@ def make_models(good, folder):
 
 def make_damaged_weights(good, folder):
     """Models that transformers loads without a word, and that are not what they were; and files that it cannot name."""
-    for name in ("lacking", "renamed", "not_finite", "cut_config", "pointer", "empty_vocabulary"):
+    for name in ("lacking", "renamed", "not_finite", "cut_config", "pointer", "empty_vocabulary", "adapter"):
         shutil.copytree(good, folder / name)
     weights = load_file(good / "model.safetensors")
     attention = [name for name in weights if name.startswith("decoder.block.0.layer.0.")]
@@ -146,6 +146,7 @@ def make_damaged_weights(good, folder):
     (folder / "cut_config/generation_config.json").write_text('{"num_beams": ')
     (folder / "pointer/model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:1\n")
     (folder / "empty_vocabulary/spiece.model").write_bytes(b"")
+    (folder / "adapter/adapter_config.json").write_text('{"peft_type": "LORA"}')
 
 
 def make_bart(good, folder):

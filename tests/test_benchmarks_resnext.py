@@ -201,6 +201,7 @@ def test_an_arm_that_is_wrong_or_fails_says_so_and_costs_no_other():
         return kind(1, 4).train()
 
     kinds = {"plain": ResNeXt, "wrong": Wrong, "failing": Failing, "plain again": ResNeXt}
+    kinds["block"] = functools.partial(CheckpointResNeXt, policy="block")
     arms = {name: functools.partial(make, kind) for name, kind in kinds.items()}
     args = memory.get_args_parser().parse_args(["--batch_size", "2", "--timed_batch_size", "2", "--steps", "1"])
     rows = {row["policy"]: row for row in memory.count_all(arms, args, CPU, {})}
@@ -211,6 +212,9 @@ def test_an_arm_that_is_wrong_or_fails_says_so_and_costs_no_other():
     timed = {row["policy"]: row for row in memory_steps.train_all(arms, arms["plain"], args, CPU, {}, {})}
     assert timed["failing"] == rows["failing"]
     assert timed["plain again"]["step_times_plain"] > 0
+    # Of the plain model, though that is no arm.
+    (alone,) = memory_steps.train_all({"block": arms["block"]}, arms["plain"], args, CPU, {}, {})
+    assert alone["saved_share"] == timed["block"]["saved_share"] < 0.5 < timed["plain again"]["saved_share"] == 1
     with pytest.raises(RuntimeError, match="ill"):
         list(memory.count_all({"plain": arms["failing"]}, args, CPU, {}))
 

@@ -9,6 +9,7 @@ from experiment import Metrics
 from harness import devices
 from harness.distributed import World
 from harness.endings import UserError
+from scorer import scorer_arguments
 
 TORCHRUN = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
@@ -56,6 +57,16 @@ def test_threads(monkeypatch):
     monkeypatch.setattr(torch, "set_num_threads", chosen.append)
     choose("--threads", "3")
     choose()
+    assert chosen == [3]
+
+
+def test_threads_of_a_scorer_on_a_gpu(two_gpus, monkeypatch):
+    import main
+
+    chosen = []
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    args = scorer_arguments.get_args_parser("").parse_args(["--cuda", "--gpuid", "1", "--threads", "3"])
+    assert main.choose_device(args) == torch.device("cuda", 1)
     assert chosen == [3]
 
 

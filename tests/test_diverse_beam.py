@@ -13,7 +13,7 @@ import tiny_seq2seq
 import torch
 
 from search import diverse_beam, t5_decoder
-from search.diverse_beam import DiverseBeamSearch, diverse_beam_search, top_k
+from search.diverse_beam import DiverseBeamSearch, top_k
 from search.generator import make_searches
 from search.library_decoder import LibraryDecoder
 from search.t5_decoder import DOCUMENTS_TOGETHER, ENCODER_ATTENTION, PaddedAttention, SeparateAttention, T5Decoder
@@ -38,7 +38,7 @@ def search(case, model=None):
         if key in settings:
             setattr(model.generation_config, key, settings.pop(key))
     settings["num_groups"] = settings.pop("num_beam_groups")
-    return diverse_beam_search(model, *tiny_seq2seq.documents(model), **settings)
+    return DiverseBeamSearch(model, **settings)(*tiny_seq2seq.documents(model))
 
 
 def assert_equal_to_record(case, result):
@@ -113,7 +113,7 @@ def test_one_group_is_plain_beam_search():
     input_ids, mask = tiny_seq2seq.documents(model)
     settings = {"num_beams": 5, "max_length": 14, "early_stopping": True}
     expected = model.generate(input_ids=input_ids, attention_mask=mask, num_return_sequences=5, **settings)
-    tokens, *_ = diverse_beam_search(model, input_ids, mask, num_groups=1, diversity_penalty=0.0, **settings)
+    tokens, *_ = DiverseBeamSearch(model, num_groups=1, diversity_penalty=0.0, **settings)(input_ids, mask)
     for ours, theirs in zip(tokens.flatten(0, 1).tolist(), expected.tolist(), strict=True):
         end = (theirs + [1]).index(1, 1) + 1  # What the library puts behind the end token is not always padding.
         assert ours[:end] == theirs[:end]
@@ -131,7 +131,7 @@ def test_log_probabilities_are_those_of_the_model_alone(name, settings):
     """Whatever was penalised, forbidden or forced: those of a teacher-forced forward, over the counted tokens."""
     model = tiny_seq2seq.build(name)
     input_ids, mask = tiny_seq2seq.documents(model)
-    found = diverse_beam_search(model, input_ids, mask, diversity_penalty=1.5, max_length=12, **settings)
+    found = DiverseBeamSearch(model, diversity_penalty=1.5, max_length=12, **settings)(input_ids, mask)
     tokens, inputs = found.tokens.flatten(0, 1), {"input_ids": input_ids, "attention_mask": mask}
     inputs = {key: each.repeat_interleave(settings["num_beams"], dim=0) for key, each in inputs.items()}
     with torch.inference_mode():
@@ -212,7 +212,7 @@ def test_t5_steps_equal_the_models_own_logits(name, together, private, monkeypat
 def test_half_precision_gives_whole_candidates(name):
     model = tiny_seq2seq.build(name).to(torch.bfloat16)
     settings = {"num_beams": 4, "num_groups": 4, "diversity_penalty": 1.0, "max_length": 10}
-    tokens, scores, *_ = diverse_beam_search(model, *tiny_seq2seq.documents(model), **settings)
+    tokens, scores, *_ = DiverseBeamSearch(model, **settings)(*tiny_seq2seq.documents(model))
     assert tokens.shape[:2] == (4, 4)
     assert (tokens[:, :, 0] == model.config.decoder_start_token_id).all()
     assert scores.isfinite().all()

@@ -201,14 +201,23 @@ def test_phases_of_the_trainer_are_nvtx_ranges_as_the_other_scripts_have_them(mo
 
 
 @pytest.mark.parametrize(("visible", "device", "left"), [
-    (None, "cuda:0", "0"), ("2,3", "cuda:0", "2"), ("2,3", "cuda:1", "3"), (None, "cuda:1", "1"), ("2,3", "cpu", "2,3"),
+    (None, None, "0"), ("2,3", None, "2"), ("2,3", "cuda:1", "3"), (None, "cuda:1", "1"), ("2,3", "cpu", "2,3"),
+    ("2,3", "cuda:2", "2,3"),
 ])  # fmt: skip
 def test_the_trainer_sees_one_gpu(visible, device, left, monkeypatch):
-    from finetune_model import show_only
+    from finetune_model import show_only_one_gpu
+
+    def too_early(*_):
+        raise AssertionError("CUDA has read its variable by now")
 
     monkeypatch.setattr("os.environ", {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible})
-    show_only(torch.device(device))
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    for name in ("is_available", "init", "get_device_capability"):
+        monkeypatch.setattr(f"torch.cuda.{name}", too_early)
+    args = SimpleNamespace(device=device)
+    show_only_one_gpu(args)
     assert os.environ.get("CUDA_VISIBLE_DEVICES") == left
+    assert args.device == ("cuda" if left != visible else device)  # Which counts from the one that is left.
 
 
 def test_of_two_epochs_with_the_same_rouge_the_lower_loss_is_the_better():

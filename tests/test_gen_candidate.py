@@ -238,15 +238,6 @@ def test_another_batch_size_goes_on_with_what_is_made(tiny, whole, tmp_path, mon
     assert made == expected
 
 
-def test_finished_candidates_whose_settings_name_a_batch_size_stay(tiny, whole, tmp_path, monkeypatch, capsys):
-    folder = tmp_path / only_folder(whole).name
-    shutil.copytree(only_folder(whole), folder)
-    path = folder / "val.settings.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"cand_gen_batch": 16}))
-    run_here(monkeypatch, *arguments(tiny, tmp_path))
-    assert "val: the candidates of 6 documents are there already" in capsys.readouterr().out
-
-
 def hang_up(server, calls):
     """End each connection without an answer, and note what was asked for."""
     while True:

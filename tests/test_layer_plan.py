@@ -5,6 +5,7 @@ import torch
 from model import Scorer
 from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 
+from harness.distributed import World
 from harness.endings import UserError
 from harness.precision import choose_precision
 from scorer.layer_plan import KINDS, parts_of, plan_layers, redo_parts
@@ -12,7 +13,8 @@ from scorer.layer_plan import KINDS, parts_of, plan_layers, redo_parts
 pytestmark = pytest.mark.slow
 
 LAYERS = 4
-SINGLE = choose_precision(None, torch.device("cpu"))
+CPU = torch.device("cpu")
+SINGLE, ALONE = choose_precision(None, CPU), World(0, 1, CPU)
 TEXTS, LENGTHS = torch.arange(480).view(6, 80) % 99 + 1, torch.tensor([80, 70, 60, 80, 33, 50])
 
 
@@ -47,7 +49,7 @@ def test_every_layers_parts_are_found(scorer):
 def test_a_plan_is_within_its_budget_as_predicted_and_changes_no_gradient(scorer, budget):
     redo_parts(parts_of(scorer.encoder), ())
     plain = gradients(scorer)
-    plan, share = plan_layers(scorer, TEXTS, LENGTHS, budget, SINGLE)
+    plan, share = plan_layers(scorer, TEXTS, LENGTHS, budget, SINGLE, ALONE)
     assert budget - 0.25 < share <= budget
     assert plan.peak_bytes / plan.plain_peak_bytes == pytest.approx(share, rel=0.05)
     for one, other in zip(plain, gradients(scorer), strict=True):
@@ -56,7 +58,7 @@ def test_a_plan_is_within_its_budget_as_predicted_and_changes_no_gradient(scorer
 
 def test_a_budget_that_cannot_be_met_is_refused(scorer):
     with pytest.raises(UserError, match="a memory budget of 0.05 cannot be met"):
-        plan_layers(scorer, TEXTS, LENGTHS, 0.05, SINGLE)
+        plan_layers(scorer, TEXTS, LENGTHS, 0.05, SINGLE, ALONE)
 
 
 @pytest.mark.parametrize("make", [make_bert, make_t5])
@@ -71,7 +73,7 @@ def test_frozen_layers_get_no_gradient_the_others_their_own_and_a_plan_leaves_th
     above = {name for name in whole if f"{layers}.2." in name or f"{layers}.3." in name or "final_layer_norm" in name}
     assert own.keys() == above
     assert all(torch.equal(own[name], whole[name]) for name in above)
-    plan, share = plan_layers(scorer, TEXTS, LENGTHS, 0.8, SINGLE)
+    plan, share = plan_layers(scorer, TEXTS, LENGTHS, 0.8, SINGLE, ALONE)
     assert 0.5 < share <= 0.8
     assert plan.redo
     assert all(name[0] in "23" for name in plan.redo)

@@ -215,3 +215,20 @@ def test_a_steps_cost_is_measured_beside_its_plan_and_changes_nothing(small):
         else:
             assert (cost.redone_flops, cost.peak_bytes) == (None, None)
     assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+
+
+def test_on_a_gpu_the_second_step_is_measured(monkeypatch):
+    """In the first cuDNN tries algorithms, of which some need much memory."""
+    peak = {"now": 0}
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: 100)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: peak.update(now=0))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak["now"])
+    cost, known = StepCost(torch.nn.Linear(1, 1), torch.device("cuda")), []
+    for most in (900, 400, 700):
+        with cost.first_forward():
+            peak["now"] = max(peak["now"], most)
+        with cost.first_backward():
+            pass
+        known.append((cost.is_known, cost.peak_bytes))
+    assert known == [(False, None), (True, 300), (True, 300)]
+    assert StepCost(torch.nn.Linear(1, 1), CPU, enabled=False).is_known

@@ -45,15 +45,24 @@ def test_why_a_layout_was_taken_is_told(layout, arguments, told):
 def test_a_resumed_run_keeps_its_plan(monkeypatch):
     """The plan follows measured seconds: it would differ from the one that the record's measured bytes are of."""
     plans = iter([PLAN, PLAN._replace(redo=frozenset({"stem.conv1"}))])
-    monkeypatch.setattr(memory_plan, "plan_recomputation", lambda timeline, peak: next(plans))
+    monkeypatch.setattr(memory_plan, "plan_recomputation", lambda timeline, peak, cost: next(plans))
     model = SimpleNamespace(rehearse=lambda *args, **layout: None)
-    data, precision = (
-        SimpleNamespace(train_images=torch.zeros(1, 32, 32, 3)),
-        SimpleNamespace(autocast=contextlib.nullcontext),
-    )
+    data, precision = SimpleNamespace(size=32), SimpleNamespace(autocast=contextlib.nullcontext)
     first, resumed = run_with({}), run_with({})
     for run, kept in ((first, {}), (resumed, first.facts)):
         run.saved_facts = lambda kept=kept: kept
         assert memory_plan.plan_memory(model, data, run.args, run.world, precision, run) == PLAN
         assert model.policy == PLAN.redo
     assert resumed.facts == first.facts
+
+
+@pytest.mark.parametrize(("processes", "cost"), [(1, "seconds"), (2, "flops")])
+def test_the_processes_of_a_job_plan_alike(monkeypatch, processes, cost):
+    """Each would measure other seconds."""
+    costs = []
+    monkeypatch.setattr(memory_plan, "plan_recomputation", lambda timeline, peak, cost: costs.append(cost) or PLAN)
+    model, run = SimpleNamespace(rehearse=lambda *args, **layout: None), run_with({})
+    run.world.size = processes
+    precision = SimpleNamespace(autocast=contextlib.nullcontext)
+    memory_plan.plan_memory(model, SimpleNamespace(size=32), run.args, run.world, precision, run)
+    assert costs == [cost]

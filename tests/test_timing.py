@@ -171,6 +171,17 @@ def test_steps_stop_at_the_limit(clock):
     assert timer.end_epoch()["steps"] == 3
 
 
+def test_a_step_after_which_the_loop_is_left_counts(clock):
+    timer = PhaseTimer(CPU)
+    timer.start_epoch()
+    for _ in timer.steps(Batches(clock, 9, 1), "epoch 1"):
+        timer.end_step()
+        break
+    timing = timer.end_epoch()
+    assert (timer.steps_done, timing["warmup_steps"]) == (1, 1)
+    assert timing["phases"]["step"]["host_ms"]["median"] is None  # All of it was warm-up.
+
+
 def test_a_disabled_timer_takes_nothing(clock):
     timer = PhaseTimer(CPU, enabled=False)
     timing = run_epoch(timer, clock, [5] * 8)

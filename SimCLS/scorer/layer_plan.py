@@ -91,19 +91,20 @@ def _held(scorer, batch, autocast):
 
 def _plan_budget(scorer, batch, args, world, precision, run):
     texts, lengths = max(zip(batch.texts, batch.lengths, strict=True), key=lambda call: call[0].numel())
-    plan, share = plan_layers(scorer, texts, lengths, args.memory_budget, precision)
+    plan, share = plan_layers(scorer, texts, lengths, args.memory_budget, precision, world)
     redone = [f"{sum(name.endswith(kind) for name in plan.redo)} times {kind.replace('_', '-')}" for kind in KINDS]
     planned = plan.peak_bytes / plan.plain_peak_bytes
     world.say(f"plan: backward redoes {' and '.join(redone)}, for a peak of {share:.3f} (planned {planned:.3f})")
     run.facts["plan"] = {"redo": sorted(plan.redo), "peak_share": share, "planned_peak_share": planned}
 
 
-def plan_layers(scorer, texts, lengths, budget, precision):
+def plan_layers(scorer, texts, lengths, budget, precision, world):
     """Let backward redo the parts of `scorer`'s layers that are cheapest to redo, so that the peak of activations and
     their gradients is at most `budget` times what it is without.
 
     texts, lengths: of one call of the encoder (Scorer.encode_texts). Other calls, of texts that are fewer or shorter,
-    hold less in the same proportion. Returns the Plan, and the share that its peak has as measured.
+    hold less in the same proportion. The processes of a job plan together. Returns the Plan, and the share that its
+    peak has as measured.
 
     UserError for an encoder of another family, and when the budget cannot be met.
     """
@@ -115,7 +116,7 @@ def plan_layers(scorer, texts, lengths, budget, precision):
     names = {kind: {f"{number}.{kind}" for number in layers} for kind in KINDS}
     held, peak = measure(frozenset())
     sizes = {kind: (held - measure(names[kind])[0]) // len(layers) for kind in KINDS}
-    seconds = _seconds(scorer, layers, texts, lengths, precision)
+    seconds = _seconds(scorer, layers, texts, lengths, precision, world)
     timeline = _timeline(layers, sizes, seconds, held, peak)
     limit = budget
     for _ in range(TRIES):
@@ -139,8 +140,8 @@ def _measure(scorer, layers, texts, lengths, precision, redo):
     return saved.bytes, live.peak
 
 
-def _seconds(scorer, layers, texts, lengths, precision):
-    """{kind: seconds that a part takes in forward}, the least of the layers'."""
+def _seconds(scorer, layers, texts, lengths, precision, world):
+    """{kind: seconds that a part takes in forward}, the least of the layers', in the mean over the processes."""
     seconds = dict.fromkeys(KINDS, float("inf"))
 
     def timed(kind, method):
@@ -163,7 +164,8 @@ def _seconds(scorer, layers, texts, lengths, precision):
     with torch.no_grad(), precision.autocast():
         scorer.encode_texts([texts], [lengths])
     redo_parts(layers, ())
-    return seconds
+    sums = torch.tensor([seconds[kind] for kind in KINDS], dtype=torch.float32, device=texts.device)
+    return dict(zip(KINDS, (world.sum(sums) / world.size).tolist(), strict=True))
 
 
 def _timeline(layers, sizes, seconds, held, peak):

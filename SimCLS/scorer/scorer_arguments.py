@@ -7,9 +7,9 @@ from model import MARGIN, MAX_LEN, TOTAL_LEN
 
 from harness import determinism, devices, run_log, runs, tracing
 from harness.arguments import (
+    FLAG,
     HelpWithDefaults,
     OneLineParser,
-    boolean,
     default_workers,
     fraction,
     learning_rate,
@@ -18,6 +18,7 @@ from harness.arguments import (
     positive_float,
     positive_int,
     seed,
+    share_below_one,
     workers,
 )
 from harness.endings import UserError
@@ -26,9 +27,6 @@ from scorer.losses import LOSSES
 from texts.scoring import add_rouge_argument
 
 CACHE = Path("cache")
-
-
-FLAG = {"type": boolean, "nargs": "?", "const": True, "default": False}
 
 
 def get_args_parser(description):
@@ -94,7 +92,12 @@ def add_learning_arguments(group):
         "more for a narrower one")  # fmt: skip
     add("--warmup", type=fraction, default=0.1, help="share of the updates in which the rate rises to its peak, from "
         "which it falls to 0")  # fmt: skip
-    add("--dropout", type=dropout_type, default=0.0, help="of the encoder; it blurs differences as small as the margin")
+    add(
+        "--dropout",
+        type=share_below_one,
+        default=0.0,
+        help="of the encoder; it blurs differences as small as the margin",
+    )
     add("--frozen_layers", type=non_negative_int, default=0, help="lowest layers of the encoder that keep their "
         "weights, and its embeddings with them: steps are shorter, and less is kept for backward")  # fmt: skip
     add("--grad_norm", type=non_negative_float, default=1.0, help="clip gradients to this norm; 0 does not clip")
@@ -126,13 +129,6 @@ def add_data_arguments(group):
         help="candidates a document that training uses, the first ones",
     )
     add_rouge_argument(group)
-
-
-def dropout_type(text):
-    value = non_negative_float(text)
-    if value >= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not below 1")
-    return value
 
 
 def run_name_type(text):

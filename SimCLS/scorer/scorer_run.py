@@ -40,6 +40,7 @@ class ScorerRun(Run):
     """
 
     title = "training simcls"
+    unit = "documents"
     elsewhere = "--run_name"
 
     def __init__(self, args, world, **facts):
@@ -278,19 +279,7 @@ class ScorerRun(Run):
             text += f"{len(plan['redo'])} parts of layers"
         return text
 
-    def finish_profiling(self, timing):
-        """Write the record of a run that --max_steps ended: the timings of its last epoch, no weights. Of --dry_run say
-        what they foretell."""
-        if self.is_dry:
-            for line in self._prospects(timing):
-                self.world.say(line)
-            return
-        self.history.append({"epoch": len(self.history) + 1, "peak_memory": timing["peak_memory"], "timing": timing})
-        self.write_record()
-        self.drop_state()
-        self.world.say(f"stopped after {self.args.max_steps} steps: {self.path('.json')}")
-
-    def _prospects(self, timing):
+    def prospects(self, timing):
         """What the run would take, in lines, of which --dry_run has done some steps. timing: theirs, of PhaseTimer."""
         steps, per_validation = self.batches.number_of_batches, self._validated / self.args.batch_size
         step, forward = (typical_milliseconds(timing["phases"][name]) / 1e3 for name in ("step", "forward"))
@@ -311,14 +300,6 @@ class ScorerRun(Run):
         )
 
     def progress_bar(self, epoch):
-        """A bar over the Epoch's documents, on a terminal alone; it shows the newest report."""
-        total = self.batches.samples_from(0)
-        self._bar = tqdm(
-            desc=f"epoch {epoch.number + 1}/{self.args.num_epoch}",
-            total=total,
-            initial=total - self.batches.samples_from(epoch.done),
-            unit=" documents",
-            leave=False,
-            disable=not (self.world.is_main and sys.stderr.isatty()),
-        )
+        """A bar that shows the newest report."""
+        self._bar = super().progress_bar(epoch)
         return self._bar

@@ -26,11 +26,6 @@ WORTH_LEAVING = 1 / 8
 BLOCK = 128
 
 
-def diverse_beam_search(model, input_ids, attention_mask, **settings):
-    """Search one batch. For many batches keep a `DiverseBeamSearch`; the arguments and the result are its own."""
-    return DiverseBeamSearch(model, **settings)(input_ids, attention_mask)
-
-
 class Candidates(NamedTuple):
     """What a search found for a batch of documents, best first."""
 

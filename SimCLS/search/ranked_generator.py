@@ -2,15 +2,13 @@
 
 import argparse
 import itertools
-import sys
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from data_utils import ROUGE
+from data_utils import ROUGE, padded
 from pretrained import refuse_to_replace
-from tqdm import tqdm
 from transformers.modeling_outputs import BaseModelOutput
 
 from harness import runs
@@ -46,9 +44,6 @@ class RankedSamples(torch.utils.data.Dataset):
             self.summaries.append(targets["input_ids"])
             self.rouge.append([score for _, score in ranked])
 
-    def __len__(self):
-        return len(self.sources)
-
     def __getitem__(self, epoch_and_number):
         return epoch_and_number[1]
 
@@ -68,9 +63,9 @@ class RankedSamples(torch.utils.data.Dataset):
         most = max(map(len, rouge))
         summaries = [self.summaries[number] + [[]] * (most - len(self.rouge[number])) for number in numbers]
         return RankedBatch(
-            _padded([self.sources[number] for number in numbers], self.pad),
+            padded([self.sources[number] for number in numbers], self.pad, torch.int64),
             torch.tensor([len(self.sources[number]) for number in numbers]),
-            _padded(list(itertools.chain(*summaries)), NO_TOKEN),
+            padded(list(itertools.chain(*summaries)), NO_TOKEN, torch.int64),
             torch.tensor([each + [0.0] * (most - len(each)) for each in rouge]),
             torch.tensor([[place < len(each) for place in range(most)] for each in rouge]),
         )
@@ -85,11 +80,6 @@ class RankedBatch(NamedTuple):
 
     def to(self, device):
         return RankedBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
-
-
-def _padded(rows, value):
-    longest = max(map(len, rows))
-    return torch.tensor([row + [value] * (longest - len(row)) for row in rows])
 
 
 class RankedGenerator(torch.nn.Module):
@@ -181,6 +171,7 @@ class BrioRun(runs.Run):
     "scaler" and "means"."""
 
     title = "training brio"
+    unit = "documents"
     elsewhere = "--save_dir"
 
     def __init__(self, args, world, **facts):
@@ -234,22 +225,6 @@ class BrioRun(runs.Run):
             f"epoch {epoch['epoch']}/{self.args.num_epoch}: ranking loss {epoch['ranking_loss']:.4f}, cross-entropy "
             f"{epoch['cross_entropy']:.3f}, {rouge}, {epoch['timing']['seconds']:.1f} s"
         )
-
-    def progress_bar(self, epoch):
-        return tqdm(
-            desc=f"epoch {epoch.number + 1}/{self.args.num_epoch}",
-            total=self.batches.samples_from(0),
-            initial=self.batches.samples_from(0) - self.batches.samples_from(epoch.done),
-            unit=" documents",
-            leave=False,
-            disable=not (self.world.is_main and sys.stderr.isatty()),
-        )
-
-    def finish_profiling(self, timing):
-        """Write the record of a run that --max_steps ended: the timings of its last epoch, no generator."""
-        self.history.append({"epoch": len(self.history) + 1, "peak_memory": timing["peak_memory"], "timing": timing})
-        self.write_record()
-        self.world.say(f"stopped after {self.args.max_steps} steps: {self.path('.json')}")
 
     def finish(self):
         """Write the record, then drop the state. Of a run that --max_steps ended there is nothing more to write."""

@@ -11,7 +11,7 @@ import math
 from pathlib import Path
 from typing import NamedTuple
 
-from utils import count_lines, read_lines
+from utils import read_lines
 
 from harness.endings import UserError
 from harness.files import atomic_write, write_json
@@ -34,7 +34,7 @@ class CandidateFiles:
 
     def complete(self):
         """Whether all files are there, made with these settings."""
-        found = self._read_settings() == self.settings
+        found = _read_json(self.settings_path) == self.settings
         return found and all((self.folder / f"{self.split}.{name}").is_file() for name in FILES)
 
     def prepare(self):
@@ -43,7 +43,7 @@ class CandidateFiles:
         for leftover in self.folder.glob(f".{self.split}.*.tmp"):
             leftover.unlink()
         partials = {path: next(_read_lines(path), None) for path in self._partials()}
-        for found in (self._read_settings(), *partials.values()):
+        for found in (_read_json(self.settings_path), *partials.values()):
             changed = _changed(found, self.settings)
             if changed:
                 raise UserError(
@@ -105,13 +105,6 @@ class CandidateFiles:
         if None in lines:
             raise UserError(f"{self.folder}: a batch of {self.split} has gone while the run ended; run it again")
         return lines
-
-    def _read_settings(self):
-        """The settings of a finished split, or None. Older ones name the batch size, too."""
-        settings = _read_json(self.settings_path)
-        if isinstance(settings, dict):
-            settings.pop("cand_gen_batch", None)
-        return settings
 
     def _partials(self):
         return sorted(self.folder.glob(f"{self.split}.rank*.partial"))
@@ -208,7 +201,7 @@ def text_files(src_dir, split):
 def check_counts(plain, tokenized, likelihood, cand_num):
     """The number of documents; UserError when a file cannot be read, or the line counts do not fit `cand_num`."""
     of_candidates = [path for path in (plain.out, tokenized.out, likelihood) if path]
-    counts = {path: count_lines(path) for path in (*plain, *tokenized, *of_candidates)}
+    counts = {path: sum(1 for _ in read_lines(path)) for path in (*plain, *tokenized, *of_candidates)}
     documents = counts[plain.source]
     if documents == 0:
         raise UserError(f"{plain.source} is empty; it needs one document a line")

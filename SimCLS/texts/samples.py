@@ -15,6 +15,7 @@ from texts.candidate_files import Lines
 from texts.scoring import mean_score, score
 from texts.sentences import ptb_tokenize
 
+FILE_NAME = re.compile(r"[0-9]{1,18}\.json")  # Of a sample.
 KEYS = ("article", "abstract", "article_untok", "abstract_untok", "candidates", "candidates_untok")
 
 
@@ -24,7 +25,7 @@ def sample_files(folder):
     UserError when there is no such folder or no sample in it, and when it has not as many as its provenance says.
     """
     try:
-        numbered = [(int(name[:-5]), name) for name in os.listdir(folder) if re.fullmatch(r"[0-9]{1,18}\.json", name)]
+        numbered = [(int(name[:-5]), name) for name in os.listdir(folder) if FILE_NAME.fullmatch(name)]
     except OSError as error:
         raise UserError(f"cannot read the sample folder {folder}: {error.strerror}; preprocess.py makes it") from None
     if not numbered:
