@@ -263,7 +263,7 @@ profile() {
 # What matters most to know first: with a lent machine, the later ones may have no time left.
 benchmarks() {
     local script code started
-    for script in ${ONLY:-phase_overhead layout fast memory scaling loading scorer_step step_memory}; do
+    for script in ${ONLY:-phase_overhead layout fast memory allocator scaling loading scorer_step step_memory}; do
         code=0 started=$SECONDS
         show ${LIMIT:+timeout --foreground "$LIMIT"} python3 "benchmarks/$script.py" ${OUT:+--output "$OUT/$script.json"} || code=$?
         [ $code = 0 ] || { failed=$code; echo "# exit code $code: $script" >&2; }

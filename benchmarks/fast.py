@@ -13,7 +13,8 @@ A round has more steps than the batches that worker processes load ahead, and st
 workers, which load while other rows are timed, would give the original's way its batches for nothing. cuDNN's search
 for the fastest algorithms is on in all rows, in favour of the original's.
 
-How far the script is from the hardware's limit, hardware_limits.py measures.
+How far the script is from the hardware's limit, hardware_limits.py measures. On a CPU the script also keeps freed
+memory, which no row does here: one process cannot do both in turn. allocator.py measures it.
 
 --ablation_epochs trains every row, --fast_epochs resnext_fast.py alone, over --seeds; what is trained already in
 --run_dir is not trained again, and what was interrupted goes on.
@@ -45,7 +46,7 @@ from images import load_images
 
 ORIGINAL = (
     "--loader workers --num_worker 2 --half_precision False --channels_last False --grouped_convolution groups "
-    "--compile False --optimizer adam --lr 0.01 --label_smoothing 0"
+    "--compile False --keep_memory False --optimizer adam --lr 0.01 --label_smoothing 0"
 )
 TECHNIQUES = {
     "loading on the device": "--loader device",
@@ -126,9 +127,9 @@ def common_flags(args):
 
 
 def own_row(args, layout):
-    """The Row of resnext_fast.py as it is, where it has chosen the Layout."""
+    """The Row of resnext_fast.py as it is, but for --keep_memory, where it has chosen the Layout."""
     chosen = ["--channels_last", str(layout.channels_last), "--grouped_convolution", layout.form]
-    return Row(FAST, [*common_flags(args), *chosen])
+    return Row(FAST, [*common_flags(args), *chosen, "--keep_memory", "False"])
 
 
 def make_rows(args, device, layout):

@@ -37,7 +37,7 @@ SECONDS_BETWEEN_READS = 2.0  # Of the running loss, which is on the device.
 # They choose where and how a process runs, not what it computes: a resumed run may change them.
 NOT_RESULTS = (
     "resume", "restart", "output_dir", "data_dir", "num_worker", "loader", "save_every", "trace", "device", "threads",
-    "dry_run", "log",
+    "dry_run", "log", "keep_memory",
 )  # fmt: skip
 
 

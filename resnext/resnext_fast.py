@@ -4,10 +4,11 @@
 Pictures are augmented on the device, in the layout and type of the model. It runs in bfloat16 where the processor
 multiplies that, in float16 on GPUs before Ampere, and in float32 on a CPU without such instructions. The memory layout,
 and the form of the grouped convolutions, are those that are fastest here, by a second of measuring (not so with
---deterministic, or where flags name both); on CUDA the model is compiled. SGD with Nesterov momentum follows one cycle
+--deterministic, or where flags name both); on CUDA the model is compiled, and on a CPU the process keeps the memory of
+freed tensors. SGD with Nesterov momentum follows one cycle
 to zero, with label smoothing and no weight decay on BatchNorm and biases. Each can be switched off, down to the way of
 resnext.py: --loader workers --half_precision False --channels_last False --grouped_convolution groups --compile False
---optimizer adam --label_smoothing 0.
+--keep_memory False --optimizer adam --label_smoothing 0.
 
 What each technique buys is measured by benchmarks/fast.py, with and without bfloat16 instructions: docs/results.md
 shows it for each processor that has a record, under "Benchmarks", beside the targets of both kinds. Not yet measured: a
@@ -29,7 +30,7 @@ from experiment import ImageRun, Metrics, evaluate, get_args_parser, load_data, 
 from harness import determinism, devices, distributed, endings
 from harness.arguments import FLAG, OneLineParser, fraction, learning_rate, share
 from harness.machine import multiplies_bfloat16
-from harness.memory import SavedBytes
+from harness.memory import SavedBytes, keep_freed_memory
 from harness.planning import StepCost
 from harness.precision import choose_precision, half_precision_type
 from harness.timing import PhaseTimer
@@ -42,7 +43,8 @@ from weights import start_from
 
 WARMUP = 0.2  # The share of training in which the learning rate rises.
 LEARNING_RATES = {"sgd": 0.1, "adam": 0.01}  # Where --lr names none.
-SWITCHES = ("channels_last", "grouped_convolution", "compile", "cuda_graphs", "optimizer", "label_smoothing", "ema")
+SWITCHES = ("channels_last", "grouped_convolution", "compile", "cuda_graphs", "keep_memory", "optimizer",
+            "label_smoothing", "ema")  # fmt: skip
 
 
 class FastParser(OneLineParser):
@@ -58,6 +60,8 @@ class FastParser(OneLineParser):
             args.half_precision = fast_type(devices.kind(args))
         if args.compile is None:
             args.compile = devices.kind(args) == "cuda"
+        if args.keep_memory is None:
+            args.keep_memory = devices.kind(args) == "cpu"
         if args.cuda_graphs and not args.compile:
             self.error("--cuda_graphs launches what --compile makes; add --compile")
         if args.compile and args.policy == "nested":
@@ -82,6 +86,8 @@ def get_fast_args_parser():
         help="form in which the grouped convolutions run; by default what is fastest here")  # fmt: skip
     add("--compile", **switch, help="torch.compile the model; by default on CUDA alone")
     add("--cuda_graphs", **FLAG, help="with --compile, launch its kernels as CUDA graphs")
+    add("--keep_memory", **switch, help="let freed memory stay with the process, where the system would clear it again "
+        "for each large tensor; by default on a CPU")  # fmt: skip
     add("--optimizer", choices=("sgd", "adam"), default="sgd", help="sgd in one cycle, or resnext.py's constant Adam")
     add("--label_smoothing", type=share, default=0.1, help="weight of the uniform distribution in the target")
     add("--ema", type=fraction, metavar="DECAY",
@@ -102,6 +108,8 @@ def fast_type(kind):
 def main():
     args = get_fast_args_parser().parse_args()
     determinism.apply(args)
+    if args.keep_memory:
+        keep_freed_memory()
     torch.backends.cudnn.benchmark = not args.deterministic
     with distributed.world(devices.choose(args)) as world:
         world.check_divisible(args.batch_size)

@@ -66,6 +66,7 @@ def _fast(run):
         f"layout {why_layout}",
         f"compiling {'on' if args.compile else 'off'}{why}",
         f"{'sgd in one cycle' if args.optimizer == 'sgd' else 'constant adam'}, smoothing {args.label_smoothing:g}",
+        f"freed memory {'kept' if args.keep_memory else 'given back (--keep_memory)'}",
         f"averaging {'on' if args.ema else 'off (--ema)'}",
     ]
 

@@ -88,9 +88,9 @@ def test_scaling(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(sys, "argv", ["scaling.py", *usual, *small])
     scaling.main()
     record = json.loads(path.read_text())
-    rows = {(row["changed"], row["to"]): row for row in record["rows"]}
+    rows = {(row["changed"], row["to"]): row for row in record["rows"] if row["changed"] != "threads"}
     assert [row["flops_times"] for row in rows.values() if row["flops_times"]] == [2.0, 4.0, 2.0]
-    assert [row["milliseconds"] > 0 for row in rows.values()] == [True] * 8
+    assert [row["milliseconds"] > 0 for row in rows.values()] == [True] * 7
     batch, side, pictures = (
         rows[key] for key in (("batch", "8"), ("side of the pictures", "32 px"), ("pictures, an epoch", "16"))
     )
@@ -103,3 +103,16 @@ def test_scaling(monkeypatch, tmp_path, capsys):
     assert text.startswith("What doubles when the work doubles, × the row before: resnext29_1x4d, ")
     assert read_table(text)[1]["FLOPs, ×"] == "2.00"
     assert "FLOPs 2.00 x, time" in capsys.readouterr().out
+
+
+def test_allocator(run_script, tmp_path):
+    path = tmp_path / "allocator.json"
+    small = ["--model", "resnext29_1x4d", "--batch_size", 4, "--steps", 1, "--rounds", 1, "--output", path]
+    printed = run_script("benchmarks/allocator.py", *small).stdout
+    record = json.loads(path.read_text())
+    assert list(record["results"]) == ["original", "resnext_fast.py"]
+    for way, found in record["results"].items():
+        assert all(peak > 100 for peak in found["peak_mib"].values())
+        assert f"{way}: {found['ratio']['median']:.2f} x as fast" in printed
+    table = read_table(benchmarks.render({"here": [record]}))
+    assert [row["Case"] for row in table] == ["resnext29_1x4d, original", "resnext29_1x4d, resnext_fast.py"]

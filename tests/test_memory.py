@@ -1,9 +1,16 @@
-"""SavedBytes against a hand count and torch.profiler."""
+"""SavedBytes against a hand count and torch.profiler; and the memory that a process keeps."""
+
+import platform
+import subprocess
+import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import ROOT
 from torch import nn
 
+from harness import memory
 from harness.memory import SavedBytes, count_saved, peak_memory
 
 CPU = torch.device("cpu")
@@ -93,3 +100,38 @@ def test_saved_bytes_agree_with_the_allocator():
     kept = sum(event.self_device_memory_usage + event.self_cpu_memory_usage for event in profile.key_averages())
     assert output.requires_grad  # It was alive when the profiler stopped; Tanh saves it. The images were there before.
     assert saved.bytes == pytest.approx(kept + images.nbytes, rel=0.01)
+
+
+FAULTS = """
+import resource, sys
+sys.path.insert(0, {root!r})
+import torch
+from harness import memory
+
+if {keep}:
+    memory.keep_freed_memory()
+for round in range(8):
+    if round == 2:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    held = [torch.ones(2**power) for power in (24, 23, 24, 23)]  # As activations: the last is the first to go.
+    while held:
+        held.pop()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another library than glibc allocates")
+def test_kept_memory_is_not_asked_for_again():
+    """Each page that the system gives anew is a fault."""
+    faults = {}
+    for keep in (True, False):
+        script = FAULTS.format(root=str(ROOT), keep=keep)
+        result = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+        faults[keep] = int(result.stdout)
+    assert 4 * faults[True] < faults[False]
+
+
+def test_where_another_library_allocates_nothing_changes(monkeypatch):
+    for found in (SimpleNamespace(), None):  # Without mallopt, as musl; and Windows, whose CDLL takes no None.
+        monkeypatch.setattr(memory.ctypes, "CDLL", lambda name, found=found: found)
+        memory.keep_freed_memory()

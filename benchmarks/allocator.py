@@ -1,0 +1,125 @@
+"""How many times as fast training on a CPU is when the process keeps the memory of freed tensors. Target: TARGETS.
+
+    python3 benchmarks/allocator.py
+
+Two processes take training steps in turn, one of which keeps what is freed (harness.memory.keep_freed_memory), of the
+original's way and of resnext_fast.py. Both have to reach the same weights. Besides times: the page faults of a
+step, for each of which the system has cleared a page, and the most memory that each process had.
+"""
+
+import contextlib
+import functools
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "resnext")]
+
+import torch
+from common import Reference, check, interleaved, ratio_summary, results_path, spread, verdict
+from fast import ORIGINAL
+from fast_steps import TrainingSteps, random_pictures
+from resnext_fast import get_fast_args_parser
+
+from experiment import model_name
+from harness import arguments, endings
+from harness.files import write_record
+from harness.machine import describe_machine
+from harness.memory import keep_freed_memory
+
+CPU = torch.device("cpu")
+WAYS = {"original": [*ORIGINAL.split(), "--num_worker", "0"], "resnext_fast.py": ["--channels_last", "True"]}
+SIDES = ("given back", "kept")
+TARGETS = {"cpu": {"resnext29_2x4d, original": ("at least", 1.2), "resnext29_2x4d, resnext_fast.py": ("at least", 1.1)}}
+
+
+def get_args_parser():
+    parser = arguments.OneLineParser(description=arguments.first_line(__doc__))
+    add = parser.add_argument
+    add("--model", type=model_name, default="resnext29_2x4d")
+    add("--batch_size", type=arguments.positive_int, default=128)
+    add("--steps", type=arguments.positive_int, default=4, help="of each side in a round")
+    add("--rounds", type=arguments.positive_int, default=9)
+    add("--threads", type=arguments.positive_int, default=1)
+    add("--output", type=Path, help="by default benchmarks/results/<hardware>/allocator.json")
+    add("--side", choices=SIDES, help="become this side of a comparison")
+    return parser
+
+
+def main():
+    args = get_args_parser().parse_args()
+    if args.side:
+        take_steps(args)
+        return
+    settings = {name: getattr(args, name) for name in ("model", "batch_size", "steps", "rounds", "threads")}
+    record = {"benchmark": "allocator", "machine": describe_machine(CPU), **settings, "results": {}}
+    for way in WAYS:
+        record["results"][way] = compare(way, args)
+    path = args.output or results_path("allocator", CPU)
+    write_record(path, record)
+    print(f"written: {path}")
+
+
+def compare(way, args):
+    """Time both sides of a way to train in turn; returns what is known of them, a dict."""
+    command = ["--model", args.model, "--batch_size", args.batch_size, "--steps", args.steps, "--threads", args.threads]
+    with contextlib.ExitStack() as processes:
+        sides = {
+            name: processes.enter_context(
+                Reference(sys.executable, "allocator.py", *command, "--side", name, needs="what this one has")
+            )
+            for name in SIDES
+        }
+        answers = {name: side.ask(way) for name, side in sides.items()}  # Warms up, too.
+        check_equal(way, answers)
+
+        def run(name):
+            answers[name] = sides[name].ask(way)
+            return answers[name]["seconds"]
+
+        seconds = interleaved({name: functools.partial(run, name) for name in SIDES}, args.rounds)
+    check_equal(way, answers)
+    ratio = ratio_summary(*(seconds[name] for name in SIDES))
+    faults, peaks = ({name: answers[name][key] for name in SIDES} for key in ("faults_a_step", "peak_mib"))
+    both = (" and ".join(f"{each[name]:.0f}" for name in SIDES) for each in (faults, peaks))
+    print(
+        f"{way}: {ratio['median']:.2f} x as fast with freed memory kept ({spread(ratio)}, {args.rounds} rounds)"
+        f"{verdict(TARGETS, CPU, f'{args.model}, {way}', ratio)}; "
+        "page faults a step {}; at most {} MiB".format(*both),
+        flush=True,
+    )
+    return {"seconds": seconds, "ratio": ratio, "faults_a_step": faults, "peak_mib": peaks}
+
+
+def check_equal(way, answers):
+    """AssertionError unless both sides have the same weights."""
+    one, other = (answers[name]["weights"] for name in SIDES)
+    check(one == other, f"{way}: the weights of both sides differ")
+
+
+def take_steps(args):
+    """Take args.steps training steps for each line on stdin, the JSON of a name of WAYS, and answer with a line."""
+    if args.side == "kept":
+        keep_freed_memory()
+    torch.set_num_threads(args.threads)
+    print(json.dumps({"name": args.side}), flush=True)
+    data, made = random_pictures(max(1000, args.batch_size), 32), {}
+    for line in sys.stdin:
+        way = json.loads(line)
+        if way not in made:
+            words = ["--model", args.model, "--batch_size", str(args.batch_size), "--grouped_convolution", "groups"]
+            made[way] = TrainingSteps(get_fast_args_parser().parse_args([*words, *WAYS[way]]), data, CPU)
+        before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
+        made[way].run(args.steps)
+        seconds, after = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF)
+        weights = sum(float(weight.detach().double().square().sum()) for weight in made[way].model.parameters())
+        answer = {"seconds": seconds, "weights": weights}
+        answer |= {"faults_a_step": (after.ru_minflt - before.ru_minflt) / args.steps}
+        print(json.dumps(answer | {"peak_mib": after.ru_maxrss / 1024}), flush=True)
+
+
+if __name__ == "__main__":
+    endings.run(main)
