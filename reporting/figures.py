@@ -154,7 +154,8 @@ def draw_curves(runs, study, curves):
             means.append(values.mean(0))
             draw_band(panel, np.arange(1, values.shape[1] + 1), values, colours[in_words(row.arm.label)], **style)
         equal.append(coincide(means, panel))
-        panel.set(xlabel="epoch", ylabel=title)
+        smoothed = key == "loss" and any(run.arguments.get("label_smoothing") for row in group.rows for run in row.runs)
+        panel.set(xlabel="epoch", ylabel=title + " (of smoothed labels: higher)" * smoothed)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     title = figure_title(study.title, group, all(equal), banded=True)
     return finish(figure, arm_handles(colours) + _key_handles(styles, "linestyle"), title)
@@ -342,7 +343,7 @@ def draw_memory(runs, study):
                 whiskers = True
     for name, of_policy in points.items():
         panel.plot(*zip(*of_policy, strict=True), color=colours[name], linewidth=1)
-        panel.annotate(name, max(of_policy), xytext=(8, 6), textcoords="offset points", color=colours[name])
+        panel.annotate(name, max(of_policy), xytext=(8, 6), textcoords="offset points")
     panel.margins(x=0.2)
     panel.set_xlabel("step time, multiples of the plain run's at the same batch size")
     what = "activation memory saved for backward" if on_cpu(group) else "peak allocated GPU memory"
