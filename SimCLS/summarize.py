@@ -39,7 +39,7 @@ from search.generator import (
     load_generator,
     search_settings,
 )
-from texts.documents import clean, read_column
+from texts.documents import clean, read_columns
 from texts.samples import split_lower
 from texts.scoring import add_rouge_argument
 from texts.sentences import SentenceSplitter, ptb_tokenize
@@ -88,7 +88,7 @@ def main():
 def read_documents(name, column):
     """Yield the documents of the file `name`, or of standard input."""
     if name.endswith((".csv", ".csv.gz")):
-        yield from read_column(Path(name), column)
+        yield from (text for (text,) in read_columns(Path(name), column))
     else:
         yield from read_lines(STANDARD_INPUT if name == "-" else name)
 

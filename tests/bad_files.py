@@ -82,7 +82,6 @@ def make_tables(folder):
         "quote.csv": "\n".join(["abstract,title", rows[0], 'an "open quote, "that never ends', '"x', *rows]),
         "semicolons.csv": "\n".join(["abstract;title", *rows]),
         "doubled.csv": "\n".join(["abstract,abstract,title", *(f"short,{row}" for row in rows)]),
-        "late.csv": "\n".join(["", "abstract,title", *rows]),
     }
     folder.mkdir()
     for name, text in texts.items():

@@ -48,6 +48,13 @@ def test_compressed_file_byte_order_mark_and_named_columns(tmp_path):
     assert read[3] == Document("text number 3", "summary 3")
 
 
+def test_blank_lines_are_no_rows(tmp_path):
+    path = write_csv(tmp_path / "x.csv", twenty_rows())
+    lines = path.read_text().splitlines()
+    (tmp_path / "blank.csv").write_text("\n".join(["", " ", *lines[:5], "", *lines[5:], "", ""]))
+    assert read_documents(tmp_path / "blank.csv") == read_documents(path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -55,6 +62,7 @@ def test_compressed_file_byte_order_mark_and_named_columns(tmp_path):
         (b" \n", "is empty"),
         (b"a,b\n1,2\n", "no column 'abstract'; its columns are: 'a', 'b'"),
         (b"abstract,title\nx,y\nx,\xff\n", "line 3: not UTF-8"),
+        (b"abstract,title\n" + b"x,y\n" * 5000 + b"x,\xe2\x82", "line 5002: not UTF-8"),
         (b"abstract,title\n" + b"a,b\n" * 30, "has 1 usable documents"),
         (b"abstract,title\nx,y\nno quotes, shifted,z\n", "line 3: 3 fields, where the header has 2; quote the fields"),
         (b"abstract,title\nx,y\nbroken\nin two,z\n", "line 3: 1 fields, where the header has 2"),

@@ -4,6 +4,7 @@ Fine-tuning, generation and evaluation all take their documents from here, so th
 training split of one stage and the test split of another.
 """
 
+import contextlib
 import csv
 import gzip
 import hashlib
@@ -41,12 +42,11 @@ def read_documents(path, document_column="abstract", summary_column="title"):
     Runs of white space and control characters become one space. Rows without text or summary are dropped, and
     so is every row whose text repeats that of an earlier one; a line says how many.
 
-    Returns a list of Document. Raises UserError for a file that cannot be read, is empty or is no UTF-8, for a
-    missing column, for a row with more or fewer fields than the header, and for fewer than 10 usable documents.
+    Returns a list of Document. Raises UserError as `read_columns`, and for fewer than 10 usable documents.
     """
     path = Path(path)
     documents, rows, empty = {}, 0, 0
-    for text, summary in _read_columns(path, document_column, summary_column):
+    for text, summary in read_columns(path, document_column, summary_column):
         text, summary, rows = clean(text), clean(summary), rows + 1
         if text and summary:
             documents.setdefault(text, Document(text, summary))
@@ -64,34 +64,33 @@ def read_documents(path, document_column="abstract", summary_column="title"):
     return list(documents.values())
 
 
-def read_column(path, column):
-    """Yield the text in a column of a .csv or .csv.gz file, row by row.
+def read_columns(path, *columns):
+    """Yield the texts in the named columns of a .csv or .csv.gz file, a tuple a row; blank lines are passed over.
 
-    The file is never in memory as a whole. Raises UserError as `read_documents`, and for a row that has more fields
-    than the header, or ends before the column.
+    The file is never in memory as a whole. Raises UserError for one that cannot be read, is empty or is no UTF-8, for a
+    missing column, and for a row with more or fewer fields than the header.
     """
-    csv.field_size_limit(2**31 - 1)
+    csv.field_size_limit(2**31 - 1)  # A field of a document may be longer than 131,072 characters.
     rows = None
     try:
-        with open(path, "rb") as file:
-            lines = gzip.GzipFile(fileobj=file) if _is_zipped(path, file.peek(4)) else file
-            rows = csv.reader(io.TextIOWrapper(lines, encoding="utf-8-sig", newline=""), strict=True)
-            header = next(rows, [])
-            (place,) = _places(path, header, [column])
+        with _open(path) as file:
+            rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+            header = next((row for row in rows if any(map(clean, row))), None)
+            if header is None:
+                raise UserError(f"{path} is empty; it needs a header row and rows below it")
+            places = _places(path, header, columns)
             for row in filter(None, rows):
-                if len(row) > len(header):
+                if len(row) < len(header) or any(row[len(header) :]):
                     raise UserError(
-                        f"{path}, line {rows.line_num}: {len(row)} fields, and the header has {len(header)}; put a "
-                        "field with commas in quotation marks"
+                        f"{path}, line {rows.line_num}: {len(row)} fields, where the header has {len(header)}; quote "
+                        "the fields that hold a comma or a line end"
                     )
-                if len(row) <= place:
-                    raise UserError(f"{path}, line {rows.line_num}: the row ends before its column {column!r}")
-                yield row[place]
+                yield tuple(row[place] for place in places)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is no complete gzip file ({error}); fetch it again") from None
     except UnicodeDecodeError as error:
-        line = rows.line_num + 1 if rows else 1
-        raise UserError(f"{path}, behind line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+        line = _first_line_without_utf8(path)
+        raise UserError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
     except csv.Error as error:
         raise UserError(f"{path}, line {rows.line_num}: not a CSV file ({error})") from None
     except OSError as error:
@@ -169,7 +168,7 @@ def _places(path, header, columns):
     header = [clean(name) for name in header]
     for column in columns:
         if column not in header:
-            advice = "; its first line is empty" if not header else f"; its columns are: {', '.join(map(repr, header))}"
+            advice = f"; its columns are: {', '.join(map(repr, header))}"
             parted = next((mark for mark in ";\t|" if mark in "".join(header)), None)
             if parted and len(header) == 1:
                 advice += f"; they are parted by {parted!r}: save it with commas"
@@ -179,50 +178,23 @@ def _places(path, header, columns):
     return [header.index(column) for column in columns]
 
 
-def _read_columns(path, *columns):
-    """The text of the named columns, one tuple a row."""
-    # A field of a document may well be longer than csv's default limit of 131,072 characters.
-    csv.field_size_limit(2**31 - 1)
-    rows = csv.reader(io.StringIO(_read_text(path), newline=""), strict=True)
-    try:
-        header = next(rows, None)
-        if header is None:
-            raise UserError(f"{path} is empty; it needs a header row and at least {FEWEST_DOCUMENTS} documents")
-        places = _places(path, header, columns)
-        found = []
-        for row in filter(None, rows):  # Of a blank line comes nothing.
-            if len(row) < len(header) or any(row[len(header) :]):
-                raise UserError(
-                    f"{path}, line {rows.line_num}: {len(row)} fields, where the header has {len(header)}; quote the "
-                    "fields that hold a comma or a line end"
-                )
-            found.append(tuple(row[place] for place in places))
-        return found
-    except csv.Error as error:
-        raise UserError(f"{path}, line {rows.line_num}: not a CSV file ({error})") from None
+@contextlib.contextmanager
+def _open(path):
+    """The bytes of a file, unpacked where they are those of gzip, whatever its name; UserError where something else has
+    packed them."""
+    with open(path, "rb") as file:
+        start = file.peek(4)
+        if start.startswith(PACKED):
+            raise UserError(f"{path} is packed, and not by gzip; unpack it")
+        yield gzip.GzipFile(fileobj=file) if start.startswith(GZIP) else file
 
 
-def _is_zipped(path, start):
-    """Whether a file that begins with the bytes `start` is one of gzip, whatever its name; UserError where something
-    else has packed it."""
-    if start.startswith(PACKED):
-        raise UserError(f"{path} is packed, and not by gzip; unpack it")
-    return start.startswith(GZIP)
-
-
-def _read_text(path):
-    try:
-        data = path.read_bytes()
-        if _is_zipped(path, data):
-            data = gzip.decompress(data)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is no complete gzip file ({error}); fetch it again") from None
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
-    if not data.strip():
-        raise UserError(f"{path} is empty; it needs a header row and at least {FEWEST_DOCUMENTS} documents")
-    try:
-        return data.decode("utf-8").removeprefix("\ufeff")
-    except UnicodeDecodeError as error:
-        line = len((data[: error.start] + b"?").splitlines())
-        raise UserError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
+def _first_line_without_utf8(path):
+    """The number of the first line that is no UTF-8: a reader decodes many lines at once."""
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            try:
+                line.decode("utf-8")
+            except UnicodeDecodeError:
+                return number
+    return None
