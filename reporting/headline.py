@@ -64,7 +64,7 @@ TECHNIQUES = {
         MULTIPLIES_HALF,
     ),
 }
-FEW_UPDATES, SAME = 100, "none: the same numbers"
+FEW_UPDATES, SAME, UNKNOWN = 100, "none: the same numbers", "not known"
 STUDIES = (DATA_LOADER, MIXED_PRECISION, CHECKPOINTING, TOGETHER, SIMCLS)
 ORDER = ("together", "mixed-precision", "checkpointing", "data-loader", "simcls")  # What buys most comes first.
 
@@ -117,9 +117,10 @@ def effects(runs):
 
 
 def distinct(found):
-    """The Effects without those that say of another machine what an earlier one has said: whose intervals overlap."""
+    """The Effects whose result is known, without those that say of another machine what an earlier one has said: whose
+    intervals overlap."""
     shown = []
-    for each in found:
+    for each in (each for each in found if not each.result.startswith(UNKNOWN)):
         earlier = [one for one in shown if one.technique == each.technique]
         if not any(_agree(each.time, one.time) for one in earlier):
             shown.append(each)
@@ -184,7 +185,7 @@ def _result(study, row, base):
     if study is SIMCLS:
         updates = min(run.losses()[-1][0] if run.losses() else 0 for run in (*row.runs, *base.runs))
         if updates < FEW_UPDATES:  # Which have taught a scorer nothing yet, so that nothing could change.
-            return f"not known: {updates} updates"
+            return f"{UNKNOWN}: {updates} updates"
         curve, figure, unit = "val_loss", validation_rouge, "ROUGE"
     if _same_curves(row, base, curve):
         return SAME
@@ -237,7 +238,11 @@ def render(runs, study=None):
     found = [each for each in effects(runs) if study == each.study] if study else distinct(effects(runs))
     if not found:
         return ""
-    found.sort(key=lambda each: ORDER.index(each.study))
+    techniques = [each.technique for each in found]
+    # Of a technique that machines disagree about, the one that it pays on comes first.
+    found.sort(
+        key=lambda each: (ORDER.index(each.study), techniques.index(each.technique), each.time[0] if each.time else 0)
+    )
     places = list(dict.fromkeys(each.where for each in found))
     everywhere = {each.hardware for each in found}
     rows = [
