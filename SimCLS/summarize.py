@@ -17,6 +17,7 @@ with one. Without a scorer it is the candidate with the least Bayes risk: that w
 import argparse
 import itertools
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -86,11 +87,21 @@ def main():
 
 
 def read_documents(name, column):
-    """Yield the documents of the file `name`, or of standard input."""
-    if name.endswith((".csv", ".csv.gz")):
-        yield from (text for (text,) in read_columns(Path(name), column))
-    else:
-        yield from read_lines(STANDARD_INPUT if name == "-" else name)
+    """Yield the documents of the file `name`, or of standard input. UserError where a table is taken for lines."""
+    if name.lower().endswith((".csv", ".csv.gz")):
+        yield from (text for (text,) in read_columns(Path(name), column) if clean(text) != column)
+        return
+    lines = read_lines(STANDARD_INPUT if name == "-" else name)
+    first = next(lines, None)
+    if first is None:
+        return
+    if column in [field.strip(" \ufeff\"'") for field in re.split("[,;\t|]", first)]:
+        raise UserError(
+            f"{name}: its first line is the header of a table, which has the column {column!r}; give it as a .csv file "
+            "with commas"
+        )
+    yield first
+    yield from lines
 
 
 class Summarizer:

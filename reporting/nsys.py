@@ -48,6 +48,8 @@ def read_trace(path):
     """
     path = Path(path)
     try:
+        if path.exists() and not path.is_file():  # To open a pipe would wait for ever.
+            raise UserError(f"{path} is no file; {HOW_TO_EXPORT}")
         with open(path, "rb") as file:
             if file.read(16) != b"SQLite format 3\0":
                 raise UserError(f"{path} is no SQLite file; {HOW_TO_EXPORT}")
@@ -88,9 +90,11 @@ def _read_ranges(database, path):
     if "textId" in columns and _columns(database, "StringIds"):
         name, names = "COALESCE(event.text, string.value)", "LEFT JOIN StringIds string ON string.id = event.textId"
     domain = "event.domainId" if "domainId" in columns else "NULL"
+    whole = " AND ".join(f"typeof(event.{column}) = 'integer'" for column in ("globalTid", "start", "end"))
     rows = database.execute(
-        f"SELECT event.globalTid, {domain}, {name}, event.start, event.end FROM NVTX_EVENTS event {names} "
-        f"WHERE event.eventType IN {PUSH_POP_EVENTS} AND event.end IS NOT NULL ORDER BY event.start, event.end DESC"
+        f"SELECT event.globalTid, {domain}, {name}, event.start, event.end "
+        f"FROM NVTX_EVENTS event {names} WHERE event.eventType IN {PUSH_POP_EVENTS} AND {whole} "
+        f"AND typeof({name}) IN ('text', 'null') AND event.end >= event.start ORDER BY event.start, event.end DESC"
     )
     lanes, open_ranges = defaultdict(list), defaultdict(list)
     for *lane, name, start, end in rows:
@@ -142,6 +146,8 @@ def _timing(members, warm_from, work):
     steps = [each for each in members if each.is_step]
     epoch = steps[0].parent
     seconds = (epoch.end - epoch.start if epoch else steps[-1].end - steps[0].start) / 1e9
+    if not seconds:
+        raise UserError("the trace has steps that take no time; record it again")
     occurrences = defaultdict(list)
     for each in members:
         if not each.is_step:

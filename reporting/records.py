@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import sys
 from pathlib import Path
@@ -120,7 +121,16 @@ def _json_files(folder):
         return [folder]
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; name one that holds run records, as bash run.sh makes them")
-    return [path for path in folder.rglob("*.json") if not NO_RECORD.fullmatch(path.name) and path.is_file()]
+    found, seen = [], set()
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=_warn_of_folder):
+        folders[:] = [name for name in folders if (real := os.path.realpath(f"{place}/{name}")) not in seen
+                      and not seen.add(real)]  # fmt: skip
+        found += [Path(place, name) for name in names if name.endswith(".json") and not NO_RECORD.fullmatch(name)]
+    return [path for path in found if path.is_file()]
+
+
+def _warn_of_folder(error):
+    warn(f"skipped {error.filename}: {error.strerror}")
 
 
 def _read(path):
@@ -345,6 +355,16 @@ def _combine_times(times, counts):
     middle = {}
     for key in ("median", "p95"):
         known = [(time[key], count) for time, count in zip(times, counts, strict=True) if time[key] is not None]
-        repeated = np.repeat(*zip(*known, strict=True)) if known else ()
-        middle[key] = float(np.median(repeated)) if len(repeated) else None
+        middle[key] = _weighted_median(known)
     return middle | {"total": sum(time["total"] for time in times)}
+
+
+def _weighted_median(pairs):
+    """The median of values that stand there so many times, of [(value, times), ...]; None of nothing."""
+    values, times = np.array(sorted(pairs), dtype=float).reshape(-1, 2).T
+    total = times.sum()
+    if not total:
+        return None
+    reached = times.cumsum()
+    low, high = (values[np.searchsorted(reached, place, side="right")] for place in ((total - 1) // 2, total // 2))
+    return float((low + high) / 2)

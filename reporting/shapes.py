@@ -14,7 +14,7 @@ ANY = ("anything", lambda value: True)
 TEXT = ("text", lambda value: isinstance(value, str))
 NUMBER = ("a number", is_number)
 POSITIVE = ("a number above 0", lambda value: is_number(value) and value > 0)
-COUNT = ("a whole number", lambda value: is_number(value) and isinstance(value, int) and value >= 0)
+COUNT = ("a whole number", lambda value: is_number(value) and isinstance(value, int) and 0 <= value < 2**53)
 WHOLE = ("a whole number above 0", lambda value: COUNT[1](value) and value > 0)
 PAIR = ("two numbers", lambda value: isinstance(value, list) and len(value) == 2 and all(map(is_number, value)))
 

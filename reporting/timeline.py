@@ -60,6 +60,8 @@ def read_trace(path):
             f"{path} has no ranges named '... - step N'; a training script's --trace FILE.json.gz writes them"
         )
     spans = np.array([_span(step) for step in steps])
+    if not (spans[:, 1] > spans[:, 0]).all():
+        raise UserError(f"{path} has steps that take no time; a training script's --trace FILE.json.gz writes others")
     thread = [event for event in ranges if event.get("tid") == steps[0].get("tid")]
     phases = _outermost((event["name"], *_span(event)) for event in thread if not STEP.fullmatch(event["name"]))
     phases = [each for each in phases if any(begin <= each[1] < end for begin, end in spans)]
@@ -74,6 +76,8 @@ def read_trace(path):
 def _events(path):
     """(the events of a trace that last for some time, a list of dicts; the properties of its GPUs)"""
     try:
+        if path.exists() and not path.is_file():  # To open a pipe would wait for ever.
+            raise UserError(f"{path} is no file; a training script's --trace FILE.json.gz writes one")
         data = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read the trace {path}: {error.strerror}") from None
@@ -123,7 +127,7 @@ def _gpu_work(path, events, phases):
     """[(phase that launched it, begin, end, time of the launch), ...] of what ran on the GPU's streams."""
 
     def key(event):
-        return event.get("args", {}).get("correlation")
+        return (event.get("args") or {}).get("correlation")
 
     launched = {key(event): event["ts"] / 1e3 for event in events if event.get("cat") in LAUNCHES}
     found = [event for event in events if event.get("cat") in ON_GPU and key(event) in launched]

@@ -13,7 +13,7 @@ from harness.endings import UserError
 ONLY_NAMED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 # Those whose 16 bits a grey pixel are unsigned, and white where all are set.
 SIXTEEN_BITS = {"IM", "JPEG2000", "PNG", "PPM", "TIFF"}
-BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # Tags of TIFF.
+BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR, COLOUR_MAP, SAMPLE_FORMAT = 258, 262, 284, 320, 339  # Tags of TIFF.
 
 
 def list_classes(folder):
@@ -104,6 +104,8 @@ def as_shown(image):
     by the range of the format, what is transparent put on white. UserError when the range is not certain."""
     from PIL import Image, ImageOps
 
+    if image.format == "TIFF":
+        _check_tiff(image)
     coding = str(image.tile[0].args) if image.tile else ""
     image.load()
     with contextlib.suppress(Exception):  # Damaged EXIF data do not keep a viewer from showing the pixels.
@@ -123,6 +125,17 @@ def as_shown(image):
         image = image.convert("LA")
     image = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _check_tiff(image):
+    """UserError for what Pillow decodes to other pixels than those of a TIFF, without a word."""
+    tags = image.tag_v2
+    if tags.get(PLANAR) == 2 and max(tags.get(BITS_PER_SAMPLE, (8,))) > 8 and image.tile[0][0] == "raw":
+        raise UserError("colours of 16 bits that lie apart; save it with PlanarConfiguration 1")
+    if image.mode == "P" and 0 < max(tags.get(COLOUR_MAP, (0,))) < 256:
+        raise UserError("a palette of 8 bits, where TIFF has 16; save it as RGB")
+    if image.mode == "L" and 2 in tags.get(SAMPLE_FORMAT, ()):
+        raise UserError("grey that may be below 0 has no certain white; save it with 8 or 16 bits")
 
 
 def _eight_bits(image):

@@ -1,19 +1,24 @@
 """Trained weights in a file: the model that they are of, and what the record beside them says of their run."""
 
 import json
+import math
 from pathlib import Path
 
 import torch
 
 from harness.endings import UserError
+from models.grouped_convolution import FORMS
 from models.resnext import ResNeXt
 
+PARTS = ("data", "layout")  # Of a record, what is used beside its arguments.
 PREFIXES = ("module.", "_orig_mod.")  # Of a model in DataParallel and the like, and in torch.compile.
 
 
 def read_weights(path):
     """{name: tensor on the CPU} of the file `path`: a run's .pt, or what pytorch-cifar saves. UserError when it holds
     anything else; nothing in it can run code."""
+    if Path(path).exists() and not Path(path).is_file():  # To open a pipe would wait for ever.
+        raise no_weights(path)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
@@ -26,6 +31,9 @@ def read_weights(path):
         raise no_weights(path)
     for prefix in PREFIXES:
         weights = {str(name).removeprefix(prefix): value for name, value in weights.items()}
+    for name, value in weights.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise UserError(f"{path}: its weights {name} are not all finite numbers; name others")
     return weights
 
 
@@ -68,10 +76,34 @@ def read_record(path):
     path = path.with_suffix(".json")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record["arguments"], dict) and isinstance(record.get("data", {}), dict):
+        if all(isinstance(part, dict) for part in (record["arguments"], *(record.get(name, {}) for name in PARTS))):
+            _check_record(path, record)
             return record
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, KeyError, TypeError):
         pass
     raise UserError(f"{path} is no record of a run; mend it, or move it away")
+
+
+def _check_record(path, record):
+    """UserError where one of the facts that the weights are used by makes no sense."""
+    data, settings, layout = (record.get(name, {}) for name in ("data", "arguments", "layout"))
+    checks = {
+        "classes": (data, lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value)),
+        "mean": (data, lambda value: _are_channels(value)),
+        "std": (data, lambda value: _are_channels(value) and min(value) > 0),
+        "size": (data, lambda value: type(value) is int and value > 0 and value % 8 == 0),
+        "batch_size": (settings, lambda value: type(value) is int and value > 0),
+        "half_precision": (settings, lambda value: value in (None, "float16", "bfloat16")),
+        "form": (layout, lambda value: value in FORMS),
+    }
+    for name, (part, is_good) in checks.items():
+        if name in part and not is_good(part[name]):
+            raise UserError(f"{path}: its {name} is {part[name]!r}; mend it, or move the record away")
+
+
+def _are_channels(value):
+    """Whether `value` has a finite number for each colour."""
+    is_list = isinstance(value, list) and len(value) == 3
+    return is_list and all(isinstance(each, (int, float)) and math.isfinite(each) for each in value)

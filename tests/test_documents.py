@@ -48,6 +48,15 @@ def test_compressed_file_byte_order_mark_and_named_columns(tmp_path):
     assert read[3] == Document("text number 3", "summary 3")
 
 
+def test_a_header_within_is_counted(tmp_path, capsys):
+    path = write_csv(tmp_path / "x.csv", twenty_rows())
+    lines = path.read_text().splitlines()
+    (tmp_path / "twice.csv").write_text("\n".join([*lines[:5], lines[0], *lines[5:]]))
+    assert read_documents(tmp_path / "twice.csv") == read_documents(path)
+    told = "1 of 21 rows dropped: 0 without text or summary, 0 that repeat an earlier text, 1 that repeat the header"
+    assert told in capsys.readouterr().out
+
+
 def test_blank_lines_are_no_rows(tmp_path):
     path = write_csv(tmp_path / "x.csv", twenty_rows())
     lines = path.read_text().splitlines()

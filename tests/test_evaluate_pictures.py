@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import os
 import shutil
 
 import launch
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 
 from confusion import Predictions, class_lines, matrix_lines
-from weights import load_model
+from harness.endings import UserError
+from weights import load_model, read_record
 
 NAME = "resnext_0_worker_8_resnext29_1x4d_folder"
 
@@ -118,6 +120,30 @@ def test_weights_of_pytorch_cifar(place, prefix):
     assert f"test accuracy {record['epochs'][-1]['test_acc']:.2f} % of 10 pictures\n" in shown
     assert "no record tells classes; taken from the 44 training pictures" in shown
     assert "no record tells classes, mean, std; taken from" in evaluate(place, *data)
+
+
+@pytest.mark.parametrize(
+    ("part", "name", "value"),
+    [("data", "std", [0, 0, 0]), ("data", "mean", [float("nan")] * 3), ("data", "mean", [0.5]), ("data", "size", 0),
+     ("data", "size", "32"), ("data", "classes", "01"), ("arguments", "batch_size", 0),
+     ("arguments", "half_precision", "fp8"), ("layout", "form", "nothing")],
+)  # fmt: skip
+def test_a_record_that_makes_no_sense_is_refused_by_name(place, part, name, value):
+    change_record(place, lambda record: record.setdefault(part, {}).update({name: value}))
+    with pytest.raises(UserError, match=f"{NAME}.json: its {name} is .*; mend it, or move the record away"):
+        read_record(place / f"model_history/{NAME}.pt")
+
+
+def test_weights_that_are_not_finite_are_refused(place):
+    path = place / f"model_history/{NAME}.pt"
+    weights = torch.load(path, weights_only=True)
+    weights["bn1.weight"][0] = float("nan")
+    torch.save(weights, path)
+    with pytest.raises(UserError, match="its weights bn1.weight are not all finite numbers"):
+        load_model(path)
+    os.mkfifo(place / "pipe.pt")
+    with pytest.raises(UserError, match="pipe.pt holds no weights"):
+        load_model(place / "pipe.pt")
 
 
 def test_an_old_record_is_told_in_a_line(place):

@@ -126,6 +126,22 @@ def test_gpu_time_goes_to_the_range_that_launched_the_work(tmp_path, ranges_as_t
     assert timing["unphased_seconds"] == pytest.approx(timing["seconds"] * (1 - 0.32 - 0.10))
 
 
+@pytest.mark.parametrize("row", ["'x', 1, 9, 'forward'", "NULL, 1, 9, 'forward'", "1, NULL, 9, 'forward'",
+                                 "1, 9, 1, 'forward'", "1, 'a', 9, 'forward'", "1, 1, 9, x'00ff'"])  # fmt: skip
+def test_a_row_that_is_no_range_is_passed_over(tmp_path, row):
+    make_trace(tmp_path / "trace.sqlite", 6)
+    expected = read_trace(tmp_path / "trace.sqlite")
+    with sqlite3.connect(tmp_path / "trace.sqlite") as database:
+        database.execute(f"INSERT INTO NVTX_EVENTS (globalTid, start, end, text, eventType) VALUES ({row}, 59)")
+    assert read_trace(tmp_path / "trace.sqlite") == expected
+
+
+def test_a_pipe_is_no_trace(tmp_path):
+    os.mkfifo(tmp_path / "pipe.sqlite")
+    with pytest.raises(UserError, match="pipe.sqlite is no file"):
+        read_trace(tmp_path / "pipe.sqlite")
+
+
 def test_the_table_of_a_gpu_trace_has_device_times(tmp_path, run_script):
     make_trace(tmp_path / "trace.sqlite", WARMUP_STEPS + 3)
     output = run_script("report.py", "--nsys", tmp_path / "trace.sqlite").stdout

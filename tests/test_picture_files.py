@@ -87,7 +87,31 @@ def test_a_picture_is_what_a_viewer_shows(name, tmp_path):
     assert read_picture(tmp_path / name, 2).reshape(4, 3).tolist() == [list(value) for value in expected]
 
 
+def tiff(bits, kind, samples, planes, pixels, *extra):
+    """A file of 2 x 2 pixels, uncompressed. extra: (tag, values), of 16 bits each."""
+    tags = [(256, [2]), (257, [2]), (258, [bits] * samples), (259, [1]), (262, [kind]), (277, [samples]), *extra]
+    count = samples if planes == 2 else 1
+    tags += [(284, [planes]), (273, [0] * count), (278, [2]), (279, [len(pixels) // count] * count)]
+    tags.sort()
+    behind = 8 + 2 + 12 * len(tags) + 4
+    lengths = {tag: 2 * len(values) if len(values) > 2 else 0 for tag, values in tags}
+    start = behind + sum(lengths.values())
+    entries, data = b"", b""
+    for tag, values in tags:
+        if tag == 273:
+            values = [start + number * len(pixels) // count for number in range(count)]
+        packed = struct.pack(f"<{len(values)}H", *values)
+        where = packed.ljust(4, b"\0") if len(values) < 3 else struct.pack("<I", behind + len(data))
+        entries += struct.pack("<HHI", tag, 3, len(values)) + where
+        data += packed if len(values) > 2 else b""
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags))
+    return raw(head + entries + bytes(4) + data + pixels)
+
+
 UNCERTAIN = {
+    "planes.tif": (tiff(16, 2, 3, 2, struct.pack("<12H", *[40000] * 4, *[0] * 8)), "colours of 16 bits that lie apart"),
+    "palette.tif": (tiff(8, 3, 1, 1, bytes(range(4)), (320, [*range(256)] * 3)), "a palette of 8 bits, where TIFF has"),
+    "signed.tif": (tiff(8, 1, 1, 1, bytes([0, 1, 254, 255]), (339, [2])), "grey that may be below 0"),
     "float.tif": (saved(Image.fromarray(GREY.astype(np.float32))), "pixels of mode F in TIFF"),
     "float.pfm": (saved(Image.fromarray(GREY.astype(np.float32))), "pixels of mode F in PPM"),
     "32 bits.tif": (saved(Image.fromarray(GREY.astype(np.int32))), "pixels of mode I in TIFF"),

@@ -1,6 +1,7 @@
 """report.py on folders of records: what it prints, skips, draws, and writes into a README."""
 
 import json
+import os
 import re
 
 import pytest
@@ -205,6 +206,25 @@ def test_a_record_with_a_fault_is_named_with_it_and_left_out(tmp_path, capsys, r
     (line,) = capsys.readouterr().err.splitlines()
     assert "lacking.json" in line
     assert reason in line
+
+
+def test_records_behind_links_are_found_and_folders_that_cannot_be_read_named(tmp_path, capsys, monkeypatch):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere/one.json").write_text(json.dumps(make_record()))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs/linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "runs/itself").symlink_to(tmp_path / "runs")
+    assert len(records.read_folders([tmp_path / "runs"])[0]) == 1
+    assert capsys.readouterr().err == ""
+    walk = os.walk
+
+    def refusing(folder, **more):  # Permissions do not stop root.
+        more["onerror"](PermissionError(13, "Permission denied", f"{folder}/shut"))
+        return walk(folder, **more)
+
+    monkeypatch.setattr(os, "walk", refusing)
+    records.read_folders([tmp_path / "runs"])
+    assert "/runs/shut: Permission denied" in capsys.readouterr().err
 
 
 def test_a_records_keys_may_stand_in_any_order_beside_a_models_files(tmp_path, capsys):

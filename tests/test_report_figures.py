@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from run_records import make_record, make_run, make_timing
 
-from reporting import comparison
+from reporting import comparison, records
 from reporting.comparison import Sample, number, quantity
 from reporting.records import Record, combine
 
@@ -24,6 +24,17 @@ def test_figures_of_a_run():
     assert run.activation_percent() == pytest.approx(100 * 2**30 / 8e9)
     assert make_run(device="cpu").step_ms() == 100
     assert make_run(device="cpu").allocated_gb() is None
+
+
+@pytest.mark.parametrize("counts", [[1, 1, 1], [2, 1, 0], [5, 2, 4], [1, 4, 4]])
+def test_a_median_over_epochs_counts_each_as_often_as_it_has_samples(counts):
+    values = [3.0, 1.0, 2.0]
+    expected = np.median(np.repeat(values, counts))
+    assert records._weighted_median(list(zip(values, counts, strict=True))) == expected
+    assert records._weighted_median([(value, 10**12 * count) for value, count in zip(values, counts, strict=True)]) == (
+        np.median(np.repeat(values, np.array(counts) * 2))
+    )
+    assert records._weighted_median([]) is None
 
 
 def test_validations_between_a_scorers_steps_are_no_training():

@@ -3,6 +3,7 @@ another program reads alike."""
 
 import gzip
 import json
+import os
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -116,12 +117,22 @@ def test_the_figure_has_a_lane_for_the_host_and_one_for_the_device(gpu_trace, tm
         (gzip.compress(b'{"traceEvents": []}')[:-4], "no whole trace"),
         (b'{"traceEvents": [{"ph": "X", "name": "step", "ts": "now", "dur": 1}]}', "no whole trace"),
         (b'{"traceEvents": []}', "has no ranges named"),
+        (
+            b'{"traceEvents": [{"ph": "X", "cat": "user_annotation", "name": "epoch 1 - step 1", "ts": 1, "dur": 0}]}',
+            "has steps that take no time",
+        ),
     ],
-    ids=["empty", "list", "cut", "no number", "no ranges"],  # What gzip writes tells the time.
+    ids=["empty", "list", "cut", "no number", "no ranges", "no time"],  # What gzip writes tells the time.
 )
 def test_what_is_no_trace_of_ours_is_one_line(content, words, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
     with pytest.raises(timeline.UserError, match=words):
+        timeline.read_trace(tmp_path / "a.json")
+
+
+def test_a_pipe_is_no_trace(tmp_path):
+    os.mkfifo(tmp_path / "a.json")
+    with pytest.raises(timeline.UserError, match="a.json is no file"):
         timeline.read_trace(tmp_path / "a.json")
 
 

@@ -178,6 +178,8 @@ def check_start(model, tokenizer):
 
     decoder_start_token_id as a list of one token becomes that token.
     """
+    if getattr(model.config, "pad_token_id", None) is None and hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        raise ValueError("its config.json names no pad_token_id; set it")
     for config in (model.config, model.generation_config):
         start = getattr(config, "decoder_start_token_id", None)
         if isinstance(start, list):
@@ -214,7 +216,7 @@ def check_generation(name, model, tokenizer, beams):
         model.generation_config.num_return_sequences = None
         encoded = tokenizer(["a"], return_tensors="pt")
         inputs = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
-        model.generate(**inputs, num_beams=beams, max_length=4)
+        model.generate(**inputs, num_beams=beams, max_length=4, min_length=0, min_new_tokens=None)
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError, OSError, ImportError) as error:
         if endings.explain(error):  # Short memory, a full disk: nothing that the config says.
             raise

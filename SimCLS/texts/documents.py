@@ -40,21 +40,24 @@ def read_documents(path, document_column="abstract", summary_column="title"):
     """Read the documents of a .csv or .csv.gz file with a header row, in the order of the rows.
 
     Runs of white space and control characters become one space. Rows without text or summary are dropped, and
-    so is every row whose text repeats that of an earlier one; a line says how many.
+    so is every row whose text repeats that of an earlier one, and one that is the header again; a line says how many.
 
     Returns a list of Document. Raises UserError as `read_columns`, and for fewer than 10 usable documents.
     """
     path = Path(path)
-    documents, rows, empty = {}, 0, 0
+    documents, rows, empty, headers = {}, 0, 0, 0
     for text, summary in read_columns(path, document_column, summary_column):
         text, summary, rows = clean(text), clean(summary), rows + 1
-        if text and summary:
+        if (text, summary) == (document_column, summary_column):  # Of another file behind it.
+            headers += 1
+        elif text and summary:
             documents.setdefault(text, Document(text, summary))
         else:
             empty += 1
     dropped = rows - len(documents)
     if dropped and int(os.environ.get("RANK") or 0) == 0:
-        repeated = f"{dropped - empty} that repeat an earlier text"
+        repeated = f"{dropped - empty - headers} that repeat an earlier text"
+        repeated += f", {headers} that repeat the header" * bool(headers)
         print(f"{path}: {dropped} of {rows} rows dropped: {empty} without text or summary, {repeated}", flush=True)
     if len(documents) < FEWEST_DOCUMENTS:
         raise UserError(
