@@ -192,13 +192,18 @@ def _result(study, row, base):
     new, old = (Sample.of(map(figure, each.runs)) for each in (row, base))
     if new is None or old is None:
         return "–"
+    if study is not TOGETHER:
+        return _change(new, old, unit)
+    # Another recipe: at the original's constant rate the last epoch is a draw, which may be far below the best.
+    best = (Sample.of(max(run.curve(curve), default=None) for run in each.runs) for each in (row, base))
+    return f"{_change(*best, unit)}, best epoch against best ({new.mean - old.mean:+.1f} at the end)"
+
+
+def _change(new, old, unit):
+    """ "+1.3 points, within the noise", of two Samples."""
     noise = within_noise(new, old)
     note = ", within the noise" if noise else ", one run" if noise is None else ""
-    text = f"{new.mean - old.mean:+.1f} {unit}{note}"
-    if study is TOGETHER:  # Another recipe: at a constant rate the last epoch may be far below the best.
-        new, old = (Sample.of(max(run.curve(curve), default=None) for run in each.runs) for each in (row, base))
-        text += f" ({new.mean - old.mean:+.1f} best epoch against best)"
-    return text
+    return f"{new.mean - old.mean:+.1f} {unit}{note}"
 
 
 def _same_curves(row, base, key):

@@ -266,3 +266,19 @@ def test_wrong_markers_leave_the_readme_alone(tmp_path, text, reason):
     with pytest.raises(UserError, match=reason):
         rewrite(readme, {"runs": "new", "phases": "new"})
     assert readme.read_text() == text
+
+
+def test_another_recipe_is_compared_by_the_best_epochs():
+    def trained(experiment, *ends, **more):
+        runs = []
+        for seed, (best, last) in enumerate(ends):
+            run = make_run(experiment=experiment, seed=seed, **more)
+            for epoch, acc in zip(run.epochs, (50.0, best, last), strict=True):
+                epoch["test_acc"] = acc
+            runs.append(run)
+        return runs
+
+    runs = trained("resnext", (67.0, 60.0), (68.0, 67.0))  # The last epochs are a draw.
+    runs += trained("resnext_fast", (82.5, 82.5), (83.0, 83.0), (82.8, 82.8), loader="device", lr=0.1, save_every=1.0)
+    (row,) = read_table(headline.render(runs))
+    assert row["Change in the result"] == "+15.3 points, best epoch against best (+19.3 at the end)"
