@@ -178,8 +178,6 @@ def check_start(model, tokenizer):
 
     decoder_start_token_id as a list of one token becomes that token.
     """
-    if getattr(model.config, "pad_token_id", None) is None and hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        raise ValueError("its config.json names no pad_token_id; set it")
     for config in (model.config, model.generation_config):
         start = getattr(config, "decoder_start_token_id", None)
         if isinstance(start, list):
@@ -198,7 +196,10 @@ def check_start(model, tokenizer):
     except AttributeError:  # The model shifts its labels itself.
         trained = getattr(model.config, "decoder_start_token_id", None)
     except (ValueError, TypeError, RuntimeError) as error:
-        raise ValueError(str(error).splitlines()[0]) from None
+        reason = str(error).splitlines()[0]
+        if "pad_token_id" in reason:
+            reason = "its config.json names no pad_token_id; set it"
+        raise ValueError(reason) from None
     if trained != generated:
         raise ValueError(
             f"summaries start with token {trained} in training and with {generated} in generation; set "
