@@ -110,7 +110,7 @@ class Run:
     def _claim_name(self):
         """UserError when an earlier run's files would be lost. With --restart each goes when there is a new one."""
         asked = vars(self.args)
-        for path in map(self.path, (".json", ".state", ".pt", ".npz")):
+        for path in map(self.path, (".json", ".pt", ".npz")):
             if path.is_dir():  # Or training would be for nothing.
                 raise UserError(f"{path} is a folder; move it away, or choose another {self.elsewhere}")
         if asked.get("restart"):

@@ -48,7 +48,7 @@ def read_trace(path):
     """
     path = Path(path)
     try:
-        if path.exists() and not path.is_file():  # To open a pipe would wait for ever.
+        if path.is_fifo():  # To open it would wait for ever.
             raise UserError(f"{path} is no file; {HOW_TO_EXPORT}")
         with open(path, "rb") as file:
             if file.read(16) != b"SQLite format 3\0":

@@ -76,7 +76,7 @@ def read_trace(path):
 def _events(path):
     """(the events of a trace that last for some time, a list of dicts; the properties of its GPUs)"""
     try:
-        if path.exists() and not path.is_file():  # To open a pipe would wait for ever.
+        if path.is_fifo():  # To open it would wait for ever.
             raise UserError(f"{path} is no file; a training script's --trace FILE.json.gz writes one")
         data = path.read_bytes()
     except OSError as error:

@@ -17,7 +17,7 @@ PREFIXES = ("module.", "_orig_mod.")  # Of a model in DataParallel and the like,
 def read_weights(path):
     """{name: tensor on the CPU} of the file `path`: a run's .pt, or what pytorch-cifar saves. UserError when it holds
     anything else; nothing in it can run code."""
-    if Path(path).exists() and not Path(path).is_file():  # To open a pipe would wait for ever.
+    if Path(path).is_fifo():  # To open it would wait for ever.
         raise no_weights(path)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
