@@ -145,8 +145,8 @@ def keep_freed_memory():
     """Let this process keep the memory of tensors that are freed on the CPU, and give it to those that come next.
 
     By itself glibc asks the system for each tensor of more than 32 MiB, gives it back when it is freed, and trims its
-    heap. The system clears each page anew when it is first written, which may take half as long as all that is
-    computed (benchmarks/allocator.py). Where another library allocates (musl, macOS, Windows) nothing changes.
+    heap. The system clears each page anew when it is first written, which may take more than half as long as all that
+    is computed (benchmarks/allocator.py). Where another library allocates (musl, macOS, Windows) nothing changes.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

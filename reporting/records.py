@@ -123,8 +123,11 @@ def _json_files(folder):
         raise UserError(f"there is no folder {folder}; name one that holds run records, as bash run.sh makes them")
     found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True, onerror=_warn_of_folder):
-        folders[:] = [name for name in folders if (real := os.path.realpath(f"{place}/{name}")) not in seen
-                      and not seen.add(real)]  # fmt: skip
+        real = os.path.realpath(place)
+        if real in seen:  # By a link, perhaps to a folder that it lies in.
+            folders.clear()
+            continue
+        seen.add(real)
         found += [Path(place, name) for name in names if name.endswith(".json") and not NO_RECORD.fullmatch(name)]
     return [path for path in found if path.is_file()]
 

@@ -162,11 +162,8 @@ def groups(study, runs):
     return sorted(kept, key=lambda group: (is_toy(group), -len(group.rows), _key(group.settings, group.machine)))
 
 
-DATA = {
-    "cifar10": "CIFAR-10",
-    "digits": "handwritten digits",
-    "samples": "SimCLS texts",
-}  # Others by their own name.
+# Other data sets are called by their own name.
+DATA = {"cifar10": "CIFAR-10", "digits": "handwritten digits", "samples": "SimCLS texts"}
 
 
 def data_name(group):

@@ -1,7 +1,6 @@
 """Trained weights in a file: the model that they are of, and what the record beside them says of their run."""
 
 import json
-import math
 from pathlib import Path
 
 import torch
@@ -9,8 +8,19 @@ import torch
 from harness.endings import UserError
 from models.grouped_convolution import FORMS
 from models.resnext import ResNeXt
+from reporting.shapes import TEXT, WHOLE, each, fault, is_number, maybe
 
-PARTS = ("data", "layout")  # Of a record, what is used beside its arguments.
+# What the record of weights says of their use, as far as it says it.
+CHANNELS = ("three numbers", lambda value: isinstance(value, list) and len(value) == 3 and all(map(is_number, value)))
+ABOVE_0 = ("three numbers above 0", lambda value: CHANNELS[1](value) and min(value) > 0)
+SIDE = ("a multiple of 8", lambda value: WHOLE[1](value) and value % 8 == 0)
+HALF = ("float16 or bfloat16", lambda value: value in ("float16", "bfloat16"))
+RECORD = {
+    "arguments": {"batch_size": maybe(WHOLE), "half_precision": maybe(HALF)},
+    "data": maybe({"classes": maybe(each(list, TEXT)), "mean": maybe(CHANNELS), "std": maybe(ABOVE_0),
+                   "size": maybe(SIDE)}),
+    "layout": maybe({"form": maybe(("a known form", lambda value: value in [*FORMS]))}),
+}  # fmt: skip
 PREFIXES = ("module.", "_orig_mod.")  # Of a model in DataParallel and the like, and in torch.compile.
 
 
@@ -76,34 +86,18 @@ def read_record(path):
     path = path.with_suffix(".json")
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if all(isinstance(part, dict) for part in (record["arguments"], *(record.get(name, {}) for name in PARTS))):
-            _check_record(path, record)
-            return record
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError):
-        pass
-    raise UserError(f"{path} is no record of a run; mend it, or move it away")
+    except (OSError, ValueError):
+        record = None
+    wrong = fault(record, RECORD)
+    if wrong:
+        raise UserError(f"{path} is no record of a run ({wrong}); mend it, or move it away")
+    return _without_null(record)
 
 
-def _check_record(path, record):
-    """UserError where one of the facts that the weights are used by makes no sense."""
-    data, settings, layout = (record.get(name, {}) for name in ("data", "arguments", "layout"))
-    checks = {
-        "classes": (data, lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value)),
-        "mean": (data, lambda value: _are_channels(value)),
-        "std": (data, lambda value: _are_channels(value) and min(value) > 0),
-        "size": (data, lambda value: type(value) is int and value > 0 and value % 8 == 0),
-        "batch_size": (settings, lambda value: type(value) is int and value > 0),
-        "half_precision": (settings, lambda value: value in (None, "float16", "bfloat16")),
-        "form": (layout, lambda value: value in FORMS),
-    }
-    for name, (part, is_good) in checks.items():
-        if name in part and not is_good(part[name]):
-            raise UserError(f"{path}: its {name} is {part[name]!r}; mend it, or move the record away")
-
-
-def _are_channels(value):
-    """Whether `value` has a finite number for each colour."""
-    is_list = isinstance(value, list) and len(value) == 3
-    return is_list and all(isinstance(each, (int, float)) and math.isfinite(each) for each in value)
+def _without_null(value):
+    """A dict, and those in it, without what is null, which says as little as what is not there."""
+    if not isinstance(value, dict):
+        return value
+    return {name: _without_null(part) for name, part in value.items() if part is not None}

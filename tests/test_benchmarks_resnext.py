@@ -381,24 +381,3 @@ def test_the_peak_is_taken_after_the_warm_up(monkeypatch, pictures):
     row = fast.Row("any", [*flags, "--channels_last", "True", "--grouped_convolution", "groups"])
     fast_steps.TrainingSteps(row.args, fast.load_images("folder", pictures), CPU)
     assert order == ["step"] * fast_steps.WARM_UP + ["reset", "step"]
-
-
-def test_seconds_until_an_accuracy():
-    epochs = [{"timing": {"seconds": 2.0, "steps": 5}, "test_acc": accuracy} for accuracy in (50.0, 94.0, 93.0)]
-    assert fast_accuracy.seconds_until(94.0, epochs) == 4.0
-    assert fast_accuracy.seconds_until(95.0, epochs) is None
-    assert fast_accuracy.seconds_until(None, epochs) == 6.0
-    epochs[1]["timing"]["steps"] = 3  # The rest of an epoch that was interrupted.
-    assert fast_accuracy.seconds_until(94.0, epochs) is fast_accuracy.seconds_until(None, epochs) is None
-
-
-def test_the_share_of_loading_is_of_medians_on_the_device_where_it_was_timed():
-    phases = {
-        "data load": {"device_ms": {"median": 1.0}, "host_ms": {"median": 9.0}},
-        "step": {"device_ms": {"median": 50.0}, "host_ms": {"median": 10.0}},
-    }
-    assert fast_accuracy.load_share(phases) == 0.02
-    on_cpu = {name: phase | {"device_ms": None} for name, phase in phases.items()}
-    assert fast_accuracy.load_share(on_cpu) == 0.9
-    assert fast_accuracy.mean_or_none([1.0, None]) is None
-    assert fast_accuracy.mean_or_none([1.0, 2.0]) == 1.5

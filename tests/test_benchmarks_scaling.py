@@ -15,6 +15,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 
 import exactness
 import fast
+import fast_accuracy
 import fast_steps
 import scaling
 
@@ -116,3 +117,24 @@ def test_allocator(run_script, tmp_path):
         assert f"{way}: {found['ratio']['median']:.2f} x as fast" in printed
     table = read_table(benchmarks.render({"here": [record]}))
     assert [row["Case"] for row in table] == ["resnext29_1x4d, original", "resnext29_1x4d, resnext_fast.py"]
+
+
+def test_seconds_until_an_accuracy():
+    epochs = [{"timing": {"seconds": 2.0, "steps": 5}, "test_acc": accuracy} for accuracy in (50.0, 94.0, 93.0)]
+    assert fast_accuracy.seconds_until(94.0, epochs) == 4.0
+    assert fast_accuracy.seconds_until(95.0, epochs) is None
+    assert fast_accuracy.seconds_until(None, epochs) == 6.0
+    epochs[1]["timing"]["steps"] = 3  # The rest of an epoch that was interrupted.
+    assert fast_accuracy.seconds_until(94.0, epochs) is fast_accuracy.seconds_until(None, epochs) is None
+
+
+def test_the_share_of_loading_is_of_medians_on_the_device_where_it_was_timed():
+    phases = {
+        "data load": {"device_ms": {"median": 1.0}, "host_ms": {"median": 9.0}},
+        "step": {"device_ms": {"median": 50.0}, "host_ms": {"median": 10.0}},
+    }
+    assert fast_accuracy.load_share(phases) == 0.02
+    on_cpu = {name: phase | {"device_ms": None} for name, phase in phases.items()}
+    assert fast_accuracy.load_share(on_cpu) == 0.9
+    assert fast_accuracy.mean_or_none([1.0, None]) is None
+    assert fast_accuracy.mean_or_none([1.0, 2.0]) == 1.5

@@ -130,7 +130,7 @@ def test_weights_of_pytorch_cifar(place, prefix):
 )  # fmt: skip
 def test_a_record_that_makes_no_sense_is_refused_by_name(place, part, name, value):
     change_record(place, lambda record: record.setdefault(part, {}).update({name: value}))
-    with pytest.raises(UserError, match=f"{NAME}.json: its {name} is .*; mend it, or move the record away"):
+    with pytest.raises(UserError, match=rf"{NAME}.json is no record of a run \({part}.{name}.* is not? .*\); mend it"):
         read_record(place / f"model_history/{NAME}.pt")
 
 

@@ -30,6 +30,7 @@ class CTranslate2Beams(TokenRules):
     def __init__(self, model, *, num_beams, max_length, min_length, length_penalty, no_repeat_ngram_size, compute_type):
         if not T5Decoder.supports(model):
             raise ValueError(f"--engine ctranslate2 knows models of T5's kind, and not of {model.config.model_type}")
+        # CTranslate2 decodes by itself: no decoder of ours is made.
         super().__init__(model, max_length, min_length, no_repeat_ngram_size, decoder=self)
         if len(self.end_tokens) != 1 or len(self.suppressed) or any(self.forced.values()):
             raise ValueError("--engine ctranslate2 takes one end token, and none that is forced or suppressed")
