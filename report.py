@@ -129,7 +129,7 @@ def sections(runs, evaluations, measured, with_cpu_times):
     parts["headline"] = ("What each technique buys", headline.render(runs))
     for study in STUDIES:
         parts[study.name] = (study.title, tables.render(study, runs, with_cpu_times))
-    parts["time-to-accuracy"] = ("Time to accuracy", accuracy.render(runs))
+    parts["time-to-accuracy"] = ("Time to accuracy", accuracy.render(runs, with_cpu_times))
     parts["evaluation"] = ("SimCLS before and after", overview.evaluations(evaluations))
     parts["phases"] = ("Phases of a step", overview.step_phases(runs, with_cpu_times))
     parts["benchmarks"] = ("Benchmarks", benchmarks.render(measured))

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import os
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from harness.files import ROOT, portable
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "nvtx")
 # Linux's names of a processor's abilities, x86's and ARM's: the first that is there, and any of the second line.
 VECTOR_INSTRUCTIONS = {"avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
+# Variables that make the same computation faster or slower: threads, allocators.
+ENVIRONMENT = re.compile(r"(OMP|MKL|MALLOC|PYTORCH)_\w+|LD_PRELOAD")
 BFLOAT16_FLAGS, BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}, "bfloat16"
 
 
@@ -32,6 +35,7 @@ def describe_machine(device):
         "device": device.type,
         "hardware": hardware_name(device),
         "threads": torch.get_num_threads(),
+        "environment": portable({name: value for name, value in os.environ.items() if ENVIRONMENT.fullmatch(name)}),
         "versions": versions,
         "cuda": torch.version.cuda,
         "commit": _git_commit(),

@@ -1,66 +1,98 @@
-"""How long each way to train took to reach a test accuracy, by the clock on the wall: everything counts."""
+"""How long each way to train takes to reach a test accuracy, by the clock on the wall: everything counts."""
 
+import dataclasses
+
+from reporting import pace
 from reporting.comparison import Sample, quantity, ratio_with_interval
 from reporting.studies import TOGETHER
 from reporting.tables import caption, groups, markdown
 
 
-def timed_groups(runs):
-    """The Groups of TOGETHER whose runs say when they knew each epoch's test accuracy."""
-    return groups(TOGETHER, [run for run in runs if run.accuracy_by_seconds()])
+@dataclasses.dataclass(frozen=True)
+class Way:
+    """A Row of TOGETHER with the curves of its runs: for each [(seconds since its start, test accuracy in percent),
+    ...], one for each epoch; [] where the seconds are not known."""
+
+    row: object
+    curves: list
+
+    def best(self):
+        """The best test accuracy of each run."""
+        return [max(run.curve("test_acc")) for run in self.row.runs]
+
+    def epochs_to(self, goal):
+        """For each run the epoch in which it had this test accuracy in percent; None if it never had."""
+        return [
+            next((epoch["epoch"] for epoch in run.epochs if epoch["test_acc"] >= goal), None) for run in self.row.runs
+        ]
+
+    def seconds_to(self, goal):
+        """For each run the seconds until it had this test accuracy, from its start; None if not known."""
+        return [next((seconds for seconds, reached in curve if reached >= goal), None) for curve in self.curves]
 
 
-def target(group):
-    """The test accuracy, in percent, that each run of the baseline reaches at some time: the lowest of their best."""
+@dataclasses.dataclass(frozen=True)
+class Race:
+    """The Ways of one Group of TOGETHER. baseline: its own, or None. target: the test accuracy, in percent, that each
+    run of the baseline reaches at some time: the lowest of their best; None without a baseline."""
+
+    group: object
+    ways: list
+    baseline: Way | None
+
+    @property
+    def target(self):
+        return min(self.baseline.best()) if self.baseline else None
+
+
+def races(runs):
+    """The Races of those of `runs` that say when they knew each epoch's test accuracy, and are no short ones."""
+    found = groups(TOGETHER, [run for run in runs if run.accuracy_by_seconds()])
+    return [_race(group, found) for group in found if pace.epochs(group) >= pace.FEW_EPOCHS]
+
+
+def _race(group, found):
+    ways = [Way(*each) for each in zip(group.rows, pace.accuracy_by_seconds(group, found), strict=True)]
     base = group.baseline(group.rows[0])
-    return min(max(accuracy for _, accuracy in run.accuracy_by_seconds()) for run in base.runs) if base else None
+    return Race(group, ways, next((way for way in ways if way.row is base), None))
 
 
-def seconds_to(run, accuracy):
-    """Seconds until `run` had this test accuracy in percent, from its start; None if it never had."""
-    return next((seconds for seconds, reached in run.accuracy_by_seconds() if reached >= accuracy), None)
-
-
-def render(runs):
+def render(runs, with_cpu_times=True):
     """Markdown: a table for each group of ResNeXt runs that can be compared; "" when there is none."""
-    parts, found = [], timed_groups(runs)
-    for group in found:
-        goal = target(group)
+    parts, found = [], races(runs)
+    for race in found:
+        goal = race.target
         if goal is None:
             continue
-        base = group.baseline(group.rows[0])
-        base_sample = Sample.of(seconds_to(run, goal) for run in base.runs)
-        rows = []
-        for row in group.rows:
-            seconds = [seconds_to(run, goal) for run in row.runs]
-            sample, reached = Sample.of(seconds), sum(each is not None for each in seconds)
-            # The mean of those that got there would flatter an arm whose others did not.
-            everywhere = sample if reached == len(row.runs) else None
-            rows.append(
-                {
-                    "Way": f"{row.arm.label} (baseline)" if row is base else row.arm.label,
-                    "n": str(len(row.runs)),
-                    "Reached by": f"{reached} of {len(row.runs)}",
-                    "Seconds": quantity(everywhere),
-                    "Time, × (95 % interval)": "1.00" if row is base else ratio_with_interval(everywhere, base_sample),
-                    "Best test accuracy, %": quantity(Sample.of(map(best, row.runs)), places=1),
-                }
-            )
-        lines = [f"Until {goal:.1f} % of the test pictures are right, which every run of the baseline reaches:"]
-        parts += ["\n\n".join([caption(group, found), *lines, markdown(rows)])]
+        with_times = with_cpu_times or not race.baseline.row.runs[0].on_cpu
+        rows = [_cells(way, race, goal, with_times) for way in race.ways]
+        line = f"Until {goal:.1f} % of the test pictures are right, which every run of the baseline reaches:"
+        parts.append("\n\n".join([caption(race.group, [each.group for each in found]), line, markdown(rows)]))
     return "\n\n".join(parts)
 
 
-def ratio_of(group, label):
+def _cells(way, race, goal, with_times):
+    epochs, seconds = way.epochs_to(goal), way.seconds_to(goal)
+    base = Sample.of(race.baseline.seconds_to(goal))
+    # The mean of those that got there would flatter an arm whose others did not.
+    everywhere = None if None in seconds else Sample.of(seconds)
+    is_base = way is race.baseline
+    return {
+        "Way": f"{way.row.arm.label} (baseline)" if is_base else way.row.arm.label,
+        "n": str(len(epochs)),
+        "Reached by": f"{sum(each is not None for each in epochs)} of {len(epochs)}",
+        "Epochs": None if None in epochs else quantity(Sample.of(epochs), places=1),
+        "Seconds": quantity(everywhere) if with_times else None,
+        "Time, × (95 % interval)": "1.00" if is_base else ratio_with_interval(everywhere, base),
+        "Best test accuracy, %": quantity(Sample.of(way.best()), places=1),
+    }
+
+
+def ratio_of(race, label):
     """ "0.08 (0.06 to 0.10)": the time to the target of the arm `label` over the baseline's; None without both, or
     where a run never got there."""
-    goal = target(group)
-    rows = [group.baseline(group.rows[0]), next((row for row in group.rows if row.arm.label == label), None)]
-    if goal is None or None in rows:
+    way = next((way for way in race.ways if way.row.arm.label == label), None)
+    if race.target is None or way is None:
         return None
-    base, new = ([seconds_to(run, goal) for run in row.runs] for row in rows)
+    base, new = (each.seconds_to(race.target) for each in (race.baseline, way))
     return None if None in new else ratio_with_interval(Sample.of(new), Sample.of(base))
-
-
-def best(run):
-    return max(accuracy for _, accuracy in run.accuracy_by_seconds())

@@ -15,10 +15,11 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from harness.files import atomic_write
+from reporting import pace
 from reporting.comparison import Sample, ratio_interval
 from reporting.overview import PHASES
 from reporting.records import Record, provenance
-from reporting.studies import CHECKPOINTING, DATA_LOADER, FEW_EPOCHS, MIXED_PRECISION, SIMCLS, TOGETHER, in_words
+from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCLS, TOGETHER, in_words
 from reporting.tables import data_name, groups, hardware, is_toy, place
 
 WIDTH = 10  # Inches: 1,000 pixels, which README shows about as they are.
@@ -94,7 +95,7 @@ def chosen_for_curves(study, runs):
 
     def rank(group):
         epochs = max(len(run.curve("loss")) for row in group.rows for run in row.runs)
-        return epochs < FEW_EPOCHS, is_toy(group), on_cpu(group), -epochs
+        return epochs < pace.FEW_EPOCHS, is_toy(group), on_cpu(group), -epochs
 
     return min(groups(study, runs), key=rank, default=None)
 

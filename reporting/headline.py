@@ -3,13 +3,12 @@
 import dataclasses
 
 from harness.machine import BFLOAT16, VECTOR_INSTRUCTIONS
-from reporting import published
+from reporting import pace, published
 from reporting.comparison import Sample, interval_text, ratio_interval, within_noise
 from reporting.records import Record, provenance
 from reporting.studies import (
     CHECKPOINTING,
     DATA_LOADER,
-    FEW_EPOCHS,
     MIXED_PRECISION,
     SIMCLS,
     TOGETHER,
@@ -83,6 +82,7 @@ class Effect:
     n: int
     group: object
     row: object
+    timed: object  # The Row that its time and memory are of: `row`, or that of short runs.
     published: str | None
 
     @property
@@ -94,7 +94,11 @@ class Effect:
         model, epochs = self.group.settings.get("model"), self.group.settings.get("num_epoch")
         length = f"{epochs} epoch{'' if epochs == 1 else 's'}" if epochs else None
         words = ", ".join(filter(None, [model, data_name(self.group), length]))
-        return f"{words}; {place(self.group.machine)}"
+        short = " (times: shorter runs in turn)" if self.timed is not self.row else ""
+        return f"{words}{short}; {place(self.group.machine)}"
+
+    def runs(self):
+        return list({id(run): run for run in (*self.row.runs, *self.timed.runs)}.values())
 
 
 def effects(runs):
@@ -105,11 +109,11 @@ def effects(runs):
     """
     found = []
     for study in STUDIES:
-        of_hardware = {}
-        for group in sorted(groups(study, runs), key=rank):
+        of_study, of_hardware = groups(study, runs), {}
+        for group in sorted(of_study, key=rank):
             of_hardware.setdefault(group.machine["hardware"], group)
         for group in of_hardware.values():
-            found += filter(None, (effect(study, group, row) for row in group.rows))
+            found += filter(None, (effect(study, group, row, of_study) for row in group.rows))
     real = {(each.technique, each.hardware) for each in found if not is_toy(each.group)}
     found = [each for each in found if not is_toy(each.group) or (each.technique, each.hardware) not in real]
     places = {each.where: position for position, each in reversed(list(enumerate(found)))}
@@ -137,11 +141,12 @@ def rank(group):
     """What comes first: real pictures, enough epochs to see a result, several seeds, more epochs, more seeds."""
     epochs = max((len(run.curve("loss")) for row in group.rows for run in row.runs), default=0)
     seeds = min(len(row.runs) for row in group.rows)
-    return is_toy(group), epochs < FEW_EPOCHS, seeds < 2, -epochs, -seeds
+    return is_toy(group), epochs < pace.FEW_EPOCHS, seeds < 2, -epochs, -seeds
 
 
-def effect(study, group, row):
-    """The Effect of a Row of one of STUDIES; None for one that has no place among the techniques."""
+def effect(study, group, row, of_study):
+    """The Effect of a Row of one of STUDIES, whose Groups are `of_study`; None for one that has no place among the
+    techniques."""
     base = group.baseline(row)
     words = next((words for (name, start), words in TECHNIQUES.items()
                   if name == study.name and row.arm.label.startswith(start)), None)  # fmt: skip
@@ -150,19 +155,21 @@ def effect(study, group, row):
     technique, when = words
     if row.arm.label.startswith(("budget", "held")):
         technique += f" {row.arm.label.split()[1]}"
-    memory = Record.allocated_gb if base.runs[0].allocated_gb() else Record.saved_mib
+    timed, timed_base = pace.timed(group, row, of_study)
+    memory = Record.allocated_gb if timed_base.runs[0].allocated_gb() else Record.saved_mib
     of_peak = row.arm.label.startswith("budget") and memory is Record.saved_mib
     return Effect(
         study.name,
         row.arm.label,
         technique,
         when,
-        _ratio(Record.epoch_seconds, row, base),
-        _peak_ratio(row) if of_peak else _ratio(memory, row, base),
+        _ratio(Record.epoch_seconds, timed, timed_base),
+        _peak_ratio(timed) if of_peak else _ratio(memory, timed, timed_base),
         _result(study, row, base),
-        min(len(row.runs), len(base.runs)),
+        min(len(each.runs) for each in (row, base, timed, timed_base)),
         group,
         row,
+        timed,
         _published(study.name, row, base),
     )
 
@@ -266,7 +273,7 @@ def render(runs, study=None):
     ]
     notes = []
     for number, where in enumerate(places, 1):
-        made = provenance([run.record for each in found if each.where == where for run in each.row.runs])
+        made = provenance([run.record for each in found if each.where == where for run in each.runs()])
         notes.append(f"({number}) {where}; {made}.")
     return f"{markdown(rows)}\n\n{EXPLANATION} Measured on: {' '.join(notes)}"
 

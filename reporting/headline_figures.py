@@ -6,8 +6,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D
 
-from reporting import headline
-from reporting.accuracy import target, timed_groups
+from reporting import headline, pace
+from reporting.accuracy import races
 from reporting.figures import STYLE, WIDTH, arm_handles, distinct_colours, figure_title, finish, save
 from reporting.records import provenance
 from reporting.studies import in_words
@@ -71,7 +71,7 @@ def short(effect):
 def place_line(where, effects):
     """ "resnext29_2x4d, CIFAR-10, 15 epochs; AMD EPYC, ...; n = 3; commit 1f098ca, 2026-11-25" of a row of panels."""
     n = sorted({each.n for each in effects})
-    made = provenance([run.record for each in effects for run in each.row.runs])
+    made = provenance([run.record for each in effects for run in each.runs()])
     return f"{where}; n = {' or '.join(map(str, n))}; {made}"
 
 
@@ -90,20 +90,21 @@ def draw_bar(panel, position, ratio):
 def draw_time_to_accuracy(runs, folder):
     """Write `folder`/time_to_accuracy.png: test accuracy by minutes, for each way the mean over its runs in a band from
     the lowest to the highest. Returns the paths written."""
-    found = timed_groups(runs)
+    found = races(runs)
     if not found:
         return []
     # The first is of real pictures, if any is; of those that are, the longest runs.
-    group = min(found, key=lambda group: (is_toy(group), -longest(group)))
+    race = min(found, key=lambda race: (is_toy(race.group), -pace.epochs(race.group)))
+    ways = [way for way in race.ways if all(way.curves)]
     with plt.rc_context(STYLE):
         figure, panel = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")
-        colours = distinct_colours(in_words(row.arm.label) for row in group.rows)
-        for row in group.rows:
-            minutes, values = by_epoch(row)
-            colour = colours[in_words(row.arm.label)]
+        colours = distinct_colours(in_words(way.row.arm.label) for way in ways)
+        for way in ways:
+            minutes, values = by_epoch(way)
+            colour = colours[in_words(way.row.arm.label)]
             panel.plot(minutes, values.mean(0), color=colour, linewidth=2, marker="o", markersize=3)
             panel.fill_between(minutes, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
-        handles, goal = arm_handles(colours), target(group)
+        handles, goal = arm_handles(colours), race.target
         if goal is not None:
             style = {"color": "black", "linestyle": "--", "linewidth": 1}
             panel.axhline(goal, **style)
@@ -111,16 +112,11 @@ def draw_time_to_accuracy(runs, folder):
             handles.append(Line2D([], [], label=label, **style))
         panel.set(xlabel="minutes since the run's start, with evaluation and saving", ylabel="test accuracy, %")
         panel.set_xlim(0, None)
-        finish(figure, handles, figure_title("Time to accuracy", group, banded=True))
+        finish(figure, handles, figure_title("Time to accuracy", race.group, banded=True))
     return [save(figure, folder / "time_to_accuracy.png")]
 
 
-def longest(group):
-    return max(len(run.epochs) for row in group.rows for run in row.runs)
-
-
-def by_epoch(row):
-    """(mean minutes, test accuracy) by epoch over the runs of a Row: float [epochs] and [runs, epochs]."""
-    curves = [run.accuracy_by_seconds() for run in row.runs]
-    points = np.array([curve[: min(map(len, curves))] for curve in curves])
+def by_epoch(way):
+    """(mean minutes, test accuracy) by epoch over the runs of a Way: float [epochs] and [runs, epochs]."""
+    points = np.array([curve[: min(map(len, way.curves))] for curve in way.curves])
     return points[..., 0].mean(0) / 60, points[..., 1]

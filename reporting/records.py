@@ -48,8 +48,8 @@ EPOCH = {"epoch": COUNT, "timing": TIMING, "peak_memory": PEAK, "losses": maybe(
 EPOCH |= dict.fromkeys(OF_EPOCH, maybe(NUMBER))
 RECORD = {
     "name": maybe(TEXT), "machine": MACHINE, "precision": maybe(TEXT), "loading": maybe(TEXT),
-    "saved_activation_bytes": maybe(NUMBER), "measured": maybe({"peak_bytes": maybe(NUMBER)}),
-    "plan": maybe({"plain_peak_bytes": maybe(NUMBER)}),
+    "saved_activation_bytes": maybe(NUMBER), "start_up_seconds": maybe(NUMBER),
+    "measured": maybe({"peak_bytes": maybe(NUMBER)}), "plan": maybe({"plain_peak_bytes": maybe(NUMBER)}),
 }  # fmt: skip
 OF_RUN = {"epochs": each(list, EPOCH)}
 OF_EVALUATION = {

@@ -60,8 +60,8 @@ def _recomputation(effects):
 
 
 def _everything(effects, runs):
-    for group in accuracy.timed_groups(runs):
-        ratio = accuracy.ratio_of(group, "everything on")
+    for race in accuracy.races(runs):
+        ratio = accuracy.ratio_of(race, "everything on")
         if ratio:
             text = f"the best accuracy of the original's way (`resnext.py` as it is) in {ratio} × its time"
             return f"**Everything on**: {text} ([page]({PAGE}everything-on.md))."

@@ -8,7 +8,6 @@ IMAGES = ("resnext", "resnext_checkpoint")
 LOADING = ("num_worker", "loader")
 PRECISION = ("half_precision", "true_fp32")
 RECOMPUTATION = ("experiment", "policy", "memory_budget", "budget_of")
-FEW_EPOCHS = 3  # Fewer show times, and neither a result nor a curve.
 
 
 def test_accuracy(run):

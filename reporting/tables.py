@@ -4,6 +4,7 @@ import dataclasses
 import re
 from collections.abc import Callable
 
+from reporting import pace
 from reporting.comparison import Sample, difference, quantity, ratio
 from reporting.published import SETUP
 from reporting.records import machine_letter, provenance
@@ -21,6 +22,7 @@ CPU_NOTE = (
     "sides."
 )
 PUBLISHED_NOTE = f"The columns headed A100 are the original study's ({SETUP}), published; compare them with each other."
+PACE_NOTE = "Times are those of shorter runs of the same set-ups, taken in turn, where there are such."
 ONE_RUN_NOTE = "One run a row: the noise is not known."
 
 
@@ -38,13 +40,15 @@ class Arm:
 class Column:
     """How a figure is shown: show(sample, baseline's sample) gives text or None.
 
-    is_time: a time, which means nothing away from the machine that it was taken on.
+    is_time: a time, which means nothing away from the machine that it was taken on. timed: a time, or how many times
+    that of the baseline, which is taken from the runs that `pace.timed` names.
     """
 
     header: str
     figure: Callable  # Record -> float or None
     show: Callable = lambda sample, base: quantity(sample)
     is_time: bool = False
+    timed: bool = False
 
 
 def value(header, figure):
@@ -60,11 +64,11 @@ def percent(header, figure):
 
 
 def time(header, figure):
-    return Column(header, figure, is_time=True)
+    return Column(header, figure, is_time=True, timed=True)
 
 
 def times_baseline(header, figure):
-    return Column(header, figure, show=ratio)
+    return Column(header, figure, show=ratio, timed=True)
 
 
 def over_baseline(header, figure):
@@ -211,8 +215,10 @@ def render(study, runs, with_cpu_times=True):
     parts = []
     for group in found:
         on_cpu = group.rows[0].runs[0].on_cpu
-        rows = [_cells(study, group, row, with_cpu_times or not on_cpu) for row in group.rows]
+        rows = [_cells(study, group, row, found, with_cpu_times or not on_cpu) for row in group.rows]
         notes = [CPU_NOTE] * on_cpu
+        if any(pace.timed(group, row, found)[0] is not row for row in group.rows):
+            notes.append(PACE_NOTE)
         if all(len(row.runs) < 2 for row in group.rows):
             notes.append(ONE_RUN_NOTE)
         notes += _without_baseline(study, group)
@@ -232,17 +238,18 @@ def _without_baseline(study, group):
     return [f"No × {f'at {keys} ' if keys else ''}without a run of {study.baseline}, all else being the same."]
 
 
-def _cells(study, group, row, with_times):
+def _cells(study, group, row, found, with_times):
     """One row of a table: header -> text, or None for what is not known."""
     baseline = group.baseline(row)
     label = f"{row.arm.label} (baseline)" if row is baseline else row.arm.label
     cells = dict(zip(map(_words, study.row_keys), map(str, row.keys), strict=True))
     cells |= {study.arm_header: label, "n": str(len(row.runs))}
+    timed = pace.timed(group, row, found)
     for column in study.columns:
         if column.is_time and not with_times:
             continue
-        sample = Sample.of(map(column.figure, row.runs))
-        base = Sample.of(map(column.figure, baseline.runs)) if baseline else None
+        measured = timed if column.timed else (row, baseline)
+        sample, base = (Sample.of(map(column.figure, each.runs)) if each else None for each in measured)
         cells[column.header] = column.show(sample, base)
     for header, key in study.published.items():
         figure = row.arm.published.get(key)

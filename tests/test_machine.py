@@ -56,3 +56,13 @@ def test_single_precision_on_a_gpu_is_called_what_it_is(capability, allowed, lab
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", allowed)
     assert precision._label(None, SimpleNamespace(type="cuda")) == label
     assert precision._label(None, CPU) == "fp32"
+
+
+def test_variables_that_change_times_are_told_without_folders(monkeypatch):
+    monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
+    monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libjemalloc.so")
+    monkeypatch.setenv("MALLOCATOR", "no")
+    told = machine.describe_machine(CPU)["environment"]
+    assert told["MALLOC_MMAP_MAX_"] == "0"
+    assert told["LD_PRELOAD"] == "libjemalloc.so"
+    assert "MALLOCATOR" not in told

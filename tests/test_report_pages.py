@@ -235,8 +235,49 @@ def test_time_to_accuracy():
     assert "Until 75.0 %" in accuracy.render(base + fast)
     assert "in 0.21 (" in sentences.bullets(base + fast, [])
     del fast[0].epochs[1]["elapsed_seconds"]
-    assert accuracy.seconds_to(base[0], 75) == 20
+    assert accuracy.races(base + fast)[0].baseline.seconds_to(75) == [20, 36]
     assert fast[0].accuracy_by_seconds() == []
+
+
+def paced(seconds, *accuracies, start=4.0, **arguments):
+    """A Record of an epoch for each of `accuracies`, each of so many seconds, after `start` seconds."""
+    run = make_run(num_epoch=len(accuracies), **arguments)
+    run.record["start_up_seconds"] = start
+    run.record["epochs"] = [
+        dict(run.epochs[0], epoch=number, test_acc=acc, elapsed_seconds=start + number * seconds)
+        for number, acc in enumerate(accuracies, 1)
+    ]
+    for epoch in run.epochs:
+        epoch["timing"] = epoch["timing"] | {"seconds": seconds}
+    return run
+
+
+def test_long_runs_are_timed_by_short_ones_that_were_run_in_turn():
+    long, short = [], []
+    fast = {"experiment": "resnext_fast", "lr": 0.1}
+    for seed, slow_hour in enumerate((1, 5, 1)):
+        long += [paced(100 * slow_hour, 50, 60, 70, seed=seed), paced(90, 60, 75, 80, seed=seed, **fast)]
+        short += [paced(100, 50, seed=seed), paced(20 + seed, 55, seed=seed, **fast)]
+    (row,) = read_table(headline.render(long + short))
+    assert row["Time, ×"] == "0.21 (0.19 to 0.24)"
+    assert row["n"] == "3"
+    assert "at the end" in row["Change in the result"]
+    assert "(times: shorter runs in turn)" in headline.render(long + short)
+    rows = {row["Way"]: row for row in read_table(accuracy.render(long + short))}
+    assert rows["the original's way (baseline)"]["Epochs"] == "3.0"
+    assert rows["the original's way (baseline)"]["Seconds"] == "304"
+    assert rows["everything on"]["Seconds"].startswith("46.0")  # Start-up once, and two epochs.
+    # Of two rounds for three seeds, and for another machine or batch size, nothing is taken.
+    assert "in turn" not in headline.render(long + short[:4])
+    for run in short:
+        run.machine["hardware"] = "another"
+    assert "in turn" not in headline.render(long + short)
+    # An arm that was not run in short says how many epochs it takes, and not how many seconds.
+    for run in short:
+        run.machine["hardware"] = long[0].machine["hardware"]
+    more = [paced(80, 60, 70, 72, half_precision="bfloat16", precision="bf16")]
+    row = next(row for row in read_table(accuracy.render(long + short + more)) if row["Way"].startswith("half"))
+    assert (row["Epochs"], row["Seconds"]) == ("2.0", "–")
 
 
 def test_two_machines_of_one_kind_share_no_row(tmp_path):

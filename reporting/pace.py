@@ -1,0 +1,72 @@
+"""Where the times of long runs come from: short runs of the same set-ups, where there are some.
+
+Runs that show a result take hours, in which a machine that others share is now fast and now slow. `bash run.sh cifar`
+runs each set-up for one epoch besides, round by round, so that slow hours fall on all of them alike.
+"""
+
+FEW_EPOCHS = 3  # Fewer show times, and neither a result nor a curve.
+
+
+def timed(group, row, found):
+    """(Row, baseline) whose times stand for those of `row` of `group`; the two of `group` itself where none are better.
+
+    found: all Groups of the study. The short runs must be of the same settings on the same machine, with as many seeds.
+    """
+    base = group.baseline(row)
+    needed = min(len(each.runs) for each in (row, base or row))
+    for other in found:
+        alike = next((each for each in other.rows if (each.arm.label, each.keys) == (row.arm.label, row.keys)), None)
+        if alike and _stands_for(other, group) and len(alike.runs) >= needed:
+            return alike, other.baseline(alike)
+    return row, base
+
+
+def _stands_for(short, group):
+    lengths = {"num_epoch": None}
+    same = short.machine == group.machine and short.settings | lengths == group.settings | lengths
+    shared = _labels(short) & _labels(group)
+    return same and len(shared) > 1 and epochs(short) < FEW_EPOCHS <= epochs(group)
+
+
+def _labels(group):
+    return {(row.arm.label, row.keys) for row in group.rows}
+
+
+def epochs(group):
+    """How many epochs the longest run of a Group has."""
+    return max(len(run.epochs) for row in group.rows for run in row.runs)
+
+
+def accuracy_by_seconds(group, found):
+    """For each Row of `group`, for each of its runs [(seconds since its start, test accuracy in percent), ...], one for
+    each epoch. At the pace of the short run with its seed, where there are some for the baseline and another Row:
+    start-up once, then epochs with their evaluation and saving; [] for runs without one. Else by their own clocks.
+    """
+    own = [[run.accuracy_by_seconds() for run in row.runs] for row in group.rows]
+    paces = [_paces(row, timed(group, row, found)[0]) for row in group.rows]
+    paced = [row for row, each in zip(group.rows, paces, strict=True) if each]
+    if len(paced) < 2 or group.baseline(group.rows[0]) not in paced:
+        return own
+    return [_at(row_paces, curves) for row_paces, curves in zip(paces, own, strict=True)]
+
+
+def _paces(row, short):
+    """For each run of `row` (seconds of starting, seconds of an epoch) of the short run with its seed; [] unless each
+    has one."""
+    by_seed = {run.arguments.get("seed"): run for run in short.runs} if short is not row else {}
+    found = []
+    for run in (by_seed.get(run.arguments.get("seed")) for run in row.runs):
+        points, start = (run.accuracy_by_seconds(), run.record.get("start_up_seconds")) if run else ([], None)
+        if not points or start is None:
+            return []
+        found.append((start, (points[-1][0] - start) / len(points)))
+    return found
+
+
+def _at(paces, curves):
+    if not paces:
+        return [[] for _ in curves]
+    return [
+        [(start + number * seconds, accuracy) for number, (_, accuracy) in enumerate(curve, 1)]
+        for curve, (start, seconds) in zip(curves, paces, strict=True)
+    ]
