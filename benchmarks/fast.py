@@ -58,7 +58,6 @@ TECHNIQUES = {
     "dense convolutions": "--grouped_convolution dense",
     "SGD in one cycle": "--optimizer sgd --lr 0.1",
     "label smoothing": "--label_smoothing 0.1",
-    "weight averaging": "--ema 0.99",
 }
 HALF = "original, float16"
 FAST = "resnext_fast.py"

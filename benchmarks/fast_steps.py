@@ -9,7 +9,6 @@ import torch.nn.functional as F
 from exactness import observed_weight
 from resnext_fast import compiled, make_optimizer
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from torch.utils.data import DataLoader
 
 from harness.distributed import World
@@ -42,9 +41,6 @@ class TrainingSteps:
         model = ResNeXt(*parse_name(args.model), num_classes=len(data.classes)).to(device)
         self.model = layout.apply(model)
         self.fast_model = compiled(model, args, layout.channels_last) if args.compile else model
-        self.average = None
-        if args.ema:
-            self.average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
         self.criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
         # Times need no progress.
         self.optimizer = make_optimizer(model, args.optimizer, args.lr / 100, device, self.precision.scaler)
@@ -69,7 +65,8 @@ class TrainingSteps:
         scaler = self.precision.scaler
         scaler.scale(loss).backward()
         gradient = observed_weight(self.model).grad / scaler.get_scale()
-        return (output.detach(), gradient), saved.bytes
+        # A copy: CUDA graphs write the next output to the same memory.
+        return (output.detach().clone(), gradient), saved.bytes
 
     def _load(self):
         images, labels = next(self.source)
@@ -85,8 +82,6 @@ class TrainingSteps:
         self.precision.scaler.scale(loss).backward()
         self.precision.scaler.step(self.optimizer)
         self.precision.scaler.update()
-        if self.average:
-            self.average.update_parameters(self.model)
 
     def run(self, steps):
         """Train `steps` steps, with no batch loaded ahead when they start; returns their seconds."""

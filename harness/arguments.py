@@ -24,8 +24,8 @@ def _number(kind, accept, wanted):
     return read
 
 
-positive_int = _number(int, lambda value: value >= 1, "a whole number of at least 1")
-non_negative_int = _number(int, lambda value: value >= 0, "a whole number of at least 0")
+positive_int = _number(int, lambda value: 1 <= value < 2**31, "a whole number of at least 1 and below 2**31")
+non_negative_int = _number(int, lambda value: 0 <= value < 2**31, "a whole number of at least 0 and below 2**31")
 seed = _number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1")  # What all generators take.
 numpy_seed = _number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")  # And NumPy's.
 positive_float = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
@@ -45,6 +45,11 @@ def workers(text):
     """
     most = max(64, 8 * usable_cores())
     return _number(int, lambda value: 0 <= value <= most, f"a whole number from 0 to {most}")(text)
+
+
+def threads(text):
+    """An argparse type: a number of threads, from 1 to 64, or to 8 a usable core where that is more."""
+    return workers(text) or positive_int(text)
 
 
 def default_workers(wanted):

@@ -19,4 +19,3 @@ def apply(args):
         # cuBLAS reads it when it is first used; without it torch refuses its matrix products.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False  # It chooses by a race between algorithms.

@@ -8,7 +8,7 @@ import re
 
 import torch
 
-from harness.arguments import positive_int
+from harness.arguments import threads
 from harness.distributed import read_job
 from harness.endings import UserError
 
@@ -17,7 +17,7 @@ def add_arguments(parser, default="a CUDA GPU where there is one, else the CPU")
     """Add `--device` and `--threads` to an argument parser or group. default: in words, where no device is named."""
     parser.add_argument("--device", type=device_name, metavar="cpu|cuda|cuda:1|mps",
         help=f"where the model is; by default {default}")  # fmt: skip
-    parser.add_argument("--threads", type=positive_int, help="of the processor; by default PyTorch's choice")
+    parser.add_argument("--threads", type=threads, help="of the processor; by default PyTorch's choice")
 
 
 def widest_float(device):

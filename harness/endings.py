@@ -51,7 +51,8 @@ def run(main):
             main()
         finally:
             # torch raises, wherever the process is, when a data worker is killed: not in what follows.
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            if hasattr(signal, "SIGCHLD"):  # Not on Windows.
+                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     except KeyboardInterrupt as error:
         _end(130, "; ".join(["interrupted", *error.args]))
     except Terminated as error:
@@ -164,8 +165,8 @@ _NO_SHARED_MEMORY = (
     "received 0 items of ancdata",
     "Too many open files",
 )
-# Of gloo, where the process that it waits for is there no more.
-_PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer")
+# Of gloo and of NCCL, where the process that it waits for is there no more.
+_PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exit")
 _DISK_ERRORS = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some of your quota and run the same command again",

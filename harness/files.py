@@ -170,7 +170,8 @@ def staging(folder):
 
 def publish(stage, folder):
     """Give each file in `stage` its name in `folder`, in place of the one that has it."""
-    os.sync()
+    if hasattr(os, "sync"):  # Not on Windows.
+        os.sync()
     for path in sorted(stage.iterdir()):
         os.replace(path, Path(folder) / path.name)
 

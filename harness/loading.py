@@ -15,6 +15,11 @@ from torch.utils.data import DataLoader
 from harness.machine import usable_cores
 
 
+def largest_batch(samples, batch_size, processes):
+    """How many samples a process has in a batch of `batch_size` over all `processes`, of which there are `samples`."""
+    return max(1, min(batch_size, samples) // processes)
+
+
 class EpochBatches(torch.utils.data.Sampler):
     """A batch sampler over `size` samples, shuffled anew each epoch, that yields lists of (epoch, index).
 

@@ -24,7 +24,7 @@ BFLOAT16_FLAGS, BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}, "bfloat16"
 
 def describe_machine(device):
     """What a reader needs to judge a number: hardware, versions, commit and command. A dict of plain JSON values."""
-    import torch  # Here, since preprocess.py takes its files from this module, and does without.
+    import torch  # Here, since preprocess.py takes usable_cores from this module, and does without torch.
 
     versions = {"python": platform.python_version()}
     for package in PACKAGES:

@@ -48,7 +48,7 @@ class Plan(NamedTuple):
             for size in (self.held_bytes, self.plain_bytes, self.peak_bytes, self.plain_peak_bytes)
         )
         return (
-            f"peak in backward {peak} of {plain_peak} MiB ({self.peak_bytes / self.plain_peak_bytes:.3f}), held after "
+            f"peak {peak} of {plain_peak} MiB ({self.peak_bytes / self.plain_peak_bytes:.3f}), held after "
             f"forward {held} of {plain} MiB ({self.held_bytes / self.plain_bytes:.3f}), redoing {len(self.redo)} "
             f"operations: {100 * self.extra_flops / self.plain_flops:+.2f} % FLOPs, {1e3 * self.extra_seconds:+.0f} ms"
         )
@@ -128,9 +128,9 @@ class StepCost:
     """Measures what a Plan predicts of a training step besides what it holds, in one step alone: the first, and on CUDA
     the second, since in the first one cuDNN may try algorithms that need more memory than the one it takes.
 
-    with cost.first_forward():
+    with cost.measured_forward():
         loss = criterion(model(images), labels)
-    with cost.first_backward():
+    with cost.measured_backward():
         loss.backward()
     cost.peak_bytes, cost.redone_flops
 
@@ -149,7 +149,7 @@ class StepCost:
         self.peak_bytes = self.redone_flops = None
 
     @contextlib.contextmanager
-    def first_forward(self):
+    def measured_forward(self):
         self._steps += 1
         if not self._is_due():
             yield
@@ -161,7 +161,7 @@ class StepCost:
             yield
 
     @contextlib.contextmanager
-    def first_backward(self):
+    def measured_backward(self):
         if not self._is_due():
             yield
             return

@@ -38,8 +38,10 @@ def read_state(path, **how):
         ours = ours and isinstance(state["arguments"], dict) and isinstance(state["parts"], dict)
     except FileNotFoundError:
         return None
-    except (PermissionError, IsADirectoryError) as error:
-        raise UserError(f"cannot read the saved state {path}: {error.strerror}") from None
+    except OSError as error:
+        raise UserError(f"cannot read the saved state {path}: {error.strerror or error}") from None
+    except MemoryError:
+        raise
     except Exception:  # What torch.load raises on a foreign file is an open set.
         ours = False
     if not ours:

@@ -9,7 +9,7 @@ from pathlib import Path
 from tqdm import tqdm
 
 from harness.arguments import FLAG
-from harness.endings import UserError
+from harness.endings import UserError, is_out_of_gpu_memory
 from harness.epochs import Epoch
 from harness.files import as_recorded, output_lock, places, write_record
 from harness.machine import describe_machine
@@ -170,7 +170,7 @@ class Run:
             arguments = as_recorded(arguments, record.get("places"))
             # Of an epoch that was cut short there are no results.
             cut_short = arguments.get("max_steps") and "loss" not in record["epochs"][-1]
-        except (OSError, ValueError, KeyError, TypeError, IndexError):
+        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
             return None
         return None if cut_short and not even_cut_short else arguments
 
@@ -302,7 +302,9 @@ class Run:
             self._seconds_before, self.seconds = state["elapsed_seconds"], state["seconds"]
             self.facts = state["facts"] | self.facts
             epoch, step = state["epoch"], state["step"]
-        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError):
+        except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
+            if is_out_of_gpu_memory(error):  # Of others, perhaps, that use it, too: the state is good.
+                raise
             raise no_state(path) from None
         self.log.resume(state.get("log", {}), self.logged_step(epoch, step))
         if path != self.path(".state"):

@@ -52,9 +52,9 @@ def ratio(new, base):
 def ratio_interval(new, base):
     """(mean of `new` over that of `base`, low, high): the 95 % interval by the t-distribution of the logarithm, with
     Welch's degrees of freedom. A single value is taken to scatter as the others do; low and high are None when both
-    Samples are single values."""
+    Samples are single values, and where the mean of `new` is 0."""
     found = new.mean / base.mean
-    if new.n == base.n == 1:
+    if new.n == base.n == 1 or new.mean == 0:
         return found, None, None
     parts = [((each.deviation / each.mean) ** 2, each.n) for each in (new, base)]
     shared = max(spread for spread, n in parts if n > 1)
@@ -85,8 +85,9 @@ def interval_text(found, low, high):
 
 
 def difference(new, base):
-    """ "+1.3", or "-0.2, within the noise": the mean of `new` less that of `base`; None without both."""
-    if new is None or base is None or new == base:
+    """ "+1.3", or "-0.2, within the noise": the mean of `new` less that of `base`; None without both, and of a Sample
+    with itself."""
+    if new is None or base is None or new is base:
         return None
     return f"{new.mean - base.mean:+.1f}{_note(new, base)}"
 

@@ -23,7 +23,8 @@ from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCL
 from reporting.tables import data_name, groups, hardware, is_toy, place
 
 WIDTH = 10  # Inches: 1,000 pixels, which README shows about as they are.
-STYLE = {"font.size": 10, "figure.dpi": 100, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False}
+STYLE = {"font.size": 10, "figure.dpi": 100, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False,
+         "text.parse_math": False}  # fmt: skip
 COLOURS = 128
 CURVES = {"loss": "training loss", "acc": "training accuracy, %", "test_acc": "test accuracy, %"}
 MARKERS = "osD^vP*X<>hd"
@@ -224,10 +225,10 @@ def draw_losses(runs, study):
     _keep_common_seeds(group)
     figure, panel = plt.subplots(figsize=(WIDTH, 4.2), layout="constrained")
     colours = distinct_colours(in_words(row.arm.label) for row in group.rows)
-    means, window = [], 1
+    means, shortest = [], min(len(run.losses()) for row in group.rows for run in row.runs)
+    window = max(1, shortest // SMOOTH) if shortest >= 2 * SMOOTH else 1
     for index, row in enumerate(group.rows):
         points = _stacked(run.losses() for run in row.runs)  # [runs, points, (update, loss)]
-        window = max(1, points.shape[1] // SMOOTH) if points.shape[1] >= 2 * SMOOTH else 1
         values = np.apply_along_axis(np.convolve, 1, points[..., 1], np.full(window, 1 / window), "valid")
         means.append(values.mean(0))
         colour = colours[in_words(row.arm.label)]
@@ -283,9 +284,10 @@ def _arms(runs, studies):
     most arms; the baseline comes first, and once."""
     places = {}
     for study in studies:
-        for group in sorted(groups(study, runs), key=on_cpu):
-            for row in group.rows:
-                base, run = group.baseline(row), row.runs[0]
+        found = groups(study, runs)
+        for group in sorted(found, key=on_cpu):
+            for row, base in (pace.timed(group, row, found) for row in group.rows):
+                run = row.runs[0]
                 if base is None or not base.runs[0].step_ms():
                     continue
                 where = on_cpu(group), run.arguments["model"], run.data, run.arguments["batch_size"], str(hardware(run))
@@ -325,7 +327,8 @@ def _medians(runs, side):
 def draw_memory(runs, study):
     """Memory against step time, both as multiples of the plain run's: a colour for each policy, whose name stands
     beside its points, and a marker for each batch size."""
-    group = chosen(study, runs)
+    found = groups(study, runs)
+    group = min(found, key=on_cpu, default=None)
     if group is None:
         return None
     memory = Record.saved_mib if on_cpu(group) else Record.allocated_gb
@@ -334,9 +337,13 @@ def draw_memory(runs, study):
     markers = distinct_styles(group.rows, MARKERS)
     points, whiskers = {}, False
     for row in group.rows:
-        found = _multiples(row, group.baseline(row), Record.step_ms, memory)
-        if found:
-            name, ((x, low, high), (y, *_)) = in_words(row.arm.label), found
+        base = group.baseline(row)
+        multiples = base and [
+            _multiple(*pace.timed(group, row, found), Record.step_ms),
+            _multiple(row, base, memory),
+        ]
+        if multiples and all(multiples):
+            name, ((x, low, high), (y, *_)) = in_words(row.arm.label), multiples
             points.setdefault(name, []).append((x, y))
             panel.plot(x, y, markers[row.keys], color=colours[name], markersize=9)
             if low is not None and not row.arm.is_baseline:
@@ -354,8 +361,8 @@ def draw_memory(runs, study):
     return finish(figure, _key_handles(markers, "marker"), title)
 
 
-def _multiples(row, base, *figures):
-    """[(multiple, low, high), ...] of the means over a Row's runs of `figures`, each of a Record, over those of the Row
-    `base`; None without one."""
-    samples = [(Sample.of(map(each, row.runs)), base and Sample.of(map(each, base.runs))) for each in figures]
-    return [ratio_interval(*pair) for pair in samples] if all(new and old for new, old in samples) else None
+def _multiple(row, base, figure):
+    """(multiple, low, high) of the mean over a Row's runs of `figure`, of a Record, over that of the Row `base`; None
+    where it is not known of both."""
+    new, old = (Sample.of(map(figure, each.runs)) for each in (row, base))
+    return ratio_interval(new, old) if new and old else None

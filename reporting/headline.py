@@ -19,7 +19,8 @@ from reporting.tables import data_name, groups, is_toy, markdown, place
 
 CHECKPOINT = "`resnext_checkpoint.py`"
 MULTIPLIES_HALF = "on CPUs with bfloat16 instructions; on GPUs, as published"
-# Study, the start of an arm's label -> the technique with the way to switch it on, and when it pays.
+HALF, SIMCLS_HALF = "Half precision: `--half_precision`", "SimCLS, half precision: `main.py --half_precision`"
+# Study, an arm's label or the words that it begins with -> the technique, the way to switch it on, and when it pays.
 TECHNIQUES = {
     ("data-loader", "0 workers"): (
         "No worker processes for loading: `--num_worker 0`",
@@ -29,7 +30,8 @@ TECHNIQUES = {
         "Pictures kept and augmented on the GPU (or CPU) that trains: `--loader device`",
         "when they fit there, and steps are short",
     ),
-    ("mixed-precision", ""): ("Half precision: `--half_precision`", MULTIPLIES_HALF),
+    ("mixed-precision", "fp16"): (HALF, MULTIPLIES_HALF),
+    ("mixed-precision", "bf16"): (HALF, MULTIPLIES_HALF),
     ("checkpointing", "chain"): (
         f"Recomputing all but the convolutions: {CHECKPOINT}",
         "when memory is short by up to a half",
@@ -54,14 +56,16 @@ TECHNIQUES = {
         "Everything on, and another recipe (SGD in one cycle): `resnext_fast.py`",
         "to train, rather than to compare",
     ),
+    ("together", "freed memory kept"): (
+        "Freed memory stays with the process: `--keep_memory`",
+        "on a CPU; the process takes some more memory",
+    ),
     ("simcls", "4 workers, recomputation"): (
         "SimCLS, recomputing the encoder's layers: `main.py --use_checkpoint`",
         "when long documents do not fit",
     ),
-    ("simcls", "4 workers, "): (
-        "SimCLS, half precision: `main.py --half_precision`",
-        MULTIPLIES_HALF,
-    ),
+    ("simcls", "4 workers, fp16"): (SIMCLS_HALF, MULTIPLIES_HALF),
+    ("simcls", "4 workers, bf16"): (SIMCLS_HALF, MULTIPLIES_HALF),
 }
 FEW_UPDATES, SAME, UNKNOWN = 100, "none: the same numbers", "not known"
 STUDIES = (DATA_LOADER, MIXED_PRECISION, CHECKPOINTING, TOGETHER, SIMCLS)
@@ -82,7 +86,7 @@ class Effect:
     n: int
     group: object
     row: object
-    timed: object  # The Row that its time and memory are of: `row`, or that of short runs.
+    timed: object  # The Row that its time is of: `row`, or that of short runs.
     published: str | None
 
     @property
@@ -149,14 +153,14 @@ def effect(study, group, row, of_study):
     techniques."""
     base = group.baseline(row)
     words = next((words for (name, start), words in TECHNIQUES.items()
-                  if name == study.name and row.arm.label.startswith(start)), None)  # fmt: skip
+                  if name == study.name and f"{row.arm.label} ".startswith(f"{start} ")), None)  # fmt: skip
     if words is None or base is None or row is base:
         return None
     technique, when = words
     if row.arm.label.startswith(("budget", "held")):
         technique += f" {row.arm.label.split()[1]}"
     timed, timed_base = pace.timed(group, row, of_study)
-    memory = Record.allocated_gb if timed_base.runs[0].allocated_gb() else Record.saved_mib
+    memory = Record.allocated_gb if base.runs[0].allocated_gb() else Record.saved_mib
     of_peak = row.arm.label.startswith("budget") and memory is Record.saved_mib
     return Effect(
         study.name,
@@ -164,7 +168,7 @@ def effect(study, group, row, of_study):
         technique,
         when,
         _ratio(Record.epoch_seconds, timed, timed_base),
-        _peak_ratio(timed) if of_peak else _ratio(memory, timed, timed_base),
+        _peak_ratio(row) if of_peak else _ratio(memory, row, base),
         _result(study, row, base),
         min(len(each.runs) for each in (row, base, timed, timed_base)),
         group,

@@ -52,8 +52,7 @@ def further_settings(runs):
     for name in dict.fromkeys(name for each in found for name in each):
         of_experiment = {}
         for run, each in zip(runs, found, strict=True):
-            if name in each:
-                of_experiment.setdefault(run.experiment, set()).add(str(each[name]))
+            of_experiment.setdefault(run.experiment, set()).add(str(each.get(name)))
         if any(len(values) > 1 for values in of_experiment.values()):
             differing.append(name)
     return [{name: str(each[name]) if name in each else None for name in differing} for each in found]
@@ -188,7 +187,7 @@ def _evaluation(repeats):
             range_text = f" ({low:.2f} to {high:.2f})" if len(repeats) == 1 else ""
             cells[f"{METRICS.get(metric, metric)}, %"] = quantity(sample, places=2) + range_text
         if first.get("words"):
-            sample = Sample.of(each["words"][name] for each in repeats if name in each["words"])
+            sample = Sample.of((each.get("words") or {}).get(name) for each in repeats)
             cells["Words"] = quantity(sample, places=1)
         rows.append(cells)
     rows += _p_rows(repeats)

@@ -16,8 +16,9 @@ def timed(group, row, found):
     needed = min(len(each.runs) for each in (row, base or row))
     for other in found:
         alike = next((each for each in other.rows if (each.arm.label, each.keys) == (row.arm.label, row.keys)), None)
-        if alike and _stands_for(other, group) and len(alike.runs) >= needed:
-            return alike, other.baseline(alike)
+        short = [alike, alike and other.baseline(alike)]
+        if None not in short and _stands_for(other, group) and min(len(each.runs) for each in short) >= needed:
+            return tuple(short)
     return row, base
 
 

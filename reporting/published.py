@@ -1,7 +1,8 @@
 """What the original study published for these techniques, measured on one A100.
 
 ResNeXt29_4x64d on CIFAR-10, 200 epochs, Adam at 0.01, profiled by Nsight Systems with `emit_nvtx` on. Its single
-precision must have been TF32 (README). A step there starts when the batch is loaded; an epoch contains the validation.
+precision must have been TF32 (docs/original-study.md). A step there starts when the batch is loaded; an epoch contains
+the validation.
 """
 
 SETUP = "ResNeXt29_4x64d, CIFAR-10, one A100"

@@ -47,7 +47,8 @@ OF_EPOCH = (
 EPOCH = {"epoch": COUNT, "timing": TIMING, "peak_memory": PEAK, "losses": maybe(each(list, PAIR))}
 EPOCH |= dict.fromkeys(OF_EPOCH, maybe(NUMBER))
 RECORD = {
-    "name": maybe(TEXT), "machine": MACHINE, "precision": maybe(TEXT), "loading": maybe(TEXT),
+    "name": maybe(TEXT), "data": maybe({"train_pictures": maybe(WHOLE)}), "machine": MACHINE, "precision": maybe(TEXT),
+    "loading": maybe(TEXT),
     "saved_activation_bytes": maybe(NUMBER), "start_up_seconds": maybe(NUMBER),
     "measured": maybe({"peak_bytes": maybe(NUMBER)}), "plan": maybe({"plain_peak_bytes": maybe(NUMBER)}),
 }  # fmt: skip

@@ -1,6 +1,6 @@
 """What the records say in a sentence: one a technique for the README, and what interrupted runs lost."""
 
-from reporting import accuracy, headline
+from reporting import accuracy, headline, shapes
 from reporting.comparison import Sample, interval_text
 from reporting.headline import SAME
 from reporting.records import provenance
@@ -8,6 +8,7 @@ from reporting.studies import loading_label
 from reporting.tables import markdown
 
 PAGE = "/docs/techniques/"
+TRIALS = shapes.each(list, {"fault": shapes.TEXT, "tried": shapes.COUNT, "survived": shapes.COUNT})
 
 
 def bullets(runs, evaluations):
@@ -31,7 +32,7 @@ def _loading(effects):
     if sample is None:
         return None
     text = f"with two worker processes a step waits {sample.mean:.1f} % of its time for pictures"
-    ratio = next((each.time for each in effects if each.study == "data-loader" and each.time), None)
+    ratio = next((each.time for each in effects if each.label == "0 workers" and each.time), None)
     if ratio:
         text += f", and without them an epoch takes {interval_text(*ratio)} × the time"
     return f"**Loading**: {text} ([page]({PAGE}loading.md))."
@@ -94,7 +95,7 @@ def faults(measured):
     for hardware, records in measured.items():
         for record in records:
             trials = record.get("trials")
-            if record["benchmark"] != "faults" or not isinstance(trials, list):
+            if record["benchmark"] != "faults" or shapes.fault(trials, TRIALS):
                 continue
             kinds = {}
             for trial in trials:

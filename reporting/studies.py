@@ -99,15 +99,18 @@ def simcls_arm(run):
 
 def together_arm(run):
     """Of all ResNeXt runs: what tells each from the original's way, which is resnext.py without any argument."""
+    kept = ", freed memory kept" if run.arguments.get("keep_memory") else ""
     if run.experiment == "resnext_fast":
         redone = recomputation_label(run)
         return Arm("everything on" if redone == "none" else f"everything on, recomputing: {redone}", (3, redone))
     if run.experiment == "resnext_checkpoint":
-        return Arm(f"recomputing: {recomputation_label(run)}", (2, -(run.saved_mib() or 0)))
+        return Arm(f"recomputing: {recomputation_label(run)}{kept}", (2, -(run.saved_mib() or 0)))
     if run.experiment != "resnext":
         return None
     if run.arguments["half_precision"]:
-        return Arm(f"half precision ({run.precision or 'unknown'})", (1,))
+        return Arm(f"half precision ({run.precision or 'unknown'}){kept}", (1,))
+    if kept:
+        return Arm("freed memory kept", (1,))
     loading, batch_size = loading_label(run), run.arguments["batch_size"]
     if loading == "2 workers" and not run.arguments.get("true_fp32"):
         asked = run.arguments
@@ -133,14 +136,14 @@ def _published(run, figures, key):
 
 
 LOAD = (
-    time("Load, ms", Record.load_ms),
+    time("Load, ms", Record.load_ms, timed=True),
     percent("Load, % of step", Record.load_percent),
 )
 STEP_AND_EPOCH = (
-    time("Step, ms", Record.step_ms),
-    times_baseline("Step, ×", Record.step_ms),
-    time("Epoch, s", Record.epoch_seconds),
-    times_baseline("Epoch, ×", Record.epoch_seconds),
+    time("Step, ms", Record.step_ms, timed=True),
+    times_baseline("Step, ×", Record.step_ms, timed=True),
+    time("Epoch, s", Record.epoch_seconds, timed=True),
+    times_baseline("Epoch, ×", Record.epoch_seconds, timed=True),
 )
 PEAK = (
     value("Peak memory, GB", Record.allocated_gb),
@@ -234,13 +237,13 @@ TOGETHER = Study(
     (),
     (
         whole("Batch", batch_size),
-        time("Epoch, s", Record.epoch_seconds),
-        times_baseline("Epoch, ×", Record.epoch_seconds),
+        time("Epoch, s", Record.epoch_seconds, timed=True),
+        times_baseline("Epoch, ×", Record.epoch_seconds, timed=True),
         *PEAK,
         *SAVED,
         percent("Training accuracy, %", lambda run: run.last("acc")),
         percent("Test accuracy, %", test_accuracy),
         over_baseline("Test accuracy, points", test_accuracy),
     ),
-    same=("model", "dataset", "data_dir", "num_epoch", "max_steps", "processes"),
+    same=("model", "dataset", "size", "init", "num_epoch", "max_steps", "processes"),
 )

@@ -40,8 +40,8 @@ class Arm:
 class Column:
     """How a figure is shown: show(sample, baseline's sample) gives text or None.
 
-    is_time: a time, which means nothing away from the machine that it was taken on. timed: a time, or how many times
-    that of the baseline, which is taken from the runs that `pace.timed` names.
+    is_time: a time, which means nothing away from the machine that it was taken on. timed: of the runs that
+    `pace.timed` names.
     """
 
     header: str
@@ -63,12 +63,12 @@ def percent(header, figure):
     return Column(header, figure, show=lambda sample, base: quantity(sample, places=1))
 
 
-def time(header, figure):
-    return Column(header, figure, is_time=True, timed=True)
+def time(header, figure, timed=False):
+    return Column(header, figure, is_time=True, timed=timed)
 
 
-def times_baseline(header, figure):
-    return Column(header, figure, show=ratio, timed=True)
+def times_baseline(header, figure, timed=False):
+    return Column(header, figure, show=ratio, timed=timed)
 
 
 def over_baseline(header, figure):
@@ -123,12 +123,17 @@ class Group:
 
 
 def settings(run, without=()):
-    """What `run` did, as a dict: its experiment and arguments, without those that are no settings or in `without`."""
+    """What `run` did, as a dict: its experiment and arguments, without those that are no settings or in `without`, and
+    without what is switched off, which records of before it was there do not name."""
     left_out = {*NOT_SETTINGS, *without}
     everything = {"experiment": run.experiment} | run.arguments
     if "dataset" in everything:
         everything["dataset"] = run.data
-    return {name: value for name, value in everything.items() if name not in left_out}
+    return {
+        name: value
+        for name, value in everything.items()
+        if name not in left_out and value is not None and value is not False
+    }
 
 
 def hardware(run):
@@ -250,7 +255,7 @@ def _cells(study, group, row, found, with_times):
             continue
         measured = timed if column.timed else (row, baseline)
         sample, base = (Sample.of(map(column.figure, each.runs)) if each else None for each in measured)
-        cells[column.header] = column.show(sample, base)
+        cells[column.header] = column.show(sample, sample if row is baseline else base)
     for header, key in study.published.items():
         figure = row.arm.published.get(key)
         cells[header] = None if figure is None else str(figure)
@@ -264,8 +269,7 @@ def caption(group, all_groups):
     words = [phrase.format(common[name]) for name, phrase in phrases.items() if name in common]
     words = ["1 epoch" if word == "1 epochs" else word for word in words]
     for name in sorted(set(common) - set(phrases)):
-        # Records of before an argument was there do not name it.
-        if len({str(other.settings[name]) for other in all_groups if name in other.settings}) > 1:
+        if len({str(other.settings.get(name)) for other in all_groups}) > 1:
             words.append(f"{_words(name).lower()} {common[name]}")
     records = [run.record for row in group.rows for run in row.runs]
     made = provenance(records)

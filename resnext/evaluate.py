@@ -25,7 +25,7 @@ from export_model import export
 from harness import devices, endings
 from harness.arguments import OneLineParser, fraction, positive_int, share
 from harness.endings import UserError
-from harness.files import atomic_write, write_json
+from harness.files import ROOT, atomic_write, write_json
 from harness.precision import choose_precision
 from image_loaders import evaluation_batches, normalise
 from images import SIZE, load_images
@@ -41,7 +41,11 @@ def get_args_parser():
     add("--pictures", type=Path, nargs="+", metavar="FILE", help="classify these files, and nothing else")
     add("--export", type=Path, metavar="FILE", help="write the model to a .pt2 (torch.export) or .onnx file")
     add("--dataset", choices=("cifar10", "digits", "folder"), help="by default the run's")
-    add("--data_dir", type=Path, help="where the pictures are; by default where the run had them")
+    add(
+        "--data_dir",
+        type=Path,
+        help="where the pictures are; by default where the run's record says, below this folder or the repository",
+    )
     add("--mean", type=share, nargs=3, metavar="X", help="of the channels in [0, 1]; by default the run's")
     add("--std", type=fraction, nargs=3, metavar="X", help="of the channels in [0, 1]; by default the run's")
     add("--batch_size", type=positive_int, help="pictures at a time; by default the run's")
@@ -102,8 +106,16 @@ def load_data(args, record):
             f"{args.run.with_suffix('.json')}{lacks}; name the data that the weights were trained on by --dataset and "
             "--data_dir"
         )
-    data_dir = args.data_dir or settings.get("data_dir") or Path(__file__).resolve().parent / "data"
+    data_dir = args.data_dir or recorded_folder(settings.get("data_dir"))
     return load_images(dataset, data_dir, record.get("data", {}).get("size", SIZE))
+
+
+def recorded_folder(name):
+    """The Path that a record calls `name`, since it tells places from the repository, or by their last name alone; by
+    default that of CIFAR-10. What is not found is sought below this folder, and so named in errors."""
+    if name is None:
+        return Path(__file__).resolve().parent / "data"
+    return ROOT / name if (ROOT / name).is_dir() and not Path(name).is_dir() else Path(name)
 
 
 def gather(args, record, data, num_classes):
@@ -161,7 +173,7 @@ def what_is_judged(args, data, known):
     path = (args.output_dir or args.run.parent) / f"{args.run.stem}.evaluation.json"
     try:
         there = json.loads(path.read_bytes())["data"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return judged
     if there != judged:
         raise UserError(f"{path} is of other pictures, or of another --mean and --std; name another --output_dir")
@@ -220,7 +232,8 @@ def beside_record(record, judged, predictions):
         return ""
     if told[-1] == predictions.accuracy():
         return ", as the run's record says"
-    return f"; the run's record says {told[-1]:.2f} %, of {record['precision']} on {record['machine']['hardware']}"
+    where = record.get("machine", {}).get("hardware", "unknown hardware")
+    return f"; the run's record says {told[-1]:.2f} %, of {record.get('precision', 'unknown precision')} on {where}"
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from harness.arguments import (
 from harness.endings import UserError
 from harness.files import atomic_write
 from harness.loading import EpochBatches
+from harness.memory import keep_freed_memory
 from harness.precision import half_precision_type
 from harness.run_log import timing_figures
 from harness.timing import nvtx_range
@@ -32,6 +33,7 @@ from images import SIZE, load_images
 from models.resnext import parse_name
 from techniques import describe_effect, describe_prospects, describe_run
 
+LARGEST = 4096  # Sides of a picture, in pixels: all pictures are kept in memory.
 SECONDS_BETWEEN_READS = 2.0  # Of the running loss, which is on the device.
 
 # They choose where and how a process runs, not what it computes: a resumed run may change them.
@@ -50,8 +52,7 @@ def get_args_parser(description, kind=OneLineParser):
         dest="num_worker",
         type=workers,
         default=default_workers(2),
-        help="processes that load pictures; 0 loads in this one. By default 2, or as many as there are cores where "
-        "they are fewer, which the run's name then tells",
+        help="processes that load pictures; 0 loads in this one. Never more by default than there are cores",
     )
     add("--half_precision", type=half_precision_type, nargs="?", const="float16", metavar="float16|bfloat16",
         help="autocast, in float16 with loss scaling when no type is named; on a CPU always in bfloat16")  # fmt: skip
@@ -70,6 +71,9 @@ def get_args_parser(description, kind=OneLineParser):
         help="no TensorFloat-32, which GPUs since Ampere use for single precision")  # fmt: skip
     add("--seed", type=seed, default=0, help="of the weights, the order and the augmentation")
     add("--init", metavar="RUN.pt", help="begin with these trained weights instead of random ones")
+    add("--keep_memory", **FLAG,
+        help="let memory that is freed on a CPU stay with the process; else the system clears it for each large tensor"
+    )  # fmt: skip
     determinism.add_argument(parser)
     devices.add_arguments(parser)
     add("--output_dir", default="model_history", help="where the run's files go")
@@ -96,8 +100,8 @@ def model_name(text):
 def picture_size(text):
     """An argparse type: the length of a picture's sides, an int that the model halves three times."""
     size = positive_int(text)
-    if size % 8:
-        raise argparse.ArgumentTypeError(f"{text!r} is no multiple of 8")
+    if size % 8 or size > LARGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is no multiple of 8 up to {LARGEST}")
     return size
 
 
@@ -230,6 +234,8 @@ class ImageRun(runs.Run):
         super().__init__(experiment, args.output_dir, run_name(args, suffix), args, world, NOT_RESULTS, **more)
         self._shown_at = 0.0  # When the bar's figures were last read.
         self.saves_within_epochs = world.size == 1  # Each process has sums of its own, until the epoch ends.
+        if args.keep_memory:
+            keep_freed_memory()
 
     def opening(self):
         return describe_run(self, len(self.batches))

@@ -16,6 +16,7 @@ from harness.endings import UserError
 from picture_files import list_classes, read_picture
 
 SIZE = 32
+DARK = 16  # What 12 bits in a file of 16 reach, of which 8 are kept: as dark as a viewer shows them.
 
 
 @dataclasses.dataclass
@@ -63,6 +64,10 @@ class ImageData:
         if self.left_out:
             names = [str(path) for path in self.left_out[:3]] + ["..."] * (len(self.left_out) > 3)
             text += f"; {len(self.left_out)} files left out, no pictures by their names ({', '.join(names)})"
+        if (brightest := self.train_images.max()) <= DARK:
+            text += (
+                f"; no training pixel is above {brightest} of 255: do files of 16 bits hold fewer? Scale them up first"
+            )
         return text
 
     def state_dict(self):

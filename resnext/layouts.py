@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 
 from harness.endings import is_out_of_gpu_memory
+from harness.loading import largest_batch
 from models.grouped_convolution import FORMS, set_form
 
 SECONDS = 1.0  # What the choice may take, about: a large model needs more for one step of each.
@@ -43,10 +44,10 @@ def candidates(channels_last, form):
     return [Layout(*each) for each in itertools.product(layouts, FORMS if form is None else (form,))]
 
 
-def choose_layout(model, size, args, world, precision, run):
+def choose_layout(model, data, args, world, precision, run):
     """The Layout of a run: what its arguments say, what the state that it resumes has, or else what is fastest here.
 
-    size: of the pictures. What is measured is told, and stands in the record.
+    data: the ImageData. What is measured is told, and stands in the record.
     """
     options = candidates(args.channels_last, args.grouped_convolution)
     kept = run.saved_facts().get("layout")
@@ -55,7 +56,8 @@ def choose_layout(model, size, args, world, precision, run):
     elif args.deterministic or len(options) == 1:
         layout, kept = options[0], options[0]._asdict()
     else:
-        layout, taken = fastest(model, options, precision, world, args.batch_size // world.size, size)
+        pictures = largest_batch(len(data.train_labels), args.batch_size, world.size)
+        layout, taken = fastest(model, options, precision, world, pictures, data.size)
         kept = layout._asdict() | {"milliseconds_a_picture": taken, "measured": "not compiled"}
         slower = ", ".join(f"{name} {each:.3g}" for name, each in taken.items() if name != str(layout))
         world.say(f"layout: {layout}, {taken[str(layout)]:.3g} ms a picture ({slower})")
@@ -73,18 +75,22 @@ def fastest(model, layouts, precision, world, batch_size, size):
     copies = {each.channels_last: each.apply(copy.deepcopy(model)) for each in layouts}
     random = torch.Generator(world.device).manual_seed(0)
 
+    def wait():
+        if world.device.type == "cuda":
+            torch.cuda.synchronize(world.device)
+
     def step(layout, pictures):
         trial = copies[layout.channels_last]
         set_form(trial, layout.form)
         images = torch.rand(pictures, 3, size, size, device=world.device, generator=random)
         images = images.to(precision.dtype or torch.float32, memory_format=layout.memory_format)
+        wait()
         started = time.perf_counter()
         with precision.autocast():
             output = trial(images)
         output.float().square().mean().backward()
         trial.zero_grad(set_to_none=True)
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
+        wait()
         return time.perf_counter() - started
 
     def race(most):

@@ -8,6 +8,7 @@ compare_with_plan(plan, saved, cost, run)
 """
 
 from harness import arguments
+from harness.loading import largest_batch
 from harness.planning import Plan, plan_recomputation
 from models.resnext_checkpoint import POLICIES
 
@@ -46,7 +47,8 @@ def plan_memory(model, data, args, world, precision, run, **layout):
         plan = Plan(**kept | {"redo": frozenset(kept["redo"])})
     else:
         with precision.autocast():
-            timeline = model.rehearse(args.batch_size // world.size, data.size, **layout)
+            pictures = largest_batch(len(data.train_labels), args.batch_size, world.size)
+            timeline = model.rehearse(pictures, data.size, **layout)
         # Many processes would each time the steps for themselves, and plan apart.
         cost = "seconds" if world.size == 1 else "flops"
         plan = plan_recomputation(timeline, **{args.budget_of: args.memory_budget}, cost=cost)

@@ -28,7 +28,7 @@ def main():
     with distributed.world(devices.choose(args)) as world:
         world.check_divisible(args.batch_size)
         precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
-        run = ImageRun("resnext", "", args, world, precision=precision.label)
+        run = ImageRun("resnext", "_keep_memory" * args.keep_memory, args, world, precision=precision.label)
         with run.lock():
             if not run.is_done():
                 train(args, world, precision, run)

@@ -36,6 +36,7 @@ def main():
         precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
         policy = policy_label(args)
         suffix = "_checkpoint" if policy == DEFAULT_POLICY else f"_checkpoint_{policy}"
+        suffix += "_keep_memory" * args.keep_memory
         run = ImageRun("resnext_checkpoint", suffix, args, world, precision=precision.label, policy=policy)
         with run.lock():
             if not run.is_done():
@@ -73,10 +74,10 @@ def train(args, world, precision, run):
                 labels = labels.to(device, non_blocking=True)
             with phase("zero grad"):
                 optimizer.zero_grad(set_to_none=True)
-            with phase("forward"), precision.autocast(), saved.first_time(), cost.first_forward():
+            with phase("forward"), precision.autocast(), saved.first_time(), cost.measured_forward():
                 output = parallel_model(images)
                 loss = criterion(output, labels)
-            with phase("backward"), cost.first_backward():
+            with phase("backward"), cost.measured_backward():
                 # Where an epoch's last batch does not fall to all processes alike, its mean is not the mean of means.
                 scaler.scale(loss * epoch.weight).backward()
             with phase("optimizer"):

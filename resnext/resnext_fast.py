@@ -4,11 +4,10 @@
 Pictures are augmented on the device, in the layout and type of the model. It runs in bfloat16 where the processor
 multiplies that, in float16 on GPUs before Ampere, and in float32 on a CPU without such instructions. The memory layout,
 and the form of the grouped convolutions, are those that are fastest here, by a second of measuring (not so with
---deterministic, or where flags name both); on CUDA the model is compiled, and on a CPU the process keeps the memory of
-freed tensors. SGD with Nesterov momentum follows one cycle
-to zero, with label smoothing and no weight decay on BatchNorm and biases. Each can be switched off, down to the way of
-resnext.py: --loader workers --half_precision False --channels_last False --grouped_convolution groups --compile False
---keep_memory False --optimizer adam --label_smoothing 0.
+--deterministic, or where flags name both); on CUDA the model is compiled, and on a CPU --keep_memory is on. SGD with
+Nesterov momentum follows one cycle to zero, with label smoothing and no weight decay on BatchNorm and biases. Each can
+be switched off, down to the way of resnext.py: --loader workers --half_precision False --channels_last False
+--grouped_convolution groups --compile False --keep_memory False --optimizer adam --label_smoothing 0.
 
 What each technique buys is measured by benchmarks/fast.py, with and without bfloat16 instructions: docs/results.md
 shows it for each processor that has a record, under "Benchmarks", beside the targets of both kinds. Not yet measured: a
@@ -24,13 +23,13 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import torch
 from torch import nn
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from experiment import ImageRun, Metrics, evaluate, get_args_parser, load_data, training_batches
 from harness import determinism, devices, distributed, endings
-from harness.arguments import FLAG, OneLineParser, fraction, learning_rate, share
+from harness.arguments import FLAG, OneLineParser, learning_rate, share
+from harness.loading import largest_batch
 from harness.machine import multiplies_bfloat16
-from harness.memory import SavedBytes, keep_freed_memory
+from harness.memory import SavedBytes
 from harness.planning import StepCost
 from harness.precision import choose_precision, half_precision_type
 from harness.timing import PhaseTimer
@@ -43,7 +42,7 @@ from weights import start_from
 
 WARMUP = 0.2  # The share of training in which the learning rate rises.
 LEARNING_RATES = {"sgd": 0.1, "adam": 0.01}  # Where --lr names none.
-SWITCHES = ("channels_last", "grouped_convolution", "compile", "cuda_graphs", "optimizer", "label_smoothing", "ema")
+SWITCHES = ("channels_last", "grouped_convolution", "compile", "cuda_graphs", "optimizer", "label_smoothing")
 
 
 class FastParser(OneLineParser):
@@ -56,7 +55,7 @@ class FastParser(OneLineParser):
     def parse_known_args(self, *texts):
         args, unknown = super().parse_known_args(*texts)
         if "half_precision" not in args:
-            args.half_precision = fast_type(devices.kind(args))
+            args.half_precision = fast_type(args.device or devices.kind(args))
         if args.compile is None:
             args.compile = devices.kind(args) == "cuda"
         if args.keep_memory is None:
@@ -72,7 +71,7 @@ class FastParser(OneLineParser):
 
 def get_fast_args_parser():
     parser = get_args_parser(__doc__, FastParser)
-    parser.set_defaults(loader="device", num_epoch=30)
+    parser.set_defaults(loader="device", num_epoch=30, keep_memory=None)
     switch = FLAG | {"default": None}
     add = parser.add_argument
     rates = " and ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
@@ -85,30 +84,26 @@ def get_fast_args_parser():
         help="form in which the grouped convolutions run; by default what is fastest here")  # fmt: skip
     add("--compile", **switch, help="torch.compile the model; by default on CUDA alone")
     add("--cuda_graphs", **FLAG, help="with --compile, launch its kernels as CUDA graphs")
-    add("--keep_memory", **switch, help="let freed memory stay with the process, where the system would clear it again "
-        "for each large tensor; by default on a CPU")  # fmt: skip
     add("--optimizer", choices=("sgd", "adam"), default="sgd", help="sgd in one cycle, or resnext.py's constant Adam")
     add("--label_smoothing", type=share, default=0.1, help="weight of the uniform distribution in the target")
-    add("--ema", type=fraction, metavar="DECAY",
-        help="evaluate and keep an exponential moving average of the weights")  # fmt: skip
     add_budget_arguments(parser, policy=None)
     return parser
 
 
-def fast_type(kind):
-    """The half precision that a device of this kind is fast in here, or None: on GPUs products of bfloat16 came with
-    Ampere."""
+def fast_type(device):
+    """The half precision that `device`, such as "cpu" or "cuda:1", is fast in, or None: on GPUs products of bfloat16
+    came with Ampere. "cuda" is any GPU that there is."""
+    kind, _, number = device.partition(":")
     if kind != "cuda":
         return "bfloat16" if kind == "cpu" and multiplies_bfloat16() else None
-    capabilities = [torch.cuda.get_device_capability(gpu) for gpu in range(torch.cuda.device_count())]
+    gpus = [gpu for gpu in range(torch.cuda.device_count()) if number in ("", str(gpu))]
+    capabilities = [torch.cuda.get_device_capability(gpu) for gpu in gpus]
     return "float16" if capabilities and min(capabilities) < (8, 0) else "bfloat16"
 
 
 def main():
     args = get_fast_args_parser().parse_args()
     determinism.apply(args)
-    if args.keep_memory:
-        keep_freed_memory()
     torch.backends.cudnn.benchmark = not args.deterministic
     with distributed.world(devices.choose(args)) as world:
         world.check_divisible(args.batch_size)
@@ -169,7 +164,7 @@ def for_full_batches(model, data, args, precision, run, layout):
     if not args.compile:
         return model
     fast_model = compiled(model, args, layout["memory_format"] == torch.channels_last)
-    full = min(args.batch_size, len(data.train_labels)) // run.world.size
+    full = largest_batch(len(data.train_labels), args.batch_size, run.world.size)
     if policy_label(args):
         torch._dynamo.config.optimize_ddp = False  # With several processes it would split what redoing needs in one.
         with precision.autocast():
@@ -186,24 +181,8 @@ def for_full_batches(model, data, args, precision, run, layout):
     return lambda images: (fast_model if len(images) == full else model)(images)
 
 
-class NoAverage:
-    """What stands where the AveragedModel of --ema would: the model as it is."""
-
-    def __init__(self, model):
-        self.module = model
-
-    def update_parameters(self, model):
-        pass
-
-    def state_dict(self):
-        return {}
-
-    def load_state_dict(self, state):
-        pass
-
-
 def load_parts(args, world, precision, run):
-    """(the ImageData, the model on this process's device, its average, memory_format and dtype of pictures in it)"""
+    """(the ImageData, the model on this process's device, memory_format and dtype of pictures in it)"""
     data = load_data(args, world, run)
     torch.manual_seed(args.seed)
     # A budget's plan is made for the layout: until then nothing is redone.
@@ -212,19 +191,16 @@ def load_parts(args, world, precision, run):
     model = kind(*parse_name(args.model), num_classes=len(data.classes), **redone)
     start_from(args.init, model, data.classes, world.say)
     model.to(world.device)
-    chosen = choose_layout(model, data.size, args, world, precision, run)
+    chosen = choose_layout(model, data, args, world, precision, run)
     chosen.apply(model)
     layout = {"memory_format": chosen.memory_format, "dtype": precision.dtype or torch.float32}
     run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
-    if not args.ema:
-        return data, model, NoAverage(model), layout
-    average = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(args.ema), use_buffers=True)
-    return data, model, average, layout
+    return data, model, layout
 
 
 def train(args, world, precision, run):
     device = world.device
-    data, model, average, layout = load_parts(args, world, precision, run)
+    data, model, layout = load_parts(args, world, precision, run)
     plan = plan_memory(model, data, args, world, precision, run, **layout)
     parallel_model = world.wrap(model)
     fast_model = for_full_batches(parallel_model, data, args, precision, run, layout)
@@ -235,7 +211,6 @@ def train(args, world, precision, run):
     phase, saved = PhaseTimer(device), SavedBytes(model)
     cost = StepCost(model, device, enabled=plan is not None and not args.compile)
     state = {"data": data, "model": model, "optimizer": optimizer, "scaler": scaler, "metrics": metrics}
-    state |= {"average": average}
 
     for epoch in run.epochs(phase, batches, **state):
         # ------------------------------------------------------------------------------------ the training step
@@ -245,23 +220,22 @@ def train(args, world, precision, run):
                 labels = labels.to(device, non_blocking=True)
             with phase("zero grad"):
                 optimizer.zero_grad(set_to_none=True)
-            with phase("forward"), precision.autocast(), saved.first_time(), cost.first_forward():
+            with phase("forward"), precision.autocast(), saved.first_time(), cost.measured_forward():
                 output = fast_model(images)
                 loss = criterion(output, labels)
-            with phase("backward"), cost.first_backward():
+            with phase("backward"), cost.measured_backward():
                 # Where an epoch's last batch does not fall to all processes alike, its mean is not the mean of means.
                 scaler.scale(loss * epoch.weight).backward()
             with phase("optimizer"):
                 set_rate(optimizer, args, epoch.number * steps + epoch.step, args.num_epoch * steps)
                 scaler.step(optimizer)
                 scaler.update()
-                average.update_parameters(model)
             metrics.add(loss, output, labels, epoch.weight)  # On the device: nothing waits for it.
             run.note_saved(saved.bytes)  # Here, so that a state that is saved within the epoch has it.
             compare_with_plan(plan, saved, cost, run)
         # ---------------------------------------------------------------------------------------------------------
-        epoch.end(evaluate(average.module, data, precision, world, args.batch_size, run.stop, **layout))
-    run.finish(average.module)
+        epoch.end(evaluate(model, data, precision, world, args.batch_size, run.stop, **layout))
+    run.finish(model)
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ import datetime
 
 import torch
 
+from harness.loading import largest_batch
 from harness.machine import hardware_name
 from harness.planning import describe
 from harness.precision import explain_half_precision
@@ -55,7 +56,7 @@ def _fast(run):
     """What resnext_fast.py can switch."""
     args, layout = run.args, run.facts.get("layout")
     if layout is None:
-        return ["compiling, choice of layout off (resnext_fast.py)"]
+        return [_freed_memory(args), "compiling, choice of layout off (resnext_fast.py)"]
     why_layout = "as asked"
     if "milliseconds_a_picture" in layout:
         why_layout = "the fastest here" + " before compiling" * args.compile
@@ -66,9 +67,12 @@ def _fast(run):
         f"layout {why_layout}",
         f"compiling {'on' if args.compile else 'off'}{why}",
         f"{'sgd in one cycle' if args.optimizer == 'sgd' else 'constant adam'}, smoothing {args.label_smoothing:g}",
-        f"freed memory {'kept' if args.keep_memory else 'given back (--keep_memory)'}",
-        f"averaging {'on' if args.ema else 'off (--ema)'}",
+        _freed_memory(args),
     ]
+
+
+def _freed_memory(args):
+    return f"freed memory {'kept' if args.keep_memory else 'given back (--keep_memory)'}"
 
 
 def plan_of(run, policy=frozenset(), half_precision=False):
@@ -79,7 +83,7 @@ def plan_of(run, policy=frozenset(), half_precision=False):
     with torch.random.fork_rng(devices=[]):
         model = CheckpointResNeXt(*parse_name(args.model), num_classes=len(data.classes), policy=policy).to(device)
     set_form(model, run.facts.get("layout", {}).get("form", "groups"))
-    pictures = max(1, min(args.batch_size, len(data.train_labels)) // run.world.size)
+    pictures = largest_batch(len(data.train_labels), args.batch_size, run.world.size)
     with torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext():
         timeline = model.rehearse(pictures, data.size, timed=False)
     return describe(timeline, frozenset(filter(model.redo, timeline.steps)))
@@ -103,9 +107,11 @@ def describe_effect(run):
     peak = facts.get("measured", {}).get("peak_bytes")  # None where compiled code hides it.
     if plan and peak is not None:
         before = plan["plain_peak_bytes"]
+        # On CUDA the peak has the gradients of the weights in it, and what cuDNN works in, which no plan knows of.
+        share = "" if run.world.device.type == "cuda" else f" ({peak / before:.2f} x)"
         text += (
-            f"; peak {_mib(peak)} (planned {_mib(plan['peak_bytes'])}), without recomputation {_mib(before)} "
-            f"({peak / before:.2f} x), by redoing {len(plan['redo'])} operations"
+            f"; peak {_mib(peak)} (planned {_mib(plan['peak_bytes'])}), without recomputation {_mib(before)}{share}, "
+            f"by redoing {len(plan['redo'])} operations"
         )
     return text
 

@@ -8,15 +8,20 @@ import torch
 from harness.endings import UserError
 from models.grouped_convolution import FORMS
 from models.resnext import ResNeXt
-from reporting.shapes import TEXT, WHOLE, each, fault, is_number, maybe
+from reporting.shapes import NUMBER, TEXT, WHOLE, each, fault, is_number, maybe
 
 # What the record of weights says of their use, as far as it says it.
 CHANNELS = ("three numbers", lambda value: isinstance(value, list) and len(value) == 3 and all(map(is_number, value)))
 ABOVE_0 = ("three numbers above 0", lambda value: CHANNELS[1](value) and min(value) > 0)
 SIDE = ("a multiple of 8", lambda value: WHOLE[1](value) and value % 8 == 0)
+DATASET = ("a known data set", lambda value: value in ("cifar10", "digits", "folder"))
 HALF = ("float16 or bfloat16", lambda value: value in ("float16", "bfloat16"))
 RECORD = {
-    "arguments": {"batch_size": maybe(WHOLE), "half_precision": maybe(HALF)},
+    "arguments": {"batch_size": maybe(WHOLE), "half_precision": maybe(HALF), "dataset": maybe(DATASET),
+                  "data_dir": maybe(TEXT)},
+    "epochs": maybe(each(list, {"test_acc": maybe(NUMBER)})),
+    "machine": maybe({"hardware": maybe(TEXT)}),
+    "precision": maybe(TEXT),
     "data": maybe({"classes": maybe(each(list, TEXT)), "mean": maybe(CHANNELS), "std": maybe(ABOVE_0),
                    "size": maybe(SIDE)}),
     "layout": maybe({"form": maybe(("a known form", lambda value: value in [*FORMS]))}),
@@ -70,7 +75,8 @@ def start_from(path, model, classes, say):
         return
     weights, own = read_weights(path), model.state_dict()
     there = read_record(Path(path)).get("data", {}).get("classes", classes)
-    count = len(weights.get("linear.weight", ()))
+    layer = weights.get("linear.weight", torch.zeros(0))
+    count = len(layer) if layer.ndim else 0
     if count != len(classes) or there != classes:
         say(f"--init {path}: its {count} classes are others than the {len(classes)} here; the last layer starts anew")
         weights |= {name: own[name] for name in ("linear.weight", "linear.bias")}
@@ -88,7 +94,7 @@ def read_record(path):
         record = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         record = None
     wrong = fault(record, RECORD)
     if wrong:

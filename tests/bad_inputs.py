@@ -88,7 +88,6 @@ TABLE = {
     ],
     "resnext/resnext_fast.py": [
         ("--label_smoothing 2", "--label_smoothing: '2' is not"),
-        ("--ema 0", "--ema: '0' is not"),
         ("--cuda_graphs", "--cuda_graphs launches what --compile makes; add --compile"),
         ("--optimizer lion", "--optimizer: invalid choice"),
     ],

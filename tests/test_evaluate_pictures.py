@@ -4,7 +4,9 @@ import importlib.util
 import json
 import os
 import shutil
+from pathlib import Path
 
+import evaluate as evaluate_script
 import launch
 import numpy as np
 import pytest
@@ -93,6 +95,16 @@ def test_an_evaluation_of_other_pictures_replaces_none_and_claims_nothing_of_the
         assert f"{NAME}.evaluation.json is of other pictures, or of another --mean" in evaluate(place, *other, code=2)
         assert "record says" not in evaluate(place, *other, "--output_dir", f"own{len(other)}")
     assert (place / f"model_history/{NAME}.evaluation.json").read_bytes() == before
+
+
+def test_the_folder_of_a_record_is_found_where_records_tell_it_from(place, monkeypatch):
+    monkeypatch.chdir(place)
+    monkeypatch.setattr(evaluate_script, "ROOT", place / "clone")
+    (place / "clone/resnext/data").mkdir(parents=True)
+    assert evaluate_script.recorded_folder("pictures") == Path("pictures")
+    assert evaluate_script.recorded_folder("resnext/data") == place / "clone/resnext/data"
+    assert evaluate_script.recorded_folder("elsewhere") == Path("elsewhere")
+    assert evaluate_script.recorded_folder(None) == Path(evaluate_script.__file__).parent / "data"
 
 
 def test_ones_own_pictures(place):

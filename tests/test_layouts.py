@@ -86,8 +86,10 @@ def test_a_choice_is_taken_down_and_a_resumed_run_keeps_it(monkeypatch):
     run = SimpleNamespace(facts={}, saved_facts=dict)
     args = argparse.Namespace(channels_last=None, grouped_convolution=None, deterministic=False, batch_size=8)
 
+    data = SimpleNamespace(train_labels=range(100), size=32)
+
     def choose(**changes):
-        return choose_layout(None, 32, argparse.Namespace(**vars(args) | changes), WORLD, None, run)
+        return choose_layout(None, data, argparse.Namespace(**vars(args) | changes), WORLD, None, run)
 
     assert choose() == Layout(False, "dense")
     assert run.facts["layout"]["milliseconds_a_picture"]["contiguous, dense"] == 1.0

@@ -189,3 +189,15 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "scandir", refuse)
     with pytest.raises(UserError, match=r"cannot read the folder .*/a/deep: Permission denied"):
         list_classes(tmp_path)
+
+
+@pytest.mark.parametrize(("white", "warned"), [(4095, True), (65535, False)])
+def test_pictures_of_fewer_bits_than_their_files_are_told(tmp_path, white, warned):
+    for split in ("train", "test"):
+        for name in "ab":
+            folder = tmp_path / split / name
+            folder.mkdir(parents=True)
+            grey = np.linspace(0, white, 1024).astype(np.uint16).reshape(32, 32)
+            Image.fromarray(grey).save(folder / "0.png")
+    said = str(load_images("folder", tmp_path))
+    assert ("no training pixel is above 16 of 255" in said) == warned

@@ -203,9 +203,9 @@ def test_a_steps_cost_is_measured_beside_its_plan_and_changes_nothing(small):
         for seed in range(2):  # Of which the first counts.
             torch.manual_seed(seed)
             images, labels = torch.randn(4, 3, 32, 32), torch.randint(10, (4,))
-            with cost.first_forward():
+            with cost.measured_forward():
                 loss = F.cross_entropy(model(images), labels)
-            with cost.first_backward():
+            with cost.measured_backward():
                 loss.backward()
         results.append([*model.state_dict().values(), *(weight.grad for weight in model.parameters())])
         if measured:
@@ -225,9 +225,9 @@ def test_on_a_gpu_the_second_step_is_measured(monkeypatch):
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: peak["now"])
     cost, known = StepCost(torch.nn.Linear(1, 1), torch.device("cuda")), []
     for most in (900, 400, 700):
-        with cost.first_forward():
+        with cost.measured_forward():
             peak["now"] = max(peak["now"], most)
-        with cost.first_backward():
+        with cost.measured_backward():
             pass
         known.append((cost.is_known, cost.peak_bytes))
     assert known == [(False, None), (True, 300), (True, 300)]

@@ -272,12 +272,26 @@ def test_long_runs_are_timed_by_short_ones_that_were_run_in_turn():
     for run in short:
         run.machine["hardware"] = "another"
     assert "in turn" not in headline.render(long + short)
-    # An arm that was not run in short says how many epochs it takes, and not how many seconds.
+    # Nor where the short runs of the baseline are missing.
     for run in short:
         run.machine["hardware"] = long[0].machine["hardware"]
+    assert "in turn" not in headline.render(long + short[1::2] + [paced(30, 50, num_worker=0)])
+    # An arm that was not run in short says how many epochs it takes, and not how many seconds.
     more = [paced(80, 60, 70, 72, half_precision="bfloat16", precision="bf16")]
     row = next(row for row in read_table(accuracy.render(long + short + more)) if row["Way"].startswith("half"))
     assert (row["Epochs"], row["Seconds"]) == ("2.0", "–")
+
+
+def test_only_half_precision_is_called_so():
+    runs = [make_run(), make_run(1.4, true_fp32=True, precision="fp32")]
+    assert headline.render(runs) == ""
+    runs += [make_run(0.8, half_precision="float16", precision="fp16")]
+    (row,) = read_table(headline.render(runs))
+    assert row["Time, ×"] == "0.80"
+    kept = [make_run(device="cpu"), make_run(0.6, device="cpu", keep_memory=True)]
+    (row,) = read_table(headline.render(kept))
+    assert row["Technique"].startswith("Freed memory stays")
+    assert row["Change in the result"] == headline.SAME
 
 
 def test_two_machines_of_one_kind_share_no_row(tmp_path):

@@ -34,7 +34,7 @@ def tiny(pictures):
 @pytest.fixture(scope="module")
 def finished(run_script, tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
-    run_script(SCRIPT, *tiny, "--ema", 0.9, "--output_dir", folder)
+    run_script(SCRIPT, *tiny, "--output_dir", folder)
     return folder
 
 
@@ -96,15 +96,15 @@ def test_the_rate_of_every_step_follows_the_cycle(tiny, tmp_path):
 
 def test_it_learns_and_writes_what_the_others_write(finished):
     assert sorted(path.name for path in finished.iterdir()) == [
-        f"{NAME}_ema_0.9{end}" for end in (".json", ".lock", ".npz", ".pt")
+        f"{NAME}{end}" for end in (".json", ".lock", ".npz", ".pt")
     ]
-    record = json.loads((finished / f"{NAME}_ema_0.9.json").read_text())
+    record = json.loads((finished / f"{NAME}.json").read_text())
     assert record["experiment"] == "resnext_fast"
     losses = [epoch["loss"] for epoch in record["epochs"]]
     assert losses[-1] < losses[0]
     assert record["saved_activation_bytes"] > 8 * 1024 * 64 * 4
     assert record["epochs"][0]["timing"]["steps"] == 6
-    weights = torch.load(finished / f"{NAME}_ema_0.9.pt", weights_only=True)
+    weights = torch.load(finished / f"{NAME}.pt", weights_only=True)
     assert weights.keys() == ResNeXt(1, 4, num_classes=2).state_dict().keys()
 
 
@@ -122,14 +122,14 @@ loading.EpochBatches.weight = spy
 
 
 def test_stopped_in_a_step_and_resumed_is_bit_equal(run_script, tiny, finished, tmp_path):
-    args = [*tiny, "--ema", 0.9, "--output_dir", tmp_path]
+    args = [*tiny, "--output_dir", tmp_path]
     stopped = launch.run(SCRIPT, *args, cwd=tmp_path, before=STOP)
     assert stopped.code == 143, stopped.err
-    state = torch.load(tmp_path / f"{NAME}_ema_0.9.state", weights_only=True)["parts"]
+    state = torch.load(tmp_path / f"{NAME}.state", weights_only=True)["parts"]
     assert (state["epoch"], state["step"]) == (0, 5)
     run_script(SCRIPT, *args, "--resume")
     for end, load in ((".pt", torch.load), (".npz", np.load)):
-        ours, theirs = (load(folder / f"{NAME}_ema_0.9{end}") for folder in (tmp_path, finished))
+        ours, theirs = (load(folder / f"{NAME}{end}") for folder in (tmp_path, finished))
         assert list(ours) == list(theirs)
         assert all(np.array_equal(np.asarray(ours[key]), np.asarray(theirs[key])) for key in ours)
 
@@ -185,9 +185,9 @@ def test_every_form_of_the_grouped_convolutions_computes_the_same(form, memory_f
 
 
 def test_a_form_is_an_argument_and_part_of_the_name(run_script, tiny, tmp_path):
-    flags = ["--grouped_convolution", "dense", "--ema", 0.9, "--num_epoch", 1]
+    flags = ["--grouped_convolution", "dense", "--num_epoch", 1]
     run_script(SCRIPT, *tiny, *flags, "--output_dir", tmp_path)
-    assert (tmp_path / f"{NAME.removesuffix('groups')}dense_ema_0.9.pt").is_file()
+    assert (tmp_path / f"{NAME.removesuffix('groups')}dense.pt").is_file()
     errors = run_script(SCRIPT, *tiny, "--grouped_convolution", "tall", code=2).stderr
     assert errors.count("\n") == 1
     assert "--grouped_convolution" in errors
@@ -228,7 +228,7 @@ def test_names_tell_what_was_switched(monkeypatch):
     assert name("--compile", "True", "--optimizer", "adam") == "_fast_compile_True_optimizer_adam"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert name() == "_fast"
-    assert name("--compile", "False", "--ema", "0.9") == "_fast_compile_False_ema_0.9"
+    assert name("--compile", "False", "--label_smoothing", "0") == "_fast_compile_False_label_smoothing_0.0"
     args = get_fast_args_parser().parse_args([])
     assert args.half_precision == "bfloat16"
     assert args.compile
@@ -294,7 +294,7 @@ def test_compiled_it_computes_the_same(monkeypatch):
 
 def test_bad_arguments_are_one_line(run_script, tiny):
     compiled = ["--policy", "nested", "--compile", "True"]
-    for flags in (["--label_smoothing", 1.5], ["--ema", 0], ["--optimizer", "adagrad"], compiled):
+    for flags in (["--label_smoothing", 1.5], ["--optimizer", "adagrad"], compiled):
         errors = run_script(SCRIPT, *tiny, *flags, code=2).stderr
         assert errors.count("\n") == 1
         assert str(flags[0]) in errors

@@ -18,7 +18,6 @@ def run_with(facts, **arguments):
     known = {"channels_last": None, "grouped_convolution": None, "compile": True, "optimizer": "sgd"}
     known |= {
         "label_smoothing": 0.1,
-        "ema": None,
         "keep_memory": True,
         "memory_budget": 0.8,
         "budget_of": "peak",
