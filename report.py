@@ -13,7 +13,6 @@
 A table's markers are <!-- report:NAME --> and <!-- /report:NAME -->.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -46,7 +45,7 @@ PICTURES = {
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.OneLineParser(description=__doc__)
     add = parser.add_argument
     add("folders", nargs="*", type=Path,
         help=f"folders with records; by default {', '.join(FOLDERS)}, and for --readme {PUBLISHED}")  # fmt: skip

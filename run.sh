@@ -175,7 +175,7 @@ samples() {
     show python3 $simcls/gen_candidate.py $generate --dataset_percent "$2"
     for split in train val test; do
         once samples/$split/0.json python3 $simcls/preprocess.py --src_dir "candidates/${candidates//\//_}_8" \
-            --tgt_dir samples/$split --split $split --cand_num 8
+            --tgt_dir samples/$split --split $split --num_cands 8
     done
     choose_encoder
 }
@@ -239,8 +239,8 @@ pubmed() (
     [ "${text:0:1}" = / ] || text=../../../$text
     show mkdir -p runs/simcls/pubmed
     show cd runs/simcls/pubmed
-    once generator/finetune.json python3 ../../../SimCLS/finetune_model.py --pt_model ../../../SimCLS/demo \
-        --data_file "$text" --save_dir generator --num_epoch 4 --batch_size 32 --max_source_length 256 --label_smoothing 0 \
+    once generator/finetune.json python3 ../../../SimCLS/finetune_model.py --generator_name ../../../SimCLS/demo \
+        --dataset_name "$text" --save_dir generator --num_epoch 4 --batch_size 32 --max_source_length 256 --label_smoothing 0 \
         --lr 6e-4 $half $resume
     for ngram in 0 3; do
         show cd ../../..

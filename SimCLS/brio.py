@@ -39,7 +39,7 @@ from texts.scoring import add_rouge_argument
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__, formatter_class=arguments.HelpWithDefaults)
+    parser = arguments.OneLineParser(description=__doc__)
     add = parser.add_argument
     add("--generator_name", required=True, help="generator to start from: a folder, or a name on the hub")
     add("--dataset", default="samples", help="folder with the sample folders train and val")
@@ -152,6 +152,9 @@ def load_own_generator(args, made_of, world):
     made_of: the provenance of the samples, of which a line is said where they are of another generator.
     """
     model, tokenizer = load_generator(args.generator_name)
+    if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
+        raise UserError(f"--generator_name {args.generator_name}: models of {model.config.model_type} hide how they "
+                        "shift summaries, which this script does itself; name another kind")  # fmt: skip
     if not all(is_of(model, tokenizer, made) for made in made_of):
         world.say(
             f"warning: {args.dataset} has candidates of another generator than {args.generator_name}; BRIO is made for "

@@ -7,7 +7,6 @@ The tokenizer is trained on the training split of a CSV. `t5` is a generator for
 `bert`, can start the scorer of main.py. The folder is of the ordinary `from_pretrained` form.
 """
 
-import argparse
 import math
 import sys
 from pathlib import Path
@@ -22,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from harness import arguments, endings, torchvision_compat  # noqa: F401
 from harness.endings import UserError
 from harness.files import publish, staging
-from texts.documents import find_dataset, read_documents, split_documents
+from texts.documents import add_dataset_arguments, find_dataset, read_documents, split_documents
 
 SPECIAL_TOKENS = {
     "t5": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
@@ -38,30 +37,24 @@ TEMPLATES = {"t5": "$A </s>", "bert": "[CLS] $A [SEP]"}
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--arch", choices=("t5", "bert"), default="t5", help="default: %(default)s")
-    parser.add_argument(
-        "--dataset_name", "--data_file", default="sample", help="CSV file or data set name (default: %(default)s)"
-    )
-    parser.add_argument("--doc_col_name", default="abstract", help="column of the documents (default: %(default)s)")
-    parser.add_argument("--sum_col_name", default="title", help="column of the summaries (default: %(default)s)")
+    parser = arguments.OneLineParser(description=__doc__)
+    parser.add_argument("--arch", choices=("t5", "bert"), default="t5", help="kind of model")
+    add_dataset_arguments(parser)
     parser.add_argument("--save_dir", type=Path, required=True, help="folder for the model and its tokenizer")
     size = parser.add_argument_group("size")
     integer = arguments.positive_int
-    size.add_argument("--vocab_size", type=integer, default=6000, help="tokens (default: %(default)s)")
-    size.add_argument("--d_model", type=integer, default=256, help="width (default: %(default)s)")
-    size.add_argument(
-        "--d_ff", type=integer, default=512, help="width of the feed-forward layers (default: %(default)s)"
-    )
-    size.add_argument("--num_heads", type=integer, default=4, help="attention heads (default: %(default)s)")
-    size.add_argument("--num_layers", type=integer, default=3, help="encoder layers (default: %(default)s)")
-    size.add_argument("--num_decoder_layers", type=integer, default=2, help="of t5 (default: %(default)s)")
-    size.add_argument("--max_positions", type=integer, default=512, help="of bert, in tokens (default: %(default)s)")
-    parser.add_argument("--dropout", type=arguments.share_below_one, default=0.1, help="default: %(default)s")
+    size.add_argument("--vocab_size", type=integer, default=6000, help="tokens")
+    size.add_argument("--d_model", type=integer, default=256, help="width")
+    size.add_argument("--d_ff", type=integer, default=512, help="width of the feed-forward layers")
+    size.add_argument("--num_heads", type=integer, default=4, help="attention heads")
+    size.add_argument("--num_layers", type=integer, default=3, help="encoder layers")
+    size.add_argument("--num_decoder_layers", type=integer, default=2, help="of t5")
+    size.add_argument("--max_positions", type=integer, default=512, help="of bert, in tokens")
+    parser.add_argument("--dropout", type=arguments.share_below_one, default=0.1, help="probability in training")
     parser.add_argument(
         "--copy_init", **arguments.FLAG, help="start t5 with attention that copies from the document (see copy_init)"
     )
-    parser.add_argument("--seed", type=arguments.numpy_seed, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=arguments.numpy_seed, default=0, help="of the weights")
     return parser
 
 

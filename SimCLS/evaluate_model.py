@@ -12,8 +12,8 @@ it is installed, else by what Punkt learns from the test documents, as preproces
 over a document's candidates; the worst and the best are those by the mean of the three.
 
 Intervals hold 95 % of the means of 10,000 bootstrap samples of the documents (percentiles). The p-value is that of a
-paired permutation test: in how many of 10,000 random exchanges of the two systems' figures within documents, this one
-included, the means differ at least as much (two-sided).
+paired permutation test: in how many of 10,000 random exchanges of the two systems' figures within documents, and in
+this one besides, the means differ at least as much (two-sided).
 """  # noqa: E501 (commands)
 
 import argparse
@@ -34,10 +34,18 @@ from harness.arguments import positive_float, positive_int
 from harness.endings import UserError
 from harness.files import places, portable, write_record
 from harness.machine import describe_machine
-from harness.precision import half_precision_or_auto
+from harness.precision import choose_precision, half_precision_or_auto
 from harness.resume import changes
 from harness.runs import FORMAT
-from scorer.choices import by_rules, by_scorer, load_judge, score_candidates, words
+from scorer.choices import (
+    add_judge_arguments,
+    by_rules,
+    by_scorer,
+    check_scorer_path,
+    load_judge,
+    score_candidates,
+    words,
+)
 from scorer.likelihood import fitted_to
 from scorer.significance import ALONE, FREE, P_VALUES, summarise
 from search.generator import (
@@ -52,7 +60,7 @@ from search.generator import (
     search_settings,
 )
 from texts import provenance
-from texts.documents import Document, find_dataset, read_documents, split_documents, take_percent
+from texts.documents import Document, add_dataset_arguments, find_dataset, read_documents, split_documents, take_percent
 from texts.samples import as_sample, read_sample, rouge_of, sample_files
 from texts.scoring import add_rouge_argument, check_references, mean_score, signature
 from texts.sentences import SentenceSplitter
@@ -69,29 +77,24 @@ ORDER = (*FREE, "worst", "best", ALONE, "SimCLS")
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.OneLineParser(description=__doc__)
     add = parser.add_argument
-    add("--scorer_path", type=Path, help="trained scorer, such as cache/run/scorer.bin")
-    add("--model_type", help="its encoder, a folder or a hub name (default: that of scorer.json beside the scorer)")
-    add("--total_len", type=positive_int, help="tokens of a document that it reads (default: as in its training)")
-    add("--max_len", type=positive_int, help="tokens of a summary that it reads (default: as in its training)")
+    add_judge_arguments(parser)
     add("--half_precision", type=half_precision_or_auto, nargs="?", const="auto", metavar="float16|bfloat16",
         help="generate and score in float16 when no type is named; on a CPU, and for a generator of the T5 family, "
              "bfloat16")  # fmt: skip
     devices.add_arguments(parser)
-    add("--batch_size", type=positive_int, default=16, help="documents scored together (default: %(default)s)")
+    add("--batch_size", type=positive_int, default=16, help="documents scored together")
     add(
         "--output",
         type=Path,
-        help="record, as JSON (default: evaluation.json beside the scorer, or beside --summaries)",
+        help="record, as JSON; by default evaluation.json beside the scorer, or beside --summaries",
     )
     data = parser.add_argument_group("candidates of a generator")
     add = data.add_argument
     add("--generator_name", help="a folder, or a name on the hub")
-    add("--dataset_name", default="sample", help="CSV file or data set name (default: %(default)s)")
-    add("--dataset_percent", type=positive_float, default=100, help="share of the test split (default: 100)")
-    add("--doc_col_name", default="abstract", help="column of the documents (default: %(default)s)")
-    add("--sum_col_name", default="title", help="column of the summaries (default: %(default)s)")
+    add_dataset_arguments(data)
+    add("--dataset_percent", type=positive_float, default=100, help="share of the test split")
     add_rouge_argument(parser)
     add_search_arguments(parser)
     parser.set_defaults(num_cands=None)  # With --samples a number has to be theirs.
@@ -105,6 +108,7 @@ def get_args_parser():
 
 def main():
     args = get_args_parser().parse_args()
+    distributed.refuse_job()
     check_arguments(args)
     beside = args.summaries or args.scorer_path
     output = args.output or beside.with_name("evaluation.json")
@@ -138,8 +142,7 @@ def check_arguments(args):
         check_search(args)
     if not args.summaries and not args.scorer_path:
         raise UserError(f"--{sources[0]} needs --scorer_path, a scorer that main.py trained")
-    if args.scorer_path and not args.scorer_path.is_file():
-        raise UserError(f"--scorer_path {args.scorer_path} is no file; main.py writes cache/<run>/scorer.bin")
+    check_scorer_path(args)
 
 
 def refuse_to_replace(output, arguments, used):
@@ -190,7 +193,9 @@ def judge_files(args):
 
 def judge_candidates(args, world, judge):
     """The Judged ways to choose among the candidates of --samples or --generator_name; some documents are shown."""
-    candidates = load_candidates(args, world, judge.precision)
+    # A generator's own: the scorer's may be another, by its family.
+    precision = choose_precision(args.half_precision, world.device, say=lambda line: None)
+    candidates = load_candidates(args, world, precision)
     samples = candidates.samples
     compare_counts(samples, args.num_cands if args.samples else None, judge.description.get("candidates"))
     trained = read_description(args.scorer_path) or {}

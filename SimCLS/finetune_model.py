@@ -14,7 +14,6 @@ A model from scratch learns last what a summary needs first: to copy from the do
 before the summaries (Zhu et al., 2021, Leveraging Lead Bias for Zero-shot Abstractive News Summarization).
 """
 
-import argparse
 import contextlib
 import copy
 import json
@@ -41,7 +40,7 @@ from harness.resume import changes, check_arguments, stop_requests
 from search.generator import check_generation, load_generator
 from search.generator_trainer import NvtxPhases, PlainProgress, Rouge, StopAndSave, SummaryDataset, Trainer
 from texts import provenance
-from texts.documents import find_dataset, read_documents, split_documents, take_percent
+from texts.documents import add_dataset_arguments, find_dataset, read_documents, split_documents, take_percent
 from texts.scoring import add_rouge_argument, check_references
 from texts.sentences import SentenceSplitter
 
@@ -50,35 +49,33 @@ STATE_FILES = ("model*", "optimizer.pt", "scheduler.pt", "rng_state*")  # Of the
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.OneLineParser(description=__doc__)
     integer, number = arguments.positive_int, arguments.positive_float
     parser.add_argument(
         "--generator_name", "--pt_model", required=True, help="to start from: a folder, or a name on the hub"
     )
-    parser.add_argument(
-        "--dataset_name", "--data_file", default="sample", help="CSV file or data set name (default: %(default)s)"
-    )
-    parser.add_argument("--doc_col_name", default="abstract", help="column of the documents (default: %(default)s)")
-    parser.add_argument("--sum_col_name", default="title", help="column of the summaries (default: %(default)s)")
+    add_dataset_arguments(parser)
     parser.add_argument("--save_dir", type=Path, required=True, help="folder for the fine-tuned generator")
-    parser.add_argument("--dataset_percent", type=number, default=100, help="of each split (default: %(default)s)")
+    parser.add_argument("--dataset_percent", type=number, default=100, help="of each split")
     parser.add_argument("--lead_words", type=integer, help="train on the first words of each document in place of its "
                         "summary: how many")  # fmt: skip
     runs.add_arguments(parser)
-    parser.add_argument("--seed", type=arguments.numpy_seed, default=0, help="default: %(default)s")
+    parser.add_argument("--seed", type=arguments.numpy_seed, default=0, help="of the order and dropout")
 
     training = parser.add_argument_group("training")
-    training.add_argument("--num_epoch", type=integer, default=5, help="default: %(default)s")
+    training.add_argument("--num_epoch", type=integer, default=5, help="passes over the training documents")
     training.add_argument("--max_steps", type=integer, help="end after this many updates, whatever --num_epoch says")
     tracing.add_argument(training)
-    training.add_argument("--batch_size", type=integer, default=16, help="documents a step, over all processes "
-                          "(default: %(default)s)")  # fmt: skip
-    training.add_argument("--lr", type=number, default=3e-4, help="peak learning rate of AdamW (default: %(default)s)")
-    training.add_argument("--warmup", type=arguments.fraction, default=0.05,
-                          help="share of the updates in which the rate rises to its peak, from which it falls to 0 "
-                               "(default: %(default)s)")  # fmt: skip
+    training.add_argument("--batch_size", type=integer, default=16, help="documents a step, over all processes")
+    training.add_argument("--lr", type=number, default=3e-4, help="peak learning rate of AdamW")
+    training.add_argument(
+        "--warmup",
+        type=arguments.fraction,
+        default=0.05,
+        help="share of the updates in which the rate rises to its peak, from which it falls to 0",
+    )
     training.add_argument("--label_smoothing", type=arguments.share_below_one, default=0.1,
-                          help="default: %(default)s")  # fmt: skip
+                          help="weight of the uniform distribution in the target")  # fmt: skip
     training.add_argument("--dropout", type=arguments.share_below_one, help="default: the generator's own")
     training.add_argument(
         "--half_precision", type=half_precision_or_auto, nargs="?", const="auto",
@@ -94,12 +91,12 @@ def get_args_parser():
     determinism.add_argument(training)
 
     lengths = parser.add_argument_group("lengths, in tokens; longer texts are cut")
-    lengths.add_argument("--max_source_length", type=integer, default=512, help="default: %(default)s")
-    lengths.add_argument("--max_target_length", type=integer, default=64, help="default: %(default)s")
+    lengths.add_argument("--max_source_length", type=integer, default=512, help="of a document")
+    lengths.add_argument("--max_target_length", type=integer, default=64, help="of a summary")
 
     evaluation = parser.add_argument_group("validation")
-    evaluation.add_argument("--num_beams", type=integer, default=1, help="default: %(default)s")
-    evaluation.add_argument("--eval_limit", type=integer, default=500, help="documents (default: %(default)s)")
+    evaluation.add_argument("--num_beams", type=integer, default=1, help="of the search that validates")
+    evaluation.add_argument("--eval_limit", type=integer, default=500, help="documents")
     add_rouge_argument(evaluation)
     return parser
 
@@ -150,7 +147,8 @@ def show_only_one_gpu(args):
 
 
 def set_lengths(args, model, tokenizer):
-    """Let the other stages cut documents and end summaries where training does."""
+    """Let the other stages cut documents and end summaries where training does: the token that these start with counts
+    among those of `max_length`."""
     tokenizer.model_max_length = args.max_source_length
     model.generation_config.max_length, model.generation_config.max_new_tokens = args.max_target_length, None
     model.generation_config._from_model_config = False

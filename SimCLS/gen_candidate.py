@@ -14,7 +14,6 @@ the same files. Candidates that were made otherwise are never replaced. provenan
 By default they come from diverse beam search with as many groups as candidates, as in SimCLS (Liu and Liu 2021).
 """
 
-import argparse
 import contextlib
 import hashlib
 import json
@@ -43,23 +42,24 @@ from search.generator import (
 )
 from texts import provenance
 from texts.candidate_files import CandidateFiles
-from texts.documents import find_dataset, read_documents, safe_name, split_documents, take_percent
+from texts.documents import (
+    add_dataset_arguments,
+    find_dataset,
+    read_documents,
+    safe_name,
+    split_documents,
+    take_percent,
+)
 
 SECONDS_BETWEEN_LINES = 20
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.OneLineParser(description=__doc__)
     parser.add_argument("--generator_name", required=True, help="a folder, or a name on the hub")
-    parser.add_argument("--dataset_name", default="sample", help="CSV file or data set name (default: %(default)s)")
-    parser.add_argument("--doc_col_name", default="abstract", help="column of the documents (default: %(default)s)")
-    parser.add_argument("--sum_col_name", default="title", help="column of the summaries (default: %(default)s)")
-    parser.add_argument(
-        "--dataset_percent", type=arguments.positive_float, default=100, help="share of each split (default: 100)"
-    )
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("candidates"), help="parent of the new folder (default: %(default)s)"
-    )
+    add_dataset_arguments(parser)
+    parser.add_argument("--dataset_percent", type=arguments.positive_float, default=100, help="share of each split")
+    parser.add_argument("--output_dir", type=Path, default=Path("candidates"), help="parent of the new folder")
     devices.add_arguments(parser)
     parser.add_argument("--half_precision", type=half_precision_or_auto, nargs="?", const="auto",
         metavar="float16|bfloat16", help="float16 when no type is named; on a CPU, and for the T5 family, which "

@@ -29,6 +29,8 @@ from scorer import minilm
 
 MARGIN = 0.01  # Of the published scorers, as are 512 tokens of a document and 120 of a summary.
 TOTAL_LEN, MAX_LEN = 512, 120
+# Kinds of encoders that keep the parts of their layers in several lists, or have weights behind them that all use.
+NO_LAYERS = ("xlm", "flaubert", "deberta", "deberta-v2")
 
 
 class Scorer(nn.Module):
@@ -79,7 +81,9 @@ class Scorer(nn.Module):
 
         ValueError for an encoder without a list of its layers, or with no more than `count`.
         """
-        depth = self.encoder.config.num_hidden_layers
+        kind, depth = self.encoder.config.model_type, self.encoder.config.num_hidden_layers
+        if kind in NO_LAYERS:
+            raise ValueError(f"the layers of {kind} cannot be told apart")
         lists = (each for each in self.encoder.modules() if isinstance(each, nn.ModuleList) and len(each) == depth)
         layers = next(lists, ())
         first = next(iter(layers[count].parameters()), None) if count < len(layers) else None
@@ -162,9 +166,25 @@ def load_encoder(name, dropout=0.0):
         dtype=torch.float32,
         **dict.fromkeys(DROPOUT_KEYS, dropout),
     )
+    check_reads_on(encoder, name)
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # Nothing uses it, so it would never get a gradient.
     return encoder.train(), tokenizer  # from_pretrained switches dropout off.
+
+
+@torch.no_grad()
+def check_reads_on(encoder, name):
+    """UserError unless the first token's state depends on what comes behind it, as no decoder's does: of such a model
+    all texts would have one state."""
+    ids = torch.zeros(2, 4, dtype=torch.int64)
+    ids[1, -1] = 1
+    try:
+        one, other = encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, 0]
+        reads_on = not torch.equal(one, other)
+    except Exception:  # What a model of another kind raises is an open set.
+        reads_on = False
+    if not reads_on:
+        raise UserError(f"{name!r} is no encoder of texts: a text is the state of its first token, which must read on")
 
 
 def load_scorer(name=None, weights=None, total_len=None, max_len=None, dropout=0.0):

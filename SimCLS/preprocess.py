@@ -46,7 +46,7 @@ CHUNK = 16
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=arguments.first_line(__doc__))
+    parser = arguments.OneLineParser(description=__doc__)
     parser.add_argument("--src_dir", type=Path, required=True, help="folder of the candidate text files")
     parser.add_argument("--tgt_dir", type=Path, required=True, help="folder for the samples of this split")
     parser.add_argument("--split", choices=("train", "val", "test"), required=True)

@@ -1,5 +1,6 @@
 """Loading a model with its tokenizer in `from_pretrained` form, a folder or a name on the hub."""
 
+import functools
 import json
 import sys
 from pathlib import Path
@@ -133,8 +134,9 @@ def load_tokenizer(name, **options):
     return tokenizer
 
 
+@functools.cache
 def hub_answers():
-    """Whether the hub can be reached: asked once, since the library tries each file of a model for 40 s."""
+    """Whether the hub can be reached: asked once a process, since the library tries each file of a model for 40 s."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
     try:

@@ -14,7 +14,6 @@ The summary is the candidate with the highest score: by the scorer, and by the l
 with one. Without a scorer it is the candidate with the least Bayes risk: that which is most like the others, by ROUGE.
 """
 
-import argparse
 import itertools
 import json
 import re
@@ -26,10 +25,9 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 from utils import read_lines
 
 from harness import arguments, devices, distributed, endings
-from harness.arguments import positive_int
 from harness.endings import UserError
 from harness.precision import choose_precision, half_precision_or_auto
-from scorer.choices import bayes_risk, load_judge, score_candidates
+from scorer.choices import add_judge_arguments, bayes_risk, check_scorer_path, load_judge, score_candidates
 from scorer.likelihood import combine, fitted_to
 from search.generator import (
     CandidateGenerator,
@@ -50,15 +48,12 @@ STANDARD_INPUT = Path("/dev/stdin")
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.OneLineParser(description=__doc__)
     add = parser.add_argument
-    add("text", nargs="?", default="-", help="text file, CSV file, or - for standard input (default: -)")
-    add("--doc_col_name", default="abstract", help="column of a CSV file (default: %(default)s)")
+    add("text", nargs="?", default="-", help="text file, CSV file, or - for standard input")
+    add("--doc_col_name", default="abstract", help="column of a CSV file")
     add("--generator_name", required=True, help="a folder, or a name on the hub")
-    add("--scorer_path", type=Path, help="trained scorer, such as cache/run/scorer.bin")
-    add("--model_type", help="its encoder, a folder or a hub name (default: that of scorer.json beside the scorer)")
-    add("--total_len", type=positive_int, help="tokens of a document that it reads (default: as in its training)")
-    add("--max_len", type=positive_int, help="tokens of a summary that it reads (default: as in its training)")
+    add_judge_arguments(parser)
     add("--half_precision", type=half_precision_or_auto, nargs="?", const="auto", metavar="float16|bfloat16",
         help="generate and score in it")  # fmt: skip
     add("--all", action="store_true", help="JSON lines with every candidate")
@@ -70,9 +65,9 @@ def get_args_parser():
 
 def main():
     args = get_args_parser().parse_args()
+    distributed.refuse_job()
     check_search(args)
-    if args.scorer_path and not args.scorer_path.is_file():
-        raise UserError(f"--scorer_path {args.scorer_path} is no file; main.py writes cache/<run>/scorer.bin")
+    check_scorer_path(args)
     documents = map(clean, read_documents(args.text, args.doc_col_name))
     first = next(documents, None)
     if first is None:

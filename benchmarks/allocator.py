@@ -37,7 +37,7 @@ TARGETS = {"cpu": {"resnext29_2x4d, original": ("at least", 1.2), "resnext29_2x4
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=arguments.first_line(__doc__))
+    parser = arguments.OneLineParser(description=__doc__)
     add = parser.add_argument
     add("--model", type=model_name, default="resnext29_2x4d")
     add("--batch_size", type=arguments.positive_int, default=128)

@@ -12,7 +12,6 @@ CTranslate2 4.8 runs in the interpreter of an environment with ctranslate2, torc
 beam search.
 """
 
-import argparse
 import sys
 import tempfile
 from pathlib import Path
@@ -27,7 +26,7 @@ import numpy as np
 import torch
 import transformers
 from candidates import END, make_cases, run_ours, strip
-from common import Reference, interleaved, ratio_summary, results_path, verdict
+from common import Reference, check, interleaved, ratio_summary, results_path, spread, verdict
 
 from harness import arguments, endings
 from harness.files import write_record
@@ -53,17 +52,17 @@ TARGETS = {
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.OneLineParser(description=__doc__)
     integer = arguments.positive_int
     parser.add_argument("--reference_python", required=True, help="interpreter that has ctranslate2")
-    parser.add_argument("--data", default="sample", help="CSV file or data set name (default: %(default)s)")
-    parser.add_argument("--documents", type=integer, default=32, help="of the test split (default: %(default)s)")
-    parser.add_argument("--rounds", type=integer, default=6, help="default: %(default)s")
-    parser.add_argument("--threads", type=integer, default=1, help="of each side (default: %(default)s)")
-    parser.add_argument("--num_cands", type=integer, default=8, help="default: %(default)s")
-    parser.add_argument("--batch", type=integer, default=16, help="documents, of each side (default: %(default)s)")
-    parser.add_argument("--max_source_length", type=integer, default=256, help="default: %(default)s")
-    parser.add_argument("--decoder_max_len", type=integer, default=25, help="default: %(default)s")
+    parser.add_argument("--data", default="sample", help="CSV file or data set name")
+    parser.add_argument("--documents", type=integer, default=32, help="of the test split")
+    parser.add_argument("--rounds", type=integer, default=6, help="of timing")
+    parser.add_argument("--threads", type=integer, default=1, help="of each side")
+    parser.add_argument("--num_cands", type=integer, default=8, help="beams and candidates")
+    parser.add_argument("--batch", type=integer, default=16, help="documents, of each side")
+    parser.add_argument("--max_source_length", type=integer, default=256, help="tokens of a document")
+    parser.add_argument("--decoder_max_len", type=integer, default=25, help="tokens of a candidate")
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/beams.json")
     parser.set_defaults(model=str(ROOT / "SimCLS" / "demo"))
     return parser
@@ -81,11 +80,9 @@ def main():
         for name, model_folder, sources in make_cases(args, splits["train"], texts, Path(folder)):
             sources = [ids if len(ids) <= args.max_source_length else ids[: args.max_source_length - 1] + [END]
                        for ids in sources]  # fmt: skip
-            case = Case(model_folder, sources, reference, args)
-            if name == args.model:
-                results[DEMO] = time_case(DEMO, case, args, documents)
-            elif name == SHAPE:
-                results[SHAPE] = time_case(SHAPE, case, args)
+            shown, learnt = {args.model: (DEMO, documents), SHAPE: (SHAPE, None)}.get(name, (None, None))
+            if shown:
+                results[shown] = time_case(shown, Case(model_folder, sources, reference, args), args, learnt)
         record = {
             "benchmark": "beams",
             "machine": describe_machine(CPU),
@@ -136,7 +133,7 @@ class Case:
         return answer["seconds"], *([part[place] for place in range(len(order))] for part in found)
 
     def check_equal(self):
-        """End the program unless both sides return the same candidates in single precision, or others as good."""
+        """AssertionError unless both sides return the same candidates in single precision, or others as good."""
         # CTranslate2 shares the probability of forbidden tokens out over the others, transformers and we do not.
         settings = self.settings | {"min_length": 0, "no_repeat_ngram_size": 0}
         search, documents, apart = self.search(torch.float32, settings), len(self.sources), 0.0
@@ -150,8 +147,7 @@ class Case:
         print(
             f"candidates of {same} of {documents} documents are equal; scores differ by at most {apart:.1e}", flush=True
         )
-        if not apart <= TIE:
-            sys.exit(1)
+        check(apart <= TIE, "CTranslate2's candidates are others, and not as good")
         return {"documents_with_equal_candidates": same, "largest_difference_of_scores": apart}
 
 
@@ -178,9 +174,7 @@ def time_case(name, case, args, documents=None):
         print(f"{name}: {arm}: {rate:.1f} documents/s; {figures}", flush=True)
     for pair, ratio in result["ratios"].items():
         ending = verdict(TARGETS, CPU, f"{name}, {pair}", ratio)
-        print(
-            f"{name}: {ratio['median']:.2f} x, {pair} ({ratio['low']:.2f} to {ratio['high']:.2f}){ending}", flush=True
-        )
+        print(f"{name}: {ratio['median']:.2f} x, {pair} ({spread(ratio)}){ending}", flush=True)
     return result
 
 

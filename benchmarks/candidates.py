@@ -16,7 +16,6 @@ The reference runs in the interpreter of an environment with transformers 4.56.2
 plain restatement of its algorithm over this version's modules. First every arm has to give equal tokens.
 """
 
-import argparse
 import sys
 import tempfile
 import time
@@ -31,14 +30,14 @@ from harness import torchvision_compat  # noqa: F401  # isort: skip (before tran
 import torch
 import transformers
 from candidates_reference import DIVERSITY_PENALTY
-from common import Reference, interleaved, ratio_summary, results_path, verdict
+from common import Reference, check, interleaved, ratio_summary, results_path, spread, verdict
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from harness import arguments, endings
 from harness.files import write_record
 from harness.machine import describe_machine
 from search.diverse_beam import DiverseBeamSearch
-from search.generator import length_batches
+from search.generator import length_batches, load_generator
 from texts.documents import find_dataset, read_documents, split_documents
 
 LONGEST = 512
@@ -55,19 +54,19 @@ TARGETS = {
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.OneLineParser(description=__doc__)
     integer = arguments.positive_int
-    parser.add_argument("--data", default="sample", help="CSV file or data set name (default: %(default)s)")
-    parser.add_argument("--documents", type=integer, default=16, help="of the test split (default: %(default)s)")
+    parser.add_argument("--data", default="sample", help="CSV file or data set name")
+    parser.add_argument("--documents", type=integer, default=16, help="of the test split")
     parser.add_argument("--model", help="also time this generator, a folder with its tokenizer")
     parser.add_argument("--reference_python", default=sys.executable, help="interpreter that has transformers 4.56.2")
-    parser.add_argument("--rounds", type=integer, default=6, help="default: %(default)s")
-    parser.add_argument("--num_cands", type=integer, default=8, help="default: %(default)s")
-    parser.add_argument("--decoder_max_len", type=integer, default=64, help="default: %(default)s")
-    parser.add_argument("--batch", type=integer, default=16, help="documents a batch of ours (default: %(default)s)")
-    parser.add_argument("--original_batch", type=integer, default=32, help="of the original (default: %(default)s)")
+    parser.add_argument("--rounds", type=integer, default=6, help="of timing")
+    parser.add_argument("--num_cands", type=integer, default=8, help="candidates a document")
+    parser.add_argument("--decoder_max_len", type=integer, default=64, help="tokens of a candidate")
+    parser.add_argument("--batch", type=integer, default=16, help="documents a batch of ours")
+    parser.add_argument("--original_batch", type=integer, default=32, help="of the original")
     parser.add_argument(
-        "--reference_batch", type=integer, default=4, help="and of the sorted reference, whose best it is (default: 4)"
+        "--reference_batch", type=integer, default=4, help="and of the sorted reference, whose best it is"
     )
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/candidates.json")
     return parser
@@ -125,11 +124,9 @@ def make_cases(args, train, texts, folder):
         model.save_pretrained(folder / name)
         yield name, folder / name, sources
     if args.model:
-        own = transformers.AutoTokenizer.from_pretrained(args.model, local_files_only=True)
-        transformers.AutoModelForSeq2SeqLM.from_pretrained(args.model, dtype=torch.float32).save_pretrained(
-            folder / "own"
-        )
-        yield args.model, folder / "own", own(texts, truncation=True, max_length=LONGEST)["input_ids"]
+        own, tokenizer = load_generator(args.model)
+        own.save_pretrained(folder / "own")
+        yield args.model, folder / "own", tokenizer(texts, truncation=True, max_length=LONGEST)["input_ids"]
 
 
 def time_case(name, model_folder, sources, reference, args):
@@ -153,8 +150,7 @@ def time_case(name, model_folder, sources, reference, args):
     for arm in ("original", "sorted"):
         equal = sum(a == b for a, b in zip(outputs[arm], outputs["ours"], strict=True))
         print(f"{name}: tokens of {equal} of {len(sources)} documents equal those of {arm}", flush=True)
-        if equal < len(sources):
-            sys.exit(1)
+        check(equal == len(sources), f"{name}: tokens differ from those of {arm}")
     # Of the reference, the seconds inside its process.
     seconds = interleaved({arm: lambda run=run: run()[0] for arm, run in arms.items()}, args.rounds)
     lengths = [len(candidate) for some in outputs["ours"] for candidate in some]
@@ -167,7 +163,7 @@ def time_case(name, model_folder, sources, reference, args):
     }
     for arm, ratio in result["ratios"].items():
         ending = verdict(TARGETS, CPU, f"{name}, {arm}", ratio)
-        print(f"{name}: {ratio['median']:.2f} x {arm} ({ratio['low']:.2f} to {ratio['high']:.2f}){ending}", flush=True)
+        print(f"{name}: {ratio['median']:.2f} x {arm} ({spread(ratio)}){ending}", flush=True)
     return result
 
 

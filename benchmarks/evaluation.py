@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from candidates import NEEDS, run_reference
 from candidates_reference import DIVERSITY_PENALTY
-from common import Reference, interleaved, ratio_summary, results_path, verdict
+from common import Reference, check, interleaved, ratio_summary, results_path, verdict
 from model import load_scorer
 from rouge_score.rouge_scorer import RougeScorer
 
@@ -53,13 +53,13 @@ TARGETS = {"cpu": {"": ("at least", 5.0)}}  # It has one case, without a name.
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", default="sample", help="CSV file or data set name (default: %(default)s)")
-    parser.add_argument("--generator_name", default=str(ROOT / "SimCLS" / "demo"), help="folder (default: SimCLS/demo)")
-    parser.add_argument("--scorer_path", type=Path, help="trained scorer (default: the generator's encoder as it is)")
-    parser.add_argument("--documents", type=arguments.positive_int, default=32, help="default: %(default)s")
+    parser = arguments.OneLineParser(description=__doc__)
+    parser.add_argument("--data", default="sample", help="CSV file or data set name")
+    parser.add_argument("--generator_name", default=str(ROOT / "SimCLS" / "demo"), help="folder")
+    parser.add_argument("--scorer_path", type=Path, help="trained scorer; by default the generator's encoder as it is")
+    parser.add_argument("--documents", type=arguments.positive_int, default=32, help="to evaluate")
     parser.add_argument("--reference_python", default=sys.executable, help="interpreter that has transformers 4.56.2")
-    parser.add_argument("--rounds", type=arguments.positive_int, default=6, help="default: %(default)s")
+    parser.add_argument("--rounds", type=arguments.positive_int, default=6, help="of timing")
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/evaluation.json")
     return parser
 
@@ -200,15 +200,14 @@ class Batched(Plain):
 
 
 def check_equal(plain, ours):
-    """End the program unless both sides chose the same candidates, with the same ROUGE to 1e-12."""
+    """AssertionError unless both sides chose the same candidates, with the same ROUGE to 1e-12."""
     same = sum(map(operator.eq, plain["summaries"], ours["summaries"]))
     difference = max(np.abs(plain[name] - ours[name]).max() for name in ("generator", "SimCLS"))
     print(
         f"{same} of {len(ours['summaries'])} choices are the same; ROUGE differs by at most {difference:.1e}",
         flush=True,
     )
-    if same < len(ours["summaries"]) or not difference <= 1e-12:
-        sys.exit(1)
+    check(same == len(ours["summaries"]) and difference <= 1e-12, "both sides choose or score otherwise")
 
 
 if __name__ == "__main__":

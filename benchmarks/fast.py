@@ -86,7 +86,7 @@ class Row:
 
 def get_args_parser():
     on_cuda = torch.cuda.is_available()
-    parser = arguments.OneLineParser(description=arguments.first_line(__doc__))
+    parser = arguments.OneLineParser(description=__doc__)
     add = parser.add_argument
     add("--dataset", choices=("cifar10", "digits", "folder"), default="digits")
     add("--data_dir", default=str(ROOT / "resnext" / "data"))

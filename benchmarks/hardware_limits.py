@@ -8,11 +8,6 @@ the rate of a large copy. All rates are medians of many rounds, and stated with 
 
 import functools
 import statistics
-import sys
-from pathlib import Path
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "resnext")]
 
 import torch
 import torch.nn.functional as F

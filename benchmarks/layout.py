@@ -51,7 +51,7 @@ class Shape(NamedTuple):
 
 def get_args_parser():
     on_cuda = torch.cuda.is_available()
-    parser = arguments.OneLineParser(description=arguments.first_line(__doc__))
+    parser = arguments.OneLineParser(description=__doc__)
     add = parser.add_argument
     # The small model's convolutions would take a GPU no longer than launching them.
     models = ["resnext29_4x64d"] if on_cuda else ["resnext29_4x64d", "resnext29_2x16d"]

@@ -43,7 +43,7 @@ TOLERANCE = 1e-6  # Transforms v1 divide by 255 where v2, and we, multiply by 1 
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=arguments.first_line(__doc__))
+    parser = arguments.OneLineParser(description=__doc__)
     parser.add_argument("--dataset", choices=("random", "cifar10", "digits", "folder"), default="random")
     parser.add_argument("--data_dir", default=str(ROOT / "resnext" / "data"))
     parser.add_argument("--batch_size", type=arguments.positive_int, default=128)

@@ -20,7 +20,6 @@ torch.compile's plan or the search's does. Such an arm's row says so. Times are 
 fail.
 """
 
-import argparse
 import contextlib
 import functools
 import sys
@@ -70,8 +69,7 @@ ANNEALED = ("budget 0.394", "budget 0.36", "budget held 0.4", "budget held 0.25,
 
 def get_args_parser():
     on_cuda = torch.cuda.is_available()
-    how = argparse.RawDescriptionHelpFormatter
-    parser = arguments.OneLineParser(description=__doc__, formatter_class=how)
+    parser = arguments.OneLineParser(description=__doc__)
     add, positive_int = parser.add_argument, arguments.positive_int
     backends = ("aot_eager", "inductor", "none")
     add("--model", type=model_name, default=CLAIMED)

@@ -33,7 +33,7 @@ PHASES = ("data copy", "zero grad", "forward", "backward", "optimizer")
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=arguments.first_line(__doc__))
+    parser = arguments.OneLineParser(description=__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", type=model_name, help="by default resnext29_1x4d; with cuda resnext29_4x64d")
     parser.add_argument("--batch_size", type=arguments.positive_int, help="by default 32; with cuda 128")

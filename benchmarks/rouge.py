@@ -20,7 +20,7 @@ sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "SimCLS")]
 
 import numpy as np
 import torch
-from common import Reference, interleaved, ratio_summary, results_path, verdict
+from common import Reference, check, interleaved, ratio_summary, results_path, spread, verdict
 from rouge_score.rouge_scorer import RougeScorer
 from utils import map_in_order, progress
 
@@ -39,7 +39,7 @@ CPU = torch.device("cpu")
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=arguments.first_line(__doc__))
+    parser = arguments.OneLineParser(description=__doc__)
     parser.add_argument("--data", default="sample", help="CSV file of documents, or sample")
     parser.add_argument("--documents", type=arguments.positive_int, help="check the first ones only")
     parser.add_argument("--timed_titles", type=arguments.positive_int, default=1500, help="documents a round")
@@ -57,8 +57,7 @@ def main():
     largest = largest_difference(titles + paragraphs[: args.timed_paragraphs], args.workers)
     pairs = CANDIDATES * (len(titles) + len(paragraphs[: args.timed_paragraphs]))
     print(f"largest difference from rouge-score over {pairs} pairs: {largest:.1e}", flush=True)
-    if not largest <= TOLERANCE:
-        sys.exit(1)
+    check(largest <= TOLERANCE, "ours are not rouge-score's")
     work = {"titles": titles[: args.timed_titles], "paragraphs": paragraphs[: args.timed_paragraphs]}
     needs = "compare-mt, or at least rouge-score"
     with Reference(args.reference_python, "rouge_reference.py", args.workers, needs=needs) as reference:
@@ -126,14 +125,14 @@ def time_both(name, pairs, reference, args):
         return list(map_in_order(score_document, pairs, args.workers, CHUNK))
 
     theirs = np.array(reference.ask(pairs)["scores"])
-    assert np.abs(np.array(ours()) - theirs).max() <= TOLERANCE
+    check(np.abs(np.array(ours()) - theirs).max() <= TOLERANCE, f"{name}: both sides differ")
     # Their seconds are those inside their process: what it costs to send them the text is not theirs.
     seconds = interleaved({"theirs": lambda: reference.ask(pairs)["seconds"], "ours": ours}, args.rounds)
     ratio = ratio_summary(seconds["theirs"], seconds["ours"])
     rates = {arm: len(pairs) * CANDIDATES / float(np.median(values)) for arm, values in seconds.items()}
     print(
         f"{name}: {reference.name} {rates['theirs']:.0f} pairs/s, rouge-score-rs {rates['ours']:.0f} pairs/s: "
-        f"{ratio['median']:.1f} x ({ratio['low']:.1f} to {ratio['high']:.1f}, {args.rounds} rounds, "
+        f"{ratio['median']:.1f} x ({spread(ratio, 1)}, {args.rounds} rounds, "
         f"{args.workers} processes each){verdict(TARGETS, CPU, name, ratio)}",
         flush=True,
     )

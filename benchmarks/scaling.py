@@ -56,7 +56,7 @@ class Point:
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=arguments.first_line(__doc__))
+    parser = arguments.OneLineParser(description=__doc__)
     add, positive_int, on_cuda = parser.add_argument, arguments.positive_int, torch.cuda.is_available()
     shapes, pictures = ("2x4", "2x8", "2x16"), [512, 1024, 2048]
     if on_cuda:

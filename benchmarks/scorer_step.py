@@ -27,24 +27,23 @@ from harness import torchvision_compat  # noqa: F401
 
 # isort: split
 import torch
-from common import interleaved_rounds, ratio_summary, results_path, spread, verdict
+from common import check, interleaved_rounds, ratio_summary, results_path, spread, verdict
 from create_model import train_tokenizer
 from data_utils import LengthBatches, TextEncoding, load_samples
-from model import Scorer, load_encoder, ranking_loss
+from model import MARGIN, MAX_LEN, TOTAL_LEN, Scorer, load_encoder, load_scorer, ranking_loss
 from torch.utils.data import DataLoader, Dataset
 from transformers import BertConfig, BertModel
 
 from harness import arguments, endings
+from harness.endings import UserError
 from harness.files import write_record
 from harness.loading import worker_loader
 from harness.machine import describe_machine
 from texts.documents import find_dataset, read_documents
 
 CANDIDATES = 16
-TOTAL_LEN, MAX_LEN = 512, 120
 BATCH, ACCUMULATE = 8, 2  # main.py's defaults: 16 documents an update.
 UPDATE = BATCH * ACCUMULATE
-MARGIN = 0.01
 TOLERANCE = 1e-5
 TARGETS = {
     "cpu": {"original": ("at least", 1.5), "minilm, original": ("at least", 1.5)},
@@ -53,13 +52,13 @@ TARGETS = {
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=arguments.first_line(__doc__))
+    parser = arguments.OneLineParser(description=__doc__)
     parser.add_argument("--data", default="sample", help="CSV file of documents, or sample")
     parser.add_argument("--updates", type=arguments.positive_int, default=2, help="in a timed epoch")
     parser.add_argument("--rounds", type=arguments.positive_int, default=7)
     parser.add_argument("--num_workers", type=arguments.non_negative_int, default=2, help="of each arm's loader")
     parser.add_argument("--model_type", help="encoder, as of main.py; by default one of random weights")
-    parser.add_argument("--width", type=arguments.positive_int, default=256, help="of random weights, 64 a head")
+    parser.add_argument("--heads", type=arguments.positive_int, default=4, help="of random weights, 64 wide each")
     parser.add_argument("--layers", type=arguments.positive_int, default=4)
     parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/scorer_step.json, or "
                         "scorer_step_<model_type>.json")  # fmt: skip
@@ -71,8 +70,14 @@ def main():
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     documents = read_documents(find_dataset(args.data))
     documents = [document for document in documents if len(document.text.split()) >= 60][: args.updates * UPDATE]
-    tokenizer = load_encoder(args.model_type)[1] if args.model_type else train_tokenizer(documents, "bert", 2000)
-    encoding = TextEncoding(tokenizer, TOTAL_LEN, MAX_LEN)
+    if len(documents) < args.updates * UPDATE:
+        raise UserError(
+            f"{args.data} has {len(documents)} documents of at least 60 words; it needs --updates x {UPDATE}"
+        )
+    if args.model_type:
+        _, encoding, _ = load_scorer(args.model_type, None, TOTAL_LEN, MAX_LEN)
+    else:
+        encoding = TextEncoding(train_tokenizer(documents, "bert", 2000), TOTAL_LEN, MAX_LEN)
     with tempfile.TemporaryDirectory() as folder:
         write_samples(Path(folder) / "train", documents)
         arms = {
@@ -82,8 +87,7 @@ def main():
         }
         difference = largest_difference(arms)
         print(f"largest difference between the losses of an update: {difference:.1e}", flush=True)
-        if not difference <= TOLERANCE:
-            sys.exit(1)
+        check(difference <= TOLERANCE, "the arms' losses differ")
         encoder = args.model_type and Path(args.model_type).name
         record = {"benchmark": "scorer_step", "machine": describe_machine(device), "model": encoder}
         record["settings"] = vars(args)
@@ -121,9 +125,9 @@ def make_scorer(args, encoding, device):
     torch.manual_seed(0)
     config = BertConfig(
         vocab_size=len(encoding.tokenizer),
-        hidden_size=args.width,
-        intermediate_size=4 * args.width,
-        num_attention_heads=args.width // 64,
+        hidden_size=64 * args.heads,
+        intermediate_size=256 * args.heads,
+        num_attention_heads=args.heads,
         num_hidden_layers=args.layers,
         initializer_range=0.1,  # So that the scores differ, and losses compare more than margins.
         hidden_dropout_prob=0.0,
@@ -182,7 +186,9 @@ class Original(Ours):
     def follow(self, order):
         """Take the documents in the order of another arm, so that the updates are of the same documents."""
         order = [int(number) for number in order]
-        self.loader = DataLoader(self.dataset, sampler=order, num_workers=self.num_workers, batch_size=1)
+        # As ours are, workers are kept from epoch to epoch.
+        kept = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
+        self.loader = DataLoader(self.dataset, sampler=order, batch_size=1, **kept)
 
     def losses(self):
         for document, candidates, reference, scores in self.loader:

@@ -59,14 +59,14 @@ SEARCHES = (
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.OneLineParser(description=__doc__)
     add = parser.add_argument
-    add("--data", default="sample", help="CSV file or data set name (default: %(default)s)")
-    add("--generator_name", default=str(ROOT / "SimCLS" / "demo"), help="folder (default: SimCLS/demo)")
+    add("--data", default="sample", help="CSV file or data set name")
+    add("--generator_name", default=str(ROOT / "SimCLS" / "demo"), help="folder")
     add("--scorer_path", type=Path, help="trained scorer, to choose among the candidates")
-    add("--documents", type=arguments.positive_int, default=150, help="of the test split (default: %(default)s)")
-    add("--rounds", type=arguments.positive_int, default=3, help="default: %(default)s")
-    add("--batch", type=arguments.positive_int, default=32, help="documents (default: %(default)s)")
+    add("--documents", type=arguments.positive_int, default=150, help="of the test split")
+    add("--rounds", type=arguments.positive_int, default=3, help="of timing")
+    add("--batch", type=arguments.positive_int, default=32, help="documents")
     add("--output", type=Path, help="by default benchmarks/results/<hardware>/searches.json")
     return parser
 

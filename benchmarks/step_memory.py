@@ -6,7 +6,6 @@ activation that is kept for backward, or one that passes; in backward a gradient
 report.py draws the figure from the record.
 """
 
-import argparse
 import contextlib
 import sys
 import weakref
@@ -101,7 +100,8 @@ def follow_step(model, images, labels):
 
 
 def curve(lives):
-    """[[tick, bytes of each of KINDS], ...], at most POINTS of them, each the fullest of its stretch of ticks."""
+    """([[tick, bytes of each of KINDS], ...], at most POINTS of them, each the fullest of its stretch of ticks; the
+    peak without the gradients of weights)"""
     changes = [{} for _ in range(lives.clock + 1)]
     for kind, size, born, freed in lives.lives:
         for tick, change in ((born, size), (freed, -size)):
@@ -113,12 +113,13 @@ def curve(lives):
             now[kind] += size
         points.append([tick, *now.values()])
     stretch = -(-len(points) // POINTS)
-    return [max(points[first : first + stretch], key=lambda point: sum(point[1:]))
-            for first in range(0, len(points), stretch)]  # fmt: skip
+    fullest = [max(points[first : first + stretch], key=lambda point: sum(point[1:]))
+               for first in range(0, len(points), stretch)]  # fmt: skip
+    return fullest, max(sum(point[1:5]) for point in points)
 
 
 def main():
-    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.OneLineParser(description=__doc__)
     parser.add_argument("--model", type=model_name, default="resnext29_4x64d")
     parser.add_argument("--batch_size", type=arguments.positive_int, default=16)
     parser.add_argument("--budget", type=arguments.share, default=0.5, help="peak of the plan, as a share of plain's")
@@ -140,9 +141,8 @@ def main():
     path = args.output or results_path("step_memory", device)
     for name, model in models.items():
         lives, turn = follow_step(model.to(device).train(), images, labels)
-        points = curve(lives)
+        points, peak = curve(lives)
         held = sum(size for kind, size, *_ in lives.lives if kind == "kept for backward")
-        peak = max(sum(point[1:5]) for point in points)  # Without the gradients of weights.
         record["steps"][name] = {"backward_begins": turn, "ends": lives.clock, "held_bytes": held, "points": points}
         print(f"{name:12} held {held / 2**20:7.1f} MiB, peak {peak / 2**20:7.1f} MiB")
         write_record(path, record)

@@ -69,21 +69,20 @@ def boolean(text):
 FLAG = {"type": boolean, "nargs": "?", "const": True, "default": False}
 
 
-def first_line(text):
-    """The first line of a docstring; "" where python3 -OO has left none."""
-    return (text or "").partition("\n")[0]
-
-
-class OneLineParser(argparse.ArgumentParser):
-    """An ArgumentParser whose errors are one line, without the usage before it."""
-
-    def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
-
-
-class HelpWithDefaults(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the defaults that say something: None and False are "left out", which --help need not spell."""
+class HelpWithDefaults(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Shows the description as it is written, and the defaults that say something: None and False are "left out", which
+    --help need not spell."""
 
     def _get_help_string(self, action):
         silent = action.default is None or action.default is False
         return action.help if silent else super()._get_help_string(action)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An ArgumentParser whose errors are one line, without the usage before it, and whose help is HelpWithDefaults."""
+
+    def __init__(self, **more):
+        super().__init__(formatter_class=HelpWithDefaults, **more)
+
+    def error(self, message):
+        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")

@@ -116,6 +116,12 @@ class World(NamedTuple):
         return bool(least)
 
 
+def refuse_job():
+    """UserError under torchrun, for a script that would do all its work in each process."""
+    if read_job().size > 1:
+        raise UserError("this script works in one process; start it with python3 in the place of torchrun")
+
+
 class Job(NamedTuple):
     """What torchrun tells a process by environment variables. is_started: whether it started this one."""
 

@@ -9,7 +9,6 @@ The record beside the .pt says what else is needed. Without one, as beside weigh
 --data_dir name the data that they were trained on, and --mean and --std how its pictures were normalised.
 """
 
-import argparse
 import json
 import sys
 from pathlib import Path
@@ -35,7 +34,7 @@ from weights import load_model, read_record
 
 
 def get_args_parser():
-    parser = OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = OneLineParser(description=__doc__)
     add = parser.add_argument
     add("run", type=Path, metavar="RUN.pt", help="trained weights, as a run or pytorch-cifar has written them")
     add("--pictures", type=Path, nargs="+", metavar="FILE", help="classify these files, and nothing else")

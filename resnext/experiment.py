@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from harness import determinism, devices, run_log, runs, tracing
 from harness.arguments import (
     FLAG,
-    HelpWithDefaults,
     OneLineParser,
     default_workers,
     learning_rate,
@@ -44,7 +43,7 @@ NOT_RESULTS = (
 
 
 def get_args_parser(description, kind=OneLineParser):
-    parser = kind(description=description, formatter_class=HelpWithDefaults)
+    parser = kind(description=description)
     add = parser.add_argument
     add(
         "--num_workers",

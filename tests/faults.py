@@ -10,7 +10,6 @@ the script has it) then ends with the files of the undisturbed run, bit for bit.
 read-only disks need root. tests/test_faults.py is the short form.
 """
 
-import argparse
 import collections
 import json
 import os
@@ -70,13 +69,13 @@ class Trials:
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = arguments.OneLineParser(description=__doc__)
     integer = arguments.positive_int
-    parser.add_argument("--trials", type=integer, default=50, help="times SIGKILL, over all scripts (default: 50)")
-    parser.add_argument("--others", type=integer, default=2, help="times each other fault for each script (default: 2)")
+    parser.add_argument("--trials", type=integer, default=50, help="times SIGKILL, over all scripts")
+    parser.add_argument("--others", type=integer, default=2, help="times each other fault for each script")
     parser.add_argument("--faults", nargs="+", default=[""], help="only those whose names hold one of these words")
     parser.add_argument("--scripts", nargs="+", default=[], help="only those whose names hold one of these words")
-    parser.add_argument("--seed", type=arguments.seed, default=0, help="of the random moments (default: 0)")
+    parser.add_argument("--seed", type=arguments.seed, default=0, help="of the random moments")
     parser.add_argument("--output", type=Path, help="record, as JSON; rows of other faults and scripts stay in it")
     return parser
 

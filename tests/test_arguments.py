@@ -39,7 +39,7 @@ def test_a_learning_rate_fits_into_float32():
 
 
 def test_help_shows_the_defaults_that_say_something():
-    parser = arguments.OneLineParser(formatter_class=arguments.HelpWithDefaults)
+    parser = arguments.OneLineParser()
     parser.add_argument("--size", type=int, default=7, help="of it")
     parser.add_argument("--name", help="what it is called")
     parser.add_argument("--loud", action="store_true", help="be heard")

@@ -9,11 +9,13 @@ import torch
 from data_utils import LengthBatches
 from main import load_model
 from model import load_encoder, load_scorer, save_scorer
+from transformers import AutoTokenizer, BertModel
 
 from harness.distributed import World
 from harness.endings import UserError
 from harness.epochs import Epoch
 from harness.resume import StopRequest, read_state
+from harness.timing import PhaseTimer
 from scorer.scorer_arguments import cached_path, get_args_parser
 from scorer.scorer_run import ScorerRun
 
@@ -66,7 +68,7 @@ def run(tmp_path, monkeypatch):
     run = ScorerRun(get_args_parser("").parse_args(["--run_name", "x"]), World(0, 1, CPU), precision="fp32")
     run._updates_an_epoch, run.facts["peak_rate"] = 10, 1.0
     run._description, run.batches, run.stop = {"encoder": "x"}, LengthBatches([1] * 80, 4, 2, 0), StopRequest()
-    run.stop.signal = signal.SIGINT
+    run.stop.signal, run.phase = signal.SIGINT, PhaseTimer(CPU)
     run.add_validation(3, result_of(1.0), scorer)
     return run, scorer
 
@@ -121,6 +123,16 @@ def test_a_diverged_run_leaves_the_files_as_they_were(run, loss, good_sums):
         with pytest.raises(UserError, match=r"loss became (nan|inf) in epoch 1: cache/x keeps .* at update 3; .* --lr"):
             keep(epoch, result_of(loss), *more)
         assert files(run.folder) == before
+
+
+def test_a_model_whose_first_token_reads_nothing_behind_it_is_no_encoder(encoders, tmp_path):
+    """As a decoder's: by it all texts would be the same."""
+    model = BertModel.from_pretrained(encoders["bert"])
+    model.config.is_decoder = True
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(encoders["bert"]).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="is no encoder of texts"):
+        load_encoder(str(tmp_path))
 
 
 def test_a_stopped_run_saves_only_what_it_can_go_on_from(run):

@@ -9,6 +9,7 @@ import summarize
 import torch
 from model import load_scorer, save_scorer
 
+from harness.endings import UserError
 from scorer import choices
 from search.generator import CandidateGenerator, load_generator
 
@@ -48,6 +49,14 @@ def test_each_line_of_text_gets_a_line_however_it_comes(run_here, encoders, tmp_
     assert run_here(tmp_path / "texts.csv", "--doc_col_name", "body") == lines
     monkeypatch.setattr(summarize, "STANDARD_INPUT", tmp_path / "texts.txt")
     assert run_here("-") == lines
+
+
+def test_a_job_of_several_processes_is_refused(run_here, tmp_path, monkeypatch):
+    job = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}
+    for name, value in job.items():
+        monkeypatch.setenv(name, str(value))
+    with pytest.raises(UserError, match="works in one process; start it with python3"):
+        run_here(tmp_path / "texts.txt")
 
 
 def test_a_scorer_and_its_weight_of_the_likelihood_choose(run_here, encoders, tmp_path):

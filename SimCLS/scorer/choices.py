@@ -1,6 +1,7 @@
 """Ways to choose one of a document's candidates: by a scorer, and by rules that cost next to nothing."""
 
 import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +10,8 @@ from data_utils import SampleSet, TextEncoding, tokenize_samples
 from model import load_scorer, score_samples
 from pretrained import half_precision_name
 
+from harness.arguments import positive_int
+from harness.endings import UserError
 from harness.precision import Precision, choose_precision
 from scorer.likelihood import combine
 from texts import provenance
@@ -23,6 +26,21 @@ class Judge(NamedTuple):
     description: dict  # As from `load_scorer`.
     precision: Precision
     digest: str  # Of the file of its weights.
+
+
+def add_judge_arguments(parser):
+    """Add the arguments of `load_judge` to an argument parser, but for --half_precision."""
+    add = parser.add_argument
+    add("--scorer_path", type=Path, help="trained scorer, such as cache/run/scorer.bin")
+    add("--model_type", help="its encoder, a folder or a hub name; by default that of scorer.json beside the scorer")
+    add("--total_len", type=positive_int, help="tokens of a document that it reads; by default as in its training")
+    add("--max_len", type=positive_int, help="tokens of a summary that it reads; by default as in its training")
+
+
+def check_scorer_path(args):
+    """UserError when --scorer_path names no file."""
+    if args.scorer_path and not args.scorer_path.is_file():
+        raise UserError(f"--scorer_path {args.scorer_path} is no file; main.py writes cache/<run>/scorer.bin")
 
 
 def load_judge(args, world, say=print):

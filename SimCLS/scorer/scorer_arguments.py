@@ -8,7 +8,6 @@ from model import MARGIN, MAX_LEN, TOTAL_LEN
 from harness import determinism, devices, run_log, runs, tracing
 from harness.arguments import (
     FLAG,
-    HelpWithDefaults,
     OneLineParser,
     default_workers,
     fraction,
@@ -30,7 +29,7 @@ CACHE = Path("cache")
 
 
 def get_args_parser(description):
-    parser = OneLineParser(description=description, formatter_class=HelpWithDefaults)
+    parser = OneLineParser(description=description)
     add = parser.add_argument
     add("--dataset", default="samples", help="folder with the sample folders train, val and test")
     add("--model_type", help="encoder to start from: a folder, a name on the hub, or minilm (of "

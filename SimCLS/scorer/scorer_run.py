@@ -190,9 +190,10 @@ class ScorerRun(Run):
             self.leave(epoch)
         metrics = self.state["metrics"]
         self._check_loss(epoch.number, "loss", 0.0 if metrics.finite(self.world) else float("nan"))
-        self.add_validation(self._update(epoch.number, epoch.step), result, self.state["scorer"])
-        metrics.gather(self.world)
-        self.save(epoch.number, epoch.step, **self.state)
+        with self.phase.paused():
+            self.add_validation(self._update(epoch.number, epoch.step), result, self.state["scorer"])
+            metrics.gather(self.world)
+            self.save(epoch.number, epoch.step, **self.state)
 
     def may_go_on(self):
         weights = self.state["scorer"].parameters()
@@ -223,6 +224,7 @@ class ScorerRun(Run):
         loss is not finite."""
         loss = self.state["metrics"].epoch_loss(self.world)
         self._check_loss(epoch.number, "loss", loss)
+        self.state["metrics"].gather(self.world)  # The state that is saved next is the main process's.
         self.add_validation(self._update(epoch.number, epoch.done), result, self.state["scorer"])
         within = epoch.timing["phases"].get("validation")
         seconds = epoch.timing["seconds"] - (within["host_ms"]["total"] / 1e3 if within else 0)

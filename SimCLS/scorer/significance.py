@@ -65,4 +65,4 @@ def permutation_test(differences):
         signs = random.integers(0, 2, (RESAMPLES_AT_ONCE, count)) * 2.0 - 1
         # The margin is for rounding: the same sum in another order counts as equal.
         as_far += (np.abs(signs @ differences / count) >= observed - 1e-12).sum(0)
-    return as_far / (RESAMPLES // RESAMPLES_AT_ONCE * RESAMPLES_AT_ONCE + 1)
+    return as_far / (RESAMPLES + 1)

@@ -30,6 +30,8 @@ class CTranslate2Beams(TokenRules):
     def __init__(self, model, *, num_beams, max_length, min_length, length_penalty, no_repeat_ngram_size, compute_type):
         if not T5Decoder.supports(model):
             raise ValueError(f"--engine ctranslate2 knows models of T5's kind, and not of {model.config.model_type}")
+        if model.device.type != "cpu":
+            raise ValueError("--engine ctranslate2 is for the CPU; add --device cpu")
         # CTranslate2 decodes by itself: no decoder of ours is made.
         super().__init__(model, max_length, min_length, no_repeat_ngram_size, decoder=self)
         if len(self.end_tokens) != 1 or len(self.suppressed) or any(self.forced.values()):
@@ -64,8 +66,7 @@ class CTranslate2Beams(TokenRules):
         spec.optimize()
         with tempfile.TemporaryDirectory() as folder:
             spec.save(folder)
-            where = {"device": self.device.type, "intra_threads": torch.get_num_threads()}
-            return ctranslate2.Translator(folder, compute_type=compute_type, **where)
+            return ctranslate2.Translator(folder, compute_type=compute_type, intra_threads=torch.get_num_threads())
 
     def encode(self, input_ids, attention_mask):
         return None  # CTranslate2 encodes and searches at once.
@@ -92,7 +93,8 @@ class CTranslate2Beams(TokenRules):
         )
 
     def _log_probs(self, sources, hypotheses):
-        """The model's own log-probability of each hypothesis, whatever was forbidden when it was found."""
+        """The model's own log-probability of each hypothesis, whatever was forbidden when it was found; in int8 that
+        of the rounded model."""
         end = str(int(self.end_tokens))
         bare = [[token for token in hypothesis if token != end] for hypothesis in hypotheses]
         scored = self.translator.score_batch(sources, bare, max_input_length=0)  # With an end token behind each.

@@ -41,14 +41,13 @@ def add_search_arguments(parser):
     search = parser.add_argument_group("search for candidates; defaults marked * are those of the generation config")
     search.add_argument("--search", type=searches, default="diverse", metavar="diverse|beam|sample", help="diverse or "
         "plain beam search, or nucleus sampling; several as in beam+sample, whose candidates stand in this order, and "
-        "for which a document is encoded once (default: %(default)s)")  # fmt: skip
-    search.add_argument("--num_cands", type=integer, default=CANDIDATES, help="candidates a document, of each search "
-        f"(default: {CANDIDATES})")  # fmt: skip
-    search.add_argument("--num_groups", type=integer, help="groups of beams (default: one a candidate)")
-    search.add_argument("--diversity_penalty", type=number, default=1.0, help="default: %(default)s")
+        "for which a document is encoded once")  # fmt: skip
+    search.add_argument("--num_cands", type=integer, default=CANDIDATES, help="candidates a document, of each search")
+    search.add_argument("--num_groups", type=integer, help="groups of beams; by default one a candidate")
+    search.add_argument("--diversity_penalty", type=number, default=1.0, help="of tokens that other groups have")
     search.add_argument("--top_p", type=arguments.fraction, default=0.9, help="of --search sample: the probability of "
-        "the tokens that are drawn from (default: %(default)s)")  # fmt: skip
-    search.add_argument("--seed", type=arguments.seed, default=0, help="of --search sample (default: %(default)s)")
+        "the tokens that are drawn from")  # fmt: skip
+    search.add_argument("--seed", type=arguments.seed, default=0, help="of --search sample")
     search.add_argument(
         "--length_penalty", type=arguments.finite_float, help="exponent of the length that scores are divided by *"
     )
@@ -56,11 +55,11 @@ def add_search_arguments(parser):
     search.add_argument("--no_repeat_ngram_size", type=arguments.non_negative_int, help="0 allows repetition *")
     search.add_argument("--decoder_max_len", type=integer, help=f"most tokens of a candidate (* or {SUMMARY_LENGTH})")
     search.add_argument(
-        "--max_source_length", type=integer, help="tokens of a document, cut there (default: the tokenizer's)"
+        "--max_source_length", type=integer, help="tokens of a document, cut there; by default the tokenizer's"
     )
     search.add_argument("--engine", choices=ENGINES, default="pytorch", help="of --search beam: ours, or the "
-        "optional package CTranslate2, faster on a CPU, in float32 or in int8 (default: %(default)s)")  # fmt: skip
-    search.add_argument("--cand_gen_batch", type=integer, default=16, help="documents a batch (default: %(default)s)")
+        "optional package CTranslate2, faster on a CPU, in float32 or in int8")  # fmt: skip
+    search.add_argument("--cand_gen_batch", type=integer, default=16, help="documents a batch")
 
 
 def searches(text):
@@ -159,6 +158,8 @@ def load_generator(name, dtype=torch.float32, dropout=None):
         **({} if dropout is None else dict.fromkeys(DROPOUT_KEYS, dropout)),
     )
     try:
+        if tokenizer.pad_token is None:
+            raise ValueError("its tokenizer has no pad token; name one as pad_token in tokenizer_config.json")
         check_start(model, tokenizer)
     except ValueError as error:
         raise UserError(f"--generator_name {name!r}: {error}") from None

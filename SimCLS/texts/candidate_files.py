@@ -1,7 +1,7 @@
 """The candidate text files of one split: collected batch by batch, so that a killed run goes on where it stopped.
 
 While a split is generated, each process appends its batches to `{split}.rank{r}.partial`, one JSON line a batch behind
-a first line with the settings. The six text files are written when all batches are there, each under its name only
+a first line with the settings. The seven text files are written when all batches are there, each under its name only
 when it is whole, and last `{split}.settings.json`, by which a later run knows that there is nothing left to do.
 """
 

@@ -36,6 +36,15 @@ class Document(NamedTuple):
     summary: str
 
 
+def add_dataset_arguments(parser):
+    """Add the arguments that name the documents to an argument parser or group: for `find_dataset` and
+    `read_documents`."""
+    add = parser.add_argument
+    add("--dataset_name", "--data_file", default="sample", help="CSV file or data set name")
+    add("--doc_col_name", default="abstract", help="column of the documents")
+    add("--sum_col_name", default="title", help="column of the summaries")
+
+
 def read_documents(path, document_column="abstract", summary_column="title"):
     """Read the documents of a .csv or .csv.gz file with a header row, in the order of the rows.
 

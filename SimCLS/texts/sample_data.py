@@ -8,7 +8,6 @@ line is its reference summary. It is real text that needs no download. The modul
 are in the order of package, file and line, so that one set of installed versions gives one file.
 """
 
-import argparse
 import ast
 import csv
 import importlib.util
@@ -90,8 +89,8 @@ _MARKUP = [
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output", type=Path, default=SAMPLE, help="the CSV to write (default: %(default)s)")
+    parser = arguments.OneLineParser(description=__doc__)
+    parser.add_argument("--output", type=Path, default=SAMPLE, help="the CSV to write")
     return parser
 
 

@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from harness.endings import UserError
+from reporting.shapes import WHOLE, is_number
 from texts import provenance
 from texts.candidate_files import Lines
 from texts.scoring import mean_score, score
@@ -87,11 +88,11 @@ def _is_text(value):
 
 
 def _is_candidate(value):
-    return isinstance(value, list) and len(value) == 2 and _is_text(value[0]) and isinstance(value[1], (int, float))
+    return isinstance(value, list) and len(value) == 2 and _is_text(value[0]) and is_number(value[1])
 
 
 def _is_likelihood(value):
-    return isinstance(value, list) and len(value) == 2 and isinstance(value[0], (int, float)) and type(value[1]) is int
+    return isinstance(value, list) and len(value) == 2 and is_number(value[0]) and WHOLE[1](value[1])
 
 
 # ------------------------------------------------------------------------------------------------- to make them

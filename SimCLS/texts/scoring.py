@@ -28,7 +28,7 @@ LEAST_SEEN = 0.5  # Of the letters of all references.
 def add_rouge_argument(parser):
     parser.add_argument("--rouge_tokens", choices=ROUGE_TOKENS, default="standard", help="what ROUGE counts: standard "
                         "(English stems; of other scripts than a-z nothing), unicode (words of any script), or "
-                        "characters (for scripts without spaces) (default: %(default)s)")  # fmt: skip
+                        "characters (for scripts without spaces)")  # fmt: skip
 
 
 @functools.cache
