@@ -140,7 +140,7 @@ def sections(runs, evaluations, measured, with_cpu_times):
 
 def page_parts(runs, evaluations, measured):
     """Name -> Markdown: the generated parts of the pages besides the tables of `sections`."""
-    parts = {f"headline-{study.name}": headline.render(runs, study.name) for study in headline.STUDIES}
+    parts = {f"headline-{page}": headline.render(runs, page) for page in headline.PAGES}
     parts |= {"bullets": sentences.bullets(runs, evaluations), "faults": sentences.faults(measured)}
     parts |= {"step-memory": sentences.step_memory(measured)}
     parts |= {"loop": loops.whole("resnext.py")}

@@ -94,8 +94,7 @@ short() {
 
 digits() {
     # The model is too small to share a step between two cores: one thread is faster.
-    local -x OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
-    local common="--dataset digits --model resnext29_2x4d --batch_size 32 --lr 0.0005 --num_worker 2"
+    local common="--dataset digits --model resnext29_2x4d --batch_size 32 --lr 0.0005 --num_worker 2 --threads 1"
     # Half precision may change the result, which takes some epochs to see.
     local long="$common --num_epoch ${EPOCHS:-4} --output_dir runs/digits/results"
     # The rest change times and memory, and no result (tests/test_resnext_scripts.py): two epochs are enough.
@@ -117,8 +116,9 @@ digits() {
 # A CPU takes a model that is small enough for it, and one thread, which is the fastest for it.
 cifar() {
     local model=resnext29_4x64d batch workers
-    [ -n "$cuda" ] || { model=resnext29_2x4d; local -x OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}; }
+    [ -n "$cuda" ] || model=resnext29_2x4d
     local common=(--model "${MODEL:-$model}" --num_worker 2)
+    [ -n "$cuda" ] || common+=(--threads 1)
     [ -z "${PICTURES:-}" ] || common+=(--dataset folder --data_dir "$PICTURES")
     local results=("${common[@]}" --num_epoch "${EPOCHS:-15}" --output_dir runs/cifar10)
     for seed in $SEEDS; do
@@ -136,6 +136,7 @@ cifar() {
             train resnext/resnext.py "${times[@]}" --num_worker $workers
         done
         train resnext/resnext.py "${times[@]}" --loader device
+        [ -n "$cuda" ] || train resnext/resnext.py "${times[@]}" --keep_memory
         [ -z "$half" ] || train resnext/resnext.py "${times[@]}" --half_precision
         train resnext/resnext_checkpoint.py "${times[@]}"
         train resnext/resnext_checkpoint.py "${times[@]}" --policy block

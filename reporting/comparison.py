@@ -43,10 +43,13 @@ def within_noise(new, base):
 
 
 def ratio(new, base):
-    """ "0.76", or "0.98, within the noise": the mean of the Sample `new` over that of `base`; None without both."""
+    """ "0.76", or "0.98, within the noise" where 1 lies in the `ratio_interval`: the mean of the Sample `new` over that
+    of `base`; None without both."""
     if new is None or base is None or base.mean == 0:
         return None
-    return f"{new.mean / base.mean:.2f}{_note(new, base)}"
+    found, low, high = ratio_interval(new, base)
+    noise = new != base and low is not None and low <= 1 <= high
+    return f"{found:.2f}{', within the noise' * noise}"
 
 
 def ratio_interval(new, base):

@@ -3,6 +3,8 @@
 Times on a CPU appear as multiples of a baseline's step: they mean nothing away from the machine.
 """
 
+import textwrap
+
 import matplotlib
 
 matplotlib.use("Agg")
@@ -30,6 +32,7 @@ CURVES = {"loss": "training loss", "acc": "training accuracy, %", "test_acc": "t
 MARKERS = "osD^vP*X<>hd"
 LINES = ("-", "--", ":", "-.")
 LINE_WIDTH = 0.01  # Of a panel's height.
+TITLE_WIDTH = 110  # Characters.
 LEGEND_WIDTH = 150  # Characters of a line of a legend, those of its marks with them.
 SMOOTH = 20  # Losses of single updates are shown as running means of a SMOOTH-th of them, from 2 * SMOOTH on.
 SIDES = {"host": "host time", "device": "GPU time"}
@@ -246,7 +249,7 @@ def finish(figure, handles, title):
         longest = max(len(handle.get_label()) for handle in handles)
         columns = max(1, min(4, len(handles), LEGEND_WIDTH // (longest + 8)))
         figure.legend(handles=handles, loc="outside lower center", ncols=columns)
-    figure.suptitle(title, fontsize=11)
+    figure.suptitle("\n".join(textwrap.fill(line, TITLE_WIDTH) for line in title.split("\n")), fontsize=11)
     return figure
 
 

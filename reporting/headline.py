@@ -69,6 +69,7 @@ TECHNIQUES = {
 }
 FEW_UPDATES, SAME, UNKNOWN = 100, "none: the same numbers", "not known"
 STUDIES = (DATA_LOADER, MIXED_PRECISION, CHECKPOINTING, TOGETHER, SIMCLS)
+PAGES = (*(study.name for study in STUDIES), "freed-memory")
 ORDER = ("together", "mixed-precision", "checkpointing", "data-loader", "simcls")  # What buys most comes first.
 
 
@@ -76,7 +77,7 @@ ORDER = ("together", "mixed-precision", "checkpointing", "data-loader", "simcls"
 class Effect:
     """What one technique does against its baseline. time, memory: (ratio, low, high), with None where not known."""
 
-    study: str
+    kind: tuple  # The key of TECHNIQUES.
     label: str
     technique: str
     when: str
@@ -88,6 +89,14 @@ class Effect:
     row: object
     timed: object  # The Row that its time is of: `row`, or that of short runs.
     published: str | None
+
+    @property
+    def study(self):
+        return self.kind[0]
+
+    @property
+    def page(self):
+        return "freed-memory" if self.label == "freed memory kept" else self.study
 
     @property
     def hardware(self):
@@ -118,8 +127,8 @@ def effects(runs):
             of_hardware.setdefault(group.machine["hardware"], group)
         for group in of_hardware.values():
             found += filter(None, (effect(study, group, row, of_study) for row in group.rows))
-    real = {(each.technique, each.hardware) for each in found if not is_toy(each.group)}
-    found = [each for each in found if not is_toy(each.group) or (each.technique, each.hardware) not in real]
+    real = {(each.kind, each.hardware) for each in found if not is_toy(each.group)}
+    found = [each for each in found if not is_toy(each.group) or (each.kind, each.hardware) not in real]
     places = {each.where: position for position, each in reversed(list(enumerate(found)))}
     return sorted(found, key=lambda each: (each.study == "simcls", is_toy(each.group), places[each.where]))
 
@@ -152,18 +161,18 @@ def effect(study, group, row, of_study):
     """The Effect of a Row of one of STUDIES, whose Groups are `of_study`; None for one that has no place among the
     techniques."""
     base = group.baseline(row)
-    words = next((words for (name, start), words in TECHNIQUES.items()
-                  if name == study.name and f"{row.arm.label} ".startswith(f"{start} ")), None)  # fmt: skip
-    if words is None or base is None or row is base:
+    kind = next((kind for kind in TECHNIQUES
+                 if kind[0] == study.name and f"{row.arm.label} ".startswith(f"{kind[1]} ")), None)  # fmt: skip
+    if kind is None or base is None or row is base:
         return None
-    technique, when = words
+    technique, when = TECHNIQUES[kind]
     if row.arm.label.startswith(("budget", "held")):
         technique += f" {row.arm.label.split()[1]}"
     timed, timed_base = pace.timed(group, row, of_study)
     memory = Record.allocated_gb if base.runs[0].allocated_gb() else Record.saved_mib
     of_peak = row.arm.label.startswith("budget") and memory is Record.saved_mib
     return Effect(
-        study.name,
+        kind,
         row.arm.label,
         technique,
         when,
@@ -203,11 +212,14 @@ def _result(study, row, base):
     new, old = (Sample.of(map(figure, each.runs)) for each in (row, base))
     if new is None or old is None:
         return "–"
+    epochs = max(len(run.epochs) for run in (*row.runs, *base.runs))
+    if study is not SIMCLS and epochs < pace.FEW_EPOCHS:
+        return f"too few epochs to tell: {epochs}"
     if study is not TOGETHER:
         return _change(new, old, unit)
     # Another recipe: at the original's constant rate the last epoch is a draw, which may be far below the best.
     best = (Sample.of(max(run.curve(curve), default=None) for run in each.runs) for each in (row, base))
-    return f"{_change(*best, unit)}, best epoch against best ({new.mean - old.mean:+.1f} at the end)"
+    return f"{_change(*best, unit)}, best epoch against best (at the end {_change(new, old, unit)})"
 
 
 def _change(new, old, unit):
@@ -246,12 +258,12 @@ def _own_words(hardware, everywhere):
     return words
 
 
-def render(runs, study=None):
+def render(runs, page=None):
     """Markdown: the headline table, with what its rows ran on below; "" when there are no runs for it.
 
-    study: the name of one of STUDIES, for its rows alone, and on all machines; without it, those that are `distinct`.
+    page: of PAGES, for its rows alone, and on all machines; without it, those that are `distinct`.
     """
-    found = [each for each in effects(runs) if study == each.study] if study else distinct(effects(runs))
+    found = [each for each in effects(runs) if page == each.page] if page else distinct(effects(runs))
     if not found:
         return ""
     techniques = [each.technique for each in found]
@@ -267,7 +279,7 @@ def render(runs, study=None):
             "Time, ×": each.time and interval_text(*each.time),
             "Memory, ×": each.memory and interval_text(*each.memory),
             "Change in the result": each.result,
-            "When to use it": each.when if study is None else None,
+            "When to use it": each.when if page is None else None,
             "n": str(each.n),
             "Measured on": ", ".join([data_name(each.group), *_own_words(each.hardware, everywhere)])
             + f" ({places.index(each.where) + 1})",
@@ -285,6 +297,6 @@ def render(runs, study=None):
 EXPLANATION = (
     "Time is that of an epoch's training steps. Memory is what the forward pass keeps for the backward pass; of a "
     "`--memory_budget`, and on a GPU, the highest that there is at any time. Both are multiples of the run without the "
-    "technique, with 95 % intervals; each side has n runs, with different random seeds. CPUs were shared with other "
-    "work."
+    "technique, with 95 % intervals; each side has at least n runs, with different random seeds. CPUs were shared with "
+    "other work."
 )

@@ -25,16 +25,17 @@ def bullets(runs, evaluations):
 
 
 def _loading(effects):
-    """Of the first baseline in the headline that loads as the original did: of real pictures before digits."""
-    bases = [each.group.baseline(each.row).runs for each in effects if each.study != "simcls"]
+    """Of the first effect of loading without workers; or else, without its ratio, of the first baseline that loads as
+    the original did: of real pictures before digits."""
+    without = [each for each in effects if each.label == "0 workers" and each.time]
+    bases = [each.group.baseline(each.row).runs for each in without or effects if each.study != "simcls"]
     bases = [runs for runs in bases if loading_label(runs[0]) == "2 workers"]
     sample = Sample.of(run.load_percent() for run in bases[0]) if bases else None
     if sample is None:
         return None
     text = f"with two worker processes a step waits {sample.mean:.1f} % of its time for pictures"
-    ratio = next((each.time for each in effects if each.label == "0 workers" and each.time), None)
-    if ratio:
-        text += f", and without them an epoch takes {interval_text(*ratio)} × the time"
+    if without:
+        text += f", and without them an epoch takes {interval_text(*without[0].time)} × the time"
     return f"**Loading**: {text} ([page]({PAGE}loading.md))."
 
 
@@ -64,7 +65,8 @@ def _everything(effects, runs):
     for race in accuracy.races(runs):
         ratio = accuracy.ratio_of(race, "everything on")
         if ratio:
-            text = f"the best accuracy of the original's way (`resnext.py` as it is) in {ratio} × its time"
+            text = f"{race.target:.1f} % test accuracy, which every run of the original's way (`resnext.py` as it is) "
+            text += f"reaches at some time, in {ratio} × its time"
             return f"**Everything on**: {text} ([page]({PAGE}everything-on.md))."
     return _by_hardware(effects, "together", "**Everything on**", "everything-on")
 
@@ -74,12 +76,13 @@ def _re_ranking(evaluations):
     for record in evaluations:
         figures = [_rouge(record["systems"].get(name, {})) for name in ("generator", "SimCLS", record.get("strongest"))]
         if all(figures):
-            gains.append((*figures, record["strongest"]))
+            gains.append((*figures, record["strongest"], record.get("documents", "all")))
     if not gains:
         return None
-    first, chosen, without, free = min(gains, key=lambda each: each[1][0] - each[0][0])
+    first, chosen, without, free, documents = min(gains, key=lambda each: each[1][0] - each[0][0])
     first, chosen, without = (" / ".join(f"{each:.1f}" for each in figures) for figures in (first, chosen, without))
-    text = f"ROUGE-1 / 2 / L from {first} to {chosen}, where the best rule without a scorer ({free}) has {without}"
+    text = f"ROUGE-1 / 2 / L of {documents} summaries from {first} to {chosen}, "
+    text += f"where the best rule without a scorer ({free}) has {without}"
     return f"**Choosing among summaries** (SimCLS): {text} ([page](/docs/simcls.md#what-it-buys))."
 
 

@@ -23,7 +23,6 @@ from harness.arguments import (
 from harness.endings import UserError
 from harness.files import atomic_write
 from harness.loading import EpochBatches
-from harness.memory import keep_freed_memory
 from harness.precision import half_precision_type
 from harness.run_log import timing_figures
 from harness.timing import nvtx_range
@@ -233,8 +232,6 @@ class ImageRun(runs.Run):
         super().__init__(experiment, args.output_dir, run_name(args, suffix), args, world, NOT_RESULTS, **more)
         self._shown_at = 0.0  # When the bar's figures were last read.
         self.saves_within_epochs = world.size == 1  # Each process has sums of its own, until the epoch ends.
-        if args.keep_memory:
-            keep_freed_memory()
 
     def opening(self):
         return describe_run(self, len(self.batches))

@@ -16,7 +16,7 @@ from torch import nn
 
 from experiment import ImageRun, Metrics, evaluate, get_args_parser, load_data, training_batches
 from harness import determinism, devices, distributed, endings
-from harness.memory import SavedBytes
+from harness.memory import SavedBytes, keep_freed_memory
 from harness.planning import StepCost
 from harness.precision import choose_precision
 from harness.timing import PhaseTimer
@@ -31,6 +31,8 @@ def main():
     add_budget_arguments(parser, DEFAULT_POLICY)
     args = parser.parse_args()
     determinism.apply(args)
+    if args.keep_memory:
+        keep_freed_memory()
     with distributed.world(devices.choose(args)) as world:
         world.check_divisible(args.batch_size)
         precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)

@@ -29,7 +29,7 @@ from harness import determinism, devices, distributed, endings
 from harness.arguments import FLAG, OneLineParser, learning_rate, share
 from harness.loading import largest_batch
 from harness.machine import multiplies_bfloat16
-from harness.memory import SavedBytes
+from harness.memory import SavedBytes, keep_freed_memory
 from harness.planning import StepCost
 from harness.precision import choose_precision, half_precision_type
 from harness.timing import PhaseTimer
@@ -104,6 +104,8 @@ def fast_type(device):
 def main():
     args = get_fast_args_parser().parse_args()
     determinism.apply(args)
+    if args.keep_memory:
+        keep_freed_memory()
     torch.backends.cudnn.benchmark = not args.deterministic
     with distributed.world(devices.choose(args)) as world:
         world.check_divisible(args.batch_size)
