@@ -91,6 +91,11 @@ class Effect:
     published: str | None
 
     @property
+    def name(self):
+        """The technique without the share of a budget."""
+        return TECHNIQUES[self.kind][0]
+
+    @property
     def study(self):
         return self.kind[0]
 
@@ -117,18 +122,18 @@ class Effect:
 def effects(runs):
     """The Effects of all techniques that `runs` show, place by place: real pictures, digits, SimCLS.
 
-    For each study and kind of hardware they are those of one group, as `rank` has it. A technique that has been tried
-    on real pictures is not shown on digits of the same hardware.
+    Each technique is shown for each kind of hardware by one group, the first that has it, as `rank` has it. What has
+    been tried on real pictures is not shown on digits of the same hardware.
     """
     found = []
     for study in STUDIES:
-        of_study, of_hardware = groups(study, runs), {}
+        of_study, shown_by = groups(study, runs), {}
         for group in sorted(of_study, key=rank):
-            of_hardware.setdefault(group.machine["hardware"], group)
-        for group in of_hardware.values():
-            found += filter(None, (effect(study, group, row, of_study) for row in group.rows))
-    real = {(each.kind, each.hardware) for each in found if not is_toy(each.group)}
-    found = [each for each in found if not is_toy(each.group) or (each.kind, each.hardware) not in real]
+            for each in filter(None, (effect(study, group, row, of_study) for row in group.rows)):
+                if shown_by.setdefault((each.name, each.hardware), group) is group:
+                    found.append(each)
+    real = {(each.name, each.hardware) for each in found if not is_toy(each.group)}
+    found = [each for each in found if not is_toy(each.group) or (each.name, each.hardware) not in real]
     places = {each.where: position for position, each in reversed(list(enumerate(found)))}
     return sorted(found, key=lambda each: (each.study == "simcls", is_toy(each.group), places[each.where]))
 
@@ -266,10 +271,10 @@ def render(runs, page=None):
     found = [each for each in effects(runs) if page == each.page] if page else distinct(effects(runs))
     if not found:
         return ""
-    techniques = [each.technique for each in found]
+    techniques = [*TECHNIQUES]
     # Of a technique that machines disagree about, the one that it pays on comes first.
     found.sort(
-        key=lambda each: (ORDER.index(each.study), techniques.index(each.technique), each.time[0] if each.time else 0)
+        key=lambda each: (ORDER.index(each.study), techniques.index(each.kind), each.time[0] if each.time else 0)
     )
     places = list(dict.fromkeys(each.where for each in found))
     everywhere = {each.hardware for each in found}
