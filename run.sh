@@ -187,8 +187,10 @@ choose_encoder() {
     if [ -n "${DRY:-}" ] || python3 $simcls/scorer/minilm.py; then
         # With its four lowest layers of six as they are, a step takes half of the time; what it chooses: docs/log.md.
         learning+=" --model_type minilm --lr 1e-4 --frozen_layers 4"
+        frozen=_frozen4  # In the names of runs.
     else
         learning+=" --model_type $simcls/demo --lr 3e-4"
+        frozen=
         echo "# so the scorer starts from the encoder of SimCLS/demo, which knows less English" >&2
     fi
 }
@@ -206,7 +208,10 @@ chain() (
 # evaluate RECORD RUN PERCENT: of candidates of its own, so of more test documents than `samples` has made samples of. A
 # record of a scorer that has been trained anew since then goes first: the script does not replace it.
 evaluate() {
-    [ -n "${DRY:-}" ] || [ -e "cache/$2/scorer.bin" ] || return 0  # Its training failed, and was named.
+    if [ -z "${DRY:-}" ] && [ ! -e "cache/$2/scorer.bin" ]; then
+        echo "# there is no cache/$2/scorer.bin to evaluate" >&2
+        return 0
+    fi
     if [ -e "$1" ] && [ -n "${AGAIN:-}" -o "cache/$2/scorer.bin" -nt "$1" ]; then show rm -f "$1"; fi
     once "$1" python3 $simcls/evaluate_model.py $generate --dataset_percent "$3" --scorer_path "cache/$2/scorer.bin" --output "$1"
 }
@@ -220,7 +225,7 @@ simcls() (
         done
         train $simcls/main.py $learning --num_workers 4 --half_precision
         train $simcls/main.py $learning --num_workers 4 --use_checkpoint
-        run=simcls_4_worker
+        run=simcls_4_worker$frozen
         [ "$seed" = 0 ] || run+=_seed$seed
         evaluate cache/$run/evaluation.json $run 100
     done

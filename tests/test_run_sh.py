@@ -12,6 +12,8 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+from scorer.scorer_arguments import get_args_parser, run_name
+
 sys.path.append(str(ROOT / "benchmarks"))
 
 
@@ -73,6 +75,15 @@ def test_the_scorer_has_seven_set_ups():
     assert len(trained) == len(set(trained)) == 14
     assert sum("--seed 1" in line for line in trained) == 7
     assert all("--num_epoch 3" in line for line in trained)
+
+
+def test_what_is_evaluated_has_been_trained():
+    lines = [shlex.split(line) for line in run_job("simcls", DRY="1", SEEDS="0 1")]
+    mains = [words[place + 1 :] for words in lines for place, word in enumerate(words) if word.endswith("/main.py")]
+    trained = {f"cache/{run_name(get_args_parser('').parse_args(words))}/scorer.bin" for words in mains}
+    evaluated = {words[words.index("--scorer_path") + 1] for words in lines if "--scorer_path" in words}
+    assert len(evaluated) == 2
+    assert evaluated <= trained
 
 
 @pytest.fixture
