@@ -217,12 +217,12 @@ def _result(study, row, base):
     new, old = (Sample.of(map(figure, each.runs)) for each in (row, base))
     if new is None or old is None:
         return "–"
-    epochs = max(len(run.epochs) for run in (*row.runs, *base.runs))
-    if study is not SIMCLS and epochs < pace.FEW_EPOCHS:
-        return f"too few epochs to tell: {epochs}"
-    if study is not TOGETHER:
+    if study is SIMCLS:
         return _change(new, old, unit)
-    # Another recipe: at the original's constant rate the last epoch is a draw, which may be far below the best.
+    epochs = max(len(run.epochs) for run in (*row.runs, *base.runs))
+    if epochs < pace.FEW_EPOCHS:
+        return f"too few epochs to tell: {epochs}"
+    # At the original's constant rate the last epoch is a draw, which may be far below the best.
     best = (Sample.of(max(run.curve(curve), default=None) for run in each.runs) for each in (row, base))
     return f"{_change(*best, unit)}, best epoch against best (at the end {_change(new, old, unit)})"
 

@@ -114,7 +114,7 @@ def test_the_headline_has_a_row_for_each_technique_with_its_interval_and_what_wa
     assert none["As published, one A100, ×"] == "time 1.52"
     # ln(0.5) with errors of 10 % and 4 % of three runs each: t = 3.07 for 2.62 degrees of freedom.
     assert half["Time, ×"] == "0.50 (0.40 to 0.62)"
-    assert half["Change in the result"] == "+1.0 points"
+    assert half["Change in the result"] == "+1.0 points, best epoch against best (at the end +1.0 points)"
     assert (half["n"], half["Memory, ×"]) == ("3", "1.00")
     assert half["As published, one A100, ×"] == "time 0.76"
 
