@@ -11,6 +11,7 @@ import memory_plan
 import techniques
 from harness.planning import Plan
 
+DATA = SimpleNamespace(size=32, train_labels=range(100))
 PLAN = Plan(frozenset({"stem.relu1"}), 100, 80, 200, 150, 5, 1000, 0.1)
 
 
@@ -53,11 +54,11 @@ def test_a_resumed_run_keeps_its_plan(monkeypatch):
     plans = iter([PLAN, PLAN._replace(redo=frozenset({"stem.conv1"}))])
     monkeypatch.setattr(memory_plan, "plan_recomputation", lambda timeline, peak, cost: next(plans))
     model = SimpleNamespace(rehearse=lambda *args, **layout: None)
-    data, precision = SimpleNamespace(size=32), SimpleNamespace(autocast=contextlib.nullcontext)
+    precision = SimpleNamespace(autocast=contextlib.nullcontext)
     first, resumed = run_with({}), run_with({})
     for run, kept in ((first, {}), (resumed, first.facts)):
         run.saved_facts = lambda kept=kept: kept
-        assert memory_plan.plan_memory(model, data, run.args, run.world, precision, run) == PLAN
+        assert memory_plan.plan_memory(model, DATA, run.args, run.world, precision, run) == PLAN
         assert model.policy == PLAN.redo
     assert resumed.facts == first.facts
 
@@ -70,5 +71,5 @@ def test_the_processes_of_a_job_plan_alike(monkeypatch, processes, cost):
     model, run = SimpleNamespace(rehearse=lambda *args, **layout: None), run_with({})
     run.world.size = processes
     precision = SimpleNamespace(autocast=contextlib.nullcontext)
-    memory_plan.plan_memory(model, SimpleNamespace(size=32), run.args, run.world, precision, run)
+    memory_plan.plan_memory(model, DATA, run.args, run.world, precision, run)
     assert costs == [cost]
