@@ -75,6 +75,9 @@ class Scorer(nn.Module):
         # The older name warns where the newer exists; both take the arguments of torch.utils.checkpoint.
         enable = getattr(self.encoder, "activation_checkpointing_enable", self.encoder.gradient_checkpointing_enable)
         enable({"use_reentrant": False})
+        # Of these the library lets the embeddings require gradients, as reentrant checkpointing needs: backward would
+        # go through frozen layers, too, and recompute them.
+        self.encoder.disable_input_require_grads()
 
     def freeze_layers(self, count):
         """Let the embeddings and the `count` lowest layers keep their weights: backward ends above them.

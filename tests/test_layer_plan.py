@@ -79,3 +79,18 @@ def test_frozen_layers_get_no_gradient_the_others_their_own_and_a_plan_leaves_th
     assert all(name[0] in "23" for name in plan.redo)
     with pytest.raises(ValueError, match=f"the encoder has {LAYERS} layers"):
         scorer.freeze_layers(LAYERS)
+
+
+@pytest.mark.parametrize("make", [make_bert, make_t5])
+def test_recomputation_leaves_frozen_layers_alone(make):
+    """The library lets the embeddings require gradients, for which backward would go through all layers."""
+    scorer = Scorer(make()).train()
+    scorer.freeze_layers(2)
+    scorer.recompute_activations()
+    layers = next(each for each in scorer.modules() if isinstance(each, torch.nn.ModuleList) and len(each) == LAYERS)
+    calls = []
+    for number, layer in enumerate(layers):
+        part = next(each for each in layer.modules() if isinstance(each, torch.nn.Linear))
+        part.register_forward_hook(lambda *_, number=number: calls.append(number))
+    scorer.encode_texts([TEXTS], [LENGTHS]).square().sum().backward()
+    assert [calls.count(number) for number in range(LAYERS)] == [1, 1, 2, 2]

@@ -1,7 +1,5 @@
 """Nucleus sampling: what is drawn, how often, and that a document's draws are its own."""
 
-from types import SimpleNamespace
-
 import pretrained
 import pytest
 import tiny_seq2seq
@@ -74,12 +72,18 @@ def test_settings_that_would_change_the_draws_are_refused(name, value):
         search(model)
 
 
+class Tokens(list):
+    """A tokenizer that knows no token."""
+
+    pad_token = "<pad>"
+
+
 def test_dropout_is_all_of_the_generator_s(tmp_path, monkeypatch):
     tiny_seq2seq.build("bart").save_pretrained(tmp_path)
-    monkeypatch.setattr(pretrained, "load_tokenizer", lambda *_, **__: SimpleNamespace(pad_token="<pad>"))
+    monkeypatch.setattr(pretrained, "load_tokenizer", lambda *_, **__: Tokens())
     monkeypatch.setattr(generator, "check_start", lambda *_: None)
     config = generator.load_generator(str(tmp_path), dropout=0.25)[0].config
     assert (config.dropout, config.attention_dropout, config.activation_dropout) == (0.25, 0.25, 0.25)
-    monkeypatch.setattr(pretrained, "load_tokenizer", lambda *_, **__: SimpleNamespace(pad_token=None))
+    monkeypatch.setattr(Tokens, "pad_token", None)
     with pytest.raises(UserError, match="its tokenizer has no pad token"):
         generator.load_generator(str(tmp_path))
