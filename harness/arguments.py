@@ -43,13 +43,17 @@ def workers(text):
 
     Far more are a slip of the pen, and would take the machine down before anything could be said about them.
     """
-    most = max(64, 8 * usable_cores())
-    return _number(int, lambda value: 0 <= value <= most, f"a whole number from 0 to {most}")(text)
+    return _a_few(text, 0)
 
 
 def threads(text):
-    """An argparse type: a number of threads, from 1 to 64, or to 8 a usable core where that is more."""
-    return workers(text) or positive_int(text)
+    """An argparse type: a number of threads of this process, at least 1 and as many as `workers`."""
+    return _a_few(text, 1)
+
+
+def _a_few(text, least):
+    most = max(64, 8 * usable_cores())
+    return _number(int, lambda value: least <= value <= most, f"a whole number from {least} to {most}")(text)
 
 
 def default_workers(wanted):

@@ -17,9 +17,9 @@ from harness.files import ROOT, portable
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "nvtx")
 # Linux's names of a processor's abilities, x86's and ARM's: the first that is there, and any of the second line.
 VECTOR_INSTRUCTIONS = {"avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
+BFLOAT16_FLAGS, BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}, "bfloat16"
 # Variables that make the same computation faster or slower: threads, allocators.
 ENVIRONMENT = re.compile(r"(OMP|MKL|MALLOC|PYTORCH)_\w+|LD_PRELOAD")
-BFLOAT16_FLAGS, BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}, "bfloat16"
 
 
 def describe_machine(device):

@@ -1,4 +1,5 @@
-"""How long each way to train takes to reach a test accuracy, by the clock on the wall: everything counts."""
+"""How long each way to train takes to reach a test accuracy, with all that counts by the clock on the wall: loading,
+training, evaluation and saving, at the pace that reporting/pace.py tells."""
 
 import dataclasses
 

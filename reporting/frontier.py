@@ -111,8 +111,8 @@ def draw_families(panel, rows):
 
 def draw_spread(panel, record):
     """Whiskers from the lowest to the highest round, of the arms whose steps were timed."""
-    for row in record["training"]:
-        figures = [isinstance(row, dict) and row.get(name) for name in ("peak_share", "step_low", "step_high")]
+    for row in filter(lambda row: isinstance(row, dict), record["training"]):
+        figures = [row.get(name) for name in ("peak_share", "step_low", "step_high")]
         if all(map(is_number, figures)):
             x, low, high = figures
             panel.plot([x, x], [low, high], color="black", linewidth=1, marker="_", zorder=1)

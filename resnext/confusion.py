@@ -66,11 +66,11 @@ def draw_matrix(matrix, classes, title):
     shares = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
     figure.colorbar(picture, label="share of the class's pictures (%)", shrink=0.8)
-    axes.set_title(title)
+    axes.set_title(literal(title))
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
     ticks = range(0, len(classes), -(-len(classes) // 60))
-    names = [classes[tick] for tick in ticks]
+    names = [literal(classes[tick]) for tick in ticks]
     axes.set_xticks(ticks, names, rotation=90)
     axes.set_yticks(ticks, names)
     if len(classes) <= WIDEST_TABLE:
@@ -94,6 +94,12 @@ def draw_mistakes(mistakes, images, predictions, classes):
         if number < len(mistakes):
             index = mistakes[number]
             axes.imshow(images[index])
-            guess, truth = (classes[labels[index]][:16] for labels in (predictions.predicted, predictions.labels))
+            both = (predictions.predicted, predictions.labels)
+            guess, truth = (literal(classes[labels[index]][:16]) for labels in both)
             axes.set_title(f"{guess}, {100 * predictions.probabilities[index]:.1f} %\nis {truth}", fontsize=9)
     return figure
+
+
+def literal(text):
+    """`text` as matplotlib shows it letter by letter: what stands between two dollars it would take for a formula."""
+    return text.replace("$", r"\$")

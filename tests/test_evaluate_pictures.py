@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-from confusion import Predictions, class_lines, matrix_lines
+from confusion import Predictions, class_lines, draw_matrix, draw_mistakes, matrix_lines
 from harness.endings import UserError
 from weights import load_model, read_record
 
@@ -189,6 +189,16 @@ def test_export(place):
     onnxruntime = pytest.importorskip("onnxruntime")
     (outputs,) = onnxruntime.InferenceSession(place / "out.onnx").run(None, {"pictures": inputs.numpy()})
     torch.testing.assert_close(torch.from_numpy(outputs), expected)
+
+
+def test_dollars_in_the_names_of_classes_are_no_formula(tmp_path):
+    classes = ["cost_$5_$10", "a $^$ b"]
+    predictions = Predictions(np.array([0, 1]), np.array([1, 1]), np.array([0.9, 0.5]))
+    figure = draw_matrix(predictions.confusion(2), classes, "run $_$")
+    figure.savefig(tmp_path / "matrix.png")
+    assert figure.axes[0].get_title() == r"run \$_\$"
+    images = np.zeros((2, 8, 8, 3), np.uint8)
+    draw_mistakes(np.array([0]), images, predictions, classes).savefig(tmp_path / "mistakes.png")
 
 
 def test_tables():
