@@ -233,9 +233,14 @@ def tokenize_samples(samples, encoding, max_num, rouge_tokens=None):
     samples: iterable of dicts as from `read_sample`. max_num: candidates of a sample beyond so many are left out.
     rouge_tokens: compute the three ROUGE values of each candidate too, as choosing among them needs: of these tokens.
     """
-    samples = iter(samples)
+    samples, references = iter(samples), []
     chunks = iter(lambda: list(itertools.islice(samples, CHUNK)), [])
-    tokenized = [each for chunk in chunks for each in _tokenize_chunk(chunk, encoding, max_num, rouge_tokens)]
+    tokenized = []
+    for chunk in chunks:
+        tokenized += _tokenize_chunk(chunk, encoding, max_num, rouge_tokens)
+        references += [" ".join(sample["abstract"]) for sample in chunk]
+    if rouge_tokens:  # Of all samples together: some of a few may be of another script.
+        check_references(references, rouge_tokens, "the samples", lambda line: None)
     texts = [text for sample in tokenized for text in sample.texts]
     arrays = {
         "ids": _smallest(np.concatenate(texts)),
@@ -272,7 +277,6 @@ def _tokenize_chunk(samples, encoding, max_num, rouge_tokens):
 
 
 def _rouge_of(samples, max_num, tokens):
-    check_references((" ".join(sample["abstract"]) for sample in samples), tokens, "the samples", lambda line: None)
     for sample in samples:
         yield score(sample["abstract"], [text for text, _ in sample["candidates"][:max_num]], tokens).astype(np.float32)
 

@@ -32,7 +32,7 @@ from utils import read_lines
 from harness import arguments, devices, distributed, endings
 from harness.arguments import positive_float, positive_int
 from harness.endings import UserError
-from harness.files import places, portable, write_record
+from harness.files import place_digest, places, portable, write_record
 from harness.machine import describe_machine
 from harness.precision import choose_precision, half_precision_or_auto
 from harness.resume import changes
@@ -74,6 +74,8 @@ ASKED |= {"max_length": "decoder_max_len"}
 USED = {"places": "other folders of the same names", "precision": "another precision"}
 USED |= {"scorer_digest": "other weights of the scorer"}
 ORDER = (*FREE, "worst", "best", ALONE, "SimCLS")
+# Arguments that change no figures.
+NEUTRAL = ("output", "batch_size", "cand_gen_batch", "device", "threads")
 
 
 def get_args_parser():
@@ -112,15 +114,13 @@ def main():
     check_arguments(args)
     beside = args.summaries or args.scorer_path
     output = args.output or beside.with_name("evaluation.json")
-    # Where these change, the figures do not.
-    neutral = ("output", "batch_size", "cand_gen_batch", "device", "threads")
-    arguments = {name: portable(value) for name, value in vars(args).items() if name not in neutral}
+    arguments = {name: value for name, value in vars(args).items() if name not in NEUTRAL}
     with distributed.world(devices.choose(args)) as world:
         judge = None if args.summaries else load_judge(args, world)
-        used = {"places": places(vars(args))}
+        used = {"places": places(arguments)}
         if judge:
             used |= {"precision": judge.precision.label, "scorer_digest": judge.digest}
-        refuse_to_replace(output, arguments, used)
+        refuse_to_replace(output, portable(arguments), used)
         judged = judge_candidates(args, world, judge) if judge else judge_files(args)
         result = summarise(judged.systems) | judged.facts
         print_table(result)
@@ -156,6 +156,10 @@ def refuse_to_replace(output, arguments, used):
         record = json.loads(output.read_bytes())
         ours = record["experiment"] == EXPERIMENT
         was = changes({name: record["arguments"].get(name) for name in arguments}, arguments)
+        theirs = {name: digest for name, digest in record.get("places", {}).items() if name in arguments}
+        # Older records have the places of relative paths, too.
+        ours = {name: place_digest(str(arguments[name])) for name in theirs} | used["places"]
+        record, used = record | {"places": theirs}, used | {"places": ours}
         was = was or ", ".join(text for key, text in USED.items() if record.get(key) != used.get(key))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         ours = False

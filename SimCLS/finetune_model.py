@@ -67,7 +67,7 @@ def get_args_parser():
     training.add_argument("--max_steps", type=integer, help="end after this many updates, whatever --num_epoch says")
     tracing.add_argument(training)
     training.add_argument("--batch_size", type=integer, default=16, help="documents a step, over all processes")
-    training.add_argument("--lr", type=number, default=3e-4, help="peak learning rate of AdamW")
+    training.add_argument("--lr", type=arguments.learning_rate, default=3e-4, help="peak learning rate of AdamW")
     training.add_argument(
         "--warmup",
         type=arguments.fraction,
@@ -120,7 +120,8 @@ def main():
     splits = {split: take_percent(part, args.dataset_percent) for split, part in split_documents(documents).items()}
     if args.lead_words:
         splits = {split: [with_lead(each, args.lead_words) for each in part] for split, part in splits.items()}
-    check_references((document.summary for document in documents), args.rouge_tokens, args.dataset_name, say)
+    summaries = (document.summary for part in splits.values() for document in part)
+    check_references(summaries, args.rouge_tokens, args.dataset_name, say)
     model, tokenizer = load_generator(args.generator_name, dropout=args.dropout)
     check_lengths(model, tokenizer, args.max_source_length, args.max_target_length)
     set_lengths(args, model, tokenizer)
@@ -232,7 +233,8 @@ def finetune(args, model, tokenizer, splits, dtype):
     shutil.rmtree(finished, ignore_errors=True)  # Which a killed run was removing.
     if args.resume and not checkpoints.is_dir() and (args.save_dir / "finetune.json").is_file():
         refuse_a_finished_run(args)
-        print(f"{args.save_dir / 'finetune.json'} is finished; nothing to resume")
+        if read_job().rank == 0:
+            print(f"{args.save_dir / 'finetune.json'} is finished; nothing to resume")
         return
     last = state_to_resume(args, checkpoints)
     trainer = make_trainer(args, model, tokenizer, splits, dtype, checkpoints)

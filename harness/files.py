@@ -110,8 +110,13 @@ def portable(value):
 
 def places(arguments):
     """{name: digest} of the `arguments`, a dict, that `portable` cuts: it tells two folders of one name apart."""
-    cut = {name: str(value) for name, value in arguments.items() if portable(value) != value}
-    return {name: hashlib.sha256(os.path.abspath(value).encode()).hexdigest()[:8] for name, value in cut.items()}
+    paths = {name: value for name, value in arguments.items() if isinstance(value, (str, Path))}
+    return {name: place_digest(value) for name, value in paths.items() if portable(value) != str(value)}
+
+
+def place_digest(path):
+    """A digest of where `path` is."""
+    return hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:8]
 
 
 def as_recorded(arguments, digests=None):

@@ -8,6 +8,7 @@ import torch
 
 from harness.machine import multiplies_bfloat16
 
+HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}  # By a Precision's label.
 NO_INSTRUCTIONS = "; this one has no instructions for it, so that it saves memory and costs time"
 
 
@@ -66,14 +67,14 @@ def choose_precision(half_precision, device, true_fp32=False, say=print):
 def explain_half_precision(label, device):
     """Whether a run with the Precision `label` on `device` has half precision, and why, in words."""
     slow = device.type == "cpu" and not multiplies_bfloat16()
-    if label in ("fp16", "bf16"):
+    if label in HALF:
         return f"half precision on ({label}{', slow on this processor' * slow})"
     return f"half precision off ({'slow on this processor' if slow else '--half_precision'})"
 
 
 def _label(dtype, device):
     if dtype is not None:
-        return {torch.float16: "fp16", torch.bfloat16: "bf16"}[dtype]
+        return next(label for label, each in HALF.items() if each == dtype)
     if device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0) and torch.backends.cudnn.allow_tf32:
         return "tf32"
     return "fp32"

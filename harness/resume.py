@@ -60,10 +60,10 @@ def load_state(path, arguments):
     check_arguments(path, state["arguments"], arguments)
     try:
         torch.set_rng_state(state["random"]["cpu"])
+        if torch.cuda.is_available() and len(state["random"]["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all(state["random"]["cuda"])
     except (KeyError, RuntimeError, TypeError):
         raise no_state(path) from None
-    if torch.cuda.is_available() and len(state["random"]["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["random"]["cuda"])
     return state["parts"]
 
 

@@ -62,7 +62,7 @@ class PhaseTimer:
         self.warmup_steps = WARMUP_STEPS
         self._phases = {}
         self._host = defaultdict(list)  # name -> nanoseconds, one an occurrence
-        self._events = defaultdict(list)  # name -> (start, end)
+        self._events = defaultdict(list)  # name -> (start, end, milliseconds that it was paused)
         self._spare_events = []
         self.steps_done = 0  # In this process.
         self._epoch_warmup = 0
@@ -118,11 +118,16 @@ class PhaseTimer:
 
     @contextlib.contextmanager
     def paused(self):
-        """Within the block the epoch's clock stands still. Between steps: what is done there is no training."""
+        """Within the block the clock of the epoch, and of a phase that is open, such as the step, stands still: what is
+        done there is no training."""
         self._wait_for_device()  # What it still has to do is.
-        started = time.perf_counter()
+        started = time.perf_counter_ns()
         yield
-        self._epoch_start += time.perf_counter() - started
+        self._wait_for_device()  # Else what the block has asked for would be done within the phase.
+        paused = time.perf_counter_ns() - started
+        self._epoch_start += paused / 1e9
+        for phase in self._phases.values() if self.enabled else ():
+            phase.paused += paused  # A phase that is not open begins anew.
 
     def end_epoch(self):
         """Summarise the epoch and forget its samples.
@@ -151,13 +156,13 @@ class PhaseTimer:
         """Milliseconds of every phase by name. Call after a synchronize."""
         milliseconds = {}
         for name, pairs in self._events.items():
-            milliseconds[name] = np.array([start.elapsed_time(end) for start, end in pairs])
+            milliseconds[name] = np.array([start.elapsed_time(end) - paused for start, end, paused in pairs])
         self._spare(self._events)
         return milliseconds
 
     def _spare(self, events):
         """Put the events of `events` back to be recorded again, and empty it."""
-        self._spare_events.extend(event for pairs in events.values() for pair in pairs for event in pair)
+        self._spare_events.extend(event for pairs in events.values() for pair in pairs for event in pair[:2])
         events.clear()
 
     def _record_event(self):
@@ -173,20 +178,22 @@ class _Phase:
         self._timer, self._name = timer, name
         self.range_name = name  # In the profiler; steps have a number there.
         self._start = self._event = self._watched = None
+        self.paused = 0  # Nanoseconds of this occurrence in which no clock runs.
 
     def __enter__(self):
         push_range(self.range_name)
         self._watched = _enter_watchers(self.range_name) if watchers else None
         if self._timer._on_cuda:
             self._event = self._timer._record_event()
+        self.paused = 0
         self._start = time.perf_counter_ns()
 
     def __exit__(self, error, *_):
-        elapsed = time.perf_counter_ns() - self._start
+        elapsed = time.perf_counter_ns() - self._start - self.paused
         if error in (None, GeneratorExit):  # The second is of a `break` after the phase.
             self._timer._host[self._name].append(elapsed)
             if self._timer._on_cuda:
-                self._timer._events[self._name].append((self._event, self._timer._record_event()))
+                self._timer._events[self._name].append((self._event, self._timer._record_event(), self.paused / 1e6))
         if self._watched:
             self._watched.close()
         pop_range()

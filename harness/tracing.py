@@ -8,6 +8,7 @@ import argparse
 import contextlib
 import os
 import re
+import tempfile
 from collections import defaultdict
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from harness import timing
+from harness.endings import UserError
 from harness.files import make_folder
 
 STEPS = 5  # That are traced, after timing.WARMUP_STEPS of warm-up.
@@ -41,12 +43,13 @@ def _trace_file(text):
 def trace(path, device, say):
     """Within the block, trace the steps that PhaseTimers time, to the file `path`; do nothing when that is None.
 
-    say: takes the lines to print. A block that ends before the warm-up does leaves no file, which is said.
+    say: takes the lines to print. A block that ends before the warm-up does leaves no file, which is said. UserError
+    before the block when the file could not be written.
     """
     if path is None:
         yield
         return
-    make_folder(Path(path).parent)
+    _check_writable(Path(path))
     tracer = _Tracer(Path(path), device, say)
     timing.watchers.append(tracer)
     try:
@@ -54,6 +57,16 @@ def trace(path, device, say):
     finally:
         timing.watchers.remove(tracer)
         tracer.end()
+
+
+def _check_writable(path):
+    make_folder(path.parent)
+    if path.is_dir():
+        raise UserError(f"--trace {path} is a folder; name a file in it")
+    try:
+        tempfile.TemporaryFile(dir=path.parent).close()
+    except OSError as error:
+        raise UserError(f"--trace {path}: cannot write into its folder ({error.strerror}); name another") from None
 
 
 class _Tracer:
@@ -102,17 +115,18 @@ class _Tracer:
             written.append(str(self._path).removesuffix(suffix) + ".memory.pickle")
             torch.cuda.memory._dump_snapshot(written[1])
             torch.cuda.memory._record_memory_history(enabled=None)
-        rows = costliest(self._profile.events(), self._device)
+        steps = min(STEPS, self._steps - timing.WARMUP_STEPS)  # Fewer where the run has ended.
+        rows = costliest(self._profile.events(), self._device, steps)
         self._profile = None
-        for line in [f"traced {STEPS} steps: {', '.join(written)}", *rows]:
+        for line in [f"traced {steps} steps: {', '.join(written)}", *rows]:
             self._say(line)
 
 
-def costliest(events, device):
+def costliest(events, device, steps=STEPS):
     """The operators that took most time by themselves, with the phase that they ran in, as lines of a table.
 
-    events: of a torch.profiler.profile. Backward runs in a thread of its own on CUDA, so that an operator belongs to
-    the phase in whose time it was called.
+    events: of a torch.profiler.profile of so many `steps`. Backward runs in a thread of its own on CUDA, so that an
+    operator belongs to the phase in whose time it was called.
     """
     # An operator has the time of its kernels, which a GPU's profile holds again, each by itself, and phases over them.
     events = [event for event in events if event.device_type == DeviceType.CPU]
@@ -132,5 +146,5 @@ def costliest(events, device):
     lines = [f"{'phase':12} {'operator':45} {'ms a step':>10} {'share':>7} {'calls a step':>13}"]
     for (phase, name), (microseconds, calls) in most:
         share = microseconds / total if total else 0.0
-        lines.append(f"{phase:12} {name[:45]:45} {microseconds / 1e3 / STEPS:10.3f} {share:7.1%} {calls / STEPS:13.1f}")
+        lines.append(f"{phase:12} {name[:45]:45} {microseconds / 1e3 / steps:10.3f} {share:7.1%} {calls / steps:13.1f}")
     return lines

@@ -123,7 +123,11 @@ def gather(args, record, data, num_classes):
     if lacks:
         mean, std = data.statistics
         facts = {"classes": data.classes, "mean": mean, "std": std, "size": data.size} | facts
-        print(f"no record tells {', '.join(lacks)}; taken from the {len(data.train_labels)} training pictures")
+        size = facts["size"]
+        print(
+            f"no record tells {', '.join(lacks)}; taken from the {len(data.train_labels)} training pictures, at "
+            f"{size}x{size} pixels"
+        )
     elif data and data.differs_from(facts):
         print(f"this is not the data set of the run: {data.differs_from(facts)}")
     classes = facts["classes"]

@@ -119,7 +119,9 @@ def load_images(dataset, data_dir, size=SIZE):
     if dataset == "folder":
         return _load_folder(Path(data_dir), size)
     if size != SIZE:
-        raise UserError(f"--size {size} is for --dataset folder; the pictures of {dataset} have sides of {SIZE}")
+        raise UserError(
+            f"the pictures of {dataset} have sides of {SIZE}, not {size}, which --dataset folder alone can have"
+        )
     return {"cifar10": _load_cifar10, "digits": _load_digits}[dataset](Path(data_dir))
 
 

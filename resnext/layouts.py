@@ -72,7 +72,8 @@ def fastest(model, layouts, precision, world, batch_size, size):
     run's precision, on copies of the model: neither its statistics nor any random state changes. The processes of a job
     choose together.
     """
-    copies = {each.channels_last: each.apply(copy.deepcopy(model)) for each in layouts}
+    one_each = {each.channels_last: each for each in layouts}  # The form is set for each step.
+    copies = {channels_last: each.apply(copy.deepcopy(model)) for channels_last, each in one_each.items()}
     random = torch.Generator(world.device).manual_seed(0)
 
     def wait():

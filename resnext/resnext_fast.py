@@ -43,6 +43,7 @@ from weights import start_from
 WARMUP = 0.2  # The share of training in which the learning rate rises.
 LEARNING_RATES = {"sgd": 0.1, "adam": 0.01}  # Where --lr names none.
 SWITCHES = ("channels_last", "grouped_convolution", "compile", "cuda_graphs", "optimizer", "label_smoothing")
+SWITCHES += ("keep_memory",)
 
 
 class FastParser(OneLineParser):

@@ -8,13 +8,11 @@ import torch
 from harness.loading import largest_batch
 from harness.machine import hardware_name
 from harness.planning import describe
-from harness.precision import explain_half_precision
+from harness.precision import HALF, explain_half_precision
 from harness.timing import typical_milliseconds
 from models.grouped_convolution import set_form
 from models.resnext import parse_name
 from models.resnext_checkpoint import CheckpointResNeXt
-
-HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def describe_run(run, steps):
@@ -56,7 +54,7 @@ def _fast(run):
     """What resnext_fast.py can switch."""
     args, layout = run.args, run.facts.get("layout")
     if layout is None:
-        return [_freed_memory(args), "compiling, choice of layout off (resnext_fast.py)"]
+        return [*_freed_memory(run), "compiling, choice of layout off (resnext_fast.py)"]
     why_layout = "as asked"
     if "milliseconds_a_picture" in layout:
         why_layout = "the fastest here" + " before compiling" * args.compile
@@ -67,12 +65,14 @@ def _fast(run):
         f"layout {why_layout}",
         f"compiling {'on' if args.compile else 'off'}{why}",
         f"{'sgd in one cycle' if args.optimizer == 'sgd' else 'constant adam'}, smoothing {args.label_smoothing:g}",
-        _freed_memory(args),
+        *_freed_memory(run),
     ]
 
 
-def _freed_memory(args):
-    return f"freed memory {'kept' if args.keep_memory else 'given back (--keep_memory)'}"
+def _freed_memory(run):
+    if run.world.device.type != "cpu":
+        return []
+    return [f"freed memory {'kept' if run.args.keep_memory else 'given back (--keep_memory)'}"]
 
 
 def plan_of(run, policy=frozenset(), half_precision=False):

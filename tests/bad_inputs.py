@@ -71,7 +71,7 @@ TABLE = {
         ("--data_dir {bad}/pictures/float", "float/train/dark/0.tif (pixels of mode F in TIFF have no certain white"),
         ("--size 20", "--size: '20' is no multiple of 8"),
         ("--size 0", "--size: '0' is not a whole number of at least 1"),
-        ("--dataset digits --size 64", "--size 64 is for --dataset folder"),
+        ("--dataset digits --size 64", "have sides of 32, not 64, which --dataset folder alone can have"),
         ("--init absent.pt", "cannot read absent.pt"),
         ("--init taken", "taken holds no weights of a ResNeXt-29"),
         (

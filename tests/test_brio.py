@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from harness.distributed import World
+from search import ranked_generator
 from search.generator import fingerprint, is_of, load_generator, own_length, own_source_length
 from search.ranked_generator import BrioRun, Means, RankedGenerator, RankedSamples
 from texts import provenance
@@ -75,6 +76,22 @@ def test_what_makes_it_worse_and_samples_of_another_generator_are_said(run_scrip
     assert f"warning: no epoch is better than {encoders['t5']}" in printed
     record = json.loads((tmp_path / "brio" / "brio.json").read_text())
     assert record["before"]["val_rouge1"] >= record["epochs"][0]["val_rouge1"]
+
+
+def test_sentences_of_a_validation_do_not_depend_on_how_many_processes_share_it(encoders, sample_folder, monkeypatch):
+    learnt_from = []
+
+    def splitter(texts):
+        learnt_from.append(list(texts))
+        return SimpleNamespace(split=lambda text: [text])
+
+    monkeypatch.setattr(ranked_generator, "SentenceSplitter", splitter)
+    ranked = RankedGenerator(*load_generator(encoders["t5"]), 1.0)
+    samples = [read_sample(path) for path in sample_files(sample_folder / "val")[:3]]
+    args = SimpleNamespace(num_cands=2, max_source_length=60, rouge_tokens="standard")
+    second = SimpleNamespace(rank=1, size=2, device=CPU, sum=lambda sums: sums)
+    ranked_generator.validate(ranked, samples, args, second, stop=False)
+    assert learnt_from == [[" ".join(sample["article_untok"]) for sample in samples]]
 
 
 def test_a_generators_samples_are_its_own_in_whatever_precision(encoders):

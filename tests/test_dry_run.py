@@ -7,6 +7,8 @@ from types import SimpleNamespace
 import launch
 import pytest
 import torch
+from data_utils import SampleSet, tokenize_samples
+from model import load_scorer
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -15,7 +17,9 @@ from harness.distributed import World
 from harness.memory import SavedBytes
 from images import load_images
 from models.resnext import ResNeXt
+from scorer.scorer_run import ScorerRun
 from techniques import describe_prospects
+from texts.samples import read_sample, sample_files
 
 CPU = torch.device("cpu")
 TINY = "--dataset folder --model resnext29_1x4d --batch_size 8 --num_worker 0 --num_epoch 3 --lr 0.002"
@@ -75,6 +79,26 @@ def test_a_dry_run_foretells_what_a_policy_and_a_plan_keep(pictures):
     planned = prospects(pictures, plan={"redo": ["stem.relu1"]})[0]
     assert block[2] < planned[2] < plain[2]
     assert block[1] > plain[1]
+
+
+def test_a_dry_run_of_the_scorer_counts_no_backward_through_frozen_layers(encoders, sample_folder):
+    scorer, encoding, _ = load_scorer(encoders["bert"], total_len=60, max_len=20)
+    samples = [read_sample(path) for path in sample_files(sample_folder / "val")[:2]]
+    batch = SampleSet(tokenize_samples(samples, encoding, 16), encoding, "cpu").batch([0, 1])
+    run = SimpleNamespace(
+        facts={"precision": "fp32"}, world=World(0, 1, CPU),
+        state={"scorer": scorer, "metrics": SimpleNamespace(last_batch=batch)},
+    )  # fmt: skip
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        scorer(batch)
+    forward, whole = counter.get_total_flops(), ScorerRun._flops(run)
+    assert whole == pytest.approx(3 * forward, rel=0.05)
+    scorer.recompute_activations()
+    redone = ScorerRun._flops(run)
+    assert whole < redone <= whole + forward
+    scorer.freeze_layers(1)
+    assert forward < ScorerRun._flops(run) < redone
+    assert all(weight.grad is None for weight in scorer.parameters())
 
 
 def test_a_dry_run_of_the_scorer_writes_nothing(sample_folder, encoders, tmp_path):

@@ -23,6 +23,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from harness.distributed import World
 from harness.endings import UserError
+from harness.files import place_digest, places
 from harness.precision import choose_precision
 from scorer import choices
 from scorer.metrics import validate
@@ -202,11 +203,29 @@ def test_generated_candidates_are_those_of_the_chain(run_script, encoders, score
         UserError, match=r"one.json is there, an evaluation of --samples None \(now test\); name another"
     ):
         check(one["arguments"] | {"samples": "test"}, used)
-    for name, what in (("places", "other folders of the same names"), ("precision", "another precision"),
-                       ("scorer_digest", "other weights of the scorer")):  # fmt: skip
+    for name, value, what in (("places", {"scorer_path": "another"}, "other folders of the same names"),
+                              ("precision", "another", "another precision"),
+                              ("scorer_digest", "another", "other weights of the scorer")):  # fmt: skip
         with pytest.raises(UserError, match=f"one.json is there, an evaluation of {what};"):
-            check(one["arguments"], used | {name: "another"})
+            check(one["arguments"], used | {name: value})
     check(one["arguments"], used)
+
+
+def test_an_older_record_has_the_places_of_relative_paths_too(tmp_path, monkeypatch):
+    """And of --output, which does not count: such an evaluation may be done again, but not from another folder."""
+    arguments, path = {"samples": "test", "scorer_path": "scorer.bin"}, tmp_path / "evaluation.json"
+    (tmp_path / "one").mkdir()
+    monkeypatch.chdir(tmp_path / "one")
+    old = {
+        name: place_digest(each) for name, each in {**arguments, "scorer_path": "/x/scorer.bin", "output": path}.items()
+    }
+    path.write_text(json.dumps({"experiment": evaluate_model.EXPERIMENT, "arguments": arguments, "places": old}))
+    used = {"places": places({"samples": Path("test"), "scorer_path": Path("/x/scorer.bin")})}
+    assert used["places"].keys() == {"scorer_path"}
+    evaluate_model.refuse_to_replace(path, arguments, used)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="other folders of the same names"):
+        evaluate_model.refuse_to_replace(path, arguments, used)
 
 
 SENTENCES = [

@@ -161,7 +161,9 @@ def test_weights_that_are_not_finite_are_refused(place):
 def test_an_old_record_is_told_in_a_line(place):
     change_record(place, lambda record: record.pop("data"))
     shown = evaluate(place)
-    assert shown.startswith("no record tells classes, mean, std; taken from the 44 training pictures\n")
+    assert shown.startswith(
+        "no record tells classes, mean, std; taken from the 44 training pictures, at 32x32 pixels\n"
+    )
     assert "as the run's record says" in shown
 
 

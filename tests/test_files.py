@@ -14,7 +14,7 @@ import torch
 from harness import files, runs
 from harness.distributed import World
 from harness.endings import UserError
-from harness.files import ROOT, output_lock, portable, staging, write_record
+from harness.files import ROOT, output_lock, places, portable, staging, write_record
 from harness.runs import Run
 
 
@@ -43,6 +43,11 @@ def test_what_a_record_keeps_of_a_path(word, expected, tmp_path, monkeypatch):
 def test_a_path_below_the_repository_is_told_from_there(monkeypatch):
     monkeypatch.chdir(ROOT / "SimCLS")
     assert portable("../resnext/data") == "resnext/data"
+
+
+def test_what_a_record_cuts_has_the_digest_of_its_place():
+    arguments = {"relative": Path("samples"), "text": "samples", "cut": Path("/x/samples"), "lr": 0.1, "none": None}
+    assert places(arguments).keys() == {"cut"}
 
 
 def test_no_record_has_a_folder_of_its_machine(tmp_path, monkeypatch):

@@ -172,16 +172,18 @@ def test_phases_of_the_trainer_are_nvtx_ranges_as_the_other_scripts_have_them(mo
 
     monkeypatch.setattr(generator_trainer, "nvtx_range", nvtx_range)
     phases, model, state = generator_trainer.NvtxPhases(), torch.nn.Linear(1, 1), SimpleNamespace(global_step=0)
-    call = {"args": None, "state": state, "control": None, "model": model, "train_dataloader": range(2)}
+    control = SimpleNamespace(should_training_stop=False)
+    call = {"args": None, "state": state, "control": control, "model": model, "train_dataloader": range(2)}
     phases.on_train_begin(**call)
-    for epoch in range(2):
+    for epoch in range(3):
         phases.on_epoch_begin(**call)
-        for _ in range(2):
+        for _ in range(2 if epoch < 2 else 1):
             phases.on_step_begin(**call)
             model.train()(torch.ones(1)).backward()
             phases.on_pre_optimizer_step(**call)
             phases.on_optimizer_step(**call)
             state.global_step += 1
+            control.should_training_stop = state.global_step == 5  # As of --max_steps 5, in the middle of an epoch.
             phases.on_step_end(**call)
         phases.on_epoch_end(**call)
         assert depth == 1, epoch
@@ -196,7 +198,8 @@ def test_phases_of_the_trainer_are_nvtx_ranges_as_the_other_scripts_have_them(mo
         "2 epoch 1 - step 2",
         *step[:4],
     ]
-    assert "2 epoch 2 - step 2" in opened
+    steps = ["1 - step 1", "1 - step 2", "2 - step 1", "2 - step 2", "3 - step 1"]
+    assert [name for name in opened if "step" in name] == [f"2 epoch {step}" for step in steps]
     assert depth == 0
 
 

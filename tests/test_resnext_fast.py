@@ -224,7 +224,8 @@ def test_names_tell_what_was_switched(monkeypatch):
     for able, kind in ((True, "bfloat16"), (False, None)):
         monkeypatch.setattr(resnext_fast, "multiplies_bfloat16", lambda able=able: able)
         assert get_fast_args_parser().parse_args([]).half_precision == kind
-    assert name() == "_fast"
+    assert name() == name("--keep_memory") == "_fast"
+    assert name("--keep_memory", "False") == "_fast_keep_memory_False"
     assert name("--compile", "True", "--optimizer", "adam") == "_fast_compile_True_optimizer_adam"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     assert name() == "_fast"

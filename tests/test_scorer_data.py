@@ -3,6 +3,7 @@
 import json
 import os
 
+import data_utils
 import numpy as np
 import pytest
 import torch
@@ -125,6 +126,15 @@ def test_token_file_is_used_until_something_changes(sample_folder, encoding, tmp
         assert load()[1]
     os.utime(folder / "0.json", ns=(1, 1))
     assert load()[1]
+
+
+def test_references_are_judged_together_and_not_by_the_chunk_they_are_read_in(sample_folder, encoding, monkeypatch):
+    monkeypatch.setattr(data_utils, "CHUNK", 2)
+    samples = [read_sample(path) for path in sample_files(sample_folder / "val")[:3]]
+    samples[2]["abstract"] = ["剂 量 是 五"]
+    assert "rouge" in tokenize_samples(samples, encoding, 16, "standard")
+    with pytest.raises(UserError, match="the samples: ROUGE's standard tokens"):
+        tokenize_samples(samples[2:], encoding, 16, "standard")
 
 
 def test_published_samples_load(tmp_path, encoding):

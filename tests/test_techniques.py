@@ -49,6 +49,13 @@ def test_why_a_layout_was_taken_is_told(layout, arguments, told):
     assert techniques._fast(run_with({"layout": layout}, **arguments))[0] == told
 
 
+def test_freed_memory_is_told_of_on_a_cpu_alone():
+    run = run_with({"layout": {"form": "groups"}})
+    assert techniques._fast(run)[-1] == "freed memory kept"
+    run.world.device = torch.device("cuda")
+    assert "freed memory" not in "; ".join(techniques._fast(run))
+
+
 def test_a_resumed_run_keeps_its_plan(monkeypatch):
     """The plan follows measured seconds: it would differ from the one that the record's measured bytes are of."""
     plans = iter([PLAN, PLAN._replace(redo=frozenset({"stem.conv1"}))])

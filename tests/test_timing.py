@@ -163,6 +163,21 @@ def test_saving_is_every_so_many_minutes_and_not_timed_as_training(
     assert epoch.timing["phases"]["step"]["device_ms"]["total"] == pytest.approx(3 * 80)
 
 
+def test_a_pause_within_a_step_is_in_no_phase_and_not_in_the_next_step(clock):
+    timer = PhaseTimer(CPU)
+    timer.start_epoch()
+    for number, _ in timer.steps(Batches(clock, 2, 1), "epoch 1"):
+        if number == 0:
+            with timer.paused():
+                clock.pass_ms(500)
+        with timer("forward"):
+            clock.pass_ms(10)
+    timing = timer.end_epoch()
+    assert timing["seconds"] == pytest.approx(0.022)
+    assert timing["phases"]["step"]["host_ms"]["total"] == pytest.approx(22)
+    assert timing["phases"]["forward"]["host_ms"]["total"] == pytest.approx(20)
+
+
 def test_steps_stop_at_the_limit(clock):
     timer = PhaseTimer(CPU)
     timer.start_epoch()

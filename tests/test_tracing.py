@@ -10,6 +10,7 @@ import torch
 from torch.autograd import DeviceType
 
 from harness import timing, tracing
+from harness.endings import UserError
 
 PHASES = {"data load", "data copy", "zero grad", "forward", "backward", "optimizer"}
 
@@ -75,5 +76,21 @@ def test_a_run_that_is_too_short_says_so(train, tmp_path):
     assert not (tmp_path / "run.json").exists()
 
 
+def test_a_run_that_ends_within_the_traced_steps_counts_those_that_it_has(train):
+    lines = train("--trace", "run.json", "--max_steps", 7).stdout.splitlines()
+    assert "traced 2 steps: run.json" in lines
+    assert any(
+        line.startswith("backward") and "convolution_backward" in line and line.endswith("31.0") for line in lines
+    )
+
+
 def test_a_name_that_no_viewer_opens_is_refused(train):
     assert "must end with .json" in train("--trace", "run.txt", code=2).stderr
+
+
+@pytest.mark.parametrize("path", ["folder.json", "/proc/run.json"])
+def test_a_trace_that_could_not_be_written_is_refused_before_the_first_step(tmp_path, monkeypatch, path):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.json").mkdir()
+    with pytest.raises(UserError, match=f"--trace {path}"), tracing.trace(path, torch.device("cpu"), print):
+        pytest.fail("It has begun.")

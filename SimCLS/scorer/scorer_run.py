@@ -15,7 +15,7 @@ from tqdm import tqdm
 from harness.endings import UserError
 from harness.files import atomic_write, write_json
 from harness.machine import hardware_name
-from harness.precision import explain_half_precision
+from harness.precision import HALF, explain_half_precision
 from harness.run_log import timing_figures
 from harness.runs import Run
 from harness.timing import typical_milliseconds
@@ -288,18 +288,26 @@ class ScorerRun(Run):
         validations = 1 + (self._updates_an_epoch - 1) // self.args.eval_freq
         seconds = self.args.num_epoch * (steps * step + validations * per_validation * forward)
         seconds += self.seconds["start_up_seconds"]
-        with FlopCounterMode(display=False) as counter, torch.no_grad():
-            self.state["scorer"](self.state["metrics"].last_batch)
         kept = self.facts["saved_activation_bytes"] / 2**20
-        flops = 3 * counter.get_total_flops()
         return (
-            f"{self.facts['parameters']:,} parameters; about {flops / 1e9:.4g} GFLOP a step, forward and backward, but "
-            f"for what is redone; {kept:.1f} MiB kept from forward to backward in the first step",
+            f"{self.facts['parameters']:,} parameters; about {self._flops() / 1e9:.4g} GFLOP a step, forward and "
+            f"backward; {kept:.1f} MiB kept from forward to backward in the first step",
             f"{steps} steps and {self._updates_an_epoch} updates an epoch, {step:.4g} s a step (the median of "
             f"{timing['phases']['step']['count'] or 1}); {self.args.num_epoch} epochs with {validations} validations "
             f"each would take about {seconds:.0f} s ({datetime.timedelta(seconds=round(seconds))})",
             "--dry_run: nothing was written",
         )
+
+    def _flops(self):
+        """Of forward and backward of the last batch: of frozen layers there is no backward, and some is redone."""
+        scorer, device = self.state["scorer"], self.world.device
+        learning = [weight for weight in scorer.parameters() if weight.requires_grad]
+        dtype = HALF.get(self.facts["precision"])
+        with FlopCounterMode(display=False) as counter:
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
+                scores, gold_scores = scorer(self.state["metrics"].last_batch)
+            torch.autograd.grad(scores.sum() + gold_scores.sum(), learning, allow_unused=True)
+        return counter.get_total_flops()
 
     def progress_bar(self, epoch):
         """A bar that shows the newest report."""

@@ -356,15 +356,18 @@ def length_batches(sources, size):
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
-def generate_samples(generator, documents, batch_size, rouge_tokens="standard"):
-    """A list of the samples of `documents` with the candidates of a CandidateGenerator."""
+def generate_samples(generator, documents, batch_size, rouge_tokens="standard", split=None):
+    """A list of the samples of `documents` with the candidates of a CandidateGenerator.
+
+    split: text -> list of sentences; by default a SentenceSplitter's that learns from these documents.
+    """
     sources = generator.tokenize([document.text for document in documents])
     batches = length_batches(sources, batch_size)
     candidates = [None] * len(documents)
     for places in progress(batches, len(batches), "candidates, in batches"):
         for place, some in zip(places, generator.generate([sources[place] for place in places]), strict=True):
             candidates[place] = some
-    split = SentenceSplitter(document.text for document in documents).split
+    split = split or SentenceSplitter(document.text for document in documents).split
     return [
         as_sample(
             *document,

@@ -147,7 +147,10 @@ class NvtxPhases(transformers.TrainerCallback):
         self._open(3, "zero grad")
 
     def on_step_end(self, args, state, control, train_dataloader=None, **kwargs):
-        self._open_step(state, train_dataloader)
+        if state.global_step % len(train_dataloader) == 0 or control.should_training_stop:
+            self._close(2)  # No step follows in this epoch.
+        else:
+            self._open_step(state, train_dataloader)
 
     def on_epoch_end(self, args, state, control, **kwargs):
         self._close(1)

@@ -19,6 +19,7 @@ from harness.timing import nvtx_range
 from scorer.metrics import mean_rouge
 from search.generator import CandidateGenerator, generate_samples, search_settings
 from texts.documents import Document
+from texts.sentences import SentenceSplitter
 
 NO_TOKEN = -100  # What transformers takes for padding of labels.
 NOT_RESULTS = ("resume", "restart", "max_steps", "save_dir", "num_workers", "device", "threads", "trace")
@@ -157,9 +158,9 @@ def validate(ranked, samples, args, world, stop):
     ranked.eval()
     generator = CandidateGenerator(ranked.model, ranked.tokenizer, settings, args.max_source_length)
     with nvtx_range("validation"):
-        written = generate_samples(
-            generator, documents[world.rank :: world.size], VALIDATED_TOGETHER, args.rouge_tokens
-        )
+        # Of all documents: what Punkt learns must not depend on how many processes share them.
+        split, share = SentenceSplitter(each.text for each in documents).split, documents[world.rank :: world.size]
+        written = generate_samples(generator, share, VALIDATED_TOGETHER, args.rouge_tokens, split)
     ranked.train()
     figures = np.sum([each["rouge"][0] for each in written], axis=0) if written else np.zeros(len(ROUGE))
     sums = world.sum(torch.tensor(figures, dtype=widest_float(world.device), device=world.device)).tolist()
