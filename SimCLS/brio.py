@@ -28,7 +28,7 @@ from harness import arguments, determinism, devices, distributed, endings, runs,
 from harness.endings import UserError
 from harness.loading import worker_loader
 from harness.memory import SavedBytes
-from harness.precision import choose_precision, half_precision_type
+from harness.precision import add_half_precision, choose_precision
 from harness.timing import PhaseTimer
 from scorer.optimization import Schedule, clip_gradients, seed_step
 from search.generator import check_generation, is_of, load_generator, own_length, own_source_length
@@ -51,8 +51,8 @@ def get_args_parser():
     devices.add_arguments(parser)
     tracing.add_argument(parser)
     add("--num_workers", type=arguments.workers, default=1, help="processes that make batches; 0 makes them here")
-    add("--half_precision", type=half_precision_type, nargs="?", const="bfloat16", metavar="float16|bfloat16",
-        help="autocast, in bfloat16 when no type is named, since T5 overflows in float16")  # fmt: skip
+    add_half_precision(parser, "autocast, in bfloat16 when no type is named, since T5 overflows in float16",
+                       unnamed="bfloat16")  # fmt: skip
 
     add = parser.add_argument_group("learning").add_argument
     add("--num_epoch", type=arguments.positive_int, default=2, help="passes over the training documents")
@@ -64,11 +64,8 @@ def get_args_parser():
     add("--rank_weight", type=arguments.non_negative_float, default=1.0, help="of the ranking loss")
     add("--mle_weight", type=arguments.non_negative_float, default=0.1, help="of the reference's cross-entropy")
     add("--margin", type=arguments.positive_float, default=0.01, help="score difference of neighbours in ROUGE")
-    add(
-        "--length_penalty",
-        type=arguments.finite_float,
-        help="exponent of the tokens that a log-probability is divided by *",
-    )
+    add("--length_penalty", type=arguments.finite_float,
+        help="exponent of the tokens that a log-probability is divided by *")  # fmt: skip
 
     lengths = parser.add_argument_group("lengths, in tokens, and counts; defaults marked * are the generator's own")
     add = lengths.add_argument

@@ -25,14 +25,9 @@ from texts.documents import add_dataset_arguments, find_dataset, read_documents,
 
 SPECIAL_TOKENS = {
     "t5": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
-    "bert": {
-        "pad_token": "[PAD]",
-        "unk_token": "[UNK]",
-        "cls_token": "[CLS]",
-        "sep_token": "[SEP]",
-        "mask_token": "[MASK]",
-    },
-}
+    "bert": {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
+             "mask_token": "[MASK]"},
+}  # fmt: skip
 TEMPLATES = {"t5": "$A </s>", "bert": "[CLS] $A [SEP]"}
 
 

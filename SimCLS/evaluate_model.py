@@ -34,7 +34,7 @@ from harness.arguments import positive_float, positive_int
 from harness.endings import UserError
 from harness.files import place_digest, places, portable, write_record
 from harness.machine import describe_machine
-from harness.precision import choose_precision, half_precision_or_auto
+from harness.precision import add_half_precision, choose_precision
 from harness.resume import changes
 from harness.runs import FORMAT
 from scorer.choices import (
@@ -82,16 +82,12 @@ def get_args_parser():
     parser = arguments.OneLineParser(description=__doc__)
     add = parser.add_argument
     add_judge_arguments(parser)
-    add("--half_precision", type=half_precision_or_auto, nargs="?", const="auto", metavar="float16|bfloat16",
-        help="generate and score in float16 when no type is named; on a CPU, and for a generator of the T5 family, "
-             "bfloat16")  # fmt: skip
+    add_half_precision(parser, "generate and score in float16 when no type is named; on a CPU, and for a generator of "
+                       "the T5 family, bfloat16", unnamed="auto")  # fmt: skip
     devices.add_arguments(parser)
     add("--batch_size", type=positive_int, default=16, help="documents scored together")
-    add(
-        "--output",
-        type=Path,
-        help="record, as JSON; by default evaluation.json beside the scorer, or beside --summaries",
-    )
+    add("--output", type=Path,
+        help="record, as JSON; by default evaluation.json beside the scorer, or beside --summaries")  # fmt: skip
     data = parser.add_argument_group("candidates of a generator")
     add = data.add_argument
     add("--generator_name", help="a folder, or a name on the hub")

@@ -35,7 +35,7 @@ from harness.distributed import read_job
 from harness.endings import UserError
 from harness.files import as_recorded, output_lock, places, publish, staging, write_json, write_record
 from harness.machine import describe_machine
-from harness.precision import choose_precision, half_precision_or_auto
+from harness.precision import add_half_precision, choose_precision
 from harness.resume import changes, check_arguments, stop_requests
 from search.generator import check_generation, load_generator
 from search.generator_trainer import NvtxPhases, PlainProgress, Rouge, StopAndSave, SummaryDataset, Trainer
@@ -68,25 +68,15 @@ def get_args_parser():
     tracing.add_argument(training)
     training.add_argument("--batch_size", type=integer, default=16, help="documents a step, over all processes")
     training.add_argument("--lr", type=arguments.learning_rate, default=3e-4, help="peak learning rate of AdamW")
-    training.add_argument(
-        "--warmup",
-        type=arguments.fraction,
-        default=0.05,
-        help="share of the updates in which the rate rises to its peak, from which it falls to 0",
-    )
+    training.add_argument("--warmup", type=arguments.fraction, default=0.05, help="share of the updates in which the "
+                          "rate rises to its peak, from which it falls to 0")  # fmt: skip
     training.add_argument("--label_smoothing", type=arguments.share_below_one, default=0.1,
                           help="weight of the uniform distribution in the target")  # fmt: skip
     training.add_argument("--dropout", type=arguments.share_below_one, help="default: the generator's own")
-    training.add_argument(
-        "--half_precision", type=half_precision_or_auto, nargs="?", const="auto",
-        metavar="float16|bfloat16",
-        help="autocast, in float16 when no type is named; on a CPU, and for the T5 family, in bfloat16")  # fmt: skip
-    training.add_argument(
-        "--use_checkpoint",
-        "--gradient_checkpointing",
-        **arguments.FLAG,
-        help="recompute activations in the backward pass",
-    )
+    add_half_precision(training, "autocast, in float16 when no type is named; on a CPU, and for the T5 family, in "
+                       "bfloat16", unnamed="auto")  # fmt: skip
+    training.add_argument("--use_checkpoint", "--gradient_checkpointing", **arguments.FLAG,
+                          help="recompute activations in the backward pass")  # fmt: skip
     devices.add_arguments(parser)
     determinism.add_argument(training)
 

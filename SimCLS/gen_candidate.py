@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from harness.distributed import world as join_world
 from harness.files import output_lock
-from harness.precision import choose_precision, half_precision_or_auto
+from harness.precision import add_half_precision, choose_precision
 from search.generator import (
     CandidateGenerator,
     add_search_arguments,
@@ -61,9 +61,8 @@ def get_args_parser():
     parser.add_argument("--dataset_percent", type=arguments.positive_float, default=100, help="share of each split")
     parser.add_argument("--output_dir", type=Path, default=Path("candidates"), help="parent of the new folder")
     devices.add_arguments(parser)
-    parser.add_argument("--half_precision", type=half_precision_or_auto, nargs="?", const="auto",
-        metavar="float16|bfloat16", help="float16 when no type is named; on a CPU, and for the T5 family, which "
-        "overflows in float16, bfloat16")  # fmt: skip
+    add_half_precision(parser, "float16 when no type is named; on a CPU, and for the T5 family, which overflows in "
+                       "float16, bfloat16", unnamed="auto")  # fmt: skip
     add_search_arguments(parser)
     return parser
 

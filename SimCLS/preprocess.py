@@ -50,22 +50,11 @@ def get_args_parser():
     parser.add_argument("--src_dir", type=Path, required=True, help="folder of the candidate text files")
     parser.add_argument("--tgt_dir", type=Path, required=True, help="folder for the samples of this split")
     parser.add_argument("--split", choices=("train", "val", "test"), required=True)
-    parser.add_argument(
-        "--num_cands",
-        "--cand_num",
-        dest="cand_num",
-        type=arguments.positive_int,
-        default=16,
-        help="candidates a document",
-    )
-    parser.add_argument(
-        "--num_workers",
-        "--workers",
-        dest="workers",
-        type=arguments.positive_int,
-        default=machine.usable_cores(),
-        help="processes that score; by default one for each usable core",
-    )
+    parser.add_argument("--num_cands", "--cand_num", dest="cand_num", type=arguments.positive_int, default=16,
+                        help="candidates a document")  # fmt: skip
+    parser.add_argument("--num_workers", "--workers", dest="workers", type=arguments.positive_int,
+                        default=machine.usable_cores(),
+                        help="processes that score; by default one for each usable core")  # fmt: skip
     add_rouge_argument(parser)
     return parser
 

@@ -26,7 +26,7 @@ from utils import read_lines
 
 from harness import arguments, devices, distributed, endings
 from harness.endings import UserError
-from harness.precision import choose_precision, half_precision_or_auto
+from harness.precision import add_half_precision, choose_precision
 from scorer.choices import add_judge_arguments, bayes_risk, check_scorer_path, load_judge, score_candidates
 from scorer.likelihood import combine, fitted_to
 from search.generator import (
@@ -54,8 +54,7 @@ def get_args_parser():
     add("--doc_col_name", default="abstract", help="column of a CSV file")
     add("--generator_name", required=True, help="a folder, or a name on the hub")
     add_judge_arguments(parser)
-    add("--half_precision", type=half_precision_or_auto, nargs="?", const="auto", metavar="float16|bfloat16",
-        help="generate and score in it")  # fmt: skip
+    add_half_precision(parser, "generate and score in it", unnamed="auto")
     add("--all", action="store_true", help="JSON lines with every candidate")
     add_rouge_argument(parser)
     devices.add_arguments(parser)

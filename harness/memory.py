@@ -74,15 +74,9 @@ class SavedBytes:
 
 # The nodes that autograd makes of `weight.to(bfloat16)` and of the views that a matrix product takes of it.
 _CAST_OR_VIEW = {
-    "ToCopyBackward0",
-    "TBackward0",
-    "TransposeBackward0",
-    "PermuteBackward0",
-    "ViewBackward0",
-    "UnsafeViewBackward0",
-    "ExpandBackward0",
-    "UnsqueezeBackward0",
-}
+    "ToCopyBackward0", "TBackward0", "TransposeBackward0", "PermuteBackward0", "ViewBackward0", "UnsafeViewBackward0",
+    "ExpandBackward0", "UnsqueezeBackward0",
+}  # fmt: skip
 
 
 def count_saved(tensor):

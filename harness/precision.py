@@ -15,7 +15,7 @@ NO_INSTRUCTIONS = "; this one has no instructions for it, so that it saves memor
 def half_precision_type(text, unnamed="float16"):
     """An argparse type for `--half_precision [float16|bfloat16|True|False]`; None means single precision.
 
-    unnamed: the result where no type is named. Use it with `nargs="?", const="float16", default=None`.
+    unnamed: the result where no type is named.
     """
     text = text.lower()
     if text in ("false", "none", "no", "0"):
@@ -27,8 +27,14 @@ def half_precision_type(text, unnamed="float16"):
     return names[text]
 
 
-# Where "auto" says that no type was named, for a script that chooses by the model.
-half_precision_or_auto = functools.partial(half_precision_type, unnamed="auto")
+def add_half_precision(parser, help, unnamed="float16", **more):
+    """Add `--half_precision` to an argument parser or group.
+
+    unnamed: what it is where no type is named; "auto" for a script that chooses by the model. more: as for the parser's
+    `add_argument`.
+    """
+    kind, options = functools.partial(half_precision_type, unnamed=unnamed), {"metavar": "float16|bfloat16"} | more
+    parser.add_argument("--half_precision", type=kind, nargs="?", const=unnamed, help=help, **options)
 
 
 @dataclasses.dataclass

@@ -40,11 +40,8 @@ def get_args_parser():
     add("--pictures", type=Path, nargs="+", metavar="FILE", help="classify these files, and nothing else")
     add("--export", type=Path, metavar="FILE", help="write the model to a .pt2 (torch.export) or .onnx file")
     add("--dataset", choices=("cifar10", "digits", "folder"), help="by default the run's")
-    add(
-        "--data_dir",
-        type=Path,
-        help="where the pictures are; by default where the run's record says, below this folder or the repository",
-    )
+    add("--data_dir", type=Path, help="where the pictures are; by default where the run's record says, below this "
+        "folder or the repository")  # fmt: skip
     add("--mean", type=share, nargs=3, metavar="X", help="of the channels in [0, 1]; by default the run's")
     add("--std", type=fraction, nargs=3, metavar="X", help="of the channels in [0, 1]; by default the run's")
     add("--batch_size", type=positive_int, help="pictures at a time; by default the run's")

@@ -23,7 +23,7 @@ from harness.arguments import (
 from harness.endings import UserError
 from harness.files import atomic_write
 from harness.loading import EpochBatches
-from harness.precision import half_precision_type
+from harness.precision import add_half_precision
 from harness.run_log import timing_figures
 from harness.timing import nvtx_range
 from image_loaders import evaluation_batches, loading_of, training_loader
@@ -44,16 +44,11 @@ NOT_RESULTS = (
 def get_args_parser(description, kind=OneLineParser):
     parser = kind(description=description)
     add = parser.add_argument
-    add(
-        "--num_workers",
-        "--num_worker",
-        dest="num_worker",
-        type=workers,
-        default=default_workers(2),
-        help="processes that load pictures; 0 loads in this one. Never more by default than there are cores",
-    )
-    add("--half_precision", type=half_precision_type, nargs="?", const="float16", metavar="float16|bfloat16",
-        help="autocast, in float16 with loss scaling when no type is named; on a CPU always in bfloat16")  # fmt: skip
+    add("--num_workers", "--num_worker", dest="num_worker", type=workers, default=default_workers(2),
+        help="processes that load pictures; 0 loads in this one. Never more by default than there are cores"
+    )  # fmt: skip
+    add_half_precision(parser, "autocast, in float16 with loss scaling when no type is named; on a CPU always in "
+                       "bfloat16")  # fmt: skip
     add("--num_epoch", type=positive_int, default=200, help="passes over the training pictures")
     add("--batch_size", type=positive_int, default=128, help="pictures a step, over all processes")
     add("--lr", type=learning_rate, default=0.01, help="learning rate")

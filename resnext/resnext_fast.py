@@ -31,7 +31,7 @@ from harness.loading import largest_batch
 from harness.machine import multiplies_bfloat16
 from harness.memory import SavedBytes, keep_freed_memory
 from harness.planning import StepCost
-from harness.precision import choose_precision, half_precision_type
+from harness.precision import add_half_precision, choose_precision
 from harness.timing import PhaseTimer
 from layouts import choose_layout
 from memory_plan import add_budget_arguments, compare_with_plan, plan_memory, policy_label
@@ -77,9 +77,8 @@ def get_fast_args_parser():
     add = parser.add_argument
     rates = " and ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
     add("--lr", type=learning_rate, help=f"peak learning rate of sgd, or adam's constant one; by default {rates}")
-    add("--half_precision", type=half_precision_type, nargs="?", const="float16", default=argparse.SUPPRESS,
-        metavar="float16|bfloat16|False",
-        help="autocast; by default in the type that the device is fast in, if any")  # fmt: skip
+    add_half_precision(parser, "autocast; by default in the type that the device is fast in, if any",
+                       default=argparse.SUPPRESS, metavar="float16|bfloat16|False")  # fmt: skip
     add("--channels_last", **switch, help="lay pictures and convolutions out as NHWC; by default what is fastest here")
     add("--grouped_convolution", choices=FORMS,
         help="form in which the grouped convolutions run; by default what is fastest here")  # fmt: skip

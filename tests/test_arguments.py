@@ -8,6 +8,7 @@ import torch
 
 from harness import arguments
 from harness.arguments import LARGEST_LEARNING_RATE, learning_rate, workers
+from harness.precision import add_half_precision
 
 
 @pytest.mark.parametrize(("cores", "names"), [(1, ("resnext_1_worker_128", "simcls_1_worker")),
@@ -36,6 +37,17 @@ def test_a_learning_rate_fits_into_float32():
     for text in ("0", "-1", "1.1e37", "1e38", "inf", "nan", "fast"):
         with pytest.raises(argparse.ArgumentTypeError, match=r"is not a number above 0 and at most 1e\+37$"):
             learning_rate(text)
+
+
+@pytest.mark.parametrize("unnamed", ["float16", "bfloat16", "auto"])
+def test_half_precision_that_names_no_type_is_the_scripts_own(unnamed):
+    parser = arguments.OneLineParser()
+    add_half_precision(parser, "autocast", unnamed)
+    for words in ([], ["True"], ["yes"], ["1"], ["auto"]):
+        assert parser.parse_args(["--half_precision", *words]).half_precision == unnamed, words
+    assert parser.parse_args(["--half_precision", "fp16"]).half_precision == "float16"
+    assert parser.parse_args(["--half_precision", "False"]).half_precision is None
+    assert parser.parse_args([]).half_precision is None
 
 
 def test_help_shows_the_defaults_that_say_something():

@@ -21,7 +21,7 @@ from harness.arguments import (
     workers,
 )
 from harness.endings import UserError
-from harness.precision import half_precision_or_auto
+from harness.precision import add_half_precision
 from scorer.losses import LOSSES
 from texts.scoring import add_rouge_argument
 
@@ -61,17 +61,11 @@ def add_machine_arguments(group):
     add("--gpuid", type=non_negative_int, nargs="+", default=[0],
         help="numbers of the GPUs, one process each; without --cuda as many processes on the CPU")  # fmt: skip
     add("-p", "--port", type=positive_int, help="TCP port at which the processes meet; by default a free one")
-    add(
-        "--num_workers",
-        "--num_worker",
-        type=workers,
-        default=default_workers(4),
+    add("--num_workers", "--num_worker", type=workers, default=default_workers(4),
         help="processes that make batches; 0 makes them in this one. By default 4, or as many as there are cores where "
-        "they are fewer, which the run's name then tells",
-    )
-    add("--half_precision", type=half_precision_or_auto, nargs="?", const="auto", metavar="float16|bfloat16",
-        help="autocast, in float16 with loss scaling when no type is named; on a CPU, and for an encoder of the T5 "
-             "family, in bfloat16")  # fmt: skip
+             "they are fewer, which the run's name then tells")  # fmt: skip
+    add_half_precision(group, "autocast, in float16 with loss scaling when no type is named; on a CPU, and for an "
+                       "encoder of the T5 family, in bfloat16", unnamed="auto")  # fmt: skip
     how = group.add_mutually_exclusive_group()
     how.add_argument("--use_checkpoint", "--gradient_checkpointing", **FLAG, help="recompute the activations of each "
         "encoder layer in backward")  # fmt: skip
@@ -91,12 +85,8 @@ def add_learning_arguments(group):
         "more for a narrower one")  # fmt: skip
     add("--warmup", type=fraction, default=0.1, help="share of the updates in which the rate rises to its peak, from "
         "which it falls to 0")  # fmt: skip
-    add(
-        "--dropout",
-        type=share_below_one,
-        default=0.0,
-        help="of the encoder; it blurs differences as small as the margin",
-    )
+    add("--dropout", type=share_below_one, default=0.0,
+        help="of the encoder; it blurs differences as small as the margin")  # fmt: skip
     add("--frozen_layers", type=non_negative_int, default=0, help="lowest layers of the encoder that keep their "
         "weights, and its embeddings with them: steps are shorter, and less is kept for backward")  # fmt: skip
     add("--grad_norm", type=non_negative_float, default=1.0, help="clip gradients to this norm; 0 does not clip")
@@ -121,12 +111,7 @@ def add_data_arguments(group):
         f"--model_pt, else {TOTAL_LEN}")  # fmt: skip
     add("--max_len", type=positive_int, help="of a candidate or a reference; longer ones are cut; by default as in the "
         f"training of --model_pt, else {MAX_LEN}")  # fmt: skip
-    add(
-        "--max_num",
-        type=positive_int,
-        default=16,
-        help="candidates a document that training uses, the first ones",
-    )
+    add("--max_num", type=positive_int, default=16, help="candidates a document that training uses, the first ones")
     add_rouge_argument(group)
 
 

@@ -42,30 +42,10 @@ DESCRIPTION_WORDS = range(15, 401)
 SHARED_WORDS = 0.4
 
 # The sections of the reST, Google and NumPy styles that hold prose; the others list functions, code or literature.
-_PROSE_SECTIONS = frozenset(
-    [
-        "args",
-        "arguments",
-        "parameters",
-        "params",
-        "attributes",
-        "return",
-        "returns",
-        "yield",
-        "yields",
-        "raises",
-        "note",
-        "notes",
-        "warning",
-        "warnings",
-        "keyword-arguments",
-        "other-parameters",
-        "input",
-        "inputs",
-        "output",
-        "outputs",
-    ]
-)
+_PROSE_SECTIONS = frozenset([
+    "args", "arguments", "parameters", "params", "attributes", "return", "returns", "yield", "yields", "raises", "note",
+    "notes", "warning", "warnings", "keyword-arguments", "other-parameters", "input", "inputs", "output", "outputs",
+])  # fmt: skip
 _OTHER_SECTIONS = frozenset(
     ["see-also", "example", "examples", "example-usage", "usage", "reference", "references", "methods", "shape"]
 )
