@@ -210,11 +210,7 @@ def finished_arguments(path):
 
 def settings_of(args):
     """The arguments that a resumed run must share, a dict of plain values."""
-    return {name: value for name, value in plain_arguments(args).items() if name not in NOT_RESULTS}
-
-
-def plain_arguments(args):
-    return {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
+    return {name: value for name, value in vars(args).items() if name not in NOT_RESULTS}
 
 
 def finetune(args, model, tokenizer, splits, dtype):
@@ -319,8 +315,8 @@ def training_arguments(args, checkpoints, num_samples, dtype):
 def record(args, trainer, seconds):
     """What was run, where, and the loss and ROUGE of each epoch, as plain JSON values."""
     return {
-        "arguments": plain_arguments(args),
-        "places": places(plain_arguments(args)),
+        "arguments": vars(args),
+        "places": places(vars(args)),
         "machine": describe_machine(trainer.args.device),
         "parameters": trainer.model.num_parameters(),
         "train_seconds": seconds,

@@ -271,9 +271,8 @@ def load_weights(path, scorer, description):
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
         # The published scorers hold a pooler, and older ones the position numbers; neither is used.
-        weights = {name: value for name, value in weights.items() if not name.endswith("position_ids")}
-        weights = {name: value for name, value in weights.items() if ".pooler." not in name}
-        scorer.load_state_dict(weights)
+        unused = [name for name in weights if name.endswith("position_ids") or ".pooler." in name]
+        scorer.load_state_dict({name: value for name, value in weights.items() if name not in unused})
     except OSError as error:
         raise UserError(f"cannot read the scorer {path}: {error.strerror or error}") from None
     except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, pickle.UnpicklingError):

@@ -101,8 +101,7 @@ def refuse_to_replace(folder, made_of):
     """UserError when `folder` has samples that are not of the provenance `made_of`."""
     found = provenance.read(folder)
     if own_samples(folder) and (found is None or found["digest"] != made_of["digest"]):
-        known = (made_of.keys() & (found or {}).keys()) - {"digest", *provenance.NAMES}
-        other = ", ".join(sorted(key for key in known if found[key] != made_of[key])) or "files, which it does not tell"
+        other = provenance.differences(made_of, found) or "files, which it does not tell"
         raise UserError(f"{folder} has samples of other {other}; choose another --tgt_dir, or delete that folder")
 
 

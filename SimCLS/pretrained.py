@@ -1,6 +1,7 @@
 """Loading a model with its tokenizer in `from_pretrained` form, a folder or a name on the hub."""
 
 import functools
+import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -116,13 +117,8 @@ def check_apart(folder, source):
 
 def _needs_sentencepiece(folder):
     """Whether a folder's tokenizer is in a sentencepiece model alone, and that package is not installed."""
-    if not any(folder.glob("*.model")) or (folder / "tokenizer.json").is_file():
-        return False
-    try:
-        import sentencepiece  # noqa: F401
-    except ImportError:
-        return True
-    return False
+    is_alone = any(folder.glob("*.model")) and not (folder / "tokenizer.json").is_file()
+    return is_alone and importlib.util.find_spec("sentencepiece") is None
 
 
 def load_tokenizer(name, **options):

@@ -38,22 +38,20 @@ learning_rate = _number(float, lambda value: 0 < value <= LARGEST_LEARNING_RATE,
                         f"a number above 0 and at most {LARGEST_LEARNING_RATE:g}")  # fmt: skip
 
 
-def workers(text):
-    """An argparse type: a number of worker processes, from 0 to 8 a usable core, or to 64 where that is more.
+def _a_few(least):
+    """An argparse type: a number of processes or threads, from `least` to 8 a usable core, or to 64 where that is more.
 
     Far more are a slip of the pen, and would take the machine down before anything could be said about them.
     """
-    return _a_few(text, 0)
+
+    def read(text):
+        most = max(64, 8 * usable_cores())
+        return _number(int, lambda value: least <= value <= most, f"a whole number from {least} to {most}")(text)
+
+    return read
 
 
-def threads(text):
-    """An argparse type: a number of threads of this process, at least 1 and as many as `workers`."""
-    return _a_few(text, 1)
-
-
-def _a_few(text, least):
-    most = max(64, 8 * usable_cores())
-    return _number(int, lambda value: least <= value <= most, f"a whole number from {least} to {most}")(text)
+workers, threads = _a_few(0), _a_few(1)
 
 
 def default_workers(wanted):

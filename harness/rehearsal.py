@@ -78,7 +78,10 @@ def rehearse(model, forward, make_batch, size, timed=True):
     so `model` should be a copy of the one to train. timed: whether to take the seconds of the steps.
     """
     few, more = (_rehearse_part(model, forward, make_batch(count)) for count in (FEW, MORE))
-    seconds = _time_steps(forward, make_batch(size)) if timed else {}
+    watch = _Stopwatch()
+    if timed:
+        with torch.no_grad():
+            forward(watch, make_batch(size))
     factor = (size - FEW) / (MORE - FEW)
 
     def line(a, b):
@@ -87,7 +90,7 @@ def rehearse(model, forward, make_batch, size, timed=True):
     def steps(a, b):
         for one, other in zip(a, b, strict=True):
             figures = {name: line(getattr(one, name), getattr(other, name)) for name in EXTRAPOLATED}
-            yield one._replace(**figures, seconds=seconds.get(one.name, 0.0))
+            yield one._replace(**figures, seconds=watch.seconds.get(one.name, 0.0))
 
     def events(a, b):
         return [one._replace(other=line(one.other, other.other)) for one, other in zip(a, b, strict=True)]
@@ -219,16 +222,8 @@ class _Rehearsal(Tape):
         return tensor
 
 
-def _time_steps(forward, batch):
-    """{name: seconds that redoing the step takes}, of one forward on `batch` that keeps nothing."""
-    watch = _Stopwatch()
-    with torch.no_grad():
-        forward(watch, batch)
-    return watch.seconds
-
-
 class _Stopwatch(Tape):
-    """A Tape that takes the time of redoing each step, in `seconds`. It is not to be entered: nothing is redone."""
+    """A Tape that takes the time of redoing each step, {name: seconds}. It is not to be entered: nothing is redone."""
 
     def __init__(self):
         super().__init__(redo=lambda name: True)

@@ -249,7 +249,7 @@ class Run:
         """Write the record of a run that --max_steps ended: of its last epoch the timings alone. Of --dry_run say what
         they foretell. timing: as from PhaseTimer.end_epoch."""
         if self.is_dry:
-            for line in self.prospects(timing):
+            for line in (*self.prospects(timing), "--dry_run: nothing was written"):
                 self.world.say(line)
             return
         self.history.append({"epoch": len(self.history) + 1, "peak_memory": timing["peak_memory"], "timing": timing})

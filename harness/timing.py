@@ -154,9 +154,10 @@ class PhaseTimer:
 
     def _resolve_events(self):
         """Milliseconds of every phase by name. Call after a synchronize."""
-        milliseconds = {}
-        for name, pairs in self._events.items():
-            milliseconds[name] = np.array([start.elapsed_time(end) - paused for start, end, paused in pairs])
+        milliseconds = {
+            name: np.array([start.elapsed_time(end) - paused for start, end, paused in occurrences])
+            for name, occurrences in self._events.items()
+        }
         self._spare(self._events)
         return milliseconds
 

@@ -149,7 +149,6 @@ def describe_prospects(run, timing):
         f"{steps} steps an epoch, {step:.4g} s each (the median of {timing['phases']['step']['count'] or 1}); "
         f"{args.num_epoch} epochs with evaluation would take about {seconds:.0f} s "
         f"({datetime.timedelta(seconds=round(seconds))})",
-        "--dry_run: nothing was written",
     )
 
 

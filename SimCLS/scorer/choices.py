@@ -13,7 +13,7 @@ from pretrained import half_precision_name
 from harness.arguments import positive_int
 from harness.endings import UserError
 from harness.precision import Precision, choose_precision
-from scorer.likelihood import combine
+from scorer.likelihood import combine, per_token
 from texts import provenance
 from texts.scoring import mean_score, score
 
@@ -81,16 +81,10 @@ def by_rules(samples, rouge_tokens="standard"):
     """
     rules = {"generator": lambda sample: 0}
     if all("likelihood" in sample for sample in samples):
-        rules["most likely"] = lambda sample: mean_log_probs(sample["likelihood"]).argmax()
+        rules["most likely"] = lambda sample: per_token(sample["likelihood"], 1).argmax()
     rules["longest"] = lambda sample: np.argmax([words(sentences) for sentences, _ in sample["candidates_untok"]])
     rules["Bayes risk"] = lambda sample: bayes_risk([text for text, _ in sample["candidates"]], rouge_tokens).argmin()
     return {name: np.array([rule(sample) for sample in samples]) for name, rule in rules.items()}
-
-
-def mean_log_probs(likelihood):
-    """The mean log-probability of a token of each candidate, float64 [candidates]. likelihood: as in a sample."""
-    log_probs, tokens = np.array(likelihood, dtype=np.float64).T
-    return log_probs / tokens
 
 
 def words(sentences):

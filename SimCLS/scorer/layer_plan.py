@@ -34,11 +34,9 @@ def parts_of(encoder):
             found.append({"attention": (module.attention, "forward"), "feed_forward": (module, "feed_forward_chunk")})
         elif isinstance(getattr(module, "layer", None), nn.ModuleList) and hasattr(module.layer[-1], "DenseReluDense"):
             found.append({kind: (module.layer[at], "forward") for kind, at in zip(KINDS, (0, -1), strict=True)})
-    return {number: parts for number, parts in enumerate(found) if _learns(parts)}
-
-
-def _learns(parts):
-    return any(weights.requires_grad for module, _ in parts.values() for weights in module.parameters())
+    weights = [[weight for module, _ in parts.values() for weight in module.parameters()] for parts in found]
+    learns = [any(weight.requires_grad for weight in own) for own in weights]
+    return {number: parts for number, parts in enumerate(found) if learns[number]}
 
 
 def redo_parts(layers, redo):

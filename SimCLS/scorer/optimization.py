@@ -4,11 +4,6 @@ import numpy as np
 import torch
 
 
-def default_rate(width):
-    """A peak learning rate for an encoder of `width`: 3e-5 for a base model, more for a smaller one."""
-    return 3e-5 * (768 / width) ** 1.5
-
-
 class Schedule:
     """The learning rate: linear to `peak` in the first `warmup` of `updates`, then linear to 0.
 
@@ -25,7 +20,8 @@ class Schedule:
     def of_run(cls, args, optimizer, width, updates_an_epoch):
         """That of a run's arguments, for an encoder of `width`."""
         updates = args.num_epoch * updates_an_epoch
-        return cls(optimizer, args.lr or default_rate(width), max(1, round(args.warmup * updates)), updates)
+        peak = args.lr or 3e-5 * (768 / width) ** 1.5  # By default 3e-5 for a base model, more for a smaller one.
+        return cls(optimizer, peak, max(1, round(args.warmup * updates)), updates)
 
     def set(self):
         """Give the optimizer the rate of its next update."""

@@ -295,7 +295,6 @@ class ScorerRun(Run):
             f"{steps} steps and {self._updates_an_epoch} updates an epoch, {step:.4g} s a step (the median of "
             f"{timing['phases']['step']['count'] or 1}); {self.args.num_epoch} epochs with {validations} validations "
             f"each would take about {seconds:.0f} s ({datetime.timedelta(seconds=round(seconds))})",
-            "--dry_run: nothing was written",
         )
 
     def _flops(self):

@@ -11,7 +11,6 @@ are in the order of package, file and line, so that one set of installed version
 import ast
 import csv
 import importlib.util
-import io
 import multiprocessing
 import re
 import sys
@@ -97,10 +96,8 @@ def build_sample(path):
     pairs = list(without_repeats(pair for pairs in found for pair in pairs))
     if not pairs:
         raise UserError("no docstrings found: the sources of Python's library and the packages are not installed")
-    text = io.StringIO(newline="")
-    csv.writer(text, lineterminator="\n").writerows([("abstract", "title"), *pairs])
     with atomic_write(path, "w") as file:
-        file.write(text.getvalue())
+        csv.writer(file, lineterminator="\n").writerows([("abstract", "title"), *pairs])
     return len(pairs)
 
 
