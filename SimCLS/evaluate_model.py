@@ -30,7 +30,7 @@ from model import read_description
 from utils import read_lines
 
 from harness import arguments, devices, distributed, endings
-from harness.arguments import positive_float, positive_int
+from harness.arguments import positive_int
 from harness.endings import UserError
 from harness.files import place_digest, places, portable, write_record
 from harness.machine import describe_machine
@@ -60,7 +60,7 @@ from search.generator import (
     search_settings,
 )
 from texts import provenance
-from texts.documents import Document, add_dataset_arguments, find_dataset, read_documents, split_documents, take_percent
+from texts.documents import Document, add_dataset_arguments, read_splits
 from texts.samples import as_sample, read_sample, rouge_of, sample_files
 from texts.scoring import add_rouge_argument, check_references, mean_score, signature
 from texts.sentences import SentenceSplitter
@@ -91,8 +91,7 @@ def get_args_parser():
     data = parser.add_argument_group("candidates of a generator")
     add = data.add_argument
     add("--generator_name", help="a folder, or a name on the hub")
-    add_dataset_arguments(data)
-    add("--dataset_percent", type=positive_float, default=100, help="share of the test split")
+    add_dataset_arguments(data, percent="share of the test split")
     add_rouge_argument(parser)
     add_search_arguments(parser)
     parser.set_defaults(num_cands=None)  # With --samples a number has to be theirs.
@@ -234,9 +233,8 @@ def load_candidates(args, world, precision):
         args = argparse.Namespace(**vars(args) | {"num_cands": len(found.samples[0]["candidates"])})
         generator = load_search(args, world, precision, "beam", found.origin)
         return found._replace(plain=generate_samples(generator, documents, args.cand_gen_batch, args.rouge_tokens))
-    path = find_dataset(args.dataset_name)
-    every = read_documents(path, args.doc_col_name, args.sum_col_name)
-    documents = take_percent(split_documents(every)["test"], args.dataset_percent)
+    path, every, splits = read_splits(args)
+    documents = splits["test"]
     check_references((document.summary for document in documents), args.rouge_tokens, args.dataset_name)
     generator = load_search(args, world, precision, args.search)
     samples = plain = generate_samples(generator, documents, args.cand_gen_batch, args.rouge_tokens)

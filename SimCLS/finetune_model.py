@@ -40,7 +40,7 @@ from harness.resume import changes, check_arguments, stop_requests
 from search.generator import check_generation, load_generator
 from search.generator_trainer import NvtxPhases, PlainProgress, Rouge, StopAndSave, SummaryDataset, Trainer
 from texts import provenance
-from texts.documents import add_dataset_arguments, find_dataset, read_documents, split_documents, take_percent
+from texts.documents import add_dataset_arguments, read_splits
 from texts.scoring import add_rouge_argument, check_references
 from texts.sentences import SentenceSplitter
 
@@ -50,13 +50,12 @@ STATE_FILES = ("model*", "optimizer.pt", "scheduler.pt", "rng_state*")  # Of the
 
 def get_args_parser():
     parser = arguments.OneLineParser(description=__doc__)
-    integer, number = arguments.positive_int, arguments.positive_float
+    integer = arguments.positive_int
     parser.add_argument(
         "--generator_name", "--pt_model", required=True, help="to start from: a folder, or a name on the hub"
     )
-    add_dataset_arguments(parser)
+    add_dataset_arguments(parser, percent="of each split")
     parser.add_argument("--save_dir", type=Path, required=True, help="folder for the fine-tuned generator")
-    parser.add_argument("--dataset_percent", type=number, default=100, help="of each split")
     parser.add_argument("--lead_words", type=integer, help="train on the first words of each document in place of its "
                         "summary: how many")  # fmt: skip
     runs.add_arguments(parser)
@@ -105,9 +104,8 @@ def main():
     args.device = device.type  # As the Trainer is told, and the record.
     say = print if is_main else lambda line: None
     precision = choose_precision(args.half_precision, device, say=say)
-    documents = read_documents(find_dataset(args.dataset_name), args.doc_col_name, args.sum_col_name)
+    _, documents, splits = read_splits(args)
     args.documents_digest = provenance.digest(documents)  # An argument, so that a run goes on with no others.
-    splits = {split: take_percent(part, args.dataset_percent) for split, part in split_documents(documents).items()}
     if args.lead_words:
         splits = {split: [with_lead(each, args.lead_words) for each in part] for split, part in splits.items()}
     summaries = (document.summary for part in splits.values() for document in part)

@@ -25,40 +25,27 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 from harness import arguments, devices, endings, torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
-from tqdm import tqdm
+from utils import progress
 
 from harness.distributed import world as join_world
 from harness.files import output_lock
 from harness.precision import add_half_precision, choose_precision
 from search.generator import (
-    CandidateGenerator,
     add_search_arguments,
+    candidate_generator,
     candidates_a_document,
     check_search,
-    generator_dtype,
     length_batches,
-    load_generator,
-    search_settings,
 )
 from texts import provenance
 from texts.candidate_files import CandidateFiles
-from texts.documents import (
-    add_dataset_arguments,
-    find_dataset,
-    read_documents,
-    safe_name,
-    split_documents,
-    take_percent,
-)
-
-SECONDS_BETWEEN_LINES = 20
+from texts.documents import add_dataset_arguments, read_splits, safe_name
 
 
 def get_args_parser():
     parser = arguments.OneLineParser(description=__doc__)
     parser.add_argument("--generator_name", required=True, help="a folder, or a name on the hub")
-    add_dataset_arguments(parser)
-    parser.add_argument("--dataset_percent", type=arguments.positive_float, default=100, help="share of each split")
+    add_dataset_arguments(parser, percent="share of each split")
     parser.add_argument("--output_dir", type=Path, default=Path("candidates"), help="parent of the new folder")
     devices.add_arguments(parser)
     add_half_precision(parser, "float16 when no type is named; on a CPU, and for the T5 family, which overflows in "
@@ -70,19 +57,11 @@ def get_args_parser():
 def main():
     args = get_args_parser().parse_args()
     check_search(args)
-    path = find_dataset(args.dataset_name)
-    documents = read_documents(path, args.doc_col_name, args.sum_col_name)
-    splits = {split: take_percent(part, args.dataset_percent) for split, part in split_documents(documents).items()}
+    path, documents, splits = read_splits(args)
     with join_world(devices.choose(args)) as world:
         precision = choose_precision(args.half_precision, world.device, say=world.say)
         with world.first_on_machine():
-            model, tokenizer = load_generator(args.generator_name, generator_dtype(args.half_precision, precision))
-        generator = CandidateGenerator(
-            model.to(world.device),
-            tokenizer,
-            search_settings(args, model.generation_config, args.search),
-            args.max_source_length,
-        )
+            generator = candidate_generator(args, world, precision)
         folder = args.output_dir / f"{safe_name(args.generator_name)}_{candidates_a_document(args)}"
         lock = output_lock(folder.with_name(folder.name + ".lock")) if world.is_main else contextlib.nullcontext()
         with lock:
@@ -93,7 +72,6 @@ def main():
                     for each in files.values():
                         each.prepare()
                     provenance.write(folder, generator.origin(args.generator_name, path, documents))
-            world.barrier()
             for split, part in splits.items():
                 generate_split(generator, files[split], split, part, args.cand_gen_batch, world)
         world.say(f"written: {folder}")
@@ -111,9 +89,7 @@ def candidate_files(generator, folder, split, documents, world):
 
 def generate_split(generator, files, split, documents, batch_size, world):
     """Bring the candidate files of one split to completion; every process of `world` makes a share of the batches."""
-    complete = files.complete()
-    world.barrier()
-    if complete:
+    if files.complete():
         world.say(f"{split}: the candidates of {len(documents)} documents are there already")
         return
     sources = generator.tokenize([document.text for document in documents])
@@ -121,13 +97,15 @@ def generate_split(generator, files, split, documents, batch_size, world):
     world.barrier()  # All have read what is finished, before any of them adds to it.
     if finished:
         world.say(f"{split}: going on after {len(finished)} of {len(documents)} documents")
-    share = unfinished_batches(sources, batch_size, finished)[world.rank :: world.size]
-    with files.open() as file, Progress(split, sum(map(len, share)), world) as progress:
-        for places in share:
+    started, batches = time.perf_counter(), unfinished_batches(sources, batch_size, finished)
+    share = batches[world.rank :: world.size]
+    with files.open() as file:
+        for places in progress(share, len(share), f"{split}, in batches") if world.is_main else share:
             candidates = generator.generate([sources[place] for place in places])
             files.add(file, places, [documents[place] for place in places], candidates)
-            progress.add(len(places))
     world.barrier()
+    count = sum(map(len, batches))
+    world.say(f"{split}: {count} documents, {count / (time.perf_counter() - started):.2f} documents/s")
     if world.is_main:
         files.publish(documents)
 
@@ -137,32 +115,6 @@ def unfinished_batches(sources, size, finished):
     have made, so that sums are rounded alike, unless the size has changed."""
     batches = [[place for place in batch if place not in finished] for batch in length_batches(sources, size)]
     return [batch for batch in batches if batch]
-
-
-class Progress:
-    """Documents done by the main process and their rate: a bar on a terminal, else a line now and then."""
-
-    def __init__(self, split, total, world):
-        self.total, self.done, self.started = total, 0, time.perf_counter()
-        self.label = split if world.size == 1 else f"{split}, process 1 of {world.size}"
-        self.quiet = not world.is_main
-        self.bar = tqdm(total=total, desc=self.label, unit="doc", disable=self.quiet or not sys.stderr.isatty())
-        self.next_line = self.started + SECONDS_BETWEEN_LINES
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *error):
-        self.bar.close()
-
-    def add(self, documents):
-        self.done += documents
-        self.bar.update(documents)
-        now = time.perf_counter()
-        if not self.quiet and self.bar.disable and (now >= self.next_line or self.done == self.total):
-            rate = self.done / (now - self.started)
-            print(f"{self.label}: {self.done} of {self.total} documents, {rate:.2f} documents/s", flush=True)
-            self.next_line = now + SECONDS_BETWEEN_LINES
 
 
 if __name__ == "__main__":

@@ -29,15 +29,7 @@ from harness.endings import UserError
 from harness.precision import add_half_precision, choose_precision
 from scorer.choices import add_judge_arguments, bayes_risk, check_scorer_path, load_judge, score_candidates
 from scorer.likelihood import combine, fitted_to
-from search.generator import (
-    CandidateGenerator,
-    add_search_arguments,
-    check_search,
-    generator_dtype,
-    length_batches,
-    load_generator,
-    search_settings,
-)
+from search.generator import add_search_arguments, candidate_generator, check_search
 from texts.documents import clean, read_columns
 from texts.samples import split_lower
 from texts.scoring import add_rouge_argument
@@ -105,9 +97,7 @@ class Summarizer:
         self.args, self.world = args, world
         tell = lambda line: print(line, file=sys.stderr)  # noqa: E731 (standard output is for summaries)
         precision = choose_precision(args.half_precision, world.device, say=tell)
-        model, tokenizer = load_generator(args.generator_name, generator_dtype(args.half_precision, precision))
-        settings = search_settings(args, model.generation_config, args.search)
-        self.generator = CandidateGenerator(model.to(world.device), tokenizer, settings, args.max_source_length)
+        self.generator = candidate_generator(args, world, precision)
         self.split = SentenceSplitter(None).split  # Of a stream nothing can be learnt first.
         self.judge = self.fitted = None
         if args.scorer_path:
@@ -120,12 +110,9 @@ class Summarizer:
         found = [{"summary": "", "candidates": []} for _ in documents]
         if not places:
             return found
-        sources = self.generator.tokenize([documents[place] for place in places])
-        candidates = [None] * len(sources)
-        for batch in length_batches(sources, self.args.cand_gen_batch):
-            for place, some in zip(batch, self.generator.generate([sources[each] for each in batch]), strict=True):
-                candidates[place] = some
-        scores = self.scores([documents[place] for place in places], candidates)
+        texts = [documents[place] for place in places]
+        candidates = self.generator.candidates(texts, self.args.cand_gen_batch)
+        scores = self.scores(texts, candidates)
         for place, some, own in zip(places, candidates, scores, strict=True):
             found[place] = self.described(some, own)
         return found

@@ -166,6 +166,13 @@ def load_generator(name, dtype=torch.float32, dropout=None):
     return model.eval(), tokenizer
 
 
+def candidate_generator(args, world, precision):
+    """The CandidateGenerator of --generator_name, on the device of `world`, with the search that the arguments name."""
+    model, tokenizer = load_generator(args.generator_name, generator_dtype(args.half_precision, precision))
+    settings = search_settings(args, model.generation_config, args.search)
+    return CandidateGenerator(model.to(world.device), tokenizer, settings, args.max_source_length)
+
+
 class Candidate(NamedTuple):
     """A summary, the sum of its tokens' log-probabilities by the generator alone, and how many tokens these are."""
 
@@ -272,6 +279,15 @@ class CandidateGenerator:
         parts = [self.read(search(*documents, encoded)) for search in self.searches]
         return [list(itertools.chain(*some)) for some in zip(*parts, strict=True)]
 
+    def candidates(self, texts, batch_size, shown=iter):
+        """Candidates of documents, as from `generate`, in their order. shown: what yields the batches of a list, and
+        may show how far they are."""
+        sources, found = self.tokenize(texts), [None] * len(texts)
+        for places in shown(length_batches(sources, batch_size)):
+            for place, some in zip(places, self.generate([sources[place] for place in places]), strict=True):
+                found[place] = some
+        return found
+
     def read(self, found):
         """For each document a list of Candidate. found: the Candidates of a search."""
         texts = self.tokenizer.batch_decode(
@@ -361,12 +377,11 @@ def generate_samples(generator, documents, batch_size, rouge_tokens="standard", 
 
     split: text -> list of sentences; by default a SentenceSplitter's that learns from these documents.
     """
-    sources = generator.tokenize([document.text for document in documents])
-    batches = length_batches(sources, batch_size)
-    candidates = [None] * len(documents)
-    for places in progress(batches, len(batches), "candidates, in batches"):
-        for place, some in zip(places, generator.generate([sources[place] for place in places]), strict=True):
-            candidates[place] = some
+
+    def shown(batches):
+        return progress(batches, len(batches), "candidates, in batches")
+
+    candidates = generator.candidates([document.text for document in documents], batch_size, shown)
     split = split or SentenceSplitter(document.text for document in documents).split
     return [
         as_sample(

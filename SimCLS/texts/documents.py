@@ -15,6 +15,7 @@ import zlib
 from pathlib import Path
 from typing import NamedTuple
 
+from harness.arguments import positive_float
 from harness.endings import UserError
 
 FOLDER = Path(__file__).resolve().parent.parent
@@ -36,13 +37,26 @@ class Document(NamedTuple):
     summary: str
 
 
-def add_dataset_arguments(parser):
-    """Add the arguments that name the documents to an argument parser or group: for `find_dataset` and
-    `read_documents`."""
+def add_dataset_arguments(parser, percent=None):
+    """Add the arguments that name the documents to an argument parser or group.
+
+    percent: help of --dataset_percent, which `read_splits` needs; None adds none.
+    """
     add = parser.add_argument
     add("--dataset_name", "--data_file", default="sample", help="CSV file or data set name")
     add("--doc_col_name", default="abstract", help="column of the documents")
     add("--sum_col_name", default="title", help="column of the summaries")
+    if percent:
+        add("--dataset_percent", type=positive_float, default=100, help=percent)
+
+
+def read_splits(args):
+    """(path of the documents that the arguments name, a list of all, --dataset_percent of each of the splits that
+    `split_documents` makes of them)."""
+    path = find_dataset(args.dataset_name)
+    documents = read_documents(path, args.doc_col_name, args.sum_col_name)
+    splits = {split: take_percent(part, args.dataset_percent) for split, part in split_documents(documents).items()}
+    return path, documents, splits
 
 
 def read_documents(path, document_column="abstract", summary_column="title"):
