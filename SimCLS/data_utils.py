@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
-
 import numpy as np
 import torch
 from tqdm import tqdm

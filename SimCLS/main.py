@@ -117,9 +117,9 @@ def load_model(args, world):
         )
     args.total_len, args.max_len = encoding.total_len, encoding.max_len
     if args.frozen_layers:
-        freeze_layers(scorer, args.frozen_layers, description)
+        scorer.freeze_layers(args.frozen_layers)
     if args.use_checkpoint:
-        recompute_activations(scorer, description)
+        scorer.recompute_activations()
     return scorer.to(world.device), encoding, description
 
 
@@ -140,23 +140,6 @@ def load_data(args, world, encoding, description):
         f"candidates, cut to {encoding.total_len} and {encoding.max_len} tokens"
     )
     return train_set, val_set
-
-
-def freeze_layers(scorer, count, description):
-    try:
-        scorer.freeze_layers(count)
-    except ValueError as error:
-        raise UserError(f"--frozen_layers {count}: {description['encoder']}: {error}; name fewer") from None
-
-
-def recompute_activations(scorer, description):
-    try:
-        scorer.recompute_activations()
-    except ValueError:  # Of transformers, some of whose models keep all activations.
-        raise UserError(
-            f"--use_checkpoint: transformers cannot recompute the activations of the encoder {description['encoder']} "
-            f"({description['architecture']}); leave it out"
-        ) from None
 
 
 def training_batches(args, world, train_set):

@@ -7,10 +7,7 @@ of its state and the document's.
 
 import json
 import pickle
-import sys
 from pathlib import Path
-
-sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import torch
 import torch.nn.functional as F
@@ -71,10 +68,17 @@ class Scorer(nn.Module):
         return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
 
     def recompute_activations(self):
-        """Keep the input of each encoder layer for backward, and redo the rest of the layer then."""
+        """Keep the input of each encoder layer for backward, and redo the rest of the layer then. UserError where
+        transformers cannot."""
         # The older name warns where the newer exists; both take the arguments of torch.utils.checkpoint.
         enable = getattr(self.encoder, "activation_checkpointing_enable", self.encoder.gradient_checkpointing_enable)
-        enable({"use_reentrant": False})
+        try:
+            enable({"use_reentrant": False})
+        except ValueError:  # Some of its models keep all activations.
+            raise UserError(
+                "--use_checkpoint: transformers cannot recompute the activations of the encoder "
+                f"{self.encoder.name_or_path} ({self.encoder.config.model_type}); leave it out"
+            ) from None
         # Of these the library lets the embeddings require gradients, as reentrant checkpointing needs: backward would
         # go through frozen layers, too, and recompute them.
         self.encoder.disable_input_require_grads()
@@ -82,16 +86,17 @@ class Scorer(nn.Module):
     def freeze_layers(self, count):
         """Let the embeddings and the `count` lowest layers keep their weights: backward ends above them.
 
-        ValueError for an encoder without a list of its layers, or with no more than `count`.
+        UserError for an encoder without a list of its layers, or with no more than `count`.
         """
         kind, depth = self.encoder.config.model_type, self.encoder.config.num_hidden_layers
+        where = f"--frozen_layers {count}: {self.encoder.name_or_path}"
         if kind in NO_LAYERS:
-            raise ValueError(f"the layers of {kind} cannot be told apart")
+            raise UserError(f"{where}: the layers of {kind} cannot be told apart; leave it out")
         lists = (each for each in self.encoder.modules() if isinstance(each, nn.ModuleList) and len(each) == depth)
         layers = next(lists, ())
         first = next(iter(layers[count].parameters()), None) if count < len(layers) else None
         if first is None:
-            raise ValueError(f"the encoder has {len(layers)} layers that could be told apart")
+            raise UserError(f"{where}: the encoder has {len(layers)} layers that could be told apart; name fewer")
         for weights in self.encoder.parameters():  # In the order in which a text meets them.
             if weights is first:
                 break

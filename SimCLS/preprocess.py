@@ -83,8 +83,8 @@ def main():
             read_split(tokenized, args.cand_num),
             read_likelihoods(likelihood, args.cand_num),
         )
-        kept = splitter, stage, args.rouge_tokens
-        written = map_in_order(write_sample, jobs, args.workers, CHUNK, set_up_worker, kept)
+        _worker.update(splitter=splitter, stage=stage, tokens=args.rouge_tokens)
+        written = map_in_order(write_sample, jobs, args.workers, CHUNK)
         for _ in progress(written, documents, f"{args.split} samples"):
             pass
         provenance.write(args.tgt_dir, made_of)
@@ -116,12 +116,8 @@ def publish_samples(stage, tgt_dir, documents):
         os.rename(stage / f"{index}.json", tgt_dir / f"{index}.json")
 
 
-# What a worker process keeps between its documents.
+# What a worker process, which is forked, has from `main`.
 _worker = {}
-
-
-def set_up_worker(splitter, stage, tokens):
-    _worker.update(splitter=splitter, stage=stage, tokens=tokens)
 
 
 def write_sample(job):

@@ -6,8 +6,6 @@ import json
 import sys
 from pathlib import Path
 
-sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
-
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
 import huggingface_hub

@@ -1,7 +1,6 @@
 """What the SimCLS stages share: lines of a file, work shared out to processes, progress."""
 
 import collections
-import functools
 import itertools
 import multiprocessing
 import os
@@ -34,26 +33,22 @@ def read_lines(path):
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def map_in_order(function, items, workers, chunk, initializer=None, initargs=()):
+def map_in_order(function, items, workers, chunk):
     """Yield `function(item)` for each item, in order, computed by `workers` processes (1: by this one).
 
     At most a few chunks of items are read ahead, so memory stays bounded however many there are. An exception of
     `function` is raised here. A worker that is killed is a UserError, and workers die with this process.
 
-    chunk: items that travel to a worker together. initializer, initargs: as for ProcessPoolExecutor.
+    chunk: items that travel to a worker together. Workers are forked: what this process keeps in modules, they have.
     """
     items = iter(items)
     chunks = iter(lambda: list(itertools.islice(items, chunk)), [])
     if workers == 1:
-        if initializer:
-            initializer(*initargs)
         for part in chunks:
             yield from map(function, part)
         return
-    # Workers are forked: they need nothing of the main script's imports, which take seconds.
-    context = multiprocessing.get_context("fork")
-    setup = functools.partial(_start_worker, initializer, initargs)
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=setup)
+    # They need nothing of the main script's imports, either, which take seconds.
+    pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"), initializer=_start_worker)
     waiting = collections.deque()
     try:
         for part in chunks:
@@ -72,13 +67,11 @@ def _map_chunk(function, part):
     return [function(item) for item in part]
 
 
-def _start_worker(initializer, initargs):
+def _start_worker():
     # Ctrl-C reaches the whole group of processes: the parent alone speaks, and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     threading.Thread(target=_end_with_parent, daemon=True).start()
-    if initializer:
-        initializer(*initargs)
 
 
 def _end_with_parent():

@@ -77,7 +77,7 @@ def test_frozen_layers_get_no_gradient_the_others_their_own_and_a_plan_leaves_th
     assert 0.5 < share <= 0.8
     assert plan.redo
     assert all(name[0] in "23" for name in plan.redo)
-    with pytest.raises(ValueError, match=f"the encoder has {LAYERS} layers"):
+    with pytest.raises(UserError, match=f"the encoder has {LAYERS} layers"):
         scorer.freeze_layers(LAYERS)
 
 
