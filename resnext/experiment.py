@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from harness import determinism, devices, run_log, runs, tracing
+from harness import determinism, devices, distributed, run_log, runs, tracing
 from harness.arguments import (
     FLAG,
     OneLineParser,
@@ -23,7 +23,8 @@ from harness.arguments import (
 from harness.endings import UserError
 from harness.files import atomic_write
 from harness.loading import EpochBatches
-from harness.precision import add_half_precision
+from harness.memory import keep_freed_memory
+from harness.precision import add_half_precision, choose_precision
 from harness.run_log import timing_figures
 from harness.timing import nvtx_range
 from image_loaders import evaluation_batches, loading_of, training_loader
@@ -150,18 +151,34 @@ def training_batches(args, world, data, run, **layout):
     return batches, loader
 
 
-class Metrics:
+def conduct(args, experiment, suffix, train, **facts):
+    """What the main() of each script does with its arguments: join the other processes, choose the precision, hold the
+    run's name, and train.
+
+    experiment: the script's name in the record. suffix: the end of the run's name. train: the script's own. facts: as
+    for ImageRun.
+    """
+    determinism.apply(args)
+    if args.keep_memory:
+        keep_freed_memory()
+    with distributed.world(devices.choose(args)) as world:
+        world.check_divisible(args.batch_size)
+        precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
+        run = ImageRun(experiment, suffix, args, world, precision=precision.label, **facts)
+        with run.lock():
+            if not run.is_done():
+                train(args, world, precision, run)
+
+
+class Metrics(torch.nn.Module):
     """Loss and accuracy of an epoch, summed on the device: nothing waits for it until the epoch ends.
 
     totals: the sums of the losses, of the right predictions, and of the pictures.
     """
 
     def __init__(self, device):
-        self.device = device
-        self.reset()
-
-    def reset(self):
-        self.totals = torch.zeros(3, dtype=devices.widest_float(self.device), device=self.device)
+        super().__init__()
+        self.register_buffer("totals", torch.zeros(3, dtype=devices.widest_float(device), device=device))
 
     def add(self, loss, output, labels, weight=1.0):
         """loss: the batch's mean, a scalar; output: logits [n, classes]; labels: int64 [n]. weight 0 leaves it out."""
@@ -170,25 +187,14 @@ class Metrics:
             count, wide = torch.full_like(correct, len(labels)), self.totals.dtype
             self.totals += torch.stack([loss.detach().to(wide) * count, correct.to(wide), count.to(wide)])
 
-    def result(self, world):
-        """(mean loss, accuracy in percent) over all processes."""
-        loss, correct, count = world.sum(self.totals.clone()).tolist()
-        return loss / count, 100 * correct / count
-
-    def so_far(self):
-        """(mean loss, accuracy in percent) since the last reset in this process. It waits for the device."""
-        loss, correct, count = self.totals.tolist()
+    def result(self, world=None):
+        """(mean loss, accuracy in percent) of all processes; without a World, of this one. It waits for the device."""
+        loss, correct, count = (self.totals if world is None else world.sum(self.totals.clone())).tolist()
         return loss / max(count, 1), 100 * correct / max(count, 1)
 
     def finite(self):
-        """Whether no loss since the last reset was NaN or infinite in this process."""
+        """Whether no loss of the epoch was NaN or infinite in this process."""
         return bool(self.totals.isfinite().all())
-
-    def state_dict(self):
-        return {"totals": self.totals}
-
-    def load_state_dict(self, state):
-        self.totals.copy_(state["totals"])
 
 
 def evaluate(model, data, precision, world, batch_size, stop, **layout):
@@ -250,7 +256,7 @@ class ImageRun(runs.Run):
                 f"the loss became {loss} in epoch {epoch.number + 1}{kept}. "
                 "Use a smaller --lr, or bfloat16 or single precision instead of float16"
             )
-        self.state["metrics"].reset()
+        self.state["metrics"].totals.zero_()
         self.history.append(
             {
                 "epoch": epoch.number + 1,
@@ -320,7 +326,7 @@ class ImageRun(runs.Run):
         if bar.disable or now < self._shown_at + SECONDS_BETWEEN_READS:
             return
         self._shown_at = now
-        loss, acc = self.state["metrics"].so_far()
+        loss, acc = self.state["metrics"].result()
         last = {"test_acc": f"{self.history[-1]['test_acc']:.3f}"} if self.history else {}
         bar.set_postfix({"loss": f"{loss:.3f}", "acc": f"{acc:.3f}"} | last, refresh=False)
 

@@ -14,10 +14,9 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import torch
 from torch import nn
 
-from experiment import ImageRun, Metrics, evaluate, get_args_parser, load_data, training_batches
-from harness import determinism, devices, distributed, endings
-from harness.memory import SavedBytes, keep_freed_memory
-from harness.precision import choose_precision
+from experiment import Metrics, conduct, evaluate, get_args_parser, load_data, training_batches
+from harness import endings
+from harness.memory import SavedBytes
 from harness.timing import PhaseTimer
 from models.resnext import ResNeXt, parse_name
 from weights import start_from
@@ -25,16 +24,7 @@ from weights import start_from
 
 def main():
     args = get_args_parser(__doc__).parse_args()
-    determinism.apply(args)
-    if args.keep_memory:
-        keep_freed_memory()
-    with distributed.world(devices.choose(args)) as world:
-        world.check_divisible(args.batch_size)
-        precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
-        run = ImageRun("resnext", "_keep_memory" * args.keep_memory, args, world, precision=precision.label)
-        with run.lock():
-            if not run.is_done():
-                train(args, world, precision, run)
+    conduct(args, "resnext", "_keep_memory" * args.keep_memory, train)
 
 
 def load_parts(args, world, run):

@@ -14,11 +14,10 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import torch
 from torch import nn
 
-from experiment import ImageRun, Metrics, evaluate, get_args_parser, load_data, training_batches
-from harness import determinism, devices, distributed, endings
-from harness.memory import SavedBytes, keep_freed_memory
+from experiment import Metrics, conduct, evaluate, get_args_parser, load_data, training_batches
+from harness import endings
+from harness.memory import SavedBytes
 from harness.planning import StepCost
-from harness.precision import choose_precision
 from harness.timing import PhaseTimer
 from memory_plan import add_budget_arguments, compare_with_plan, plan_memory, policy_label
 from models.resnext import parse_name
@@ -30,19 +29,9 @@ def main():
     parser = get_args_parser(__doc__)
     add_budget_arguments(parser, DEFAULT_POLICY)
     args = parser.parse_args()
-    determinism.apply(args)
-    if args.keep_memory:
-        keep_freed_memory()
-    with distributed.world(devices.choose(args)) as world:
-        world.check_divisible(args.batch_size)
-        precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
-        policy = policy_label(args)
-        suffix = "_checkpoint" if policy == DEFAULT_POLICY else f"_checkpoint_{policy}"
-        suffix += "_keep_memory" * args.keep_memory
-        run = ImageRun("resnext_checkpoint", suffix, args, world, precision=precision.label, policy=policy)
-        with run.lock():
-            if not run.is_done():
-                train(args, world, precision, run)
+    policy = policy_label(args)
+    suffix = "_checkpoint" if policy == DEFAULT_POLICY else f"_checkpoint_{policy}"
+    conduct(args, "resnext_checkpoint", suffix + "_keep_memory" * args.keep_memory, train, policy=policy)
 
 
 def load_parts(args, world, run):

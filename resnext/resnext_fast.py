@@ -24,14 +24,14 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import torch
 from torch import nn
 
-from experiment import ImageRun, Metrics, evaluate, get_args_parser, load_data, training_batches
-from harness import determinism, devices, distributed, endings
+from experiment import Metrics, conduct, evaluate, get_args_parser, load_data, training_batches
+from harness import devices, endings
 from harness.arguments import FLAG, OneLineParser, learning_rate, share
 from harness.loading import largest_batch
 from harness.machine import multiplies_bfloat16
-from harness.memory import SavedBytes, keep_freed_memory
+from harness.memory import SavedBytes
 from harness.planning import StepCost
-from harness.precision import add_half_precision, choose_precision
+from harness.precision import add_half_precision
 from harness.timing import PhaseTimer
 from layouts import choose_layout
 from memory_plan import add_budget_arguments, compare_with_plan, plan_memory, policy_label
@@ -103,19 +103,10 @@ def fast_type(device):
 
 def main():
     args = get_fast_args_parser().parse_args()
-    determinism.apply(args)
-    if args.keep_memory:
-        keep_freed_memory()
     torch.backends.cudnn.benchmark = not args.deterministic
-    with distributed.world(devices.choose(args)) as world:
-        world.check_divisible(args.batch_size)
-        precision = choose_precision(args.half_precision, world.device, args.true_fp32, world.say)
-        length = "the rate follows one cycle over all epochs" if args.optimizer == "sgd" else None
-        facts = {"precision": precision.label} | ({"policy": policy_label(args)} if policy_label(args) else {})
-        run = ImageRun("resnext_fast", suffix(args), args, world, fixed_length=length, **facts)
-        with run.lock():
-            if not run.is_done():
-                train(args, world, precision, run)
+    length = "the rate follows one cycle over all epochs" if args.optimizer == "sgd" else None
+    policy = {"policy": policy_label(args)} if policy_label(args) else {}
+    conduct(args, "resnext_fast", suffix(args), train, fixed_length=length, **policy)
 
 
 def suffix(args):

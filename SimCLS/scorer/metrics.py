@@ -12,15 +12,16 @@ from scorer.losses import loss_of
 MOST_UPDATES_A_REPORT = 50  # Further apart, a collapse would be seen too late.
 
 
-class Metrics:
+class Metrics(torch.nn.Module):
     """Sums over the documents of an epoch, and of a report, on the device: nothing waits for them until one ends.
 
     last_batch: the Batch that was added last.
     """
 
     def __init__(self, device):
+        super().__init__()
         # [epoch, report] x [documents, loss, spread of the scores]
-        self.totals = torch.zeros(2, 3, dtype=widest_float(device), device=device)
+        self.register_buffer("totals", torch.zeros(2, 3, dtype=widest_float(device), device=device))
         self.last_batch = None
 
     @torch.no_grad()
@@ -62,12 +63,6 @@ class Metrics:
         """Move the sums of all processes to the first one, whose state is what is saved."""
         totals = world.sum(self.totals.clone())
         self.totals.copy_(totals if world.is_main else torch.zeros_like(totals))
-
-    def state_dict(self):
-        return {"totals": self.totals}
-
-    def load_state_dict(self, state):
-        self.totals.copy_(state["totals"])
 
 
 class CollapseWatch:

@@ -118,13 +118,14 @@ class RankedGenerator(torch.nn.Module):
             publish(stage, folder)
 
 
-class Means:
+class Means(torch.nn.Module):
     """Means over the documents of an epoch of loss, ranking loss and cross-entropy, summed on the device."""
 
     names = ("loss", "ranking_loss", "cross_entropy")
 
     def __init__(self, device):
-        self.totals = torch.zeros(1 + len(self.names), dtype=widest_float(device), device=device)
+        super().__init__()
+        self.register_buffer("totals", torch.zeros(1 + len(self.names), dtype=widest_float(device), device=device))
 
     @torch.no_grad()
     def add(self, weight, documents, *values):
@@ -137,12 +138,6 @@ class Means:
         documents, *sums = world.sum(self.totals.clone()).tolist()
         self.totals.zero_()
         return {name: value / documents for name, value in zip(self.names, sums, strict=True)}
-
-    def state_dict(self):
-        return {"totals": self.totals}
-
-    def load_state_dict(self, state):
-        self.totals.copy_(state["totals"])
 
 
 def validate(ranked, samples, args, world, stop):
