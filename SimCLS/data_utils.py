@@ -236,7 +236,8 @@ def tokenize_samples(samples, encoding, max_num, rouge_tokens=None):
     tokenized = []
     for chunk in chunks:
         tokenized += _tokenize_chunk(chunk, encoding, max_num, rouge_tokens)
-        references += [" ".join(sample["abstract"]) for sample in chunk]
+        if rouge_tokens:
+            references += [" ".join(sample["abstract"]) for sample in chunk]
     if rouge_tokens:  # Of all samples together: some of a few may be of another script.
         check_references(references, rouge_tokens, "the samples", lambda line: None)
     texts = [text for sample in tokenized for text in sample.texts]
