@@ -201,7 +201,7 @@ chain() (
     samples ${short_percent}_percent $short_percent ../../../SimCLS/demo
     seed=0
     train $simcls/main.py $learning --run_name short --num_epoch 1 --num_workers 1 $half
-    evaluate cache/short/evaluation.json short 50
+    evaluate cache/short/evaluation.json short 100
     exit $failed  # Of this subshell.
 )
 

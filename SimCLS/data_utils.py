@@ -19,9 +19,9 @@ from harness.endings import UserError
 from harness.loading import EpochBatches
 from texts.array_file import read_arrays, write_arrays
 from texts.samples import read_sample, sample_files
-from texts.scoring import check_references, score
+from texts.scoring import agreement, check_references, score
 
-FORMAT = 2
+FORMAT = 3
 ROUGE = ("rouge1", "rouge2", "rougeL")  # The published names; rougeL is rougeLsum, as there.
 CHUNK = 256  # Samples that are tokenized together.
 POOL = 32  # Batches whose samples are sorted by length together.
@@ -136,6 +136,11 @@ class SampleSet(torch.utils.data.Dataset):
         split have none."""
         return self._of_candidates("likelihood", number) if "likelihood" in self._arrays else None
 
+    def agreement(self, number):
+        """How much each candidate is like the others, as from `texts.scoring.agreement`, float32 [candidates]; not for
+        a training split."""
+        return self._of_candidates("agreement", number)
+
     def _of_candidates(self, name, number):
         start, end = self._arrays["candidate_start"][number : number + 2]
         return self._arrays[name][start:end]
@@ -222,6 +227,7 @@ class TokenizedSample(NamedTuple):
     candidates: list  # Which of `texts` each candidate is.
     scores: list
     rouge: np.ndarray | None  # float32 [candidates, 3]
+    agreement: np.ndarray | None  # float32 [candidates]
     likelihood: np.ndarray | None  # float32 [candidates, 2]
 
 
@@ -229,7 +235,8 @@ def tokenize_samples(samples, encoding, max_num, rouge_tokens=None):
     """The arrays of a SampleSet.
 
     samples: iterable of dicts as from `read_sample`. max_num: candidates of a sample beyond so many are left out.
-    rouge_tokens: compute the three ROUGE values of each candidate too, as choosing among them needs: of these tokens.
+    rouge_tokens: compute the three ROUGE values of each candidate and its agreement with the others too, as choosing
+    among them needs: of these tokens.
     """
     samples, references = iter(samples), []
     chunks = iter(lambda: list(itertools.islice(samples, CHUNK)), [])
@@ -249,7 +256,7 @@ def tokenize_samples(samples, encoding, max_num, rouge_tokens=None):
         "candidate_text": np.concatenate([np.array(sample.candidates, dtype=np.int64) for sample in tokenized]),
         "score": np.concatenate([np.array(sample.scores, dtype=np.float32) for sample in tokenized]),
     }
-    for name in ("rouge", "likelihood"):
+    for name in ("rouge", "agreement", "likelihood"):
         if all(getattr(sample, name) is not None for sample in tokenized):
             arrays[name] = np.concatenate([getattr(sample, name) for sample in tokenized])
     return arrays
@@ -262,22 +269,25 @@ def _tokenize_chunk(samples, encoding, max_num, rouge_tokens):
         [each["abstract_untok"], *(text for text, _ in each["candidates_untok"][:max_num])] for each in samples
     ]
     encoded = iter(encoding.summaries([" ".join(text) for texts in summaries for text in texts]))
-    rouge = _rouge_of(samples, max_num, rouge_tokens) if rouge_tokens else itertools.repeat(None)
-    for sample, document, texts, figures in zip(samples, documents, summaries, rouge, strict=False):
+    figures = _figures_of(samples, max_num, rouge_tokens) if rouge_tokens else itertools.repeat((None, None))
+    for sample, document, texts, (rouge, alike) in zip(samples, documents, summaries, figures, strict=False):
         reference, *candidates = map(tuple, itertools.islice(encoded, len(texts)))
         place = {text: place for place, text in enumerate(dict.fromkeys([reference, *candidates]), 1)}
         yield TokenizedSample(
             [np.array(text, dtype=np.int32) for text in (document, *place)],
             [place[text] for text in candidates],
             [score for _, score in sample["candidates"][:max_num]],
-            figures,
+            rouge,
+            alike,
             np.array(sample["likelihood"][:max_num], dtype=np.float32) if "likelihood" in sample else None,
         )
 
 
-def _rouge_of(samples, max_num, tokens):
+def _figures_of(samples, max_num, tokens):
     for sample in samples:
-        yield score(sample["abstract"], [text for text, _ in sample["candidates"][:max_num]], tokens).astype(np.float32)
+        candidates = [text for text, _ in sample["candidates"][:max_num]]
+        figures = score(sample["abstract"], candidates, tokens), agreement(candidates, tokens)
+        yield tuple(each.astype(np.float32) for each in figures)
 
 
 def _starts(counts):

@@ -44,9 +44,10 @@ from scorer.choices import (
     check_scorer_path,
     load_judge,
     score_candidates,
+    with_agreement,
     words,
 )
-from scorer.likelihood import fitted_to
+from scorer.combination import fitted_to
 from scorer.significance import ALONE, FREE, P_VALUES, summarise
 from search.generator import (
     CANDIDATES,
@@ -195,24 +196,24 @@ def judge_candidates(args, world, judge):
     # A generator's own: the scorer's may be another, by its family.
     precision = choose_precision(args.half_precision, world.device, say=lambda line: None)
     candidates = load_candidates(args, world, precision)
-    samples = candidates.samples
+    samples = with_agreement(candidates.samples, args.rouge_tokens)
     compare_counts(samples, args.num_cands if args.samples else None, judge.description.get("candidates"))
     trained = read_description(args.scorer_path) or {}
     warnings = check_belonging(candidates.origin, trained.get("samples"))
     if args.generator_name and not candidates.origin:
         warnings.append("the samples do not tell what made them: the plain beam may be of another generator or search")
-    fitted = usable_weight(fitted_to(args.scorer_path), samples, warnings)
+    weights = usable_weights(fitted_to(args.scorer_path), samples, warnings)
     for line in warnings:
         world.say(f"warning: {line}")
     scores = score_candidates(judge.scorer, judge.encoding, samples, args.batch_size, world, judge.precision)
-    chosen = by_rules(samples, args.rouge_tokens)
-    if fitted:
+    chosen = by_rules(samples)
+    if weights:
         chosen[ALONE] = by_scorer(scores, samples)
-    chosen["SimCLS"] = by_scorer(scores, samples, fitted)
+    chosen["SimCLS"] = by_scorer(scores, samples, weights)
     systems, mean_words = compare(samples, chosen, candidates.plain)
     show_documents(samples, chosen["SimCLS"])
     facts = {"words": mean_words, "rouge": signature(args.rouge_tokens, candidates.splitter), "warnings": warnings}
-    return Judged(systems, facts | {"likelihood": fitted, "provenance": candidates.origin})
+    return Judged(systems, facts | {"weights": weights, "provenance": candidates.origin})
 
 
 class Candidates(NamedTuple):
@@ -313,15 +314,13 @@ def compare(samples, chosen, plain=None):
     return systems, {name: float(np.mean(counts)) for name, (_, counts) in picked.items()}
 
 
-def usable_weight(fitted, samples, warnings):
-    """The scorer's weight of the likelihood, or None where that is 0 or samples have no likelihoods; then with a line
-    more in `warnings`."""
-    if not fitted or not fitted["weight"]:
-        return None
-    if all("likelihood" in sample for sample in samples):
-        return fitted
-    warnings.append("the scorer counts on likelihoods, which the samples have not: it chooses without")
-    return None
+def usable_weights(weights, samples, warnings):
+    """What counts beside the scorer's score, or None where nothing does: its `weights`, without that of the likelihood
+    where samples have none; then with a line more in `warnings`."""
+    if weights and weights["likelihood"] and not all("likelihood" in sample for sample in samples):
+        warnings.append("the scorer counts on likelihoods, which the samples have not: it chooses without")
+        weights = weights | {"likelihood": 0.0}
+    return weights if weights and (weights["likelihood"] or weights["agreement"]) else None
 
 
 def check_belonging(origin, trained):

@@ -25,8 +25,8 @@ from harness.loading import worker_loader
 from harness.memory import SavedBytes
 from harness.precision import choose_precision
 from harness.timing import PhaseTimer
+from scorer.combination import fit_best
 from scorer.layer_plan import plan_memory
-from scorer.likelihood import fit_best
 from scorer.losses import loss_of
 from scorer.metrics import Metrics, validate
 from scorer.optimization import Schedule, clip_gradients, seed_step

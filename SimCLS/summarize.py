@@ -10,8 +10,9 @@ comes out, in the order of the documents, and an empty one for an empty document
 with every candidate, its score, its log-probability and tokens by the generator, and its Bayes risk. Documents are read
 and summarised some hundred at a time, so that any number passes in the same memory.
 
-The summary is the candidate with the highest score: by the scorer, and by the likelihood where the scorer was trained
-with one. Without a scorer it is the candidate with the least Bayes risk: that which is most like the others, by ROUGE.
+The summary is the candidate with the highest score: by the scorer, the generator's likelihood and the agreement with
+the other candidates, as its training has weighed them. Without a scorer it is the candidate with the least Bayes risk:
+that which is most like the others, by ROUGE.
 """
 
 import itertools
@@ -27,12 +28,12 @@ from utils import read_lines
 from harness import arguments, devices, distributed, endings
 from harness.endings import UserError
 from harness.precision import add_half_precision, choose_precision
-from scorer.choices import add_judge_arguments, bayes_risk, check_scorer_path, load_judge, score_candidates
-from scorer.likelihood import combine, fitted_to
+from scorer.choices import add_judge_arguments, check_scorer_path, load_judge, score_candidates
+from scorer.combination import combine, fitted_to
 from search.generator import add_search_arguments, candidate_generator, check_search
 from texts.documents import clean, read_columns
 from texts.samples import split_lower
-from texts.scoring import add_rouge_argument
+from texts.scoring import add_rouge_argument, agreement
 from texts.sentences import SentenceSplitter, ptb_tokenize
 
 BATCHES_AT_ONCE = 16  # Their documents are sorted by length together.
@@ -99,10 +100,10 @@ class Summarizer:
         precision = choose_precision(args.half_precision, world.device, say=tell)
         self.generator = candidate_generator(args, world, precision)
         self.split = SentenceSplitter(None).split  # Of a stream nothing can be learnt first.
-        self.judge = self.fitted = None
+        self.judge = self.weights = None
         if args.scorer_path:
             self.judge = load_judge(args, world, say=lambda line: None)
-            self.fitted = fitted_to(args.scorer_path)
+            self.weights = fitted_to(args.scorer_path)
 
     def __call__(self, documents):
         """A dict for each of the documents, a list of str: "summary", and "candidates", dicts, the best first."""
@@ -112,18 +113,22 @@ class Summarizer:
             return found
         texts = [documents[place] for place in places]
         candidates = self.generator.candidates(texts, self.args.cand_gen_batch)
-        scores = self.scores(texts, candidates)
-        for place, some, own in zip(places, candidates, scores, strict=True):
-            found[place] = self.described(some, own)
+        alike = map(self.agreement, candidates)
+        scores = self.scores(texts, candidates) if self.judge else [None] * len(texts)
+        for place, *of_document in zip(places, candidates, alike, scores, strict=True):
+            found[place] = self.described(*of_document)
         return found
 
-    def scores(self, documents, candidates):
-        """For each document the scores by which its candidates are chosen, float64 [candidates]; None without a scorer.
+    def agreement(self, candidates):
+        """How much each of a document's Candidates is like the others, float64 [candidates]; None where it is not
+        wanted."""
+        if self.judge and not self.args.all and not (self.weights and self.weights["agreement"]):
+            return None
+        tokenized = [split_lower(ptb_tokenize(candidate.text), self.split) for candidate in candidates]
+        return agreement(tokenized, self.args.rouge_tokens)
 
-        candidates: lists of Candidate.
-        """
-        if self.judge is None:
-            return [None] * len(documents)
+    def scores(self, documents, candidates):
+        """The scorer's scores of each document's Candidates: a list of float64 [candidates]."""
         samples = [
             {
                 "article_untok": [document],
@@ -134,19 +139,16 @@ class Summarizer:
             for document, some in zip(documents, candidates, strict=True)
         ]
         judge, batch_size = self.judge, self.args.cand_gen_batch
-        scores = score_candidates(judge.scorer, judge.encoding, samples, batch_size, self.world, judge.precision)
-        if self.fitted:
-            pairs = [[[candidate.log_prob, candidate.tokens] for candidate in some] for some in candidates]
-            scores = [combine(own, each, self.fitted) for own, each in zip(scores, pairs, strict=True)]
-        return scores
+        return score_candidates(judge.scorer, judge.encoding, samples, batch_size, self.world, judge.precision)
 
-    def described(self, candidates, scores):
-        """The dict of one document. candidates: list of Candidate; scores: as from `scores`."""
-        risks = [None] * len(candidates)
-        if scores is None or self.args.all:
-            tokenized = [split_lower(ptb_tokenize(candidate.text), self.split) for candidate in candidates]
-            risks = bayes_risk(tokenized, self.args.rouge_tokens).tolist()
-        order = -scores if scores is not None else risks
+    def described(self, candidates, alike, scores):
+        """The dict of one document. candidates: list of Candidate; alike, scores: as from `agreement` and `scores`; no
+        scores without a scorer."""
+        if self.weights:
+            likelihood = [[candidate.log_prob, candidate.tokens] for candidate in candidates]
+            scores = combine(scores, likelihood, alike, self.weights)
+        risks = [None] * len(candidates) if alike is None else (1 - alike).tolist()
+        order = risks if scores is None else -scores
         rows = [
             {
                 **candidate._asdict(),

@@ -30,8 +30,8 @@ from harness.distributed import World
 from harness.files import write_record
 from harness.machine import describe_machine, multiplies_bfloat16
 from harness.precision import choose_precision
-from scorer.choices import by_scorer, score_candidates
-from scorer.likelihood import fitted_to
+from scorer.choices import by_scorer, score_candidates, with_agreement
+from scorer.combination import fitted_to
 from scorer.significance import bootstrap_interval
 from search.generator import (
     CandidateGenerator,
@@ -143,7 +143,7 @@ def judge(name, generator, documents, scorer, args):
     if scorer:
         weights, encoding, _ = scorer
         scores = score_candidates(weights, encoding, samples, args.batch, World(0, 1, CPU), choose_precision(None, CPU))
-        chosen = by_scorer(scores, samples, fitted_to(args.scorer_path))
+        chosen = by_scorer(scores, with_agreement(samples), fitted_to(args.scorer_path))
         row["chosen"] = 100 * float(np.mean([each[place] for each, place in zip(rouge, chosen, strict=True)]))
     return row
 

@@ -32,6 +32,7 @@ from scorer.significance import bootstrap_interval, permutation_test, summarise
 from search.generator import search_settings
 from texts import provenance
 from texts.samples import as_sample, read_sample, rouge_of, sample_files
+from texts.scoring import agreement
 from texts.sentences import SentenceSplitter
 
 pytestmark = pytest.mark.slow
@@ -94,13 +95,14 @@ def test_rules_choose_what_they_say():
     candidates = [[[text], 0.0] for text in texts]
     likelihood = [[-3.0, 6], [-2.0, 2], [-5.0, 20], [-1.0, 1]]
     sample = {"candidates": candidates, "candidates_untok": candidates, "likelihood": likelihood}
+    (sample,) = choices.with_agreement([sample])
     chosen = choices.by_rules([sample, sample])
     expected = {"generator": 0, "most likely": 2, "longest": 2, "Bayes risk": 3}
     assert {name: places.tolist() for name, places in chosen.items()} == {name: [n] * 2 for name, n in expected.items()}
     del sample["likelihood"]
     assert "most likely" not in choices.by_rules([sample])
-    risk = choices.bayes_risk([["the cat sat"], ["the cat sat"], ["no dog"]])
-    assert risk == pytest.approx([1 / 3, 1 / 3, 2 / 3])
+    alike = agreement([["the cat sat"], ["the cat sat"], ["no dog"]])
+    assert alike == pytest.approx([2 / 3, 2 / 3, 1 / 3])
 
 
 def test_what_does_not_belong_together_is_told():
@@ -110,11 +112,15 @@ def test_what_does_not_belong_together_is_told():
         assert check(ours, theirs) == []
     (line,) = check(mine, {"candidates": mine | {"search": {}, "generator": "y"}})
     assert "trained on candidates of other generator, search than" in line
-    warnings, weight = [], {"weight": 0.04, "power": 1.0}
-    assert evaluate_model.usable_weight(weight, [{"likelihood": []}], warnings) == weight
-    assert evaluate_model.usable_weight(weight | {"weight": 0.0}, [{}], warnings) is None
+    warnings, both = [], {"likelihood": 0.04, "power": 1.0, "agreement": 0.1}
+    assert evaluate_model.usable_weights(both, [{"likelihood": []}], warnings) == both
+    assert evaluate_model.usable_weights(both | {"likelihood": 0.0, "agreement": 0.0}, [{}], warnings) is None
+    assert evaluate_model.usable_weights(None, [{}], warnings) is None
     assert warnings == []
-    assert evaluate_model.usable_weight(weight, [{"likelihood": []}, {}], warnings) is None
+    without = both | {"likelihood": 0.0}
+    assert evaluate_model.usable_weights(both, [{"likelihood": []}, {}], warnings) == without
+    assert evaluate_model.usable_weights(both | {"agreement": 0.0}, [{}], warnings) is None
+    assert len(warnings) == 2
     assert "chooses without" in warnings[0]
 
 
@@ -151,7 +157,17 @@ def test_samples_are_scored_as_in_training(run_script, sample_folder, encoders, 
     assert f"{100 * record['systems']['best']['rouge1']['mean']:.2f} (" in result.stdout
 
 
-def test_the_likelihood_counts_as_it_was_fitted(run_script, sample_folder, scorer_path, tmp_path):
+@pytest.mark.parametrize(
+    ("fitted", "rule"),
+    [
+        ({"weights": {"likelihood": 1e4, "power": 1.0, "agreement": 0.0}}, "most likely"),
+        ({"weights": {"likelihood": 0.0, "power": 1.0, "agreement": 1e4}}, "Bayes risk"),
+        ({"likelihood": {"weight": 1e4, "power": 1.0}}, "most likely"),  # As older scorers have it.
+    ],
+)
+def test_what_counts_beside_the_score_does_so_as_it_was_fitted(
+    fitted, rule, run_script, sample_folder, scorer_path, tmp_path
+):
     """So much, here, that nothing else does."""
     draws = np.random.default_rng(0)
     samples = shutil.copytree(sample_folder / "test", tmp_path / "samples")
@@ -163,11 +179,11 @@ def test_the_likelihood_counts_as_it_was_fitted(run_script, sample_folder, score
         shutil.copy(scorer_path.with_name(name), tmp_path)
     description = json.loads((tmp_path / "scorer.json").read_text())
     digest = provenance.digest_files([scorer_path])
-    description["likelihood"] = {"weight": 1e4, "power": 1.0, "scorer_digest": digest}
+    description |= {name: weights | {"scorer_digest": digest} for name, weights in fitted.items()}
     (tmp_path / "scorer.json").write_text(json.dumps(description))
     run_script(EVALUATE, "--samples", samples, "--scorer_path", "scorer.bin", "--output", "record.json", cwd=tmp_path)
     systems = json.loads((tmp_path / "record.json").read_text())["systems"]
-    assert systems["SimCLS"]["rouge1"]["mean"] == systems["most likely"]["rouge1"]["mean"]
+    assert systems["SimCLS"]["rouge1"]["mean"] == systems[rule]["rouge1"]["mean"]
     assert systems[evaluate_model.ALONE]["rouge1"]["mean"] != systems["SimCLS"]["rouge1"]["mean"]
 
 

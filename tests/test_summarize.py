@@ -10,8 +10,8 @@ import torch
 from model import load_scorer, save_scorer
 
 from harness.endings import UserError
-from scorer import choices
 from search.generator import CandidateGenerator, load_generator
+from texts.scoring import agreement
 
 pytestmark = pytest.mark.slow
 
@@ -43,8 +43,8 @@ def test_each_line_of_text_gets_a_line_however_it_comes(run_here, encoders, tmp_
     (tmp_path / "texts.csv").write_text("id,body\n" + "".join(f'{n},"{text}"\n' for n, text in enumerate(TEXTS)))
     lines = run_here(tmp_path / "texts.txt")
     expected = candidates_of(encoders["t5"], TEXTS)
-    risks = [choices.bayes_risk([[candidate.text.lower()] for candidate in some]) for some in expected]
-    best = [some[risk.argmin()].text for some, risk in zip(expected, risks, strict=True)]
+    alike = [agreement([[candidate.text.lower()] for candidate in some]) for some in expected]
+    best = [some[each.argmax()].text for some, each in zip(expected, alike, strict=True)]
     assert lines == [text and summary for text, summary in zip(TEXTS, best, strict=True)]
     assert run_here(tmp_path / "texts.csv", "--doc_col_name", "body") == lines
     monkeypatch.setattr(summarize, "STANDARD_INPUT", tmp_path / "texts.txt")
@@ -59,22 +59,26 @@ def test_a_job_of_several_processes_is_refused(run_here, tmp_path, monkeypatch):
         run_here(tmp_path / "texts.txt")
 
 
-def test_a_scorer_and_its_weight_of_the_likelihood_choose(run_here, encoders, tmp_path):
+def test_a_scorer_and_what_counts_beside_it_choose(run_here, encoders, tmp_path):
     (tmp_path / "texts.txt").write_text("\n".join(TEXTS))
     path = tmp_path / "scorer.bin"
     scorer, _, description = load_scorer(encoders["bert"], total_len=30, max_len=10)
-    for weight in (0.0, 1e6):
-        save_scorer(path, scorer, description | {"likelihood": {"weight": weight, "power": 1.0}})
+    for term in (None, "likelihood", "agreement"):
+        weights = {"likelihood": 0.0, "power": 1.0, "agreement": 0.0} | ({term: 1e6} if term else {})
+        save_scorer(path, scorer, description | {"weights": weights})
         found = [json.loads(line) for line in run_here(tmp_path / "texts.txt", "--scorer_path", path, "--all")]
+        assert run_here(tmp_path / "texts.txt", "--scorer_path", path) == [each["summary"] for each in found]
         assert found[1] == {"summary": "", "candidates": []}
         for each, some in zip(found[::2], candidates_of(encoders["t5"], TEXTS[::2]), strict=True):
             assert sorted(row["text"] for row in each["candidates"]) == sorted(candidate.text for candidate in some)
             scores = [row["score"] for row in each["candidates"]]
             assert scores == sorted(scores, reverse=True)
             assert each["summary"] == each["candidates"][0]["text"]
-            if weight:
+            if term == "likelihood":
                 means = [candidate.log_prob / candidate.tokens for candidate in some]
                 assert each["summary"] == some[int(np.argmax(means))].text
+            if term == "agreement":
+                assert each["summary"] == min(each["candidates"], key=lambda row: row["bayes_risk"])["text"]
 
 
 def test_documents_pass_some_at_a_time(run_here, monkeypatch):

@@ -13,9 +13,9 @@ from pretrained import half_precision_name
 from harness.arguments import positive_int
 from harness.endings import UserError
 from harness.precision import Precision, choose_precision
-from scorer.likelihood import combine, per_token
+from scorer.combination import combine, per_token
 from texts import provenance
-from texts.scoring import mean_score, score
+from texts.scoring import agreement
 
 
 class Judge(NamedTuple):
@@ -66,36 +66,42 @@ def score_candidates(scorer, encoding, samples, batch_size, world, precision):
     return found
 
 
-def by_scorer(scores, samples, fitted=None):
-    """The place of the best candidate of each sample, int64 [samples]. scores: as from `score_candidates`. fitted: the
-    weight of the likelihood, as from `likelihood.fit`; None for the scorer alone."""
-    if fitted:
-        scores = [combine(own, sample["likelihood"], fitted) for own, sample in zip(scores, samples, strict=True)]
+def with_agreement(samples, rouge_tokens="standard"):
+    """The `samples`, dicts as from `read_sample`, each with the "agreement" of its candidates (texts.scoring)."""
+    return [
+        sample | {"agreement": agreement([text for text, _ in sample["candidates"]], rouge_tokens)}
+        for sample in samples
+    ]
+
+
+def by_scorer(scores, samples, weights=None):
+    """The place of the best candidate of each sample, int64 [samples].
+
+    scores: as from `score_candidates`. samples: as from `with_agreement`. weights: as from `combination.fit`; None for
+    the scorer alone.
+    """
+    if weights:
+        scores = [
+            combine(own, sample.get("likelihood"), sample["agreement"], weights)
+            for own, sample in zip(scores, samples, strict=True)
+        ]
     return np.array([own.argmax() for own in scores])
 
 
-def by_rules(samples, rouge_tokens="standard"):
+def by_rules(samples):
     """name -> the place of the candidate that the rule takes in each sample, int64 [samples].
 
-    Most likely is the highest mean log-probability of a token; without likelihoods the rule is left out.
+    samples: as from `with_agreement`; the candidate that agrees most with the others has the least Bayes risk. Most
+    likely is the highest mean log-probability of a token; without likelihoods the rule is left out.
     """
     rules = {"generator": lambda sample: 0}
     if all("likelihood" in sample for sample in samples):
         rules["most likely"] = lambda sample: per_token(sample["likelihood"], 1).argmax()
     rules["longest"] = lambda sample: np.argmax([words(sentences) for sentences, _ in sample["candidates_untok"]])
-    rules["Bayes risk"] = lambda sample: bayes_risk([text for text, _ in sample["candidates"]], rouge_tokens).argmin()
+    rules["Bayes risk"] = lambda sample: sample["agreement"].argmax()
     return {name: np.array([rule(sample) for sample in samples]) for name, rule in rules.items()}
 
 
 def words(sentences):
     """The number of words of a summary, a list of sentences."""
     return sum(len(sentence.split()) for sentence in sentences)
-
-
-def bayes_risk(candidates, rouge_tokens="standard"):
-    """How far each candidate is from the others: 1 less the mean of the three ROUGE of it, each candidate being the
-    reference in turn (Kumar and Byrne 2004, minimum Bayes risk). float64 [candidates].
-
-    candidates: lists of tokenized, lower-cased sentences.
-    """
-    return 1 - np.mean([mean_score(score(reference, candidates, rouge_tokens)) for reference in candidates], axis=0)

@@ -51,6 +51,15 @@ def score(reference, candidates, tokens="standard"):
     return np.array([[each[name].fmeasure for name in METRICS] for each in scores]).reshape(-1, len(METRICS))
 
 
+def agreement(candidates, tokens="standard"):
+    """How much each candidate is like the others: the mean of its three ROUGE, each candidate being the reference in
+    turn, float64 [candidates]. 1 less it is the candidate's Bayes risk (Kumar and Byrne 2004).
+
+    candidates: lists of tokenized, lower-cased sentences.
+    """
+    return np.mean([mean_score(score(reference, candidates, tokens)) for reference in candidates], axis=0)
+
+
 def signature(tokens, splitter):
     """What the figures are, in one line: package and version, tokens, stemmer, sentences and case.
 
