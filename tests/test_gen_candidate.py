@@ -180,7 +180,8 @@ def test_two_processes_give_the_same_bytes(tiny, whole, tmp_path):
     command = launch + script_command("SimCLS/gen_candidate.py", *arguments(tiny, tmp_path))[1:]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert "process 1 of 2: 24 of 24" in result.stdout
+    assert "train, in batches: 8 of 8" in result.stderr  # Half of them.
+    assert "train: 48 documents, " in result.stdout
     assert contents(tmp_path) == contents(whole)
 
 
@@ -228,7 +229,7 @@ def test_another_batch_size_goes_on_with_what_is_made(tiny, whole, tmp_path, mon
     out = capsys.readouterr().out
     assert "train: the candidates of 48 documents are there already" in out
     assert "going on after 3 of 6 documents" in out
-    assert "val: 3 of 3 documents, " in out  # Nothing is made a second time.
+    assert "val: 3 documents, " in out  # Nothing is made a second time.
     assert "starting over" not in out
     made, expected = contents(tmp_path), contents(whole)
     for split in SPLITS:  # In batches of another size, sums are rounded otherwise.
