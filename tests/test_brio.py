@@ -4,6 +4,7 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -112,9 +113,40 @@ def test_the_generator_of_the_best_epoch_is_kept(tmp_path):
     kept, run = [], BrioRun.__new__(BrioRun)
     run.args, run.world, run.folder, run.history, run.facts = args, World(0, 1, CPU), tmp_path, [], {}
     losses = dict.fromkeys(Means.names, 1.0)
-    for rouge in (0.3, 0.5, 0.4, 0.6):
+    for rouge in (0.3, 0.5, 0.4, 0.45, 0.6):
         ranked = SimpleNamespace(save=lambda folder, rouge=rouge: kept.append(rouge))
         run.state = {"means": SimpleNamespace(take=lambda world: losses), "ranked": ranked}
         epoch = SimpleNamespace(number=0, samples=1, timing={"seconds": 1.0, "peak_memory": None})
         run.add_epoch(epoch, {f"val_{name}": rouge for name in ("rouge1", "rouge2", "rougeL")}, 0.0)
     assert kept == [0.3, 0.5, 0.6]
+
+
+def test_each_process_writes_its_share_and_the_best_candidate_counts(monkeypatch):
+    asked = []
+
+    def generate(generator, documents, *rest):
+        asked.append([document.text for document in documents])
+        return [{"rouge": np.array([[0.3, 0.2, 0.1], [0.9, 0.9, 0.9]])} for _ in documents]
+
+    monkeypatch.setattr(ranked_generator, "generate_samples", generate)
+    monkeypatch.setattr(ranked_generator, "search_settings", lambda *_: {})
+    monkeypatch.setattr(ranked_generator, "CandidateGenerator", lambda *_: None)
+    model = torch.nn.Linear(1, 1)
+    model.generation_config = None
+    samples = [{"article_untok": [str(number)], "abstract_untok": ["x"]} for number in range(5)]
+    args = SimpleNamespace(num_cands=2, max_source_length=9, rouge_tokens="standard")
+    others = torch.tensor([0.9, 0.6, 0.3])  # The sums of the other process, of three documents.
+    world = SimpleNamespace(rank=1, size=2, device=CPU, sum=lambda sums: sums + others)
+    found = ranked_generator.validate(RankedGenerator(model, None, 1.0), samples, args, world, stop=None)
+    assert asked == [["1", "3"]]
+    assert found == pytest.approx({"val_rouge1": 0.3, "val_rouge2": 0.2, "val_rougeL": 0.1})
+
+
+def test_means_are_over_documents_and_not_over_batches():
+    means = Means(CPU)
+    for weight, documents, loss in ((1.0, 3, 2.0), (1.0, 1, 6.0), (0.0, 3, 99.0)):
+        means.add(weight, documents, *(torch.tensor(loss + place) for place in range(3)))
+    world = World(0, 1, CPU)
+    assert means.take(world) == {"loss": 3.0, "ranking_loss": 4.0, "cross_entropy": 5.0}
+    means.add(1.0, 2, *torch.ones(3))
+    assert means.take(world)["loss"] == 1.0  # The sums began anew.

@@ -80,3 +80,12 @@ def test_sums_need_no_float64_where_there_is_none(monkeypatch):
     metrics.add(torch.tensor(1.5), torch.tensor([[2.0, 1.0]] * 4), torch.zeros(4, dtype=torch.long))
     assert metrics.totals.dtype == torch.float32
     assert metrics.result(World(0, 1, cpu)) == (1.5, 100.0)
+
+
+def test_the_kind_of_device_is_the_one_named_or_the_best_there_is(two_gpus, monkeypatch):
+    def kind(name):
+        return devices.kind(argparse.Namespace(device=name))
+
+    assert [kind(name) for name in (None, "cuda:1", "cpu", "mps")] == ["cuda", "cuda", "cpu", "mps"]
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert kind(None) == "cpu"

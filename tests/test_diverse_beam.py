@@ -15,6 +15,7 @@ import torch
 from search import diverse_beam, t5_decoder
 from search.diverse_beam import DiverseBeamSearch, top_k
 from search.generator import make_searches
+from search.hypotheses import Hypotheses
 from search.library_decoder import LibraryDecoder
 from search.t5_decoder import DOCUMENTS_TOGETHER, ENCODER_ATTENTION, PaddedAttention, SeparateAttention, T5Decoder
 from search.token_rules import forbid_repeats
@@ -279,3 +280,38 @@ def test_contradictory_settings_are_refused():
     model.generation_config.repetition_penalty = 1.2
     with pytest.raises(ValueError, match="repetition_penalty"):
         DiverseBeamSearch(model, **good)
+
+
+def test_of_equal_hypotheses_the_first_stays_and_the_last_comes_first():
+    kept = Hypotheses(1, 1, 3, 2, torch.device("cpu"))
+
+    def offer(number, score):
+        score = torch.full((1, 1), score, dtype=torch.float64)
+        kept.add(torch.ones(1, 1, dtype=torch.bool), score, score, torch.full((1, 1, 2), number), 2)
+        return kept.ranked()[0][0, :, 0].tolist()
+
+    for number, score in enumerate((1.0, 1.0, 2.0), 1):
+        offer(number, score)
+    assert offer(4, 1.0) == [3, 2, 1]  # No better than the worst.
+    assert offer(5, 1.5) == [3, 5, 2]  # The older of the worst goes.
+
+
+@pytest.mark.parametrize(
+    ("early_stopping", "length_penalty", "best", "stops"),
+    [
+        (True, 1.0, -2.0, True),
+        (False, 1.0, -20.0, True),  # -10 a token, of two tokens.
+        ("never", 1.0, -20.0, False),  # Of nine tokens it would be -2.2.
+        ("never", -1.0, -2.0, False),  # Each further token makes it worse: now it is -4.
+        ("never", -1.0, -4.0, True),
+    ],
+)
+def test_a_group_stops_when_its_best_open_beam_can_replace_nothing(early_stopping, length_penalty, best, stops):
+    settings = {"num_beams": 2, "num_groups": 1, "diversity_penalty": 0.0, "max_length": 10}
+    settings |= {"early_stopping": early_stopping, "length_penalty": length_penalty}
+    beams = diverse_beam.Beams(DiverseBeamSearch(tiny_seq2seq.build("t5"), **settings), 1)
+    for _ in range(2):
+        assert not beams._cannot_improve(torch.full((1, 1), best, dtype=torch.float64), 2)
+        score = torch.full((1, 1), -6.0, dtype=torch.float64)
+        beams.ended.add(torch.ones(1, 1, dtype=torch.bool), score, score, torch.zeros(1, 1, 10, dtype=torch.long), 3)
+    assert bool(beams._cannot_improve(torch.full((1, 1), best, dtype=torch.float64), 2)) == stops

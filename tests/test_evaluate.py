@@ -366,3 +366,17 @@ def test_the_plain_beam_beside_samples_of_several_searches_is_as_their_beams(tmp
     args.length_penalty = 1.0
     with pytest.raises(UserError, match="--length_penalty 1.0: the samples were made with 2.0; leave it out"):
         evaluate_model.as_in_samples(searches("beam"), origin, args)
+
+
+def test_every_rule_that_is_free_is_a_rival_and_the_best_is_so_in_the_mean_of_the_three():
+    draws, free = (
+        np.random.default_rng(0),
+        ("generator", "plain beam", "most likely", "longest", "Bayes risk", "random"),
+    )
+    systems = {name: draws.normal(0.3, 0.01, (20, 3)) for name in (*free, "best", "SimCLS")}
+    tested = ["generator", "plain beam", "longest", "Bayes risk"]
+    for name in free:
+        lead = np.array([-0.1, 0.3, 0.3])  # Not the best by the first figure.
+        result = summarise(systems | {name: systems[name] + lead})
+        assert result["strongest"] == name
+        assert list(result["p_values"]) == [each for each in free if each in tested or each == name]

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import export_model
 from confusion import Predictions, class_lines, draw_matrix, draw_mistakes, matrix_lines
 from harness.endings import UserError
 from weights import load_model, read_record
@@ -215,3 +216,57 @@ def test_tables():
     assert (lines[0], lines[3]) == ("true class   ant   bee  bear", "bear           1     0     1")
     lines = list(matrix_lines(matrix, ["class 1", "class 2", "class 3"]))
     assert (lines[0], lines[3]) == ("true class  1  2  3", "3. class 3  1  0  1")
+
+
+def test_figures_show_shares_of_the_true_class_and_what_it_was_taken_for():
+    predictions = Predictions(np.array([1, 1, 0, 1]), np.array([0, 0, 0, 1]), np.array([0.9, 0.8, 0.7, 0.6]))
+    axes = draw_matrix(predictions.confusion(2), ["ant", "bee"], "run").axes[0]
+    assert (axes.get_xlabel(), axes.get_ylabel()) == ("predicted class", "true class")
+    assert np.array(axes.images[0].get_array()).ravel() == pytest.approx([100 / 3, 200 / 3, 0, 100])
+    assert {text.get_position(): text.get_text() for text in axes.texts} == {(0, 0): "1", (1, 0): "2", (1, 1): "1"}
+    images = np.zeros((4, 8, 8, 3), np.uint8)
+    mistakes = draw_mistakes(predictions.surest_mistakes(), images, predictions, ["ant", "bee"])
+    assert [each.get_title() for each in mistakes.axes] == ["bee, 90.0 %\nis ant", "bee, 80.0 %\nis ant"]
+
+
+def test_pictures_are_normalised_as_the_arguments_say(place):
+    named = {"mean": [0.1, 0.2, 0.3], "std": [0.5, 0.6, 0.7]}
+    evaluate(place, "--mean", *named["mean"], "--std", *named["std"], "--output_dir", "own")
+    wrong = json.loads((place / f"own/{NAME}.evaluation.json").read_text())["surest_and_wrong"]
+    change_record(place, lambda record: record["data"].update(named))
+    assert wrong
+    expected = logits(place, *(f"pictures/{each['picture']}" for each in wrong)).softmax(1).amax(1)
+    assert [each["probability"] for each in wrong] == pytest.approx(expected.tolist(), abs=1e-5)
+
+
+def test_what_the_record_says_of_the_last_epoch_stands_beside_the_accuracy():
+    predictions = Predictions(np.array([0, 1]), np.array([0, 0]), np.array([0.9, 0.8]))
+    record = {"precision": "bf16", "machine": {"hardware": "a GPU"}}
+    for told, words in (([75.0, 50.0], ", as the run's record says"),
+                        ([50.0, 75.0], "; the run's record says 75.00 %, of bf16 on a GPU")):  # fmt: skip
+        record["epochs"] = [{"test_acc": accuracy} for accuracy in told]
+        assert evaluate_script.beside_record(record, {}, predictions) == words
+
+
+def test_pictures_are_of_the_runs_size_and_in_its_precision(place, monkeypatch):
+    monkeypatch.setattr(evaluate_script, "load_images", lambda *arguments: arguments)
+    args = evaluate_script.get_args_parser().parse_args(["run.pt", "--data_dir", "there"])
+    record = {"arguments": {"dataset": "folder"}, "data": {"size": 64}}
+    assert evaluate_script.load_data(args, record) == ("folder", Path("there"), 64)
+    change_record(place, lambda record: record["arguments"].update(half_precision="bfloat16"))
+    evaluate(place)
+    (each, *_) = json.loads((place / f"model_history/{NAME}.evaluation.json").read_text())["surest_and_wrong"]
+    exact = float(logits(place, f"pictures/{each['picture']}").softmax(1).max())
+    assert each["probability"] != pytest.approx(exact, abs=1e-6)
+    assert each["probability"] == pytest.approx(exact, abs=0.05)
+
+
+def test_an_export_whose_outputs_are_others_is_refused(tmp_path, monkeypatch):
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(192, 2))
+    known = evaluate_script.Known(["a", "b"], np.zeros(3, np.float32), np.ones(3, np.float32), 8)
+    monkeypatch.setattr(torch.export, "export", lambda *arguments, **more: None)
+    for wrong in (9.0, float("nan")):
+        monkeypatch.setattr(export_model, "_to_torch", lambda *_, wrong=wrong: (b"", torch.full((3, 2), wrong)))
+        with pytest.raises(UserError, match="out.pt2: its outputs differ by .* from those here; nothing is written"):
+            export_model.export(model, known, tmp_path / "out.pt2")
+    assert list(tmp_path.iterdir()) == []

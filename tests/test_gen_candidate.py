@@ -350,3 +350,8 @@ def test_half_precision_on_a_cpu(tiny, tmp_path, monkeypatch, capsys):
     run_here(monkeypatch, *arguments(tiny, tmp_path, "--half_precision", "True", "--dataset_percent", 20))
     assert "half precision on a CPU is bfloat16" in capsys.readouterr().out
     assert len(list(read_lines(only_folder(tmp_path) / "train.out"))) == 4 * 9
+
+
+def test_settings_that_one_side_alone_has_are_others():
+    assert candidate_files._changed({"a": 1, "c": 3, "d": 0}, {"a": 1, "b": 2, "d": 4}) == "b, c, d"
+    assert candidate_files._changed(None, {"a": 1}) == candidate_files._changed({"a": 1}, {"a": 1}) == ""

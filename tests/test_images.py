@@ -8,7 +8,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from harness.endings import UserError
-from harness.loading import EpochBatches
+from harness.loading import EpochBatches, largest_batch
 from image_loaders import (
     PADDING,
     AugmentedImages,
@@ -207,3 +207,22 @@ def test_a_device_without_room_falls_back_to_workers(monkeypatch):
     assert "do not fit on the device" in said[0]
     fits = training_loader("device", random_data(), 0, EpochBatches(40, 9, 0), 0, CPU)
     assert loading_of(fits) == "device"
+
+
+def test_the_order_is_one_for_a_seed_and_an_epoch():
+    def order(seed, epoch):
+        batches = EpochBatches(40, 8, seed)
+        batches.start(epoch)
+        return batches.order().tolist()
+
+    found = [order(seed, epoch) for seed in (0, 1) for epoch in (0, 1)]
+    assert len(set(map(tuple, found))) == 4
+    assert order(1, 0) == found[2]
+
+
+def test_what_is_left_of_an_epoch_is_counted_in_samples_and_in_shares():
+    batches = EpochBatches(20, 8, seed=0)
+    assert [batches.samples_from(number) for number in range(4)] == [20, 12, 4, 0]
+    assert [largest_batch(*each) for each in ((100, 8, 1), (100, 8, 2), (5, 8, 1), (5, 8, 2), (1, 8, 4))] == [
+        8, 4, 5, 2, 1,
+    ]  # fmt: skip

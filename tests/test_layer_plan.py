@@ -1,5 +1,8 @@
 """main.py --memory_budget: the parts of an encoder's layers that backward redoes."""
 
+from types import SimpleNamespace
+
+import numpy as np
 import pytest
 import torch
 from model import Scorer
@@ -8,6 +11,7 @@ from transformers import BertConfig, BertModel, T5Config, T5EncoderModel
 from harness.distributed import World
 from harness.endings import UserError
 from harness.precision import choose_precision
+from scorer import layer_plan
 from scorer.layer_plan import KINDS, parts_of, plan_layers, redo_parts
 
 pytestmark = pytest.mark.slow
@@ -94,3 +98,48 @@ def test_recomputation_leaves_frozen_layers_alone(make):
         part.register_forward_hook(lambda *_, number=number: calls.append(number))
     scorer.encode_texts([TEXTS], [LENGTHS]).square().sum().backward()
     assert [calls.count(number) for number in range(LAYERS)] == [1, 1, 2, 2]
+
+
+def test_the_plan_is_made_for_the_longest_documents_and_what_is_kept_told_of_usual_ones(monkeypatch):
+    class Samples:
+        document_lengths = np.array([5, 90, 20, 50, 10, 60])
+
+        def __len__(self):
+            return 6
+
+        def batch(self, numbers):
+            return SimpleNamespace(to=lambda device: self.document_lengths[numbers].tolist())
+
+    held, planned, sizes = [], [], iter([120, 30])
+    monkeypatch.setattr(layer_plan, "_held", lambda scorer, batch, autocast: held.append(batch) or next(sizes))
+    monkeypatch.setattr(layer_plan, "_plan_budget", lambda scorer, batch, *rest: planned.append(batch))
+    args, run = SimpleNamespace(memory_budget=0.5, use_checkpoint=False, batch_size=2), SimpleNamespace()
+    layer_plan.plan_memory(None, Samples(), args, ALONE, SINGLE, run)
+    assert (planned, held) == ([[60, 90]], [[20, 50]] * 2)
+    assert run.kept_share == 30 / 120
+
+
+def test_a_budget_is_planned_for_the_largest_call_and_the_plan_is_told(monkeypatch):
+    redo, calls, said, run = {"0.attention", "1.feed_forward", "1.attention"}, [], [], SimpleNamespace(facts={})
+    plan = SimpleNamespace(redo=redo, peak_bytes=60, plain_peak_bytes=100)
+    monkeypatch.setattr(
+        layer_plan, "plan_layers", lambda _, texts, lengths, *rest: calls.append(lengths) or (plan, 0.5)
+    )
+    batch = SimpleNamespace(texts=[torch.zeros(2, 5), torch.zeros(4, 9)], lengths=["few", "many"])
+    args, world = SimpleNamespace(memory_budget=0.6), SimpleNamespace(say=said.append)
+    layer_plan._plan_budget(None, batch, args, world, SINGLE, run)
+    assert calls == ["many"]
+    assert said == [
+        "plan: backward redoes 2 times attention and 1 times feed-forward, for a peak of 0.500 (planned 0.600)"
+    ]
+    assert run.facts["plan"] == {"redo": sorted(redo), "peak_share": 0.5, "planned_peak_share": 0.6}
+
+
+def test_each_part_of_a_layer_costs_its_own_bytes_and_seconds():
+    sizes, seconds = {"attention": 10, "feed_forward": 30}, {"attention": 0.1, "feed_forward": 0.2}
+    timeline = layer_plan._timeline([2, 3], sizes, seconds, held=100, peak=150)
+    assert [(name, step.bytes, step.seconds) for name, step in timeline.steps.items()] == [
+        (f"{number}.{kind}", sizes[kind], seconds[kind]) for number in (2, 3) for kind in KINDS
+    ]
+    assert timeline.fixed == 20
+    assert [group.entry for group in timeline.groups] == [None, "2.feed_forward"]

@@ -105,3 +105,16 @@ def test_a_layout_is_applied():
     convolution = model.layer1[0].conv2
     assert convolution.form == "separate"
     assert convolution.weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_milliseconds_are_those_of_a_picture_in_the_mean_over_the_processes(monkeypatch):
+    seconds = {
+        Layout(True, form): taken for form, taken in zip(("groups", "separate", "dense"), (3, 1, 2), strict=True)
+    }
+    monkeypatch.setattr(layouts, "SECONDS", 1e9)  # All of a batch can be afforded.
+    monkeypatch.setattr(layouts, "_race", lambda arms, measure: seconds)
+    another = torch.tensor([0.0, 1500.0, 250.0])  # Another process has taken: there separate is slow.
+    world = SimpleNamespace(device=CPU, size=2, sum=lambda values: values + another)
+    best, taken = fastest(ResNeXt(1, 4), list(seconds), choose_precision(None, CPU), world, batch_size=4, size=8)
+    assert list(taken.values()) == [375.0, 875.0, 375.0]
+    assert best == Layout(True, "groups")

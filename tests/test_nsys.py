@@ -237,3 +237,20 @@ def test_a_live_trace_agrees_with_the_runs_own_record(tmp_path, pictures):
     ((_, timings),) = read_trace(tmp_path / "trace.sqlite").items()
     # The medians alone: single steps differ by what happens between a range and the clock beside it.
     assert_agree(combine(timings), Record(record, json.loads(record.read_text())).timing(), figures=("median",))
+
+
+def test_memory_that_is_set_graphs_and_imported_ranges_count(tmp_path):
+    make_trace(tmp_path / "trace.sqlite", WARMUP_STEPS + 3)
+    with sqlite3.connect(tmp_path / "trace.sqlite") as database:
+        database.execute("UPDATE NVTX_EVENTS SET eventType = 70")
+        for number, kind in enumerate(("MEMSET", "GRAPH_TRACE")):
+            table = f"CUPTI_ACTIVITY_KIND_{kind}"
+            database.execute(f"CREATE TABLE {table} AS SELECT * FROM CUPTI_ACTIVITY_KIND_MEMCPY WHERE 0")
+            for step in range(WARMUP_STEPS + 3):
+                called, start, key = 28 + 100 * step, 100 + 2 * number + 100 * step, 1000 + 2 * step + number
+                call = (called * MS, called * MS + 1000, MAIN, key)
+                database.execute("INSERT INTO CUPTI_ACTIVITY_KIND_RUNTIME VALUES (?, ?, ?, ?)", call)
+                work = (start * MS, (start + 1) * MS, key, PROCESS << 24)
+                database.execute(f"INSERT INTO {table} VALUES (?, ?, ?, ?)", work)
+    (timing,) = read_trace(tmp_path / "trace.sqlite")[PROCESS]
+    assert timing["phases"]["forward"]["device_ms"]["median"] == pytest.approx(10 + 1 + 1)

@@ -5,6 +5,7 @@ import gc
 import itertools
 import re
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -232,3 +233,30 @@ def test_on_a_gpu_the_second_step_is_measured(monkeypatch):
         known.append((cost.is_known, cost.peak_bytes))
     assert known == [(False, None), (True, 300), (True, 300)]
     assert StepCost(torch.nn.Linear(1, 1), CPU, enabled=False).is_known
+
+
+def test_what_a_step_moves_is_what_it_reads_and_writes():
+    timeline = chain(0)[1]
+    pictures, out = 4 * 3 * 16 * 16 * 4, timeline.steps["stem.out"].bytes
+    assert timeline.steps["stem.out"].moved == pictures + out
+    first = timeline.steps["0.first"]
+    assert first.moved == out + first.bytes
+
+
+def test_the_least_of_a_steps_times_counts(monkeypatch):
+    clock = iter([0.0, 0.05, 1.0, 1.01, 2.0, 2.02])  # Three times, of 50, 10 and 20 ms.
+    monkeypatch.setattr(rehearsal, "time", SimpleNamespace(perf_counter=lambda: next(clock)))
+    watch = rehearsal._Stopwatch()
+    with torch.no_grad():
+        watch.run("a.step", torch.sin, torch.ones(2))
+    assert watch.seconds == {"a.step": pytest.approx(0.01)}
+
+
+def test_a_step_whose_output_backward_does_not_need_is_none():
+    layer = nn.Linear(3, 3)
+
+    def useless(tape, batch):
+        return tape.run("a.sum", lambda out: out + 1, tape.run("a.layer", layer, batch)) + 1
+
+    with pytest.raises(ValueError, match=r"backward does not need the outputs of \['a.layer'"):
+        rehearsal.rehearse(layer, useless, lambda count: torch.randn(count, 3), 4, timed=False)

@@ -18,6 +18,7 @@ from utils import map_in_order, read_lines
 
 from harness.endings import UserError
 from harness.files import staging
+from texts import provenance
 from texts.samples import read_sample, sample_files
 from texts.sentences import SentenceSplitter, ptb_tokenize
 
@@ -331,3 +332,13 @@ def test_a_splitter_reads_a_bounded_sample(monkeypatch):
 def test_a_missing_file_names_itself(tmp_path):
     with pytest.raises(UserError, match=r"nothing\.out"):
         next(read_lines(tmp_path / "nothing.out"))
+
+
+def test_a_digest_of_files_is_of_each_of_them(tmp_path):
+    paths = [tmp_path / name for name in "abc"]
+    digests = set()
+    for changed in (None, *paths):
+        for path in paths:
+            path.write_text("changed" if path == changed else path.name)
+        digests.add(provenance.digest_files(paths))
+    assert len(digests) == 4

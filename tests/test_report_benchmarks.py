@@ -205,3 +205,12 @@ def test_names_in_the_frontier_lie_apart():
         assert len(boxes) >= 5
         for index, box in enumerate(boxes):
             assert not any(box.overlaps(other) for other in boxes[:index]), panel.texts[index].get_text()
+
+
+def test_a_gpus_record_is_drawn_before_a_cpus(tmp_path, monkeypatch):
+    drawn, both = [], [record_of("memory", **MEMORY), record_of("memory", "cuda", **MEMORY)]
+    monkeypatch.setattr(frontier, "draw", lambda record: drawn.append(record["machine"]["device"]))
+    monkeypatch.setattr(frontier, "save", lambda figure, path: path)
+    for records in (both, both[::-1]):
+        assert frontier.draw_frontier({"some": records}, tmp_path) == [tmp_path / frontier.NAME]
+    assert drawn == ["cuda", "cuda"]

@@ -2,6 +2,7 @@
 
 import json
 
+import matplotlib.pyplot as plt
 import pytest
 from run_records import make_record, make_run, read_table
 
@@ -12,7 +13,7 @@ from reporting.studies import CHECKPOINTING, DATA_LOADER
 
 @pytest.fixture
 def folders(tmp_path):
-    """a: two seeds of the plain run; b: three of a slower one, as exact, with less memory, and one of them twice."""
+    """a: two seeds of the plain run; b: three of a slower one, as exact, with less memory."""
     for seed, scale in enumerate((1.0, 1.02)):
         write(tmp_path / "a" / f"a{seed}.json", make_record(scale, seed=seed, acc=80 + seed))
     block = {"experiment": "resnext_checkpoint", "policy": "block", "saved": 2**28}
@@ -49,6 +50,27 @@ def test_a_run_may_be_named_by_its_weights_and_has_no_noise(folders):
     rows = {row["Figure"]: row for row in read_table(compare.render(sides))}
     assert rows["Step, ms"]["Difference"] == "not known: one run each"
     assert "No setting differs" in compare.render(sides)
+
+
+def test_of_a_seed_that_was_run_again_the_latest_is_compared(folders):
+    old = make_record(9.0, seed=2, experiment="resnext_checkpoint", policy="block", saved=2**28)
+    old["machine"]["date"] = "2025-01-01T00:00:00Z"
+    write(folders / "b" / "b2_again.json", old)
+    assert [run.path.name for run in compare.read_side(folders / "b")] == ["b2.json", "b0.json", "b1.json"]
+
+
+def test_the_figure_has_the_phases_of_a_step_then_the_loss_and_the_test_accuracy(folders, monkeypatch):
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    compare.draw([compare.read_side(folders / name) for name in "ab"], folders / "compare.png")
+    phases, loss, accuracy = plt.gcf().axes
+    heights = {bar.get_x() + bar.get_width() / 2: bar.get_height() for bar in phases.patches}
+    names = [label.get_text() for label in phases.get_xticklabels()]
+    backward, optimizer = (names.index(name) for name in ("backward", "optimizer"))
+    assert [heights[backward + place] for place in (-0.2, 0.2)] == pytest.approx([60 * 1.01, 60 * 1.5])
+    assert [heights[optimizer + place] for place in (-0.2, 0.2)] == pytest.approx([6 * 1.01, 6 * 1.5])
+    assert [line.get_ydata().tolist() for line in loss.lines] == [pytest.approx([1, 1 / 2, 1 / 3])] * 2
+    first, second = (line.get_ydata().tolist() for line in accuracy.lines)
+    assert (first, second) == (pytest.approx([78.5, 79.5, 80.5]), pytest.approx([79.5, 80.5, 81.5]))
 
 
 def test_what_cannot_be_compared_is_one_line(folders):

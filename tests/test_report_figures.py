@@ -110,6 +110,20 @@ def test_samples_and_noise():
     assert comparison.ratio_interval(Sample.of([4.0]), sample) == pytest.approx((2, 2 / factor, 2 * factor), rel=1e-3)
 
 
+def test_each_side_scatters_by_itself():
+    """Two values far apart tell little, however close to each other many others are (Welch, and not Student)."""
+    many, two = Sample.of([9.9, 10.1] * 5), Sample.of([10.5, 13.5])
+    assert comparison.within_noise(two, many)
+    assert comparison.within_noise(many, two)
+
+
+def test_what_does_not_scatter_differs_or_is_the_same():
+    one, other = Sample.of([5.0, 5.0]), Sample.of([5.1, 5.1, 5.1])
+    assert comparison.within_noise(one, other) is False
+    assert comparison.within_noise(one, Sample.of([5.0, 5.0, 5.0])) is True
+    assert comparison.difference(other, one) == "+0.1"
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

@@ -241,6 +241,18 @@ def test_time_to_accuracy():
     assert fast[0].accuracy_by_seconds() == []
 
 
+def test_of_a_way_that_not_every_run_of_reached_the_target_no_mean_is_told():
+    """That of the others would flatter it."""
+    runs = [timed(make_run(seed=seed), (10, 50), (20, 80), (30, 75)) for seed in (0, 1)]
+    fast = {"experiment": "resnext_fast", "lr": 0.1}
+    runs += [timed(make_run(seed=seed, **fast), (2, 60), (4, 79), (6, best)) for seed, best in enumerate((82, 79))]
+    row = next(row for row in read_table(accuracy.render(runs)) if row["Way"] == "everything on")
+    assert row["Reached by"] == "1 of 2"
+    assert (row["Epochs"], row["Seconds"], row["Time, × (95 % interval)"]) == ("–", "–", "–")
+    (race,) = accuracy.races(runs)
+    assert accuracy.ratio_of(race, "everything on") is None
+
+
 def paced(seconds, *accuracies, start=4.0, **arguments):
     """A Record of an epoch for each of `accuracies`, each of so many seconds, after `start` seconds."""
     run = make_run(num_epoch=len(accuracies), **arguments)
@@ -282,6 +294,17 @@ def test_long_runs_are_timed_by_short_ones_that_were_run_in_turn():
     more = [paced(80, 60, 70, 72, half_precision="bfloat16", precision="bf16")]
     row = next(row for row in read_table(accuracy.render(long + short + more)) if row["Way"].startswith("half"))
     assert (row["Epochs"], row["Seconds"]) == ("2.0", "–")
+
+
+def test_runs_of_other_settings_and_long_ones_time_no_others():
+    def pair(number, **more):
+        fast = paced(20, *[55] * number, experiment="resnext_fast", lr=0.1, **more)
+        return [paced(100, *[50] * number, **more), fast]
+
+    long = pair(4)
+    assert "in turn" in headline.render(long + pair(2))
+    assert "in turn" not in headline.render(long + pair(3))  # These show a result of their own.
+    assert "in turn" not in headline.render(long + pair(2, model="resnext29_2x64d"))
 
 
 def test_only_half_precision_is_called_so():
@@ -342,3 +365,28 @@ def test_another_recipe_is_compared_by_the_best_epochs():
         row["Change in the result"]
         == "+15.3 points, best epoch against best (at the end +19.3 points, within the noise)"
     )
+
+
+def test_results_are_the_same_where_each_seed_s_are():
+    runs = [make_run(seed=seed, acc=80.0 + seed) for seed in (0, 1)]
+    runs += [make_run(seed=seed, acc=81.0 - seed, num_worker=0) for seed in (0, 1)]
+    (row,) = read_table(headline.render(runs))
+    assert row["Change in the result"].startswith("+0.0 points")
+
+
+def test_a_scorer_of_few_updates_shows_no_result():
+    names = {"num_worker": None, "loader": None, "num_workers": 4, "experiment": "simcls"}
+    runs = [make_run(use_checkpoint=redone, **names) for redone in (False, True)]
+    for updates, told in ((99, "not known: 99 updates"), (100, headline.SAME)):
+        for run in runs:
+            run.epochs[-1] |= {"losses": [[updates, 0.5]], "val_loss": 0.5}
+        (row,) = read_table(headline.render(runs, "simcls"))
+        assert row["Change in the result"] == told
+    runs[1].epochs[-1]["losses"] = [[99, 0.5]]
+    assert headline.render(runs) == ""  # The page of all shows what is known.
+
+
+def test_published_times_and_memory_stand_beside_ours_and_n_is_of_the_smaller_side():
+    runs = runs_of((1.0, 1.1)) + runs_of((1.4,), experiment="resnext_checkpoint", policy="nested")
+    (row,) = read_table(headline.render(runs))
+    assert (row["n"], row["As published, one A100, ×"]) == ("1", "time 1.43, memory 0.65")

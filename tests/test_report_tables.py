@@ -5,7 +5,7 @@ import copy
 import pytest
 from run_records import make_run, read_table, rows_of
 
-from reporting import overview, published, studies, tables
+from reporting import overview, published, sentences, studies, tables
 from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION
 
 
@@ -192,3 +192,49 @@ def test_the_originals_figures_stay_as_published():
         "Epoch, s": "44.5", "Overall, s": "8934", "Memory, GB": "7.82",
     }  # fmt: skip
     assert before == (published.DATA_LOADER, published.MIXED_PRECISION, published.CHECKPOINTING)
+
+
+@pytest.mark.parametrize("other", [{"versions": {"torch": "2.0.0"}}, {"threads": 1}])
+def test_runs_of_another_release_or_of_other_threads_are_not_compared(other):
+    runs = [make_run(scale, device="cpu", num_worker=number) for scale, number in ((1.0, 2), (0.5, 8), (7.0, 0))]
+    runs[2].machine.update(other)
+    assert list(rows_of(DATA_LOADER, runs)) == ["2 workers (baseline)", "8 workers"]
+
+
+def test_what_is_switched_off_and_what_an_old_record_does_not_name_are_the_same():
+    runs = [make_run(), make_run(2.0, num_worker=0)]
+    del runs[1].arguments["true_fp32"]
+    assert rows_of(DATA_LOADER, runs)["0 workers"]["Step, ×"] == "2.00"
+    names = [studies.recomputation_label(make_run(memory_budget=0.25, budget_of=of)) for of in (None, "held", "peak")]
+    assert names == ["held 0.25", "held 0.25", "budget 0.25"]  # All were of what is held, before there was a choice.
+
+
+def test_everything_is_compared_with_the_original_s_way_as_it_was_and_of_the_same_batch():
+    fast = {"experiment": "resnext_fast", "lr": 0.1}
+    runs = [make_run(2.0, lr=0.5), make_run(3.0, deterministic=True), make_run(), make_run(0.5, **fast)]
+    assert rows_of(studies.TOGETHER, runs)["everything on"]["Epoch, ×"] == "0.50"
+    runs += [make_run(4.0, batch_size=512), make_run(1.0, batch_size=512, half_precision="float16", precision="fp16")]
+    assert rows_of(studies.TOGETHER, runs)["half precision (fp16)"]["Epoch, ×"] == "0.25"
+
+
+def test_the_sentence_on_recomputation_is_of_what_saves_most():
+    redo = {"experiment": "resnext_checkpoint"}
+    runs = [make_run(), make_run(1.1, policy="chain", **redo), make_run(1.3, policy="block", **redo)]
+    for run, share in zip(runs, (1, 0.5, 0.25), strict=True):
+        for epoch in run.epochs:
+            epoch["timing"]["peak_memory"]["allocated_bytes"] *= share
+    assert "0.25 × the memory for 1.30 × the time, and the very same weights (" in sentences.bullets(runs, [])
+    runs[2].epochs[0]["test_acc"] += 0.5
+    assert "0.25 × the memory for 1.30 × the time (" in sentences.bullets(runs, [])
+
+
+def test_trials_of_faults_are_counted_by_kind():
+    trials = [{"fault": fault, "tried": tried, "survived": survived}
+              for fault, tried, survived in (("full disk", 3, 2), ("SIGKILL", 1, 1), ("full disk", 2, 2))]  # fmt: skip
+    record = {"benchmark": "faults", "trials": trials, "machine": {"hardware": "AMD EPYC"}}
+    text = sentences.faults({"AMD EPYC": [record, {"benchmark": "rouge"}]})
+    assert text.startswith("5 of 6 trials lost nothing; AMD EPYC; ")
+    assert read_table(text) == [
+        {"Fault": "full disk", "Trials": "5", "Nothing lost": "4"},
+        {"Fault": "SIGKILL", "Trials": "1", "Nothing lost": "1"},
+    ]

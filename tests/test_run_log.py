@@ -56,3 +56,13 @@ def test_figures_are_the_medians_by_phase_and_the_peak():
     phases["step"] = {"device_ms": None, "host_ms": warm}
     figures = timing_figures({"phases": phases, "peak_memory": {"allocated_bytes": 3 * 2**20}})
     assert figures == pytest.approx({"milliseconds/forward": 2, "milliseconds/backward": 6, "memory/peak_MiB": 3})
+
+
+def test_what_a_state_knows_of_is_in_the_files(tmp_path):
+    """A run that is killed right after its state was saved closes nothing."""
+    log = RunLog(tmp_path / "run")
+    log_epochs(log, (1, 2), 0.5)
+    assert log.state_dict() == {"bytes": len("epoch 1: 0.5\n") * 2}
+    assert scalars(tmp_path / "run") == [(1, 0.5), (2, 0.5)]
+    assert (tmp_path / "run/log.txt").stat().st_size == log.state_dict()["bytes"]
+    log.close()

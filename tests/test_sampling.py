@@ -58,13 +58,24 @@ def test_a_document_s_draws_are_its_own(name):
     assert name == "bart" or len(set(found.lengths.flatten().tolist())) > 1
 
 
+def test_forced_tokens_are_not_drawn():
+    model = tiny_seq2seq.build("bart")  # It begins with token 0, and ends with 2 where it has not ended before.
+    found = search(model, max_length=6)(*tiny_seq2seq.documents(model))
+    whole = found.tokens[found.lengths == 5]
+    assert len(whole)
+    assert (found.tokens[:, :, 1] == 0).all()
+    assert (whole[:, 5] == 2).all()
+
+
 @pytest.mark.parametrize("bad", [{"top_p": 0.0}, {"top_p": 1.5}, {"max_length": 1}])
 def test_contradictory_settings_are_refused(bad):
     with pytest.raises(ValueError, match="nucleus|maximum length"):
         search(tiny_seq2seq.build("t5"), **bad)
 
 
-@pytest.mark.parametrize(("name", "value"), [("temperature", 0.7), ("top_k", 10), ("typical_p", 0.5)])
+@pytest.mark.parametrize(
+    ("name", "value"), [("temperature", 0.7), ("top_k", 10), ("typical_p", 0.5), ("repetition_penalty", 1.2)]
+)
 def test_settings_that_would_change_the_draws_are_refused(name, value):
     model = tiny_seq2seq.build("t5")
     setattr(model.generation_config, name, value)

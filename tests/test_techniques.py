@@ -80,3 +80,13 @@ def test_the_processes_of_a_job_plan_alike(monkeypatch, processes, cost):
     precision = SimpleNamespace(autocast=contextlib.nullcontext)
     memory_plan.plan_memory(model, DATA, run.args, run.world, precision, run)
     assert costs == [cost]
+
+
+def test_a_measured_peak_is_told_as_a_share_of_that_without_recomputation(monkeypatch):
+    monkeypatch.setattr(techniques, "plan_of", lambda run: PLAN)
+    plan = {"redo": ["stem.relu1"], "held_bytes": 80, "peak_bytes": 150 * 2**20, "plain_peak_bytes": 200 * 2**20}
+    facts = {"saved_activation_bytes": 80, "precision": "fp32", "policy": ["stem.relu1"], "plan": plan}
+    told = techniques.describe_effect(run_with(facts | {"measured": {"peak_bytes": 160 * 2**20}}, compile=False))
+    assert "peak 160.0 (planned 150.0), without recomputation 200.0 (0.80 x), by redoing 1 operations" in told
+    whole = techniques.describe_effect(run_with(facts | {"plan": None, "policy": "block"}, compile=False))
+    assert "without recomputation 0.0 (0.80 x)" in whole

@@ -172,3 +172,27 @@ def test_another_program_reads_the_same_phases_and_times(own_trace):
         durations = events[(events["s_cat"] == "user_annotation") & (events["s_name"] == name)]["dur"]
         assert len(durations) == tracing.STEPS
         assert durations.mean() / 1e3 == pytest.approx(phases[name]["host"], abs=2e-3)  # It rounds to microseconds.
+
+
+def test_a_single_step_of_a_gpu_ends_with_its_last_work(tmp_path):
+    events = [*step_ranges(6, 0.0), event("user_annotation", "validation", 8.5, 9.5, tid=3)]  # Of another thread.
+    work = (("cuda_driver", "gpu_memset", 4.5, 5, 6), ("cuda_runtime", "kernel", 7.5, 9, 12.5))
+    for key, (api, category, launch, first, last) in enumerate(work):
+        events.append(event(api, "launch", launch, launch + 0.01, correlation=key))
+        events.append(event(category, "work", first, last, correlation=key, stream=7))
+    trace = timeline.read_trace(write(tmp_path / "one.json.gz", events))
+    assert (trace.window, trace.counted) == ((5.0, 12.5), 1)
+    phases = timeline.summarise(trace)
+    assert "validation" not in phases
+    assert phases["step"] == pytest.approx({"host": 10, "device": 4.5, "idle": 3})
+    assert [phases[name]["device"] for name in ("forward", "optimizer")] == pytest.approx([1, 3.5])
+
+
+def test_the_step_that_is_drawn_is_of_median_length(tmp_path, monkeypatch):
+    monkeypatch.setattr(plt, "close", lambda figure: None)
+    spans = ((0, 25), (30, 40), (50, 62))
+    events = [event("user_annotation", f"epoch 1 - step {number}", *span) for number, span in enumerate(spans, 6)]
+    timeline.draw([timeline.read_trace(write(tmp_path / "steps.json.gz", events))], tmp_path / "timeline.png")
+    (panel,) = plt.gcf().axes
+    (background,) = panel.collections[0].get_paths()
+    assert np.ptp(background.vertices[:, 0]) == pytest.approx(12)
