@@ -115,8 +115,9 @@ def default_folders(published):
 
 def beside(folders):
     """The folder in whose image/ the figures of one's own runs go; the repository's is for the published records."""
-    first = folders[0] if folders else ROOT / FOLDERS[0]
-    return first if first.is_dir() else first.parent
+    if not folders:
+        return ROOT / FOLDERS[0]
+    return folders[0] if folders[0].is_dir() else folders[0].parent
 
 
 def sections(runs, evaluations, measured, with_cpu_times):

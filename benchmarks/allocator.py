@@ -68,9 +68,7 @@ def compare(way, args):
     command = ["--model", args.model, "--batch_size", args.batch_size, "--steps", args.steps, "--threads", args.threads]
     with contextlib.ExitStack() as processes:
         sides = {
-            name: processes.enter_context(
-                Reference(sys.executable, "allocator.py", *command, "--side", name, needs="what this one has")
-            )
+            name: processes.enter_context(Reference(sys.executable, "allocator.py", *command, "--side", name))
             for name in SIDES
         }
         answers = {name: side.ask(way) for name, side in sides.items()}  # Warms up, too.
@@ -111,6 +109,7 @@ def take_steps(args):
         way = json.loads(line)
         if way not in made:
             words = ["--model", args.model, "--batch_size", str(args.batch_size), "--grouped_convolution", "groups"]
+            words += ["--device", "cpu"]  # Where the steps are taken: beside a GPU other techniques would be on.
             made[way] = TrainingSteps(get_fast_args_parser().parse_args([*words, *WAYS[way]]), data, CPU)
         before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         made[way].run(args.steps)

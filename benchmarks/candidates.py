@@ -140,10 +140,10 @@ def time_case(name, model_folder, sources, reference, args):
     )
     request = {"model": str(model_folder), "num_cands": args.num_cands, "max_length": args.decoder_max_len}
     as_they_come = batches_of(range(len(sources)), args.original_batch)
-    by_length = length_batches(sources, args.reference_batch)
+    by_length, pad = length_batches(sources, args.reference_batch), search.pad_token
     arms = {
-        "original": lambda: run_reference(reference, sources, as_they_come, request | {"pad_to": LONGEST}),
-        "sorted": lambda: run_reference(reference, sources, by_length, request | {"pad_to": None}),
+        "original": lambda: run_reference(reference, sources, as_they_come, request | {"pad_to": LONGEST}, pad),
+        "sorted": lambda: run_reference(reference, sources, by_length, request | {"pad_to": None}, pad),
         "ours": lambda: run_ours(search, sources, args.batch),
     }
     outputs = {arm: run()[1] for arm, run in arms.items()}
@@ -191,15 +191,15 @@ def strip(candidates, pad):
             for candidate in candidates]  # fmt: skip
 
 
-def run_reference(reference, sources, batches, request):
+def run_reference(reference, sources, batches, request, pad):
     """(seconds, for each document its candidates without padding), from candidates_reference.py.
 
-    batches: lists of places in `sources`; request: the rest of what that script asks for.
+    batches: lists of places in `sources`; request: the rest of what that script asks for; pad: the token of padding.
     """
     order = [place for places in batches for place in places]
     answer = reference.ask(request | {"batches": [[sources[place] for place in places] for places in batches]})
     tokens = dict(zip(order, answer["tokens"], strict=True))
-    return answer["seconds"], [strip(tokens[place], PAD) for place in range(len(sources))]
+    return answer["seconds"], [strip(tokens[place], pad) for place in range(len(sources))]
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import shlex
 import statistics
 import subprocess
 import time
@@ -96,12 +97,14 @@ class Reference:
     """A script of this folder that runs in another interpreter, which has another version of some package.
 
     It answers a line of JSON with a line of JSON, and starts with {"name"}. needs: the packages, in words, for the
-    UserError when it does not start, or ends.
+    UserError when it does not start, or ends; None of a script that runs in this interpreter.
     """
 
-    def __init__(self, python, script, *arguments, needs):
-        self._error = f"--reference_python {python}: cannot run {script} there; it needs {needs}"
+    def __init__(self, python, script, *arguments, needs=None):
         command = [python, str(HERE / script), *map(str, arguments)]
+        self._error = f"{shlex.join(command)}: it ended without an answer"
+        if needs:
+            self._error = f"--reference_python {python}: cannot run {script} there; it needs {needs}"
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

@@ -57,7 +57,8 @@ def get_args_parser():
     models = ["resnext29_4x64d"] if on_cuda else ["resnext29_4x64d", "resnext29_2x16d"]
     add("--models", type=model_name, nargs="+", default=models)
     add("--batch_size", type=arguments.positive_int, default=128 if on_cuda else 16)
-    add("--precision", choices=DTYPES, nargs="+", default=["tf32", "bf16", "fp16"] if on_cuda else ["fp32", "bf16"])
+    known = [name for name in DTYPES if on_cuda or name != "tf32"]  # A CPU has none.
+    add("--precision", choices=known, nargs="+", default=["tf32", "bf16", "fp16"] if on_cuda else ["fp32", "bf16"])
     add("--rounds", type=arguments.positive_int, default=10)
     add("--repeats", type=arguments.positive_int, default=20 if on_cuda else 1, help="calls of an arm in a round")
     add("--output", type=Path, help="by default benchmarks/results/<hardware>/layout.json")

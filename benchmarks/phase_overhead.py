@@ -34,7 +34,6 @@ PHASES = ("data copy", "zero grad", "forward", "backward", "optimizer")
 
 def get_args_parser():
     parser = arguments.OneLineParser(description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--model", type=model_name, help="by default resnext29_1x4d; with cuda resnext29_4x64d")
     parser.add_argument("--batch_size", type=arguments.positive_int, help="by default 32; with cuda 128")
     parser.add_argument("--steps", type=arguments.positive_int, default=1, help="steps of each side in a round")
@@ -45,7 +44,7 @@ def get_args_parser():
 
 def main():
     args = get_args_parser().parse_args()
-    device = torch.device(args.device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # The smallest model has the shortest steps, but on a GPU those would be of launches alone.
     default = ("resnext29_4x64d", 128) if device.type == "cuda" else ("resnext29_1x4d", 32)
     args.model, args.batch_size = args.model or default[0], args.batch_size or default[1]

@@ -102,6 +102,7 @@ def main():
         ending = verdict(TARGETS, device, case, ratio)
         print(f"{name:>10}: {ratio['median']:.2f} x our time an epoch ({spread(ratio)}){ending}")
     print(f"      ours: {100 * load_share:.2f} % of the epoch spent waiting for data, the first batch left out")
+    print(f"written: {path}")
 
 
 def write_samples(folder, documents):

@@ -352,6 +352,9 @@ def draw_memory(runs, study):
             if low is not None and not row.arm.is_baseline:
                 panel.errorbar(x, y, xerr=[[x - low], [high - x]], color=colours[name], linewidth=1, capsize=3)
                 whiskers = True
+    if not points:
+        plt.close(figure)
+        return None
     for name, of_policy in points.items():
         panel.plot(*zip(*of_policy, strict=True), color=colours[name], linewidth=1)
         panel.annotate(name, max(of_policy), xytext=(8, 6), textcoords="offset points")

@@ -105,7 +105,7 @@ class Effect:
 
     @property
     def hardware(self):
-        return self.group.machine["hardware"]
+        return self.group.machine["hardware"] or "unknown hardware"
 
     @property
     def where(self):
@@ -295,7 +295,7 @@ def render(runs, page=None):
     notes = []
     for number, where in enumerate(places, 1):
         made = provenance([run.record for each in found if each.where == where for run in each.runs()])
-        notes.append(f"({number}) {where}; {made}.")
+        notes.append(f"({number}) {'; '.join(filter(None, [where, made]))}.")
     return f"{markdown(rows)}\n\n{EXPLANATION} Measured on: {' '.join(notes)}"
 
 

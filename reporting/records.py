@@ -110,11 +110,12 @@ def provenance(records):
 
 
 def machine_letter(path):
-    """ "b" of a record in results/<hardware>_b: what tells machines of one kind apart; None elsewhere."""
-    folders = Path(path).parts[:-1]
-    if "results" not in folders[:-1]:
-        return None
-    return folders[folders.index("results") + 1].partition("_")[2] or None
+    """ "b" of a record in benchmarks/results/<hardware>_b: what tells machines of one kind apart; None elsewhere."""
+    folders = Path(path).absolute().parts[:-1]
+    for start in range(len(folders) - 2):
+        if folders[start : start + 2] == ("benchmarks", "results"):
+            return folders[start + 2].partition("_")[2] or None
+    return None
 
 
 def _json_files(folder):

@@ -153,7 +153,7 @@ def groups(study, runs):
         if arm is None:
             continue
         everything = settings(run)
-        varies = study.varies if study.same is None else set(everything) - {*study.same, *study.row_keys}
+        varies = study.varies if study.same is None else sorted(everything.keys() - {*study.same, *study.row_keys})
         common = {name: value for name, value in everything.items() if name not in (*varies, *study.row_keys)}
         group = found.setdefault(_key(common, hardware(run)), Group(common, hardware(run), []))
         keys = tuple(everything.get(name) for name in study.row_keys)
@@ -283,7 +283,7 @@ def place(machine):
         words.append(f"machine {machine['letter']}")
     if "threads" in machine:
         words.append(f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}")
-    return ", ".join([*words, f"torch {machine['torch']}"])
+    return ", ".join(words + [f"torch {machine['torch']}"] * bool(machine["torch"]))
 
 
 def _words(name):
@@ -291,15 +291,18 @@ def _words(name):
 
 
 def markdown(rows):
-    """A Markdown table of dicts, header -> text or None. A column without any text is left out."""
+    """A Markdown table of dicts, header -> text or None. A column without any text is left out. What names of runs and
+    classes have in them is shown, and read neither as the end of a cell nor as HTML."""
     headers = dict.fromkeys(header for row in rows for header in row)
     columns = {header: [row.get(header) for row in rows] for header in headers}
     columns = {header: column for header, column in columns.items() if any(column)}
     rules = ["---:" if all(map(_is_number, column)) else "---" for column in columns.values()]
     lines = [columns, rules, *zip(*columns.values(), strict=True)]
-    return "\n".join(
-        f"| {' | '.join((cell or '–').replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines
-    )
+    return "\n".join(f"| {' | '.join(map(_escaped, cells))} |" for cells in lines)
+
+
+def _escaped(cell):
+    return (cell or "–").replace("|", "\\|").replace("<", "&lt;")
 
 
 def _is_number(text):
