@@ -28,6 +28,7 @@ from layouts import Layout
 from models.resnext import ResNeXt, parse_name
 from models.resnext_checkpoint import CheckpointResNeXt
 from reporting import benchmarks
+from reporting.records import Record
 
 pytestmark = pytest.mark.slow
 
@@ -268,7 +269,7 @@ def test_a_row_that_computes_something_else_is_not_timed(monkeypatch, pictures):
 
 def test_every_row_is_trained_and_what_it_reaches_stands_beside_its_speed(monkeypatch):
     def train(row, epochs, seed, folder):
-        return {"epochs": [{"test_acc": 10.0 * epochs + seed + len(row.label)}]}
+        return Record(folder, {"epochs": [{"test_acc": 10.0 * epochs + seed + len(row.label)}]})
 
     monkeypatch.setattr(fast_accuracy, "train", train)
     args = fast.get_args_parser().parse_args(["--ablation_epochs", "2", "--seeds", "0", "1", "2"])
