@@ -48,7 +48,6 @@ COLUMNS = {  # What a record calls a figure -> its header with the unit, and the
     "peak_share": ("peak, % of plain", 100),
     "saved_share": ("saved, % of plain", 100),
     "reaches_goal": ("at most 60 % of the peak at 1.10 × the step", 1),
-    "largest_batch": ("largest batch", 1),
     "pictures_per_second": ("pictures/s, median round", 1),
     "times_original": ("× original, median of the rounds' ratios", 1),
     "times_original_low": ("lowest", 1),
@@ -158,8 +157,7 @@ def _ratio_rows(record):
 
 def rounds(record):
     """How often each side of a benchmark ran; None where its record does not say."""
-    settings = record.get("settings")
-    found = record.get("rounds", settings.get("rounds") if isinstance(settings, dict) else None)
+    found = record.get("rounds")
     return found if is_number(found) else _length_of_seconds(record)
 
 

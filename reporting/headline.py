@@ -4,7 +4,7 @@ import dataclasses
 
 from harness.machine import BFLOAT16, VECTOR_INSTRUCTIONS
 from reporting import pace, published
-from reporting.comparison import Sample, interval_text, ratio_interval, within_noise
+from reporting.comparison import Sample, interval_text, within_noise
 from reporting.records import Record, provenance
 from reporting.studies import (
     CHECKPOINTING,
@@ -15,7 +15,7 @@ from reporting.studies import (
     test_accuracy,
     validation_rouge,
 )
-from reporting.tables import data_name, groups, is_toy, markdown, place
+from reporting.tables import data_name, groups, is_toy, markdown, multiple, place
 
 CHECKPOINT = "`resnext_checkpoint.py`"
 MULTIPLIES_HALF = "on CPUs with bfloat16 instructions; on GPUs, as published"
@@ -181,8 +181,8 @@ def effect(study, group, row, of_study):
         row.arm.label,
         technique,
         when,
-        _ratio(Record.epoch_seconds, timed, timed_base),
-        _peak_ratio(row) if of_peak else _ratio(memory, row, base),
+        multiple(timed, timed_base, Record.epoch_seconds),
+        _peak_ratio(row) if of_peak else multiple(row, base, memory),
         _result(study, row, base),
         min(len(each.runs) for each in (row, base, timed, timed_base)),
         group,
@@ -190,11 +190,6 @@ def effect(study, group, row, of_study):
         timed,
         _published(study.name, row, base),
     )
-
-
-def _ratio(figure, row, base):
-    new, old = (Sample.of(map(figure, each.runs)) for each in (row, base))
-    return ratio_interval(new, old) if new and old and old.mean else None
 
 
 def _peak_ratio(row):

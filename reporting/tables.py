@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 
 from reporting import pace
-from reporting.comparison import Sample, difference, quantity, ratio
+from reporting.comparison import Sample, quantity, ratio_interval
 from reporting.published import SETUP
 from reporting.records import machine_letter, provenance
 
@@ -51,28 +51,12 @@ class Column:
     timed: bool = False
 
 
-def value(header, figure):
-    return Column(header, figure)
-
-
-def whole(header, figure):
-    return Column(header, figure, show=lambda sample, base: quantity(sample, places=0))
-
-
 def percent(header, figure):
     return Column(header, figure, show=lambda sample, base: quantity(sample, places=1))
 
 
 def time(header, figure, timed=False):
     return Column(header, figure, is_time=True, timed=timed)
-
-
-def times_baseline(header, figure, timed=False):
-    return Column(header, figure, show=ratio, timed=timed)
-
-
-def over_baseline(header, figure):
-    return Column(header, figure, show=difference)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +146,9 @@ def groups(study, runs):
         if row is None:
             group.rows.append(row := Row(arm, keys, flags, []))
         row.runs.append(run)
-    kept = [group for group in found.values() if len(group.rows) > 1 and not all(_baselines(group))]
+    kept = [
+        group for group in found.values() if len(group.rows) > 1 and not all(row.arm.is_baseline for row in group.rows)
+    ]
     for group in kept:
         for row in group.rows:
             row.runs = one_a_seed(row.runs)
@@ -205,8 +191,11 @@ def _tell_apart(group):
         row.arm = dataclasses.replace(row.arm, label=label)
 
 
-def _baselines(group):
-    return (row.arm.is_baseline for row in group.rows)
+def multiple(row, base, figure):
+    """(multiple, low, high) of the mean over a Row's runs of `figure`, of a Record, over that of the Row `base`; None
+    where it is not known of both, or that of `base` is 0."""
+    new, old = (Sample.of(map(figure, each.runs)) for each in (row, base))
+    return ratio_interval(new, old) if new and old and old.mean else None
 
 
 def _key(*dicts):
