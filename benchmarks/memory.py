@@ -24,15 +24,12 @@ import contextlib
 import functools
 import math
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "resnext")]
+from common import get_parser, new_record, save
 
 import torch
 import torch.nn.functional as F
 from annealing import anneal
-from common import results_path
 from memory_steps import failed, train_all
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -40,8 +37,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiment import model_name
 from harness import arguments, endings
 from harness.endings import UserError
-from harness.files import write_record
-from harness.machine import describe_machine
 from harness.memory import LiveBytes, SavedBytes
 from harness.planning import convolution_flops, describe, plan_recomputation
 from harness.precision import choose_precision, half_precision_type
@@ -70,7 +65,7 @@ ANNEALED = ("budget 0.394", "budget 0.36", "budget held 0.4", "budget held 0.25,
 
 def get_args_parser():
     on_cuda = torch.cuda.is_available()
-    parser = arguments.OneLineParser(description=__doc__)
+    parser = get_parser(__doc__, "memory", rounds=9)
     add, positive_int = parser.add_argument, arguments.positive_int
     backends = ("aot_eager", "inductor", "none")
     add("--model", type=model_name, default=CLAIMED)
@@ -78,11 +73,9 @@ def get_args_parser():
     add("--policies", nargs="+", help="of these arms alone, and plain, as the table names them")
     add("--compile_backend", choices=backends, default="inductor" if on_cuda else "aot_eager")
     add("--steps", type=arguments.non_negative_int, default=5 if on_cuda else 2, help="training steps in a round")
-    add("--rounds", type=positive_int, default=9)
     add("--timed_batch_size", type=positive_int, default=128 if on_cuda else 4)
     add("--half_precision", type=half_precision_type, nargs="?", const="float16", help="of the timed steps")
     add("--annealing_tries", type=arguments.non_negative_int, default=40_000, help="plans that a search looks at")
-    add("--output", type=Path, help="by default benchmarks/results/<hardware>/memory.json")
     return parser
 
 
@@ -99,20 +92,19 @@ def main():
     timed = {name: arm for name, arm in arms.items() if device.type == "cuda" or args.policies or name in TIMED}
     targets = TIMED if device.type == "cpu" and args.model == CLAIMED else {}
     settings = {name: getattr(args, name) for name in ("model", "batch_size", "compile_backend", "steps", "rounds")}
-    record = {"benchmark": "memory", "machine": describe_machine(device), **settings}
+    record = new_record("memory", device, **settings)
     tables = {
         "rows": count_all(arms, args, device, bench.rows),
         "annealing": anneal_all(bench, args),
         "training": train_all(timed, arms["plain"], args, device, bench.rows, targets) if args.steps else (),
     }
     record |= {name: [] for name in tables}
-    path = args.output or results_path("memory", device)
     for name, rows in tables.items():
         for row in rows:  # Written after each, since a lent GPU may be taken back.
             record[name].append(row)
-            write_record(path, record)
+            save(record, args, device)
     show(record)
-    print(f"written: {path}")
+    print(f"written: {save(record, args, device)}")
     missed = [f"{row['policy']}: {row['missed']}" for name in tables for row in record[name] if "missed" in row]
     if missed:
         sys.exit("\n".join(missed))

@@ -5,9 +5,10 @@ import gc
 import sys
 from statistics import median
 
+from common import interleaved, ratio_summary, spread
+
 import torch
 import torch.nn.functional as F
-from common import interleaved, ratio_summary, spread
 
 from harness import endings
 from harness.memory import SavedBytes, reset_peak_memory
