@@ -21,16 +21,15 @@ sys.path.insert(0, str(ROOT))
 
 from harness import arguments, endings
 from harness.endings import UserError
-from reporting import accuracy, benchmarks, headline, loops, overview, records, sentences, studies, tables, terminal
+from reporting import accuracy, benchmarks, headline, loops, overview, records, sentences, tables, terminal
 from reporting.pages import pages, rewrite
 
 FOLDERS = ("runs", "model_history", "resnext/model_history", "SimCLS/cache")
 PUBLISHED = "benchmarks/results/*/runs"  # What README shows: records that were copied there to be kept.
-STUDIES = (studies.DATA_LOADER, studies.MIXED_PRECISION, studies.CHECKPOINTING, studies.TOGETHER, studies.SIMCLS)
 TABLES = (
     "runs",
     "headline",
-    *(study.name for study in STUDIES),
+    *(study.name for study in headline.STUDIES),
     "time-to-accuracy",
     "evaluation",
     "phases",
@@ -115,8 +114,9 @@ def default_folders(published):
 
 def beside(folders):
     """The folder in whose image/ the figures of one's own runs go; the repository's is for the published records."""
-    first = folders[0] if folders else ROOT / FOLDERS[0]
-    return first if first.is_dir() else first.parent
+    if not folders:
+        return ROOT / FOLDERS[0]
+    return folders[0] if folders[0].is_dir() else folders[0].parent
 
 
 def sections(runs, evaluations, measured, with_cpu_times):
@@ -126,7 +126,7 @@ def sections(runs, evaluations, measured, with_cpu_times):
     """
     parts = {"runs": ("Runs", overview.every_run(runs, with_cpu_times))}
     parts["headline"] = ("What each technique buys", headline.render(runs))
-    for study in STUDIES:
+    for study in headline.STUDIES:
         parts[study.name] = (study.title, tables.render(study, runs, with_cpu_times))
     parts["time-to-accuracy"] = ("Time to accuracy", accuracy.render(runs, with_cpu_times))
     parts["evaluation"] = ("SimCLS before and after", overview.evaluations(evaluations))

@@ -8,8 +8,8 @@
 #   bash run.sh simcls       the seven set-ups of the SimCLS scorer (EPOCHS=2, PERCENT=20 of the text)
 #   bash run.sh pubmed       SimCLS on abstracts and their titles, a file CSV, with two generators (EPOCHS=1, PERCENT=25)
 #   bash run.sh profile      30 steps of both models under Nsight Systems (STEPS), their phases by trace and by record
-#   bash run.sh benchmarks   those of benchmarks/ that need no other environment (ONLY="layout fast"), each for at most
-#                            LIMIT seconds, into a folder OUT instead of benchmarks/results/<hardware>
+#   bash run.sh benchmarks   those of benchmarks/ about training, which need no other environment (ONLY="layout fast"),
+#                            each for at most LIMIT seconds, into a folder OUT instead of benchmarks/results/<hardware>
 #   bash run.sh report       every table of the runs that are there, and figures of them in image/ beside them
 #   bash run.sh test         every test, or with -m quick those of two minutes; further arguments go to pytest
 #   bash run.sh lint         ruff's checks and its format, and the links of the pages

@@ -13,21 +13,16 @@ import json
 import resource
 import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "resnext")]
+from common import Reference, check, get_parser, interleaved, new_record, ratio_summary, save, spread, verdict
 
 import torch
-from common import Reference, check, interleaved, ratio_summary, results_path, spread, verdict
 from fast import ORIGINAL
 from fast_steps import TrainingSteps, random_pictures
 from resnext_fast import get_fast_args_parser
 
 from experiment import model_name
 from harness import arguments, endings
-from harness.files import write_record
-from harness.machine import describe_machine
 from harness.memory import keep_freed_memory
 
 CPU = torch.device("cpu")
@@ -37,14 +32,12 @@ TARGETS = {"cpu": {"resnext29_2x4d, original": ("at least", 1.2), "resnext29_2x4
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__)
+    parser = get_parser(__doc__, "allocator", rounds=9)
     add = parser.add_argument
     add("--model", type=model_name, default="resnext29_2x4d")
     add("--batch_size", type=arguments.positive_int, default=128)
     add("--steps", type=arguments.positive_int, default=4, help="of each side in a round")
-    add("--rounds", type=arguments.positive_int, default=9)
     add("--threads", type=arguments.positive_int, default=1)
-    add("--output", type=Path, help="by default benchmarks/results/<hardware>/allocator.json")
     add("--side", choices=SIDES, help="become this side of a comparison")
     return parser
 
@@ -55,12 +48,10 @@ def main():
         take_steps(args)
         return
     settings = {name: getattr(args, name) for name in ("model", "batch_size", "steps", "rounds", "threads")}
-    record = {"benchmark": "allocator", "machine": describe_machine(CPU), **settings, "results": {}}
+    record = new_record("allocator", CPU, **settings, results={})
     for way in WAYS:
         record["results"][way] = compare(way, args)
-    path = args.output or results_path("allocator", CPU)
-    write_record(path, record)
-    print(f"written: {path}")
+    print(f"written: {save(record, args, CPU)}")
 
 
 def compare(way, args):
@@ -68,9 +59,7 @@ def compare(way, args):
     command = ["--model", args.model, "--batch_size", args.batch_size, "--steps", args.steps, "--threads", args.threads]
     with contextlib.ExitStack() as processes:
         sides = {
-            name: processes.enter_context(
-                Reference(sys.executable, "allocator.py", *command, "--side", name, needs="what this one has")
-            )
+            name: processes.enter_context(Reference(sys.executable, "allocator.py", *command, "--side", name))
             for name in SIDES
         }
         answers = {name: side.ask(way) for name, side in sides.items()}  # Warms up, too.
@@ -111,6 +100,7 @@ def take_steps(args):
         way = json.loads(line)
         if way not in made:
             words = ["--model", args.model, "--batch_size", str(args.batch_size), "--grouped_convolution", "groups"]
+            words += ["--device", "cpu"]  # Where the steps are taken: beside a GPU other techniques would be on.
             made[way] = TrainingSteps(get_fast_args_parser().parse_args([*words, *WAYS[way]]), data, CPU)
         before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         made[way].run(args.steps)

@@ -9,7 +9,8 @@ HOTTEST, COLDEST = 0.03, 3e-5  # In FLOPs over those of the plain step.
 
 
 def anneal(timeline, limits, tries):
-    """The fewest FLOPs, over those of the plain step, that a plan within `limits` redoes, of those that were found.
+    """The fewest FLOPs, over those of the plain step, that a plan within `limits` redoes, of those that were found;
+    infinite where none was.
 
     Plans that differ in one step follow each other; a dearer one is taken the more seldom, the dearer it is and the
     later. What a plan is over its limits counts as cost. limits: {"held" or "peak": share of the plain step's}.
@@ -24,8 +25,9 @@ def anneal(timeline, limits, tries):
         over = [max(0, size / limit - 1) for size, limit in zip(simulate(timeline, redo), allowed, strict=True)]
         return sum(map(flops.get, redo)) + sum(over), not any(over)
 
-    redo, best = frozenset(names), math.inf
-    now, _ = cost_of(redo)
+    redo = frozenset(names)
+    now, fits = cost_of(redo)
+    best = now if fits else math.inf
     for index in range(tries):
         other = redo ^ {generator.choice(names)}
         cost, fits = cost_of(other)

@@ -12,13 +12,11 @@ CTranslate2 4.8 runs in the interpreter of an environment with ctranslate2, torc
 beam search.
 """
 
-import sys
 import tempfile
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "SimCLS")]
+from common import ROOT, Reference, check, get_parser, interleaved, new_record, ratio_summary, save, spread, verdict
 
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
@@ -26,11 +24,9 @@ import numpy as np
 import torch
 import transformers
 from candidates import END, make_cases, run_ours, strip
-from common import Reference, check, interleaved, ratio_summary, results_path, spread, verdict
 
 from harness import arguments, endings
-from harness.files import write_record
-from harness.machine import describe_machine, multiplies_bfloat16
+from harness.machine import multiplies_bfloat16
 from search.diverse_beam import DiverseBeamSearch
 from search.generator import length_batches
 from texts.documents import clean, find_dataset, read_documents, split_documents
@@ -52,18 +48,16 @@ TARGETS = {
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__)
+    parser = get_parser(__doc__, "beams", rounds=6)
     integer = arguments.positive_int
     parser.add_argument("--reference_python", required=True, help="interpreter that has ctranslate2")
     parser.add_argument("--data", default="sample", help="CSV file or data set name")
     parser.add_argument("--documents", type=integer, default=32, help="of the test split")
-    parser.add_argument("--rounds", type=integer, default=6, help="of timing")
     parser.add_argument("--threads", type=integer, default=1, help="of each side")
     parser.add_argument("--num_cands", type=integer, default=8, help="beams and candidates")
     parser.add_argument("--batch", type=integer, default=16, help="documents, of each side")
     parser.add_argument("--max_source_length", type=integer, default=256, help="tokens of a document")
     parser.add_argument("--decoder_max_len", type=integer, default=25, help="tokens of a candidate")
-    parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/beams.json")
     parser.set_defaults(model=str(ROOT / "SimCLS" / "demo"))
     return parser
 
@@ -83,17 +77,15 @@ def main():
             shown, learnt = {args.model: (DEMO, documents), SHAPE: (SHAPE, None)}.get(name, (None, None))
             if shown:
                 results[shown] = time_case(shown, Case(model_folder, sources, reference, args), args, learnt)
-        record = {
-            "benchmark": "beams",
-            "machine": describe_machine(CPU),
-            "reference": reference.name,
-            "settings": {name: getattr(args, name) for name in ("rounds", "threads", "num_cands", "batch")},
-            "documents": len(texts),
-            "results": results,
-        }
-    path = args.output or results_path("beams", CPU)
-    write_record(path, record)
-    print(f"written: {path}")
+        record = new_record(
+            "beams",
+            CPU,
+            reference=reference.name,
+            settings={name: getattr(args, name) for name in ("rounds", "threads", "num_cands", "batch")},
+            documents=len(texts),
+            results=results,
+        )
+    print(f"written: {save(record, args, CPU)}")
 
 
 class Case:

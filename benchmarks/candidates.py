@@ -22,20 +22,16 @@ import time
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "SimCLS")]
+from common import Reference, check, get_parser, interleaved, new_record, ratio_summary, save, spread, verdict
 
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
 import torch
 import transformers
 from candidates_reference import DIVERSITY_PENALTY
-from common import Reference, check, interleaved, ratio_summary, results_path, spread, verdict
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from harness import arguments, endings
-from harness.files import write_record
-from harness.machine import describe_machine
 from search.diverse_beam import DiverseBeamSearch
 from search.generator import length_batches, load_generator
 from texts.documents import find_dataset, read_documents, split_documents
@@ -54,13 +50,12 @@ TARGETS = {
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__)
+    parser = get_parser(__doc__, "candidates", rounds=6)
     integer = arguments.positive_int
     parser.add_argument("--data", default="sample", help="CSV file or data set name")
     parser.add_argument("--documents", type=integer, default=16, help="of the test split")
     parser.add_argument("--model", help="also time this generator, a folder with its tokenizer")
     parser.add_argument("--reference_python", default=sys.executable, help="interpreter that has transformers 4.56.2")
-    parser.add_argument("--rounds", type=integer, default=6, help="of timing")
     parser.add_argument("--num_cands", type=integer, default=8, help="candidates a document")
     parser.add_argument("--decoder_max_len", type=integer, default=64, help="tokens of a candidate")
     parser.add_argument("--batch", type=integer, default=16, help="documents a batch of ours")
@@ -68,7 +63,6 @@ def get_args_parser():
     parser.add_argument(
         "--reference_batch", type=integer, default=4, help="and of the sorted reference, whose best it is"
     )
-    parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/candidates.json")
     return parser
 
 
@@ -82,19 +76,17 @@ def main():
         results = {}
         for name, model_folder, sources in make_cases(args, documents["train"], texts, Path(folder)):
             results[name] = time_case(name, model_folder, sources, reference, args)
-        record = {
-            "benchmark": "candidates",
-            "machine": describe_machine(CPU),
-            "reference": reference.name,
-            "candidates": args.num_cands,
-            "decoder_max_len": args.decoder_max_len,
-            "batches": {"original": args.original_batch, "sorted": args.reference_batch, "ours": args.batch},
-            "documents": len(texts),
-            "results": results,
-        }
-    path = args.output or results_path("candidates", CPU)
-    write_record(path, record)
-    print(f"written: {path}")
+        record = new_record(
+            "candidates",
+            CPU,
+            reference=reference.name,
+            candidates=args.num_cands,
+            decoder_max_len=args.decoder_max_len,
+            batches={"original": args.original_batch, "sorted": args.reference_batch, "ours": args.batch},
+            documents=len(texts),
+            results=results,
+        )
+    print(f"written: {save(record, args, CPU)}")
 
 
 def make_cases(args, train, texts, folder):
@@ -140,10 +132,10 @@ def time_case(name, model_folder, sources, reference, args):
     )
     request = {"model": str(model_folder), "num_cands": args.num_cands, "max_length": args.decoder_max_len}
     as_they_come = batches_of(range(len(sources)), args.original_batch)
-    by_length = length_batches(sources, args.reference_batch)
+    by_length, pad = length_batches(sources, args.reference_batch), search.pad_token
     arms = {
-        "original": lambda: run_reference(reference, sources, as_they_come, request | {"pad_to": LONGEST}),
-        "sorted": lambda: run_reference(reference, sources, by_length, request | {"pad_to": None}),
+        "original": lambda: run_reference(reference, sources, as_they_come, request | {"pad_to": LONGEST}, pad),
+        "sorted": lambda: run_reference(reference, sources, by_length, request | {"pad_to": None}, pad),
         "ours": lambda: run_ours(search, sources, args.batch),
     }
     outputs = {arm: run()[1] for arm, run in arms.items()}
@@ -191,15 +183,15 @@ def strip(candidates, pad):
             for candidate in candidates]  # fmt: skip
 
 
-def run_reference(reference, sources, batches, request):
+def run_reference(reference, sources, batches, request, pad):
     """(seconds, for each document its candidates without padding), from candidates_reference.py.
 
-    batches: lists of places in `sources`; request: the rest of what that script asks for.
+    batches: lists of places in `sources`; request: the rest of what that script asks for; pad: the token of padding.
     """
     order = [place for places in batches for place in places]
     answer = reference.ask(request | {"batches": [[sources[place] for place in places] for places in batches]})
     tokens = dict(zip(order, answer["tokens"], strict=True))
-    return answer["seconds"], [strip(tokens[place], PAD) for place in range(len(sources))]
+    return answer["seconds"], [strip(tokens[place], pad) for place in range(len(sources))]
 
 
 if __name__ == "__main__":

@@ -3,17 +3,47 @@
 import contextlib
 import json
 import re
+import shlex
 import statistics
 import subprocess
+import sys
 import time
 from pathlib import Path
 
+# Before the imports from it: a script imports this module first, and can then import from these folders, too.
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / folder) for folder in ("", "resnext", "SimCLS")]
+
+from harness import arguments
 from harness.endings import UserError
-from harness.machine import hardware_name
+from harness.files import write_record
+from harness.machine import describe_machine, hardware_name
 from reporting.verdicts import find_target, judge, median_interval
 
 HERE = Path(__file__).resolve().parent
 RESULTS = HERE / "results"
+
+
+def get_parser(description, name, rounds=None):
+    """A parser with what the benchmarks share: --output of the benchmark `name`, and --rounds, by default `rounds`."""
+    parser = arguments.OneLineParser(description=description)
+    if rounds:
+        parser.add_argument("--rounds", type=arguments.positive_int, default=rounds, help="of timing")
+    parser.add_argument("--output", type=Path, help=f"by default benchmarks/results/<hardware>/{name}.json")
+    return parser
+
+
+def new_record(name, device, **facts):
+    """The record of the benchmark `name`, a dict. device: torch.device, that it runs on."""
+    return {"benchmark": name, "machine": describe_machine(device), **facts}
+
+
+def save(record, args, device, name=None):
+    """Write `record` to --output, or to its place among the results, there called `name` if not as its benchmark is;
+    returns the path."""
+    path = args.output or results_path(name or record["benchmark"], device)
+    write_record(path, record)
+    return path
 
 
 def results_path(benchmark_name, device):
@@ -96,12 +126,14 @@ class Reference:
     """A script of this folder that runs in another interpreter, which has another version of some package.
 
     It answers a line of JSON with a line of JSON, and starts with {"name"}. needs: the packages, in words, for the
-    UserError when it does not start, or ends.
+    UserError when it does not start, or ends; None of a script that runs in this interpreter.
     """
 
-    def __init__(self, python, script, *arguments, needs):
-        self._error = f"--reference_python {python}: cannot run {script} there; it needs {needs}"
+    def __init__(self, python, script, *arguments, needs=None):
         command = [python, str(HERE / script), *map(str, arguments)]
+        self._error = f"{shlex.join(command)}: it ended without an answer"
+        if needs:
+            self._error = f"--reference_python {python}: cannot run {script} there; it needs {needs}"
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

@@ -20,8 +20,7 @@ import time
 from pathlib import Path
 from statistics import median
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "SimCLS")]
+from common import ROOT, Reference, check, get_parser, interleaved, new_record, ratio_summary, save, verdict
 
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
@@ -29,14 +28,11 @@ import numpy as np
 import torch
 from candidates import NEEDS, run_reference
 from candidates_reference import DIVERSITY_PENALTY
-from common import Reference, check, interleaved, ratio_summary, results_path, verdict
 from model import load_scorer
 from rouge_score.rouge_scorer import RougeScorer
 
 from harness import arguments, endings
 from harness.distributed import World
-from harness.files import write_record
-from harness.machine import describe_machine
 from harness.precision import choose_precision
 from scorer.choices import by_scorer, score_candidates
 from search.generator import CandidateGenerator, generate_samples, length_batches, load_generator, search_settings
@@ -49,18 +45,16 @@ LONGEST = 512
 BATCH = 16  # evaluate_model.py's default, of both its models.
 REFERENCE_BATCH = 4  # At which transformers is fastest on a CPU.
 CPU = torch.device("cpu")
-TARGETS = {"cpu": {"": ("at least", 5.0)}}  # It has one case, without a name.
+TARGETS = {"cpu": {"plain": ("at least", 5.0)}}
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__)
+    parser = get_parser(__doc__, "evaluation", rounds=6)
     parser.add_argument("--data", default="sample", help="CSV file or data set name")
     parser.add_argument("--generator_name", default=str(ROOT / "SimCLS" / "demo"), help="folder")
     parser.add_argument("--scorer_path", type=Path, help="trained scorer; by default the generator's encoder as it is")
     parser.add_argument("--documents", type=arguments.positive_int, default=32, help="to evaluate")
     parser.add_argument("--reference_python", default=sys.executable, help="interpreter that has transformers 4.56.2")
-    parser.add_argument("--rounds", type=arguments.positive_int, default=6, help="of timing")
-    parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/evaluation.json")
     return parser
 
 
@@ -87,19 +81,18 @@ def main():
     ratios = {name: ratio_summary(seconds[name], seconds["ours"]) for name in ("plain", "batched")}
     for name, ratio in ratios.items():
         figures = f"{ratio['median']:.1f} x as many documents a second ({ratio['low']:.1f} to {ratio['high']:.1f})"
-        print(f"{figures} as {name}" + (verdict(TARGETS, CPU, "", ratio) if name == "plain" else ""))
-    record = {
-        "benchmark": "evaluation",
-        "machine": describe_machine(CPU),
-        "reference": reference.name,
-        "documents": len(documents),
-        "candidates": CANDIDATES,
-        "seconds": seconds,
-        "documents_per_second": {name: len(documents) / median(each) for name, each in seconds.items()},
-        "ratio": ratios["plain"],
-        "ratio_batched": ratios["batched"],
-    }
-    write_record(args.output or results_path("evaluation", CPU), record)
+        print(f"{figures} as {name}{verdict(TARGETS, CPU, name, ratio)}")
+    record = new_record(
+        "evaluation",
+        CPU,
+        reference=reference.name,
+        documents=len(documents),
+        candidates=CANDIDATES,
+        seconds=seconds,
+        documents_per_second={name: len(documents) / median(each) for name, each in seconds.items()},
+        ratios=ratios,
+    )
+    print(f"written: {save(record, args, CPU)}")
 
 
 def ours(generator, scorer, encoding, documents):
@@ -151,7 +144,8 @@ class Plain:
         """(seconds, the token ids of the candidates of each document)"""
         one_by_one = [[place] for place in range(len(sources))]
         searches = ("the generator's own", "to choose from")
-        runs = [run_reference(self.reference, sources, one_by_one, self.request) for _ in searches]
+        pad = self.generator.pad_token
+        runs = [run_reference(self.reference, sources, one_by_one, self.request, pad) for _ in searches]
         return sum(seconds for seconds, _ in runs), runs[-1][1]
 
     def choose(self, documents, texts):
@@ -183,7 +177,8 @@ class Batched(Plain):
 
     def generate(self, sources):
         batches = length_batches(sources, REFERENCE_BATCH)
-        return run_reference(self.reference, sources, batches, self.request | {"pad_to": None})
+        request = self.request | {"pad_to": None}
+        return run_reference(self.reference, sources, batches, request, self.generator.pad_token)
 
     def choose(self, documents, texts):
         sources = self.encoding.documents([document.text for document in documents])

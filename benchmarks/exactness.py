@@ -9,9 +9,10 @@ few percent.
 import copy
 import functools
 
+from common import check
+
 import torch
 import torch.nn.functional as F
-from common import check
 
 from image_loaders import training_loader
 from models.resnext import ResNeXt, parse_name

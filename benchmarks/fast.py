@@ -23,14 +23,11 @@ memory, which no row does here: one process cannot do both in turn. allocator.py
 import dataclasses
 import functools
 import statistics
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "resnext")]
+from common import ROOT, get_parser, interleaved_rounds, new_record, ratio_summary, save, spread, verdict
 
 import torch
-from common import interleaved_rounds, ratio_summary, results_path, spread, verdict
 from exactness import Exact
 from fast_accuracy import accuracy
 from fast_steps import LongEpochs, TrainingSteps, fastest_layout
@@ -40,8 +37,6 @@ from resnext_fast import get_fast_args_parser
 from experiment import model_name
 from harness import arguments, endings
 from harness.endings import UserError
-from harness.files import write_record
-from harness.machine import describe_machine
 from images import load_images
 
 ORIGINAL = (
@@ -86,20 +81,18 @@ class Row:
 
 def get_args_parser():
     on_cuda = torch.cuda.is_available()
-    parser = arguments.OneLineParser(description=__doc__)
+    parser = get_parser(__doc__, "fast", rounds=10 if on_cuda else 7)
     add = parser.add_argument
     add("--dataset", choices=("cifar10", "digits", "folder"), default="digits")
     add("--data_dir", default=str(ROOT / "resnext" / "data"))
     add("--model", type=model_name, default="resnext29_4x64d" if on_cuda else "resnext29_2x16d")
     add("--batch_size", type=arguments.positive_int, default=128 if on_cuda else 64)
     add("--steps", type=arguments.positive_int, default=30 if on_cuda else 9, help="of a row in a round")
-    add("--rounds", type=arguments.positive_int, default=10 if on_cuda else 7)
     add("--techniques", nargs="*", choices=TECHNIQUES, default=list(TECHNIQUES), help="rows besides the original's")
     add("--ablation_epochs", type=arguments.non_negative_int, default=0)
     add("--fast_epochs", type=arguments.non_negative_int, default=0)
     add("--seeds", type=arguments.seed, nargs="+", default=[0])
     add("--run_dir", type=Path, default=ROOT / "runs" / "fast", help="where the records of the training runs go")
-    add("--output", type=Path, help="by default benchmarks/results/<hardware>/fast.json")
     return parser
 
 
@@ -109,15 +102,14 @@ def main():
     torch.backends.cudnn.benchmark = True
     layout, milliseconds = fastest_layout(Row(FAST, common_flags(args)).args, device)
     rows = make_rows(args, device, layout)
-    record = {"benchmark": "fast", "machine": describe_machine(device), "layout_milliseconds": milliseconds}
+    record = new_record("fast", device, layout_milliseconds=milliseconds)
     record |= {name: getattr(args, name) for name in ("dataset", "model", "batch_size", "steps", "rounds")}
     if args.dataset == "folder":
         record["dataset"] = Path(args.data_dir).resolve().name
-    path = args.output or results_path("fast", device)
-    save = functools.partial(write_record, path, record)
-    measure_speed(rows, record, save, args, device, layout)
-    measure_accuracy(rows, record, save, args, layout)
-    print(f"written: {path}")
+    write = functools.partial(save, record, args, device)
+    measure_speed(rows, record, write, args, device, layout)
+    measure_accuracy(rows, record, write, args, layout)
+    print(f"written: {write()}")
 
 
 def common_flags(args):
@@ -159,9 +151,9 @@ def fast_row(rows, args, layout):
 # ---------------------------------------------------------------------- speed and memory
 
 
-def measure_speed(rows, record, save, args, device, layout):
+def measure_speed(rows, record, write, args, device, layout):
     """Put speed and memory of the Rows into `record`, anew after every round, and then how far from the limits
-    resnext_fast.py is; `save()` after each, since a lent GPU may be taken back."""
+    resnext_fast.py is; `write()` after each, since a lent GPU may be taken back."""
     data = load_images(args.dataset, args.data_dir)
     if args.batch_size > len(data.train_labels):
         raise UserError(f"--batch_size {args.batch_size} is more than the {len(data.train_labels)} training pictures")
@@ -172,12 +164,12 @@ def measure_speed(rows, record, save, args, device, layout):
     for seconds in interleaved_rounds(arms, args.rounds):
         record |= {"rounds": len(seconds["original"]), "seconds": seconds, "ratios": fast_ratios(seconds, own)}
         record["ablation"] = [ablation_row(row, steps[row.label], seconds, args) for row in rows]
-        save()
+        write()
     show(record, args.model, device)
     (rate,) = (row["pictures_per_second"] for row in record["ablation"] if row["technique"] == own)
     precision, where = steps[own].precision, layout.memory_format
     record["limits"] = [distance(args.model, rate, precision, len(data.train_labels), device, where)]
-    save()
+    write()
 
 
 def checked_steps(rows, data, args, device):
@@ -242,18 +234,18 @@ def ablation_row(row, steps, seconds, args):
 # ---------------------------------------------------------------------- accuracy
 
 
-def measure_accuracy(rows, record, save, args, layout):
+def measure_accuracy(rows, record, write, args, layout):
     """Put the accuracy of each Row into its row of the ablation, and what resnext_fast.py reaches into `accuracy`;
-    `save()` after each."""
+    `write()` after each."""
     record["accuracy"] = []
     if args.ablation_epochs:
         for row, measured in zip(rows, record["ablation"], strict=True):
             measured |= accuracy(row, args.ablation_epochs, args)
-            save()
+            write()
     if args.fast_epochs:
         row = own_row(args, layout)
         record["accuracy"].append({"technique": row.label} | accuracy(row, args.fast_epochs, args, whole=True))
-        save()
+        write()
 
 
 if __name__ == "__main__":

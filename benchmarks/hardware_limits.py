@@ -9,9 +9,10 @@ the rate of a large copy. All rates are medians of many rounds, and stated with 
 import functools
 import statistics
 
+from common import interleaved
+
 import torch
 import torch.nn.functional as F
-from common import interleaved
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 

@@ -10,20 +10,14 @@ checked against those of the first form in float64.
 
 import itertools
 import statistics
-import sys
-from pathlib import Path
 from typing import NamedTuple
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "resnext")]
+from common import check, get_parser, interleaved, new_record, save
 
 import torch
-from common import check, interleaved, results_path
 
 from experiment import model_name
 from harness import arguments, endings
-from harness.files import write_record
-from harness.machine import describe_machine
 from models.grouped_convolution import FORMS, GroupedConv2d, groups
 from models.resnext import ResNeXt, parse_name
 
@@ -51,16 +45,15 @@ class Shape(NamedTuple):
 
 def get_args_parser():
     on_cuda = torch.cuda.is_available()
-    parser = arguments.OneLineParser(description=__doc__)
+    parser = get_parser(__doc__, "layout", rounds=10)
     add = parser.add_argument
     # The small model's convolutions would take a GPU no longer than launching them.
     models = ["resnext29_4x64d"] if on_cuda else ["resnext29_4x64d", "resnext29_2x16d"]
     add("--models", type=model_name, nargs="+", default=models)
     add("--batch_size", type=arguments.positive_int, default=128 if on_cuda else 16)
-    add("--precision", choices=DTYPES, nargs="+", default=["tf32", "bf16", "fp16"] if on_cuda else ["fp32", "bf16"])
-    add("--rounds", type=arguments.positive_int, default=10)
+    known = [name for name in DTYPES if on_cuda or name != "tf32"]  # A CPU has none.
+    add("--precision", choices=known, nargs="+", default=["tf32", "bf16", "fp16"] if on_cuda else ["fp32", "bf16"])
     add("--repeats", type=arguments.positive_int, default=20 if on_cuda else 1, help="calls of an arm in a round")
-    add("--output", type=Path, help="by default benchmarks/results/<hardware>/layout.json")
     return parser
 
 
@@ -68,21 +61,19 @@ def main():
     args = get_args_parser().parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
-    record = {"benchmark": "layout", "machine": describe_machine(device), "totals": [], "by_shape": {"rows": []}}
+    record = new_record("layout", device, totals=[], by_shape={"rows": []})
     record |= {name: getattr(args, name) for name in ("batch_size", "rounds", "repeats")}
-    path = args.output or results_path("layout", device)
     for model in args.models:
         rows = record["by_shape"]["rows"]
         for shape, count in count_shapes(model).items():
             facts = {"model": model, "shape": str(shape), "count": count}
             rows += [facts | row for row in measure(shape, args, device)]
-            write_record(path, record)  # Already, since a lent GPU may be taken back.
+            save(record, args, device)  # Already, since a lent GPU may be taken back.
         for precision in args.precision:
             totals = sum_up([row for row in rows if (row["model"], row["precision"]) == (model, precision)])
             record["totals"] += totals
             show(totals)
-        write_record(path, record)
-    print(f"written: {path}")
+    print(f"written: {save(record, args, device)}")
 
 
 def count_shapes(name):

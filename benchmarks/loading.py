@@ -12,23 +12,17 @@ offsets and flips, and these to be spread evenly. Each side then loads whole epo
 """
 
 import statistics
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "resnext")]
+from common import ROOT, check, get_parser, interleaved_rounds, new_record, ratio_summary, save, spread, verdict
 
 import numpy as np
 import torch
-from common import check, interleaved_rounds, ratio_summary, results_path, spread, verdict
 from fast_steps import random_pictures
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from harness import arguments, endings
-from harness.files import write_record
 from harness.loading import EpochBatches
-from harness.machine import describe_machine
 from image_loaders import PADDING, DeviceImages, augmentation
 from images import SIZE, load_images
 
@@ -43,15 +37,13 @@ TOLERANCE = 1e-6  # Transforms v1 divide by 255 where v2, and we, multiply by 1 
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__)
+    parser = get_parser(__doc__, "loading", rounds=7)
     parser.add_argument("--dataset", choices=("random", "cifar10", "digits", "folder"), default="random")
     parser.add_argument("--data_dir", default=str(ROOT / "resnext" / "data"))
     parser.add_argument("--batch_size", type=arguments.positive_int, default=128)
     parser.add_argument(
         "--threads", type=arguments.positive_int, nargs="+", default=[1], help="of the device loader on a CPU"
     )
-    parser.add_argument("--rounds", type=arguments.positive_int, default=7)
-    parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/loading.json")
     return parser
 
 
@@ -74,13 +66,13 @@ def main():
             )
     for arm in arms.values():
         arm()  # Warm up.
-    record = {"benchmark": "loading", "machine": describe_machine(device), "dataset": args.dataset}
+    record = new_record("loading", device, dataset=args.dataset)
     record |= {"pictures": len(data.train_labels), "batch_size": args.batch_size, "largest_difference": largest}
-    path = args.output or results_path("loading", device)
     for seconds in interleaved_rounds(arms, args.rounds):
         rates = {name: len(data.train_labels) / statistics.median(values) for name, values in seconds.items()}
         ratios = {name: ratio_summary(seconds["original"], seconds[name]) for name in arms if name != "original"}
-        write_record(path, record | {"seconds": seconds, "pictures_per_second": rates, "ratios": ratios})
+        record |= {"seconds": seconds, "pictures_per_second": rates, "ratios": ratios}
+        path = save(record, args, device)
     for name, ratio in ratios.items():
         print(
             f"{name}: {rates[name]:.0f} pictures/s against {rates['original']:.0f}: {ratio['median']:.1f} x "

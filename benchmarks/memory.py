@@ -11,27 +11,25 @@ Bytes are counted by saved-tensor hooks, which see what compiled code saves too.
 activations and their gradients at once in forward and backward: on a CPU of the tensors that operators return (not
 known for Inductor's code, whose buffers no operator returns), on CUDA with what cuDNN works in. FLOPs are those of
 forward convolutions that run in backward, over those of the plain step. Steps are timed in turn with the plain model's;
-their ratio is judged by its 95 % interval, yes, no or undecided: whether it is at most that of TIMED, and within 10 %
-of what was predicted.
+their ratio is judged by its 95 % interval, yes, no or undecided: whether it is at most that of TIMED, and whether
+what was predicted is within 10 % of it.
 
 It ends with exit code 1 where an arm fails, or has gradients that are further from those in float64 than four times the
-plain model's, or where a plan is over its limits, is not predicted within 1 %, or redoes more FLOPs than CLAIMS or
+plain model's, or where a plan is over its limits, is not predicted within 1 %, or redoes more FLOPs than PLANS or
 torch.compile's plan or the search's does. Such an arm's row says so. Times are shown with their verdicts, and do not
 fail.
 """
 
 import contextlib
 import functools
+import math
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "resnext")]
+from common import get_parser, new_record, save
 
 import torch
 import torch.nn.functional as F
 from annealing import anneal
-from common import results_path
 from memory_steps import failed, train_all
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,8 +37,6 @@ from torch.utils.flop_counter import FlopCounterMode
 from experiment import model_name
 from harness import arguments, endings
 from harness.endings import UserError
-from harness.files import write_record
-from harness.machine import describe_machine
 from harness.memory import LiveBytes, SavedBytes
 from harness.planning import convolution_flops, describe, plan_recomputation
 from harness.precision import choose_precision, half_precision_type
@@ -69,7 +65,7 @@ ANNEALED = ("budget 0.394", "budget 0.36", "budget held 0.4", "budget held 0.25,
 
 def get_args_parser():
     on_cuda = torch.cuda.is_available()
-    parser = arguments.OneLineParser(description=__doc__)
+    parser = get_parser(__doc__, "memory", rounds=9)
     add, positive_int = parser.add_argument, arguments.positive_int
     backends = ("aot_eager", "inductor", "none")
     add("--model", type=model_name, default=CLAIMED)
@@ -77,11 +73,9 @@ def get_args_parser():
     add("--policies", nargs="+", help="of these arms alone, and plain, as the table names them")
     add("--compile_backend", choices=backends, default="inductor" if on_cuda else "aot_eager")
     add("--steps", type=arguments.non_negative_int, default=5 if on_cuda else 2, help="training steps in a round")
-    add("--rounds", type=positive_int, default=9)
     add("--timed_batch_size", type=positive_int, default=128 if on_cuda else 4)
     add("--half_precision", type=half_precision_type, nargs="?", const="float16", help="of the timed steps")
     add("--annealing_tries", type=arguments.non_negative_int, default=40_000, help="plans that a search looks at")
-    add("--output", type=Path, help="by default benchmarks/results/<hardware>/memory.json")
     return parser
 
 
@@ -97,21 +91,20 @@ def main():
     arms = {name: arm for name, arm in arms.items() if name in ("plain", *(args.policies or arms))}
     timed = {name: arm for name, arm in arms.items() if device.type == "cuda" or args.policies or name in TIMED}
     targets = TIMED if device.type == "cpu" and args.model == CLAIMED else {}
-    settings = {name: getattr(args, name) for name in ("model", "batch_size", "compile_backend")}
-    record = {"benchmark": "memory", "machine": describe_machine(device), **settings}
+    settings = {name: getattr(args, name) for name in ("model", "batch_size", "compile_backend", "steps", "rounds")}
+    record = new_record("memory", device, **settings)
     tables = {
         "rows": count_all(arms, args, device, bench.rows),
         "annealing": anneal_all(bench, args),
         "training": train_all(timed, arms["plain"], args, device, bench.rows, targets) if args.steps else (),
     }
     record |= {name: [] for name in tables}
-    path = args.output or results_path("memory", device)
     for name, rows in tables.items():
         for row in rows:  # Written after each, since a lent GPU may be taken back.
             record[name].append(row)
-            write_record(path, record)
+            save(record, args, device)
     show(record)
-    print(f"written: {path}")
+    print(f"written: {save(record, args, device)}")
     missed = [f"{row['policy']}: {row['missed']}" for name in tables for row in record[name] if "missed" in row]
     if missed:
         sys.exit("\n".join(missed))
@@ -150,9 +143,11 @@ class Bench:
         arms |= {policy: of(self._follow, policy) for policy in POLICIES}
         arms["nested"] = of(self._make, functools.partial(CheckpointResNeXt, policy="nested"))
         arms |= {name: of(self._planned, limits) for name, (limits, _) in PLANS.items()}
+        # Of code that hides its peak there is nothing to plan like.
+        known = ("held",) if is_hidden(self._args, self.device) else ("held", "peak")
         for budget in COMPILE_BUDGETS if is_compiled else ():
             arms[name := f"compile {budget:g}"] = of(self._compiled, budget)
-            arms |= {f"budget {what} as {name}": of(self._like, name, what) for what in ("held", "peak")}
+            arms |= {f"budget {what} as {name}": of(self._like, name, what) for what in known}
         return arms
 
     def timeline(self, batch_size, precision):
@@ -180,6 +175,8 @@ class Bench:
 
     def _like(self, name, what, batch_size, precision):
         """A model with our plan for what the arm `name` of torch.compile holds, or for its peak."""
+        if SHARES[what] not in self.rows.get(name, {}):
+            raise UserError(f"it needs the row of {name}")
         return self._planned({what: self.rows[name][SHARES[what]]}, batch_size, precision)
 
     def _compiled(self, budget, batch_size, precision):
@@ -194,6 +191,11 @@ class Bench:
                 output = model(images)
             output.sum().backward()
         return model
+
+
+def is_hidden(args, device):
+    """Whether nobody knows the peak of compiled code: on a CPU no operator returns the buffers of Inductor's."""
+    return args.compile_backend == "inductor" and device.type == "cpu"
 
 
 @contextlib.contextmanager
@@ -226,12 +228,12 @@ def count_all(arms, args, device, rows):
         allowed = 4 * relative_error(count_bytes_and_flops(plain, images, labels)[0], exact)
     for name, make in arms.items():
         is_compiled = name.startswith("compile")
-        is_hidden = is_compiled and args.compile_backend == "inductor" and device.type == "cpu"
         try:
             model = make(args.batch_size, single)
             with kept_state(model):
                 gradient, saved, recomputed = count_bytes_and_flops(model, images, labels)
-            peak = None if is_hidden else peak_bytes(model, images, labels, is_compiled)
+            hidden = is_compiled and is_hidden(args, device)
+            peak = None if hidden else peak_bytes(model, images, labels, is_compiled)
         except Exception as error:
             rows[name] = failed(name, error)
             yield rows[name]
@@ -331,7 +333,8 @@ def anneal_all(bench, args):
         limits, _ = PLANS[name]
         ours = plan_recomputation(timeline, **limits, cost="flops")
         found = anneal(timeline, limits, args.annealing_tries)
-        row = {"policy": name, "extra": ours.extra_flops / ours.plain_flops, "extra_found": found}
+        row = {"policy": name, "extra": ours.extra_flops / ours.plain_flops}
+        row["extra_found"] = found if math.isfinite(found) else None
         yield row | ({"missed": "annealing finds a cheaper plan"} if found < row["extra"] - 1e-9 else {})
 
 
@@ -347,7 +350,8 @@ def show(record):
         if "bytes" in row:
             print("|", " | ".join(cells(row, times.get(row["policy"], {}))), "|")
     for row in record["annealing"]:
-        print(f"{row['policy']}: +{100 * row['extra']:.2f} % FLOPs; by annealing +{100 * row['extra_found']:.2f} %")
+        found = "no plan" if row["extra_found"] is None else f"+{100 * row['extra_found']:.2f} %"
+        print(f"{row['policy']}: +{100 * row['extra']:.2f} % FLOPs; by annealing {found}")
 
 
 def cells(row, time):

@@ -5,9 +5,10 @@ import gc
 import sys
 from statistics import median
 
+from common import interleaved, ratio_summary, spread
+
 import torch
 import torch.nn.functional as F
-from common import interleaved, ratio_summary, spread
 
 from harness import endings
 from harness.memory import SavedBytes, reset_peak_memory
@@ -42,7 +43,7 @@ def train_all(arms, make_plain, args, device, counted, targets):
             plan = getattr(arm.model, "the_plan", None)
             arm = plain = None  # Their memory is the search's.
             # Compiled code would be compiled for every size that is tried.
-            largest = largest_batch(make, args, device) if on_cuda and "compile" not in name else None
+            largest = largest_batch(make, args, device) if on_cuda and not name.startswith("compile") else None
         except Exception as error:
             arm = plain = None
             yield failed(name, error)
@@ -77,7 +78,7 @@ def train_all(arms, make_plain, args, device, counted, targets):
 
 
 def judge_prediction(predicted, interval):
-    """Whether what has that `interval` is within 10 % of `predicted`: "yes", "no" or "undecided"."""
+    """Whether `predicted` is within 10 % of what has that `interval`: "yes", "no" or "undecided"."""
     above = judge("at least", predicted / 1.1, interval)
     below = judge("at most", predicted / 0.9, interval)
     return "no" if "no" in (above, below) else "undecided" if "undecided" in (above, below) else "yes"

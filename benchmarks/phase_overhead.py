@@ -9,21 +9,15 @@ percent more or less, it tells more than the ratio does. The device is CUDA wher
 
 import functools
 import statistics
-import sys
 import time
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "resnext")]
+from common import check, get_parser, interleaved, new_record, ratio_summary, save, spread, verdict
 
 import torch
-from common import check, interleaved, ratio_summary, results_path, spread, verdict
 from torch import nn
 
 from experiment import model_name
 from harness import arguments, endings
-from harness.files import write_record
-from harness.machine import describe_machine
 from harness.timing import PhaseTimer
 from models.resnext import ResNeXt, parse_name
 
@@ -33,19 +27,16 @@ PHASES = ("data copy", "zero grad", "forward", "backward", "optimizer")
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser = get_parser(__doc__, "phase_overhead", rounds=200)
     parser.add_argument("--model", type=model_name, help="by default resnext29_1x4d; with cuda resnext29_4x64d")
     parser.add_argument("--batch_size", type=arguments.positive_int, help="by default 32; with cuda 128")
     parser.add_argument("--steps", type=arguments.positive_int, default=1, help="steps of each side in a round")
-    parser.add_argument("--rounds", type=arguments.positive_int, default=200)
-    parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/phase_overhead.json")
     return parser
 
 
 def main():
     args = get_args_parser().parse_args()
-    device = torch.device(args.device)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     # The smallest model has the shortest steps, but on a GPU those would be of launches alone.
     default = ("resnext29_4x64d", 128) if device.type == "cuda" else ("resnext29_1x4d", 32)
     args.model, args.batch_size = args.model or default[0], args.batch_size or default[1]
@@ -65,15 +56,13 @@ def main():
         f"that with phases off ({spread(ratio, 3)}; {args.rounds} rounds of {args.steps} "
         f"steps){verdict(TARGETS, device, CASE, ratio)}; bare cost of the phases {100 * bare:.4f} % of a step"
     )
-    record = {
-        "benchmark": "phase_overhead",
-        "machine": describe_machine(device),
-        "settings": {name: getattr(args, name) for name in ("model", "batch_size", "steps", "rounds")},
-        "results": {CASE: {"seconds": seconds, "ratio": ratio, "bare_share": bare}},
-    }
-    path = args.output or results_path("phase_overhead", device)
-    write_record(path, record)
-    print(f"written: {path}")
+    record = new_record(
+        "phase_overhead",
+        device,
+        settings={name: getattr(args, name) for name in ("model", "batch_size", "steps", "rounds")},
+        results={CASE: {"seconds": seconds, "ratio": ratio, "bare_share": bare}},
+    )
+    print(f"written: {save(record, args, device)}")
 
 
 def make_steps(args, device):

@@ -13,20 +13,15 @@ text; then it times two kinds of text:
 import functools
 import random
 import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "SimCLS")]
+from common import Reference, check, get_parser, interleaved, new_record, ratio_summary, save, spread, verdict
 
 import numpy as np
 import torch
-from common import Reference, check, interleaved, ratio_summary, results_path, spread, verdict
 from rouge_score.rouge_scorer import RougeScorer
 from utils import map_in_order, progress
 
 from harness import arguments, endings
-from harness.files import write_record
-from harness.machine import describe_machine
 from texts.documents import find_dataset, read_documents
 from texts.scoring import METRICS, score
 from texts.sentences import SentenceSplitter
@@ -39,15 +34,13 @@ CPU = torch.device("cpu")
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__)
+    parser = get_parser(__doc__, "rouge", rounds=7)
     parser.add_argument("--data", default="sample", help="CSV file of documents, or sample")
     parser.add_argument("--documents", type=arguments.positive_int, help="check the first ones only")
     parser.add_argument("--timed_titles", type=arguments.positive_int, default=1500, help="documents a round")
     parser.add_argument("--timed_paragraphs", type=arguments.positive_int, default=200, help="documents a round")
-    parser.add_argument("--rounds", type=arguments.positive_int, default=7)
     parser.add_argument("--workers", type=arguments.positive_int, default=2)
     parser.add_argument("--reference_python", default=sys.executable, help="interpreter that has compare-mt")
-    parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/rouge.json")
     return parser
 
 
@@ -62,19 +55,17 @@ def main():
     needs = "compare-mt, or at least rouge-score"
     with Reference(args.reference_python, "rouge_reference.py", args.workers, needs=needs) as reference:
         results = {name: time_both(name, some, reference, args) for name, some in work.items()}
-    record = {
-        "benchmark": "rouge",
-        "machine": describe_machine(CPU),
-        "reference": reference.name,
-        "processes": args.workers,
-        "candidates": CANDIDATES,
-        "pairs_checked": pairs,
-        "largest_difference": largest,
-        "results": results,
-    }
-    path = args.output or results_path("rouge", CPU)
-    write_record(path, record)
-    print(f"written: {path}")
+    record = new_record(
+        "rouge",
+        CPU,
+        reference=reference.name,
+        processes=args.workers,
+        candidates=CANDIDATES,
+        pairs_checked=pairs,
+        largest_difference=largest,
+        results=results,
+    )
+    print(f"written: {save(record, args, CPU)}")
 
 
 def make_pairs(documents):

@@ -16,14 +16,10 @@ accuracy is as good, only training tells.
 
 import dataclasses
 import statistics
-import sys
-from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "resnext")]
+from common import get_parser, interleaved_rounds, new_record, ratio_summary, save
 
 import torch
-from common import interleaved_rounds, ratio_summary, results_path
 from exactness import Exact
 from fast_steps import LongEpochs, TrainingSteps, fastest_layout, random_pictures
 from hardware_limits import forward_work
@@ -31,8 +27,6 @@ from resnext_fast import get_fast_args_parser
 
 from experiment import model_name, picture_size
 from harness import arguments, endings
-from harness.files import write_record
-from harness.machine import describe_machine
 from harness.memory import LiveBytes
 from image_loaders import DeviceImages
 from images import SIZE
@@ -56,8 +50,9 @@ class Point:
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__)
-    add, positive_int, on_cuda = parser.add_argument, arguments.positive_int, torch.cuda.is_available()
+    on_cuda = torch.cuda.is_available()
+    parser = get_parser(__doc__, "scaling", rounds=9 if on_cuda else 7)
+    add, positive_int = parser.add_argument, arguments.positive_int
     shapes, pictures = ("2x4", "2x8", "2x16"), [512, 1024, 2048]
     if on_cuda:
         shapes, pictures = ("4x16", "4x32", "4x64"), [12_800, 25_600, 51_200]
@@ -68,8 +63,6 @@ def get_args_parser():
     add("--models", type=model_name, nargs="+", default=models)
     add("--sides", type=picture_size, nargs="+", default=[16, 24, SIZE], help="of pictures, in pixels")
     add("--pictures", type=positive_int, nargs="+", default=pictures, help="in an epoch")
-    add("--rounds", type=positive_int, default=9 if on_cuda else 7)
-    add("--output", type=Path, help="by default benchmarks/results/<hardware>/scaling.json")
     return parser
 
 
@@ -85,14 +78,13 @@ def main():
     for point in (point for axis in axes.values() for point in axis.values()):
         if point not in steps:
             steps[point], memory[point] = make_steps(point, layout, point.batch_size == args.batch_size, device)
-    record = {"benchmark": "scaling", "machine": describe_machine(device), "model": args.model}
-    record |= {"batch_size": args.batch_size, "layout": str(layout), "precision": steps[point].precision.label}
-    path = args.output or results_path("scaling", device)
+    record = new_record("scaling", device, model=args.model, batch_size=args.batch_size, layout=str(layout))
+    record["precision"] = steps[point].precision.label
     arms = {point: lambda point=point: timed(point, steps[point]) for point in steps}
     for seconds in interleaved_rounds(arms, args.rounds):  # Written after each, since a lent GPU may be taken back.
         rows = [row for name, axis in axes.items() for row in make_rows(name, axis, seconds, memory)]
         record |= {"rounds": len(next(iter(seconds.values()))), "rows": rows}
-        write_record(path, record)
+        path = save(record, args, device)
     show(rows)
     print(f"written: {path}")
 

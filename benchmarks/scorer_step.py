@@ -15,19 +15,15 @@ the time, and without ties the original's loss is ours.
 
 import json
 import random
-import sys
 import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "SimCLS")]
+from common import check, get_parser, interleaved_rounds, new_record, ratio_summary, save, spread, verdict
 
-from harness import torchvision_compat  # noqa: F401
+from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
-# isort: split
 import torch
-from common import check, interleaved_rounds, ratio_summary, results_path, spread, verdict
 from create_model import train_tokenizer
 from data_utils import LengthBatches, TextEncoding, load_samples
 from model import MARGIN, MAX_LEN, TOTAL_LEN, Scorer, load_encoder, load_scorer, ranking_loss
@@ -36,9 +32,7 @@ from transformers import BertConfig, BertModel
 
 from harness import arguments, endings
 from harness.endings import UserError
-from harness.files import write_record
 from harness.loading import worker_loader
-from harness.machine import describe_machine
 from texts.documents import find_dataset, read_documents
 
 CANDIDATES = 16
@@ -52,16 +46,14 @@ TARGETS = {
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__)
+    parser = get_parser(__doc__, "scorer_step", rounds=7)
     parser.add_argument("--data", default="sample", help="CSV file of documents, or sample")
     parser.add_argument("--updates", type=arguments.positive_int, default=2, help="in a timed epoch")
-    parser.add_argument("--rounds", type=arguments.positive_int, default=7)
     parser.add_argument("--num_workers", type=arguments.non_negative_int, default=2, help="of each arm's loader")
-    parser.add_argument("--model_type", help="encoder, as of main.py; by default one of random weights")
+    parser.add_argument("--model_type", help="encoder, as of main.py, whose name the record's "
+                        "has in it; by default one of random weights")  # fmt: skip
     parser.add_argument("--heads", type=arguments.positive_int, default=4, help="of random weights, 64 wide each")
     parser.add_argument("--layers", type=arguments.positive_int, default=4)
-    parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/scorer_step.json, or "
-                        "scorer_step_<model_type>.json")  # fmt: skip
     return parser
 
 
@@ -89,19 +81,19 @@ def main():
         print(f"largest difference between the losses of an update: {difference:.1e}", flush=True)
         check(difference <= TOLERANCE, "the arms' losses differ")
         encoder = args.model_type and Path(args.model_type).name
-        record = {"benchmark": "scorer_step", "machine": describe_machine(device), "model": encoder}
-        record["settings"] = vars(args)
-        record["largest_difference"] = difference
-        path = args.output or results_path(f"scorer_step_{encoder}" if encoder else "scorer_step", device)
+        settings = {"model": encoder, "settings": vars(args), "largest_difference": difference}
+        record, name = new_record("scorer_step", device, **settings), f"scorer_step_{encoder}" if encoder else None
         for seconds in interleaved_rounds({name: arm.epoch for name, arm in arms.items()}, args.rounds):
             ratios = {name: ratio_summary(seconds[name], seconds["ours"]) for name in ("original", "published")}
             load_share = arms["ours"].waited / sum(seconds["ours"])
-            write_record(path, record | {"seconds": seconds, "ratios": ratios, "load_share": load_share})
+            record |= {"seconds": seconds, "ratios": ratios, "load_share": load_share}
+            path = save(record, args, device, name)
     for name, ratio in ratios.items():
         case = f"{encoder}, {name}" if encoder else name
         ending = verdict(TARGETS, device, case, ratio)
         print(f"{name:>10}: {ratio['median']:.2f} x our time an epoch ({spread(ratio)}){ending}")
     print(f"      ours: {100 * load_share:.2f} % of the epoch spent waiting for data, the first batch left out")
+    print(f"written: {path}")
 
 
 def write_samples(folder, documents):

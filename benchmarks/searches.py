@@ -11,24 +11,20 @@ those of all threads, for encoding, searching and decoding to text: the median r
 
 import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / folder) for folder in ("benchmarks", "", "SimCLS")]
+from common import ROOT, get_parser, interleaved, new_record, save
 
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
 import numpy as np
 import torch
-from common import interleaved, results_path
 from model import load_scorer
 
 from harness import arguments, endings
 from harness.distributed import World
-from harness.files import write_record
-from harness.machine import describe_machine, multiplies_bfloat16
+from harness.machine import multiplies_bfloat16
 from harness.precision import choose_precision
 from scorer.choices import by_scorer, score_candidates, with_agreement
 from scorer.combination import fitted_to
@@ -59,15 +55,13 @@ SEARCHES = (
 
 
 def get_args_parser():
-    parser = arguments.OneLineParser(description=__doc__)
+    parser = get_parser(__doc__, "searches", rounds=3)
     add = parser.add_argument
     add("--data", default="sample", help="CSV file or data set name")
     add("--generator_name", default=str(ROOT / "SimCLS" / "demo"), help="folder")
     add("--scorer_path", type=Path, help="trained scorer, to choose among the candidates")
     add("--documents", type=arguments.positive_int, default=150, help="of the test split")
-    add("--rounds", type=arguments.positive_int, default=3, help="of timing")
     add("--batch", type=arguments.positive_int, default=32, help="documents")
-    add("--output", type=Path, help="by default benchmarks/results/<hardware>/searches.json")
     return parser
 
 
@@ -87,20 +81,18 @@ def main():
     for row, times in zip(rows, seconds.values(), strict=True):
         row["processor_ms_a_document"] = 1000 * statistics.median(times) / len(documents)
         print(", ".join(f"{key} {value:.1f}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
-    record = {
-        "benchmark": "searches",
-        "machine": describe_machine(CPU),
-        "model": Path(args.generator_name).name,
-        "dataset": Path(args.data).name,
-        "documents": len(documents),
-        "precision": str(dtype).removeprefix("torch."),
-        "rounds": args.rounds,
-        "seconds": seconds,
-        "searches": rows,
-    }
-    path = args.output or results_path("searches", CPU)
-    write_record(path, record)
-    print(f"written: {path}")
+    record = new_record(
+        "searches",
+        CPU,
+        model=Path(args.generator_name).name,
+        dataset=Path(args.data).name,
+        documents=len(documents),
+        precision=str(dtype).removeprefix("torch."),
+        rounds=args.rounds,
+        seconds=seconds,
+        searches=rows,
+    )
+    print(f"written: {save(record, args, CPU)}")
 
 
 def arms(model):

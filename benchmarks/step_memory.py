@@ -7,20 +7,15 @@ report.py draws the figure from the record.
 """
 
 import contextlib
-import sys
 import weakref
-from pathlib import Path
 
-sys.path[:0] = [str(Path(__file__).resolve().parent.parent / name) for name in ("benchmarks", "", "resnext")]
+from common import get_parser, new_record, save
 
 import torch
 import torch.nn.functional as F
-from common import results_path
 
 from experiment import model_name
 from harness import arguments, endings
-from harness.files import write_record
-from harness.machine import describe_machine
 from harness.memory import LiveBytes
 from harness.planning import plan_recomputation
 from harness.recompute import Tape
@@ -119,11 +114,10 @@ def curve(lives):
 
 
 def main():
-    parser = arguments.OneLineParser(description=__doc__)
+    parser = get_parser(__doc__, "step_memory")
     parser.add_argument("--model", type=model_name, default="resnext29_4x64d")
     parser.add_argument("--batch_size", type=arguments.positive_int, default=16)
     parser.add_argument("--budget", type=arguments.share, default=0.5, help="peak of the plan, as a share of plain's")
-    parser.add_argument("--output", type=Path, help="by default benchmarks/results/<hardware>/step_memory.json")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = parse_name(args.model)
@@ -136,16 +130,15 @@ def main():
     models |= {policy: CheckpointResNeXt(*shape, policy=policy) for policy in ("chain", "block")}
     models[f"budget {args.budget:g}"] = planned
     weights = sum(weight.nbytes for weight in planned.parameters())
-    record = {"benchmark": "step_memory", "machine": describe_machine(device), "model": args.model}
-    record |= {"batch_size": args.batch_size, "weight_bytes": weights, "kinds": KINDS, "steps": {}}
-    path = args.output or results_path("step_memory", device)
+    facts = {"model": args.model, "batch_size": args.batch_size, "weight_bytes": weights, "kinds": KINDS}
+    record = new_record("step_memory", device, **facts, steps={})
     for name, model in models.items():
         lives, turn = follow_step(model.to(device).train(), images, labels)
         points, peak = curve(lives)
         held = sum(size for kind, size, *_ in lives.lives if kind == "kept for backward")
         record["steps"][name] = {"backward_begins": turn, "ends": lives.clock, "held_bytes": held, "points": points}
         print(f"{name:12} held {held / 2**20:7.1f} MiB, peak {peak / 2**20:7.1f} MiB")
-        write_record(path, record)
+        path = save(record, args, device)
     print(f"written: {path}")
 
 

@@ -21,6 +21,7 @@ TITLES = {
     ("layout", "totals"): "The grouped convolutions by form and layout",
     ("memory", "rows"): "Activation memory and recomputation",
     ("searches", "searches"): "Searches for candidates, in % of ROUGE (mean of ROUGE-1, -2 and -Lsum)",
+    ("memory", "annealing"): "Plans that a search by annealing finds",
     ("memory", "training"): "Training steps with recomputation",
     ("scaling", "rows"): "What doubles when the work doubles, × the row before",
 }
@@ -35,6 +36,7 @@ COLUMNS = {  # What a record calls a figure -> its header with the unit, and the
     "bytes": ("saved, MiB", 1 / MIB),
     "share": ("of plain, %", 100),
     "extra": ("FLOPs recomputed, %", 100),
+    "extra_found": ("by annealing, %", 100),
     "peak_bytes": ("peak, MiB", 1 / MIB),
     "predicted_bytes": ("predicted saved, MiB", 1 / MIB),
     "predicted_peak_bytes": ("predicted peak, MiB", 1 / MIB),
@@ -44,8 +46,8 @@ COLUMNS = {  # What a record calls a figure -> its header with the unit, and the
     "step_high": ("highest", 1),
     "peak_allocated_bytes": ("peak allocated, MiB", 1 / MIB),
     "peak_share": ("peak, % of plain", 100),
+    "saved_share": ("saved, % of plain", 100),
     "reaches_goal": ("at most 60 % of the peak at 1.10 × the step", 1),
-    "largest_batch": ("largest batch", 1),
     "pictures_per_second": ("pictures/s, median round", 1),
     "times_original": ("× original, median of the rounds' ratios", 1),
     "times_original_low": ("lowest", 1),
@@ -155,8 +157,7 @@ def _ratio_rows(record):
 
 def rounds(record):
     """How often each side of a benchmark ran; None where its record does not say."""
-    settings = record.get("settings")
-    found = record.get("rounds", settings.get("rounds") if isinstance(settings, dict) else None)
+    found = record.get("rounds")
     return found if is_number(found) else _length_of_seconds(record)
 
 
@@ -212,9 +213,8 @@ def _caption(record, name, rows):
     words = {key: text.format(**known) for key, text in facts.items() if record.get(key) and key not in rows[0]}
     words = [words.get("model"), words.get("pictures"), record["machine"]["hardware"], words.get("batch_size")]
     made = provenance([record])
-    times = (
-        f"n = {rounds(record)} rounds" if rounds(record) and {"times_original", "time_times"} & rows[0].keys() else None
-    )
+    of_rounds = {"times_original", "time_times", "step_times_plain"} & rows[0].keys()
+    times = f"n = {rounds(record)} rounds" if rounds(record) and of_rounds else None
     return f"{title}: {'; '.join(filter(None, [', '.join(filter(None, words)), times, made]))}:"
 
 

@@ -92,11 +92,8 @@ def difference(new, base):
     with itself."""
     if new is None or base is None or new is base:
         return None
-    return f"{new.mean - base.mean:+.1f}{_note(new, base)}"
-
-
-def _note(new, base):
-    return ", within the noise" if new != base and within_noise(new, base) else ""
+    note = ", within the noise" if new != base and within_noise(new, base) else ""
+    return f"{new.mean - base.mean:+.1f}{note}"
 
 
 def number(value, digits=3):

@@ -18,11 +18,11 @@ from PIL import Image
 
 from harness.files import atomic_write
 from reporting import pace
-from reporting.comparison import Sample, ratio_interval
+from reporting.comparison import Sample
 from reporting.overview import PHASES
 from reporting.records import Record, provenance
 from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCLS, TOGETHER, in_words
-from reporting.tables import data_name, groups, hardware, is_toy, place
+from reporting.tables import data_name, groups, hardware, is_toy, multiple, place
 
 WIDTH = 10  # Inches: 1,000 pixels, which README shows about as they are.
 STYLE = {"font.size": 10, "figure.dpi": 100, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False,
@@ -88,14 +88,9 @@ def on_cpu(group):
     return group.rows[0].runs[0].on_cpu
 
 
-def chosen(study, runs):
-    """The Group of a study that its figure shows: on a GPU before a CPU, real data before digits, then the one with
-    most rows; or None."""
-    return min(groups(study, runs), key=on_cpu, default=None)
-
-
 def chosen_for_curves(study, runs):
-    """The same for curves: one of some epochs before short ones, then real data, on a GPU, the longest, most rows."""
+    """The Group of a study whose curves are shown: one of some epochs before short ones, then real data, on a GPU, the
+    longest, most rows; or None."""
 
     def rank(group):
         epochs = max(len(run.curve("loss")) for row in group.rows for run in row.runs)
@@ -342,8 +337,8 @@ def draw_memory(runs, study):
     for row in group.rows:
         base = group.baseline(row)
         multiples = base and [
-            _multiple(*pace.timed(group, row, found), Record.step_ms),
-            _multiple(row, base, memory),
+            multiple(*pace.timed(group, row, found), Record.step_ms),
+            multiple(row, base, memory),
         ]
         if multiples and all(multiples):
             name, ((x, low, high), (y, *_)) = in_words(row.arm.label), multiples
@@ -352,6 +347,9 @@ def draw_memory(runs, study):
             if low is not None and not row.arm.is_baseline:
                 panel.errorbar(x, y, xerr=[[x - low], [high - x]], color=colours[name], linewidth=1, capsize=3)
                 whiskers = True
+    if not points:
+        plt.close(figure)
+        return None
     for name, of_policy in points.items():
         panel.plot(*zip(*of_policy, strict=True), color=colours[name], linewidth=1)
         panel.annotate(name, max(of_policy), xytext=(8, 6), textcoords="offset points")
@@ -362,10 +360,3 @@ def draw_memory(runs, study):
     panel.set_ylim(0, max(1.1, panel.get_ylim()[1]))
     title = figure_title("Memory against time", group) + "\nwhiskers: 95 % intervals" * whiskers
     return finish(figure, _key_handles(markers, "marker"), title)
-
-
-def _multiple(row, base, figure):
-    """(multiple, low, high) of the mean over a Row's runs of `figure`, of a Record, over that of the Row `base`; None
-    where it is not known of both."""
-    new, old = (Sample.of(map(figure, each.runs)) for each in (row, base))
-    return ratio_interval(new, old) if new and old else None

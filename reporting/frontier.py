@@ -77,7 +77,7 @@ def draw(record):
             panel.yaxis.set_major_formatter(PercentFormatter(1.0))
         names |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     figure.legend(names.values(), names, loc="outside lower center", ncols=2)
-    facts = f"{record['machine']['hardware']}; {provenance([record])}"
+    facts = "; ".join(filter(None, [record["machine"]["hardware"], provenance([record])]))
     figure.suptitle(f"Memory against work: {record['model']}\n{facts}", fontsize=11)
     keep_names_apart(figure, panels[:, 0])
     return figure

@@ -4,7 +4,7 @@ import dataclasses
 
 from harness.machine import BFLOAT16, VECTOR_INSTRUCTIONS
 from reporting import pace, published
-from reporting.comparison import Sample, interval_text, ratio_interval, within_noise
+from reporting.comparison import Sample, interval_text, within_noise
 from reporting.records import Record, provenance
 from reporting.studies import (
     CHECKPOINTING,
@@ -15,7 +15,7 @@ from reporting.studies import (
     test_accuracy,
     validation_rouge,
 )
-from reporting.tables import data_name, groups, is_toy, markdown, place
+from reporting.tables import data_name, groups, is_toy, markdown, multiple, place
 
 CHECKPOINT = "`resnext_checkpoint.py`"
 MULTIPLIES_HALF = "on CPUs with bfloat16 instructions; on GPUs, as published"
@@ -105,7 +105,7 @@ class Effect:
 
     @property
     def hardware(self):
-        return self.group.machine["hardware"]
+        return self.group.machine["hardware"] or "unknown hardware"
 
     @property
     def where(self):
@@ -181,8 +181,8 @@ def effect(study, group, row, of_study):
         row.arm.label,
         technique,
         when,
-        _ratio(Record.epoch_seconds, timed, timed_base),
-        _peak_ratio(row) if of_peak else _ratio(memory, row, base),
+        multiple(timed, timed_base, Record.epoch_seconds),
+        _peak_ratio(row) if of_peak else multiple(row, base, memory),
         _result(study, row, base),
         min(len(each.runs) for each in (row, base, timed, timed_base)),
         group,
@@ -190,11 +190,6 @@ def effect(study, group, row, of_study):
         timed,
         _published(study.name, row, base),
     )
-
-
-def _ratio(figure, row, base):
-    new, old = (Sample.of(map(figure, each.runs)) for each in (row, base))
-    return ratio_interval(new, old) if new and old and old.mean else None
 
 
 def _peak_ratio(row):
@@ -295,7 +290,7 @@ def render(runs, page=None):
     notes = []
     for number, where in enumerate(places, 1):
         made = provenance([run.record for each in found if each.where == where for run in each.runs()])
-        notes.append(f"({number}) {where}; {made}.")
+        notes.append(f"({number}) {'; '.join(filter(None, [where, made]))}.")
     return f"{markdown(rows)}\n\n{EXPLANATION} Measured on: {' '.join(notes)}"
 
 

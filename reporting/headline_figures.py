@@ -72,7 +72,7 @@ def place_line(where, effects):
     """ "resnext29_2x4d, CIFAR-10, 15 epochs; AMD EPYC, ...; n = 3; commit 1f098ca, 2026-11-25" of a row of panels."""
     n = sorted({each.n for each in effects})
     made = provenance([run.record for each in effects for run in each.runs()])
-    return f"{where}; n = {' or '.join(map(str, n))}; {made}"
+    return "; ".join(filter(None, [where, f"n = {' or '.join(map(str, n))}", made]))
 
 
 def draw_bar(panel, position, ratio):

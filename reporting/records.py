@@ -1,6 +1,7 @@
 """Reading the records that runs leave, and the figures of one run."""
 
 import dataclasses
+import functools
 import json
 import os
 import re
@@ -110,11 +111,12 @@ def provenance(records):
 
 
 def machine_letter(path):
-    """ "b" of a record in results/<hardware>_b: what tells machines of one kind apart; None elsewhere."""
-    folders = Path(path).parts[:-1]
-    if "results" not in folders[:-1]:
-        return None
-    return folders[folders.index("results") + 1].partition("_")[2] or None
+    """ "b" of a record in benchmarks/results/<hardware>_b: what tells machines of one kind apart; None elsewhere."""
+    folders = Path(path).absolute().parts[:-1]
+    for start in range(len(folders) - 2):
+        if folders[start : start + 2] == ("benchmarks", "results"):
+            return folders[start + 2].partition("_")[2] or None
+    return None
 
 
 def _json_files(folder):
@@ -221,14 +223,9 @@ class Record:
         phase = timing["phases"].get(name)
         return phase and (phase["device_ms"] or phase["host_ms"])
 
-    def load_ms(self):
-        return self.phase_ms("data load")
-
-    def step_ms(self):
-        return self.phase_ms("step")
-
-    def optimizer_ms(self):
-        return self.phase_ms("optimizer")
+    load_ms = functools.partialmethod(phase_ms, "data load")
+    step_ms = functools.partialmethod(phase_ms, "step")
+    optimizer_ms = functools.partialmethod(phase_ms, "optimizer")
 
     def load_percent(self):
         """The load's time in percent of the steps'. In all: workers deliver in bursts, which a median does not see."""
@@ -272,24 +269,20 @@ class Record:
                        (("measured", "peak_bytes"), ("plan", "plain_peak_bytes")))  # fmt: skip
         return peak / plain if peak and plain else None
 
-    def _peak(self, name):
+    def _peak_gb(self, name):
+        """The highest memory of a GPU by that name, in 1e9 bytes."""
+
         def peaks(epochs):
             found = [epoch["timing"].get("peak_memory") or epoch.get("peak_memory") for epoch in epochs]
             return [peak[name] for peak in found if peak]
 
         # In a process' first epoch cuDNN may try algorithms that need more memory than the one it takes.
         warm = [epoch for epoch in self.epochs if not epoch["timing"].get("warmup_steps")]
-        return max(peaks(warm) or peaks(self.epochs), default=None)
-
-    def allocated_gb(self):
-        """Highest GPU memory in tensors, in 1e9 bytes."""
-        peak = self._peak("allocated_bytes")
+        peak = max(peaks(warm) or peaks(self.epochs), default=None)
         return None if peak is None else peak / 1e9
 
-    def reserved_gb(self):
-        """Highest GPU memory that PyTorch took, in 1e9 bytes."""
-        peak = self._peak("reserved_bytes")
-        return None if peak is None else peak / 1e9
+    allocated_gb = functools.partialmethod(_peak_gb, "allocated_bytes")  # In tensors.
+    reserved_gb = functools.partialmethod(_peak_gb, "reserved_bytes")  # That PyTorch took.
 
     def activation_percent(self):
         """The saved activations in percent of the highest allocated GPU memory."""
@@ -305,14 +298,13 @@ class Record:
         curve = self.curve(key)
         return curve[-1] if curve else None
 
+    last_loss = functools.partialmethod(last, "loss")
+
     def accuracy_by_seconds(self):
         """[(seconds since the run's start, test accuracy in percent), ...], one for each epoch; [] where that is not
         known of all."""
         points = [(epoch.get("elapsed_seconds"), epoch.get("test_acc")) for epoch in self.epochs]
         return [] if any(None in point for point in points) else points
-
-    def last_loss(self):
-        return self.last("loss")
 
     def losses(self):
         """[[update, loss], ...] of a SimCLS run, in order; of an image run [[epoch, loss], ...]."""

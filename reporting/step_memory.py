@@ -54,7 +54,8 @@ def draw(record):
     for panel in panels[-1]:
         panel.set_xlabel("share of the step's operators that have run")
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    facts = f"{record['machine']['hardware']}; {provenance([record])}; dashed line: backward begins"
+    parts = [record["machine"]["hardware"], provenance([record]), "dashed line: backward begins"]
+    facts = "; ".join(filter(None, parts))
     facts += "\na memory budget limits the peak of activations and their gradients, which stand above the weights"
     title = f"The memory of one training step: {record['model']}, batch {record['batch_size']}"
     figure.suptitle(f"{title}\n{facts}", fontsize=11)

@@ -1,8 +1,9 @@
 """The tables of run records: which runs each takes, what tells its rows apart, and its columns."""
 
 from reporting import published
+from reporting.comparison import difference, quantity, ratio
 from reporting.records import Record
-from reporting.tables import Arm, Study, over_baseline, percent, time, times_baseline, value, whole
+from reporting.tables import Arm, Column, Study, percent, time
 
 IMAGES = ("resnext", "resnext_checkpoint")
 LOADING = ("num_worker", "loader")
@@ -141,17 +142,17 @@ LOAD = (
 )
 STEP_AND_EPOCH = (
     time("Step, ms", Record.step_ms, timed=True),
-    times_baseline("Step, ×", Record.step_ms, timed=True),
+    Column("Step, ×", Record.step_ms, show=ratio, timed=True),
     time("Epoch, s", Record.epoch_seconds, timed=True),
-    times_baseline("Epoch, ×", Record.epoch_seconds, timed=True),
+    Column("Epoch, ×", Record.epoch_seconds, show=ratio, timed=True),
 )
 PEAK = (
-    value("Peak memory, GB", Record.allocated_gb),
-    times_baseline("Peak memory, ×", Record.allocated_gb),
+    Column("Peak memory, GB", Record.allocated_gb),
+    Column("Peak memory, ×", Record.allocated_gb, show=ratio),
 )
 SAVED = (
-    value("Saved for backward, MiB", Record.saved_mib),
-    times_baseline("Saved, ×", Record.saved_mib),
+    Column("Saved for backward, MiB", Record.saved_mib),
+    Column("Saved, ×", Record.saved_mib, show=ratio),
 )
 A100_STEP = {"A100: step, ms": "step_ms", "A100: epoch, s": "epoch_s"}
 
@@ -179,11 +180,11 @@ MIXED_PRECISION = Study(
     (
         *STEP_AND_EPOCH,
         time("Overall, s", Record.overall_seconds),
-        times_baseline("Overall, ×", Record.overall_seconds),
-        value("Peak memory, GB", Record.allocated_gb),
-        value("Saved for backward, MiB", Record.saved_mib),
+        Column("Overall, ×", Record.overall_seconds, show=ratio),
+        Column("Peak memory, GB", Record.allocated_gb),
+        Column("Saved for backward, MiB", Record.saved_mib),
         percent("Test accuracy, %", test_accuracy),
-        over_baseline("Test accuracy, points", test_accuracy),
+        Column("Test accuracy, points", test_accuracy, show=difference),
     ),
     published={**A100_STEP, "A100: overall, s": "overall_s"},
 )
@@ -199,7 +200,7 @@ CHECKPOINTING = Study(
         *STEP_AND_EPOCH,
         time("Overall, s", Record.overall_seconds),
         *PEAK,
-        value("Reserved, GB", Record.reserved_gb),
+        Column("Reserved, GB", Record.reserved_gb),
         *SAVED,
         percent("Saved, % of peak", Record.activation_percent),
         percent("Test accuracy, %", test_accuracy),
@@ -224,8 +225,8 @@ SIMCLS = Study(
         *STEP_AND_EPOCH,
         *PEAK,
         *SAVED,
-        value("Training loss", Record.last_loss),
-        value("Validation ROUGE, %", validation_rouge),
+        Column("Training loss", Record.last_loss),
+        Column("Validation ROUGE, %", validation_rouge),
     ),
 )
 TOGETHER = Study(
@@ -236,14 +237,14 @@ TOGETHER = Study(
     "resnext.py with 2 workers and without --half_precision",
     (),
     (
-        whole("Batch", batch_size),
+        Column("Batch", batch_size, show=lambda sample, base: quantity(sample, places=0)),
         time("Epoch, s", Record.epoch_seconds, timed=True),
-        times_baseline("Epoch, ×", Record.epoch_seconds, timed=True),
+        Column("Epoch, ×", Record.epoch_seconds, show=ratio, timed=True),
         *PEAK,
         *SAVED,
         percent("Training accuracy, %", lambda run: run.last("acc")),
         percent("Test accuracy, %", test_accuracy),
-        over_baseline("Test accuracy, points", test_accuracy),
+        Column("Test accuracy, points", test_accuracy, show=difference),
     ),
     same=("model", "dataset", "size", "init", "num_epoch", "max_steps", "processes"),
 )

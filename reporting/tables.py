@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 
 from reporting import pace
-from reporting.comparison import Sample, difference, quantity, ratio
+from reporting.comparison import Sample, quantity, ratio_interval
 from reporting.published import SETUP
 from reporting.records import machine_letter, provenance
 
@@ -51,28 +51,12 @@ class Column:
     timed: bool = False
 
 
-def value(header, figure):
-    return Column(header, figure)
-
-
-def whole(header, figure):
-    return Column(header, figure, show=lambda sample, base: quantity(sample, places=0))
-
-
 def percent(header, figure):
     return Column(header, figure, show=lambda sample, base: quantity(sample, places=1))
 
 
 def time(header, figure, timed=False):
     return Column(header, figure, is_time=True, timed=timed)
-
-
-def times_baseline(header, figure, timed=False):
-    return Column(header, figure, show=ratio, timed=timed)
-
-
-def over_baseline(header, figure):
-    return Column(header, figure, show=difference)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,7 +137,7 @@ def groups(study, runs):
         if arm is None:
             continue
         everything = settings(run)
-        varies = study.varies if study.same is None else set(everything) - {*study.same, *study.row_keys}
+        varies = study.varies if study.same is None else sorted(everything.keys() - {*study.same, *study.row_keys})
         common = {name: value for name, value in everything.items() if name not in (*varies, *study.row_keys)}
         group = found.setdefault(_key(common, hardware(run)), Group(common, hardware(run), []))
         keys = tuple(everything.get(name) for name in study.row_keys)
@@ -162,7 +146,9 @@ def groups(study, runs):
         if row is None:
             group.rows.append(row := Row(arm, keys, flags, []))
         row.runs.append(run)
-    kept = [group for group in found.values() if len(group.rows) > 1 and not all(_baselines(group))]
+    kept = [
+        group for group in found.values() if len(group.rows) > 1 and not all(row.arm.is_baseline for row in group.rows)
+    ]
     for group in kept:
         for row in group.rows:
             row.runs = one_a_seed(row.runs)
@@ -205,8 +191,11 @@ def _tell_apart(group):
         row.arm = dataclasses.replace(row.arm, label=label)
 
 
-def _baselines(group):
-    return (row.arm.is_baseline for row in group.rows)
+def multiple(row, base, figure):
+    """(multiple, low, high) of the mean over a Row's runs of `figure`, of a Record, over that of the Row `base`; None
+    where it is not known of both, or that of `base` is 0."""
+    new, old = (Sample.of(map(figure, each.runs)) for each in (row, base))
+    return ratio_interval(new, old) if new and old and old.mean else None
 
 
 def _key(*dicts):
@@ -283,7 +272,7 @@ def place(machine):
         words.append(f"machine {machine['letter']}")
     if "threads" in machine:
         words.append(f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}")
-    return ", ".join([*words, f"torch {machine['torch']}"])
+    return ", ".join(words + [f"torch {machine['torch']}"] * bool(machine["torch"]))
 
 
 def _words(name):
@@ -291,15 +280,18 @@ def _words(name):
 
 
 def markdown(rows):
-    """A Markdown table of dicts, header -> text or None. A column without any text is left out."""
+    """A Markdown table of dicts, header -> text or None. A column without any text is left out. What names of runs and
+    classes have in them is shown, and read neither as the end of a cell nor as HTML."""
     headers = dict.fromkeys(header for row in rows for header in row)
     columns = {header: [row.get(header) for row in rows] for header in headers}
     columns = {header: column for header, column in columns.items() if any(column)}
     rules = ["---:" if all(map(_is_number, column)) else "---" for column in columns.values()]
     lines = [columns, rules, *zip(*columns.values(), strict=True)]
-    return "\n".join(
-        f"| {' | '.join((cell or '–').replace('|', chr(92) + '|') for cell in cells)} |" for cells in lines
-    )
+    return "\n".join(f"| {' | '.join(map(_escaped, cells))} |" for cells in lines)
+
+
+def _escaped(cell):
+    return (cell or "–").replace("|", "\\|").replace("<", "&lt;")
 
 
 def _is_number(text):

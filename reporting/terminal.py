@@ -12,7 +12,7 @@ def aligned(text):
 
 def _columns(table):
     lines = [
-        [cell.replace("\\|", "|").strip("`") for cell in re.split(r" (?<!\\)\| ", line.strip()[2:-2])]
+        [cell.replace("\\|", "|").replace("&lt;", "<").replace("`", "") for cell in line.strip()[2:-2].split(" | ")]
         for line in table.strip().splitlines()
     ]
     header, rules, *rows = lines

@@ -149,12 +149,12 @@ def _gpu_window(work, steps):
     return (firsts[0] if firsts else steps[0][0], max(end for _, _, end, _ in work)), 1
 
 
-def merged(intervals, window):
-    """float [m, 2]: the (begin, end) `intervals`, cut to `window`, as few that do not touch."""
+def merged(intervals, window, gap=0.0):
+    """float [m, 2]: the (begin, end) `intervals`, cut to `window`, as few that are more than `gap` apart."""
     cut = [(max(begin, window[0]), min(end, window[1])) for begin, end in intervals]
     found = []
     for begin, end in sorted(each for each in cut if each[0] < each[1]):
-        if found and begin <= found[-1][1]:
+        if found and begin <= found[-1][1] + gap:
             found[-1][1] = max(found[-1][1], end)
         else:
             found.append([begin, end])
@@ -261,21 +261,10 @@ def _draw_lanes(panel, trace, colours):
     panel.broken_barh([(0, end - begin)], (0.6, 0.8), color=IDLE)
     for position, ranges in enumerate((trace.phases, trace.work)):
         for name in dict.fromkeys(name for name, *_ in ranges):
-            spans = merged([(first, last) for each, first, last in ranges if each == name], (begin, end))
-            spans = _joined(spans, SHORTEST * (end - begin))
+            spans = [(first, last) for each, first, last in ranges if each == name]
+            spans = merged(spans, (begin, end), SHORTEST * (end - begin))
             bars = [(first - begin, last - first) for first, last in spans]
             panel.broken_barh(bars, (position - 0.4, 0.8), color=colours[name], linewidth=0)
     panel.set_yticks((0, 1), ("host", "GPU" if trace.on_gpu else "operators"))
     panel.set_ylim(1.5, -0.5)
     panel.grid(axis="y", visible=False)
-
-
-def _joined(spans, shortest):
-    """`spans` [m, 2] in order, those that are less than `shortest` apart as one."""
-    found = []
-    for begin, end in spans.tolist():
-        if found and begin - found[-1][1] < shortest:
-            found[-1][1] = end
-        else:
-            found.append([begin, end])
-    return found

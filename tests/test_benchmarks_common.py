@@ -111,6 +111,11 @@ def test_a_reference_that_cannot_run_is_one_line(script):
         assert "\n" not in str(error.value)
 
 
+def test_a_script_of_this_interpreter_that_ends_is_named(script):
+    with pytest.raises(UserError, match=r"reference\.py --side kept: it ended without an answer"):
+        common.Reference(sys.executable, script("sys.exit()"), "--side", "kept")
+
+
 @pytest.mark.parametrize("ending", ["input()", "sys.exit()"], ids=["when it is asked", "before"])
 def test_a_reference_that_ends_without_an_answer_is_one_line(script, ending):
     name = script(f'print(json.dumps({{"name": "x"}}), flush=True); {ending}')

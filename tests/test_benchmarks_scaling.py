@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from run_records import read_table
+from run_records import make_run, read_table
 
 sys.path.append(str(ROOT / "benchmarks"))
 
@@ -119,22 +119,16 @@ def test_allocator(run_script, tmp_path):
     assert [row["Case"] for row in table] == ["resnext29_1x4d, original", "resnext29_1x4d, resnext_fast.py"]
 
 
-def test_seconds_until_an_accuracy():
-    epochs = [{"timing": {"seconds": 2.0, "steps": 5}, "test_acc": accuracy} for accuracy in (50.0, 94.0, 93.0)]
-    assert fast_accuracy.seconds_until(94.0, epochs) == 4.0
-    assert fast_accuracy.seconds_until(95.0, epochs) is None
-    assert fast_accuracy.seconds_until(None, epochs) == 6.0
-    epochs[1]["timing"]["steps"] = 3  # The rest of an epoch that was interrupted.
-    assert fast_accuracy.seconds_until(94.0, epochs) is fast_accuracy.seconds_until(None, epochs) is None
-
-
-def test_the_share_of_loading_is_of_medians_on_the_device_where_it_was_timed():
-    phases = {
-        "data load": {"device_ms": {"median": 1.0}, "host_ms": {"median": 9.0}},
-        "step": {"device_ms": {"median": 50.0}, "host_ms": {"median": 10.0}},
-    }
-    assert fast_accuracy.load_share(phases) == 0.02
-    on_cpu = {name: phase | {"device_ms": None} for name, phase in phases.items()}
-    assert fast_accuracy.load_share(on_cpu) == 0.9
-    assert fast_accuracy.mean_or_none([1.0, None]) is None
-    assert fast_accuracy.mean_or_none([1.0, 2.0]) == 1.5
+def test_what_training_took_is_not_known_of_a_run_that_was_resumed():
+    run = make_run(acc=95.0)  # 93, 94 and 95 % of the test pictures, after 50, 40 and 40 s.
+    found = fast_accuracy.summarise([run, run], whole=True)
+    assert (found["test_acc_mean"], found["test_acc_deviation"]) == (95.0, 0.0)
+    assert (found["training_seconds"], found["seconds_to_94_percent"]) == (130.0, 90.0)
+    assert found["load_share_of_step"] == pytest.approx(0.04)  # Of all the time: workers deliver in bursts.
+    assert fast_accuracy.summarise([run, make_run(acc=94.0)], whole=True)["seconds_to_94_percent"] == 110.0
+    assert fast_accuracy.summarise([run, make_run(acc=90.0)], whole=True)["seconds_to_94_percent"] is None
+    alone = make_run(acc=97.0)
+    alone.record["epochs"] = alone.epochs[:1]
+    alone.record["data"] = {"train_pictures": 50_000}  # 391 steps, of which the record has 390.
+    found = fast_accuracy.summarise([alone], whole=True)
+    assert found["test_acc_deviation"] is found["training_seconds"] is found["seconds_to_94_percent"] is None

@@ -1,11 +1,27 @@
-"""The benchmark of evaluation at its smallest: both sides run, and agree."""
+"""The benchmarks of SimCLS: that of evaluation at its smallest, where both sides run and agree; and what they share."""
 
 import json
 import shutil
+import sys
+from types import SimpleNamespace
 
 import tiny_inputs
+from conftest import ROOT
+
+sys.path.append(str(ROOT / "benchmarks"))
+
+import candidates
 
 from search.generator import load_generator
+
+
+def test_what_the_reference_answers_is_in_the_order_of_the_documents_without_their_padding():
+    tokens = {7: [[2, 0, 5, 1, 1]], 8: [[2, 6, 1]]}
+    reference = SimpleNamespace(ask=lambda request: {
+        "seconds": 0.5, "tokens": [tokens[ids[0]] for batch in request["batches"] for ids in batch],
+    })  # fmt: skip
+    seconds, found = candidates.run_reference(reference, [[7], [8]], [[1], [0]], {}, pad=1)
+    assert (seconds, found) == (0.5, [[[2, 0, 5]], [[2, 6]]])
 
 
 def test_evaluation_agrees_with_the_originals_restated(run_script, encoders, tmp_path):

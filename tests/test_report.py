@@ -137,6 +137,14 @@ def test_no_records_is_no_failure(call_report, tmp_path):
     assert "## The original study" in result.out
 
 
+def test_figures_of_ones_own_runs_never_replace_the_repositorys(tmp_path):
+    import report
+
+    (tmp_path / "run.json").touch()
+    assert report.beside([]) == report.ROOT / "runs"
+    assert report.beside([tmp_path]) == report.beside([tmp_path / "run.json"]) == tmp_path
+
+
 def test_a_missing_folder_is_one_line(run_script, tmp_path):
     result = run_script("report.py", tmp_path / "absent", code=2)
     assert len(result.stderr.splitlines()) == 1

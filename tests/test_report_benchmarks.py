@@ -125,6 +125,17 @@ def test_the_memory_tables_have_units_and_their_batch_sizes(read):
     }  # fmt: skip
 
 
+def test_all_shares_of_the_memory_tables_are_percents(read):
+    found = [{"policy": "budget 0.5", "extra": 0.05, "extra_found": 0.0701}]
+    training = [row | {"saved_share": 0.25} for row in TRAINING]
+    record = record_of("memory", **MEMORY, annealing=found, training=training, rounds=9)
+    text = benchmarks.render_tables(read(record), "memory")
+    assert "Plans that a search by annealing finds: " in text
+    assert read_table(text, 1)[0]["by annealing, %"] == "7.01"
+    assert read_table(text, 2)[0]["saved, % of plain"] == "25.0"
+    assert text.count("n = 9 rounds") == 1  # Only steps were timed.
+
+
 def test_the_limits_of_fast_are_a_table(read):
     limits = {"pflop_an_epoch": 1.27, "matmul_tflops_per_second": 390.5, "epoch_seconds": 9.25}
     text = benchmarks.render_tables(read(record_of("fast", model="resnext29_4x64d", limits=[limits])), "fast")

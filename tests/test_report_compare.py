@@ -96,9 +96,10 @@ def test_phases_of_a_folder_name_the_run_or_list_them(run_script, folders):
 
 
 def test_tables_on_a_terminal_are_aligned():
-    table = tables.markdown([{"Name": "a|b `c`", "Value": "10.5"}, {"Name": "long name", "Value": None}])
+    table = tables.markdown([{"Name": "a | b `<c>`", "Value": "10.5"}, {"Name": "long name", "Value": None}])
+    assert "| a \\| b `&lt;c>` | 10.5 |" in table
     assert terminal.aligned(f"Before:\n\n{table}\n\nafter").splitlines() == [
-        "Before:", "", "Name       Value", "---------  -----", "a|b `c      10.5", "long name      –", "", "after",
+        "Before:", "", "Name       Value", "---------  -----", "a | b <c>   10.5", "long name      –", "", "after",
     ]  # fmt: skip
 
 

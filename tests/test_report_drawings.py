@@ -118,6 +118,10 @@ def test_a_small_study_of_memory_needs_no_legend():
     assert "batch 128" in title(figure)
 
 
+def test_memory_without_a_baseline_is_no_picture():
+    assert figures.draw_memory([run for run in large_study() if "policy" in run.arguments], CHECKPOINTING) is None
+
+
 def test_curves_of_a_large_study_have_a_colour_a_policy_and_a_style_a_batch_size():
     figure = figures.draw_curves(large_study(), CHECKPOINTING, CURVES)
     assert sorted(legend(figure)) == ["batch 128", "batch 512", "batch 896", *POLICIES]

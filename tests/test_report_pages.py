@@ -322,12 +322,36 @@ def test_only_half_precision_is_called_so():
 def test_two_machines_of_one_kind_share_no_row(tmp_path):
     for folder, scale in (("gpu", 1.0), ("gpu_b", 2.0)):
         for workers in (2, 0):
-            path = tmp_path / "results" / folder / "runs" / "cifar10" / f"resnext_{workers}.json"
+            path = tmp_path / "benchmarks" / "results" / folder / "runs" / "cifar10" / f"resnext_{workers}.json"
             write(path, make_record(scale, num_worker=workers))
     runs, _ = records.read_folders([tmp_path])
     text = tables.render(studies.DATA_LOADER, runs)
     assert [row["n"] for number in (0, 1) for row in read_table(text, number)] == ["1"] * 4
     assert "A100, machine b, torch" in text
+    assert records.machine_letter(tmp_path / "results" / "of_mine" / "run.json") is None
+
+
+def test_flags_that_tell_rows_apart_stand_in_order():
+    """Not as a set has them, which is another in every process."""
+    fast = {"experiment": "resnext_fast", "half_precision": "bfloat16"}
+    runs = [make_run(), make_run(**fast), make_run(**fast, d=1, a=2, c=3, b=4)]
+    labels = [row["Way"] for row in read_table(tables.render(studies.TOGETHER, runs))]
+    assert "everything on (--a 2, --b 4, --c 3, --d 1)" in labels
+
+
+def test_records_that_know_little_of_their_machine_are_shown():
+    """The hardware, the versions, the commit and the date are no must."""
+    runs = [make_run(), make_run(0.8, half_precision="float16", precision="fp16")]
+    for run in runs:
+        run.record["machine"] = {"device": "cuda"}
+    text = headline.render(runs)
+    assert text.endswith("; unknown hardware.")
+    assert place_line_of(runs).endswith("unknown hardware; n = 1")
+
+
+def place_line_of(runs):
+    (effect,) = headline.effects(runs)
+    return headline_figures.place_line(effect.where, [effect])
 
 
 @pytest.mark.parametrize(
