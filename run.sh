@@ -219,12 +219,8 @@ evaluate() {
 simcls() (
     samples "${PERCENT:-20}_percent" "${PERCENT:-20}" ../../../SimCLS/demo
     learning+=" --num_epoch ${EPOCHS:-2}"
+    set_ups
     for seed in $SEEDS; do
-        for workers in 4 0 1 2 8; do
-            train $simcls/main.py $learning --num_workers $workers
-        done
-        train $simcls/main.py $learning --num_workers 4 --half_precision
-        train $simcls/main.py $learning --num_workers 4 --use_checkpoint
         run=simcls_4_worker$frozen
         [ "$seed" = 0 ] || run+=_seed$seed
         evaluate cache/$run/evaluation.json $run 100
@@ -235,8 +231,23 @@ simcls() (
         --num_cands 8 --max_source_length 96 --max_target_length 32
     generate=${generate/$simcls\/demo/brio}
     evaluate brio/evaluation.json $run 100
+    # Times, of an epoch each. Round by round, so that a machine's slow hours fall on all alike.
+    show cd ../../..
+    samples "${PERCENT:-20}_percent_times" "${PERCENT:-20}" ../../../SimCLS/demo
+    learning+=" --num_epoch 1"
+    set_ups
     exit $failed  # Of this subshell.
 )
+
+set_ups() {
+    for seed in $SEEDS; do
+        for workers in 4 0 1 2 8; do
+            train $simcls/main.py $learning --num_workers $workers
+        done
+        train $simcls/main.py $learning --num_workers 4 --half_precision
+        train $simcls/main.py $learning --num_workers 4 --use_checkpoint
+    done
+}
 
 # A generator that has learnt to write titles of abstracts: as it is, and forbidden to repeat three words.
 pubmed() (

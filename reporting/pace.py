@@ -1,7 +1,7 @@
 """Where the times of long runs come from: short runs of the same set-ups, where there are some.
 
 Runs that show a result take hours, in which a machine that others share is now fast and now slow. `bash run.sh cifar`
-runs each set-up for one epoch besides, round by round, so that slow hours fall on all of them alike.
+and `simcls` run each set-up for one epoch besides, round by round, so that slow hours fall on all of them alike.
 """
 
 FEW_EPOCHS = 3  # Fewer show times, and neither a result nor a curve.
@@ -26,7 +26,7 @@ def _stands_for(short, group):
     lengths = {"num_epoch": None}
     same = short.machine == group.machine and short.settings | lengths == group.settings | lengths
     shared = _labels(short) & _labels(group)
-    return same and len(shared) > 1 and epochs(short) < FEW_EPOCHS <= epochs(group)
+    return same and len(shared) > 1 and epochs(short) < min(FEW_EPOCHS, epochs(group))
 
 
 def _labels(group):

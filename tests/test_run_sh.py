@@ -71,10 +71,12 @@ def test_every_command_has_arguments_that_its_script_takes(job, check_arguments)
 
 
 def test_the_scorer_has_seven_set_ups():
+    """Each trained to its end, and then once more for an epoch, for its time."""
     trained = [line for line in run_job("simcls", DRY="1", EPOCHS="3", SEEDS="0 1") if "/main.py" in line]
-    assert len(trained) == len(set(trained)) == 14
-    assert sum("--seed 1" in line for line in trained) == 7
-    assert all("--num_epoch 3" in line for line in trained)
+    assert len(trained) == len(set(trained)) == 28
+    assert sum("--seed 1" in line for line in trained) == 14
+    assert ["--num_epoch 3" in line for line in trained] == [True] * 14 + [False] * 14
+    assert all("--num_epoch 1" in line for line in trained[14:])
 
 
 def test_what_is_evaluated_has_been_trained():
@@ -107,15 +109,15 @@ def test_what_is_finished_is_not_done_again(copy_of_run_sh):
     lines = run_job("simcls", folder=copy_of_run_sh)
     assert "# samples/train/0.json is there (AGAIN=1 makes it again)" in lines
     made = calls.read_text()
-    assert "--split train" not in made
-    assert "--split val" in made
-    assert made.count("main.py") == 7
-    assert made.count("--resume") == 8  # brio.py's is the eighth.
+    assert made.count("--split train") == 1  # Of the times.
+    assert made.count("--split val") == 2
+    assert made.count("main.py") == 14
+    assert made.count("--resume") == 15  # brio.py's is the last.
     calls.unlink()
     run_job("simcls", folder=copy_of_run_sh, AGAIN="1")
     made = calls.read_text()
-    assert "--split train" in made
-    assert made.count("main.py") == 7
+    assert made.count("--split train") == 2
+    assert made.count("main.py") == 14
     assert "--resume" not in made
 
 
