@@ -186,16 +186,22 @@ runpy.run_path(script, run_name="__main__")
 """
 
 
-def test_two_processes_agree_and_count_every_test_picture_once(tiny, pictures, tmp_path):
-    (tmp_path / "agree.py").write_text(RANKS_AGREE)
+def weights_of_two(script, *args, folder):
+    """What each of two processes has trained: their state dicts."""
+    (folder / "agree.py").write_text(RANKS_AGREE)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               tmp_path / "agree.py", ROOT, ROOT / "resnext/resnext.py", tmp_path, *tiny,
-               "--output_dir", tmp_path / "out"]  # fmt: skip
+               folder / "agree.py", ROOT, ROOT / script, folder, *args, "--output_dir", folder / "out"]  # fmt: skip
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    ranks = [torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2)]
-    for name in ranks[0]:
-        assert torch.equal(ranks[0][name], ranks[1][name]), name
+    return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
+
+
+def test_two_processes_agree_and_count_every_test_picture_once(tiny, pictures, tmp_path):
+    ranks = weights_of_two("resnext/resnext.py", *tiny, folder=tmp_path)
+    recomputing = weights_of_two("resnext/resnext_checkpoint.py", *tiny, "--policy", "block", folder=tmp_path)
+    for name, tensor in ranks[0].items():
+        for other in (ranks[1], *recomputing):
+            assert torch.equal(tensor, other[name]), name
 
     model = ResNeXt(1, 4, num_classes=2)
     model.load_state_dict(torch.load(tmp_path / "out" / f"{NAME}.pt"))
