@@ -131,8 +131,7 @@ class Bench:
 
     def __init__(self, plain, args, device):
         self._plain, self._args, self.device = plain, args, device
-        convolution = plain.layer1[0].conv2
-        self._shape = convolution.groups, convolution.out_channels // convolution.groups
+        self._shape = parse_name(args.model)
         self._timelines = {}
         self.rows = {}
 

@@ -31,7 +31,6 @@ class Lives(LiveBytes):
 
     def __init__(self, model):
         super().__init__(model)
-        self._weights, self._shapes = self._shapes, set()
         self.lives, self.clock = [], 0
         self.in_backward = self.is_redoing = False
 
@@ -49,7 +48,7 @@ class Lives(LiveBytes):
             return "passing"  # Until forward ends, and it is still there.
         if self.is_redoing:
             return "redone"
-        return "gradients of weights" if tuple(tensor.shape) in self._weights else "gradients of activations"
+        return "gradients of weights" if tuple(tensor.shape) in self._shapes else "gradients of activations"
 
     def _free(self, key, life):
         del self._live[key]

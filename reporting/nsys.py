@@ -16,8 +16,8 @@ import numpy as np
 
 from harness.endings import UserError
 from harness.timing import WARMUP_STEPS, describe_epoch
+from harness.tracing import STEP
 
-STEP = re.compile(r".+ - step \d+")
 # What torch.autograd.profiler.emit_nvtx adds to an operator's name, different in every call.
 OF_ONE_CALL = re.compile(r", (op_id|seq|stashed seq|sizes|input_op_ids) = .*")
 PUSH_POP_EVENTS = (59, 70)  # NvtxPushPopRange, and the same of imported NVTX text.
