@@ -26,17 +26,6 @@ from reporting.pages import pages, rewrite
 
 FOLDERS = ("runs", "model_history", "resnext/model_history", "SimCLS/cache")
 PUBLISHED = "benchmarks/results/*/runs"  # What README shows: records that were copied there to be kept.
-TABLES = (
-    "runs",
-    "headline",
-    *(study.name for study in headline.STUDIES),
-    "time-to-accuracy",
-    "evaluation",
-    "phases",
-    "benchmarks",
-    *(f"benchmark-{name}" for name in benchmarks.WITH_TABLES),
-    "published",
-)
 PICTURES = {
     "time-to-accuracy": "![Test accuracy by minutes, for each way to train](/image/time_to_accuracy.png)",
     "benchmark-memory": "![Memory of each plan against what it recomputes](/image/memory-frontier.png)",
@@ -51,7 +40,8 @@ def get_args_parser():
     instead = parser.add_mutually_exclusive_group()
     instead.add_argument("--readme", type=Path, nargs="?", const=ROOT, metavar="FOLDER",
         help="rewrite the generated parts of README.md and docs/ in FOLDER, by default this repository")  # fmt: skip
-    instead.add_argument("--only", nargs="+", metavar="TABLE", choices=TABLES, help=f"print these: {', '.join(TABLES)}")
+    names = list(sections([], [], {}, with_cpu_times=True))
+    instead.add_argument("--only", nargs="+", metavar="TABLE", choices=names, help=f"print these: {', '.join(names)}")
     instead.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"),
         help="print two runs side by side, and draw them; each a record, or a folder of seeds")  # fmt: skip
     instead.add_argument("--phases", type=Path, metavar="RECORD", help="print the phases of one run")
@@ -99,7 +89,7 @@ def report(args, show):
         for page in pages(args.readme):
             rewrite(page, bodies, args.readme)
     else:
-        shown = [parts[name] for name in args.only or TABLES]
+        shown = [parts[name] for name in args.only or parts]
         show("\n\n".join(f"## {title}\n\n{body}" for title, body in shown if body))
         show("\nThe words are explained in docs/glossary.md.")
     for path in figures.draw_all(runs, measured, args.image_dir or (args.readme or beside(folders)) / "image"):
@@ -120,7 +110,7 @@ def beside(folders):
 
 
 def sections(runs, evaluations, measured, with_cpu_times):
-    """Name of TABLES -> (title, Markdown), with "" where there are no records for it.
+    """Name of each table -> (title, Markdown), with "" where there are no records for it.
 
     measured: the benchmarks' records, as benchmarks.read gives them.
     """
