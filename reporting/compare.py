@@ -8,7 +8,7 @@ from matplotlib.ticker import MaxNLocator
 
 from harness.endings import UserError
 from reporting.comparison import Sample, quantity, ratio_with_interval, within_noise
-from reporting.figures import STYLE, WIDTH, distinct_colours, draw_band, save
+from reporting.figures import STYLE, WIDTH, distinct_colours, draw_band, save, stacked
 from reporting.overview import PHASES
 from reporting.records import Record, read_folders
 from reporting.tables import hardware, markdown, one_a_seed, place, settings
@@ -120,6 +120,6 @@ def _draw_phases(panel, index, side, colour):
 def _draw_curve(panel, curves, colour, line):
     if not curves:
         return
-    values = np.array([curve[: min(map(len, curves))] for curve in curves])
+    values = stacked(curves)
     epochs = np.arange(1, values.shape[1] + 1)
     draw_band(panel, epochs, values, colour, linewidth=2, linestyle=line, marker="." if len(epochs) < 30 else None)

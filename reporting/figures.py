@@ -43,32 +43,35 @@ def draw_all(runs, measured, folder):
 
     runs: Records. measured: the benchmarks' records, as benchmarks.read gives them.
     """
-    from reporting.frontier import draw_frontier  # They take their style from this module.
-    from reporting.headline_figures import draw_time_to_accuracy, draw_waterfall
-    from reporting.step_memory import draw_step_memory
+    from reporting import frontier, headline, headline_figures, step_memory  # They take their style from this module.
 
-    written = [*draw_waterfall(runs, folder), *draw_time_to_accuracy(runs, folder), *draw_studies(runs, folder)]
-    return [*written, *draw_frontier(measured, folder), *draw_step_memory(measured, folder)]
-
-
-def draw_studies(runs, folder):
-    """Draw into `folder` the figures of the studies; returns the paths written."""
     pictures = {
-        "resnext_data_loader": (draw_curves, DATA_LOADER, CURVES),
-        "resnext_mixed_precision": (draw_curves, MIXED_PRECISION, CURVES),
-        "resnext_checkpointing": (draw_curves, CHECKPOINTING, CURVES),
-        "resnext_together": (draw_curves, TOGETHER, CURVES),
-        "simcls_loss": (draw_losses, SIMCLS),
-        "step_timeline": (draw_timeline, (DATA_LOADER, MIXED_PRECISION, CHECKPOINTING)),
-        "checkpointing_memory": (draw_memory, CHECKPOINTING),
+        "techniques": (headline_figures.draw, headline.distinct(headline.effects(runs))),
+        "time_to_accuracy": (headline_figures.draw_time_to_accuracy, runs),
+        "resnext_data_loader": (draw_curves, runs, DATA_LOADER, CURVES),
+        "resnext_mixed_precision": (draw_curves, runs, MIXED_PRECISION, CURVES),
+        "resnext_checkpointing": (draw_curves, runs, CHECKPOINTING, CURVES),
+        "resnext_together": (draw_curves, runs, TOGETHER, CURVES),
+        "simcls_loss": (draw_losses, runs, SIMCLS),
+        "step_timeline": (draw_timeline, runs, (DATA_LOADER, MIXED_PRECISION, CHECKPOINTING)),
+        "checkpointing_memory": (draw_memory, runs, CHECKPOINTING),
+        "memory-frontier": (frontier.draw, chosen_record(measured, "memory", frontier.is_whole)),
+        "step_memory": (step_memory.draw, chosen_record(measured, "step_memory", step_memory.is_whole)),
     }
     written = []
-    for name, (draw, *what) in pictures.items():
+    for name, (draw, shown, *what) in pictures.items():
         with plt.rc_context(STYLE):
-            figure = draw(runs, *what)
+            figure = draw(shown, *what) if shown else None
         if figure is not None:
             written.append(save(figure, folder / f"{name}.png"))
     return written
+
+
+def chosen_record(measured, benchmark, is_whole):
+    """The record of `benchmark` that its figure shows: of those that have all of it one from a GPU, else one from a
+    CPU; or None. measured: as for `draw_all`."""
+    records = [record for group in measured.values() for record in group if record["benchmark"] == benchmark]
+    return min(filter(is_whole, records), key=lambda record: record["machine"].get("device") == "cpu", default=None)
 
 
 def save(figure, path):
@@ -149,7 +152,7 @@ def draw_curves(runs, study, curves):
     for panel, (key, title) in zip(panels[0], curves.items(), strict=True):
         means = []
         for index, row in enumerate(group.rows):
-            values = _stacked(run.curve(key) for run in row.runs)
+            values = stacked(run.curve(key) for run in row.runs)
             style = {"linestyle": styles[row.keys], "linewidth": _width(index, group)}
             means.append(values.mean(0))
             draw_band(panel, np.arange(1, values.shape[1] + 1), values, colours[in_words(row.arm.label)], **style)
@@ -169,7 +172,7 @@ def _keep_common_seeds(group):
         row.runs = [run for run in row.runs if run.arguments.get("seed") in seeds]
 
 
-def _stacked(curves):
+def stacked(curves):
     """float [curves, points]: as many points as the shortest has."""
     curves = list(curves)
     return np.array([curve[: min(map(len, curves))] for curve in curves], dtype=float)
@@ -226,7 +229,7 @@ def draw_losses(runs, study):
     means, shortest = [], min(len(run.losses()) for row in group.rows for run in row.runs)
     window = max(1, shortest // SMOOTH) if shortest >= 2 * SMOOTH else 1
     for index, row in enumerate(group.rows):
-        points = _stacked(run.losses() for run in row.runs)  # [runs, points, (update, loss)]
+        points = stacked(run.losses() for run in row.runs)  # [runs, points, (update, loss)]
         values = np.apply_along_axis(np.convolve, 1, points[..., 1], np.full(window, 1 / window), "valid")
         means.append(values.mean(0))
         colour = colours[in_words(row.arm.label)]

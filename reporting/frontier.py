@@ -4,11 +4,10 @@ import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
-from reporting.figures import MARKERS, STYLE, WIDTH, save
+from reporting.figures import MARKERS, WIDTH
 from reporting.records import provenance
 from reporting.shapes import is_number
 
-NAME = "memory-frontier.png"
 # The start of a policy's name -> what the legend calls its family. Those with a line go on from budget to budget.
 FAMILIES = {
     "budget held": "our plans for what is saved (--budget_of held)",
@@ -21,22 +20,6 @@ FAMILIES = {
 WITH_LINE = ("budget held", "budget", "compile")
 AS_COMPILE = "as compile"  # Our plans at what one of torch.compile's holds, or peaks at; its name stands beside that.
 GAP = 10  # Points that a name is moved up by, where it would cover another.
-
-
-def draw_frontier(found, folder):
-    """Write `folder`/memory-frontier.png from the record of the memory benchmark, one from a GPU before one from a CPU.
-
-    found: the benchmarks' records, as reporting.benchmarks.read gives them. Returns the paths written: [] when there
-    is no such record.
-    """
-    records = [record for group in found.values() for record in group]
-    records = [record for record in records if record["benchmark"] == "memory" and is_whole(record)]
-    if not records:
-        return []
-    record = min(records, key=lambda record: record["machine"].get("device") == "cpu")
-    with plt.rc_context(STYLE):
-        figure = draw(record)
-    return [save(figure, folder / NAME)]
 
 
 def is_whole(record):

@@ -3,12 +3,11 @@
 import textwrap
 
 import matplotlib.pyplot as plt
-import numpy as np
 from matplotlib.lines import Line2D
 
-from reporting import headline, pace
+from reporting import pace
 from reporting.accuracy import races
-from reporting.figures import STYLE, WIDTH, arm_handles, distinct_colours, figure_title, finish, save
+from reporting.figures import WIDTH, arm_handles, distinct_colours, draw_band, figure_title, finish, stacked
 from reporting.records import provenance
 from reporting.studies import in_words
 from reporting.tables import is_toy
@@ -16,16 +15,6 @@ from reporting.tables import is_toy
 LESS, MORE = "#3f90da", "#e76300"  # Told apart by colour-blind readers, too; and they point to different sides.
 ROW, AROUND, LINE = 0.36, 0.42, 0.15  # Inches: a technique, the line above those of one place, and a further line.
 WIDEST = 125  # Characters of such a line.
-
-
-def draw_waterfall(runs, folder):
-    """Write `folder`/techniques.png; returns the paths written: [] where no run shows a technique."""
-    found = headline.distinct(headline.effects(runs))
-    if not found:
-        return []
-    with plt.rc_context(STYLE):
-        figure = draw(found)
-    return [save(figure, folder / "techniques.png")]
 
 
 def draw(effects):
@@ -87,36 +76,25 @@ def draw_bar(panel, position, ratio):
     panel.annotate(f"{found:.2f}", (reach, position), xytext=(6, 0), textcoords="offset points", va="center")
 
 
-def draw_time_to_accuracy(runs, folder):
-    """Write `folder`/time_to_accuracy.png: test accuracy by minutes, for each way the mean over its runs in a band from
-    the lowest to the highest. Returns the paths written."""
-    found = races(runs)
-    if not found:
-        return []
+def draw_time_to_accuracy(runs):
+    """Test accuracy by minutes, for each way the mean over its runs in a band from the lowest to the highest; None
+    where no runs can be compared so."""
     # The first is of real pictures, if any is; of those that are, the longest runs.
-    race = min(found, key=lambda race: (is_toy(race.group), -pace.epochs(race.group)))
+    race = min(races(runs), key=lambda race: (is_toy(race.group), -pace.epochs(race.group)), default=None)
+    if race is None:
+        return None
     ways = [way for way in race.ways if all(way.curves)]
-    with plt.rc_context(STYLE):
-        figure, panel = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")
-        colours = distinct_colours(in_words(way.row.arm.label) for way in ways)
-        for way in ways:
-            minutes, values = by_epoch(way)
-            colour = colours[in_words(way.row.arm.label)]
-            panel.plot(minutes, values.mean(0), color=colour, linewidth=2, marker="o", markersize=3)
-            panel.fill_between(minutes, values.min(0), values.max(0), color=colour, alpha=0.2, linewidth=0)
-        handles, goal = arm_handles(colours), race.target
-        if goal is not None:
-            style = {"color": "black", "linestyle": "--", "linewidth": 1}
-            panel.axhline(goal, **style)
-            label = f"{goal:.1f} %, which every run of the original's way reaches"
-            handles.append(Line2D([], [], label=label, **style))
-        panel.set(xlabel="minutes since the run's start, with evaluation and saving", ylabel="test accuracy, %")
-        panel.set_xlim(0, None)
-        finish(figure, handles, figure_title("Time to accuracy", race.group, banded=True))
-    return [save(figure, folder / "time_to_accuracy.png")]
-
-
-def by_epoch(way):
-    """(mean minutes, test accuracy) by epoch over the runs of a Way: float [epochs] and [runs, epochs]."""
-    points = np.array([curve[: min(map(len, way.curves))] for curve in way.curves])
-    return points[..., 0].mean(0) / 60, points[..., 1]
+    figure, panel = plt.subplots(figsize=(WIDTH, 4.6), layout="constrained")
+    colours = distinct_colours(in_words(way.row.arm.label) for way in ways)
+    for way in ways:
+        points = stacked(way.curves)  # [runs, epochs, (seconds, accuracy)]
+        style = {"linewidth": 2, "marker": "o", "markersize": 3}
+        draw_band(panel, points[..., 0].mean(0) / 60, points[..., 1], colours[in_words(way.row.arm.label)], **style)
+    handles, goal = arm_handles(colours), race.target
+    if goal is not None:
+        style = {"color": "black", "linestyle": "--", "linewidth": 1}
+        panel.axhline(goal, **style)
+        handles.append(Line2D([], [], label=f"{goal:.1f} %, which every run of the original's way reaches", **style))
+    panel.set(xlabel="minutes since the run's start, with evaluation and saving", ylabel="test accuracy, %")
+    panel.set_xlim(0, None)
+    return finish(figure, handles, figure_title("Time to accuracy", race.group, banded=True))

@@ -5,7 +5,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from reporting import shapes
-from reporting.figures import STYLE, WIDTH, save
+from reporting.figures import WIDTH
 from reporting.records import provenance
 from reporting.shapes import COUNT, NUMBER, TEXT, each
 from reporting.studies import in_words
@@ -19,18 +19,9 @@ ADAM = 3  # Weights, and two moments of each.
 KINDS = {"passing": "passing, freed at once", "redone": "recomputed for backward"}  # What a legend calls them.
 
 
-def draw_step_memory(measured, folder):
-    """Write `folder`/step_memory.png from the benchmark's record, one from a GPU before one from a CPU.
-
-    measured: the benchmarks' records, as benchmarks.read gives them. Returns the paths written.
-    """
-    records = [record for group in measured.values() for record in group if record["benchmark"] == "step_memory"]
-    records = [record for record in records if shapes.fault(record, RECORD) is None and record["steps"]]
-    if not records:
-        return []
-    with plt.rc_context(STYLE):
-        figure = draw(min(records, key=lambda record: record["machine"].get("device") == "cpu"))
-    return [save(figure, folder / "step_memory.png")]
+def is_whole(record):
+    """Whether a record has what the figure shows."""
+    return shapes.fault(record, RECORD) is None and bool(record["steps"])
 
 
 def draw(record):

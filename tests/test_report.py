@@ -276,11 +276,11 @@ def test_a_record_counts_once_however_often_it_is_copied(run_folder, capsys):
 
 
 def test_figures_are_the_same_bytes_for_the_same_records(tmp_path):
-    from reporting.figures import draw_studies
+    from reporting.figures import draw_all
 
     runs = [make_run(seed=seed) for seed in range(2)] + [make_run(0.7, precision="fp16", half_precision="float16")]
-    drawn = [draw_studies(runs, tmp_path / name) for name in ("one", "two")]
-    names = ["resnext_mixed_precision.png", "resnext_together.png", "step_timeline.png"]
+    drawn = [draw_all(runs, {}, tmp_path / name) for name in ("one", "two")]
+    names = ["techniques.png", "resnext_mixed_precision.png", "resnext_together.png", "step_timeline.png"]
     assert [path.name for path in drawn[0]] == names
     for one, two in zip(*drawn, strict=True):
         assert one.read_bytes() == two.read_bytes()

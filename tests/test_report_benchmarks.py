@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 from run_records import read_table
 
-from reporting import benchmarks, frontier
+from reporting import benchmarks, figures, frontier
 
 MIB = 2**20
 
@@ -221,7 +221,6 @@ def test_names_in_the_frontier_lie_apart():
 def test_a_gpus_record_is_drawn_before_a_cpus(tmp_path, monkeypatch):
     drawn, both = [], [record_of("memory", **MEMORY), record_of("memory", "cuda", **MEMORY)]
     monkeypatch.setattr(frontier, "draw", lambda record: drawn.append(record["machine"]["device"]))
-    monkeypatch.setattr(frontier, "save", lambda figure, path: path)
     for records in (both, both[::-1]):
-        assert frontier.draw_frontier({"some": records}, tmp_path) == [tmp_path / frontier.NAME]
+        figures.draw_all([], {"some": records}, tmp_path)
     assert drawn == ["cuda", "cuda"]

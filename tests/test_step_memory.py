@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from reporting import benchmarks
-from reporting.step_memory import draw_step_memory
+from reporting.figures import draw_all
 
 
 @pytest.fixture(scope="module")
@@ -40,9 +40,9 @@ def test_what_is_kept_passes_or_is_redone(folder):
 
 
 def test_the_figure(folder, tmp_path):
-    (path,) = draw_step_memory(benchmarks.read(folder), tmp_path)
+    (path,) = draw_all([], benchmarks.read(folder), tmp_path)
     assert Image.open(path).width == 1000
     record = json.loads((folder / "cpu" / "step_memory.json").read_text()) | {"kinds": 3}
     (tmp_path / "cpu").mkdir()
     (tmp_path / "cpu" / "step_memory.json").write_text(json.dumps(record))
-    assert draw_step_memory(benchmarks.read(tmp_path), tmp_path) == []
+    assert draw_all([], benchmarks.read(tmp_path), tmp_path) == []
