@@ -13,6 +13,9 @@ import json
 import resource
 import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
 from common import Reference, check, get_parser, interleaved, new_record, ratio_summary, save, spread, verdict
 

@@ -12,9 +12,12 @@ CTranslate2 4.8 runs in the interpreter of an environment with ctranslate2, torc
 beam search.
 """
 
+import sys
 import tempfile
 from pathlib import Path
 from statistics import median
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
 from common import ROOT, Reference, check, get_parser, interleaved, new_record, ratio_summary, save, spread, verdict
 

@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from statistics import median
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
+
 from common import ROOT, Reference, check, get_parser, interleaved, new_record, ratio_summary, save, verdict
 
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)

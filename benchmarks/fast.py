@@ -23,7 +23,10 @@ memory, which no row does here: one process cannot do both in turn. allocator.py
 import dataclasses
 import functools
 import statistics
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
 from common import ROOT, get_parser, interleaved_rounds, new_record, ratio_summary, save, spread, verdict
 

@@ -10,7 +10,11 @@ checked against those of the first form in float64.
 
 import itertools
 import statistics
+import sys
+from pathlib import Path
 from typing import NamedTuple
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
 from common import check, get_parser, interleaved, new_record, save
 

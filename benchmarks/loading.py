@@ -12,6 +12,10 @@ offsets and flips, and these to be spread evenly. Each side then loads whole epo
 """
 
 import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
 from common import ROOT, check, get_parser, interleaved_rounds, new_record, ratio_summary, save, spread, verdict
 

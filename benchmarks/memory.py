@@ -24,6 +24,9 @@ import contextlib
 import functools
 import math
 import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
 from common import get_parser, new_record, save
 

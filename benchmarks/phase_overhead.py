@@ -9,7 +9,11 @@ percent more or less, it tells more than the ratio does. The device is CUDA wher
 
 import functools
 import statistics
+import sys
 import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
 from common import check, get_parser, interleaved, new_record, ratio_summary, save, spread, verdict
 

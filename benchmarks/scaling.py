@@ -16,6 +16,10 @@ accuracy is as good, only training tells.
 
 import dataclasses
 import statistics
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
 from common import get_parser, interleaved_rounds, new_record, ratio_summary, save
 

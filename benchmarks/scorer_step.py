@@ -15,9 +15,12 @@ the time, and without ties the original's loss is ours.
 
 import json
 import random
+import sys
 import tempfile
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
 from common import check, get_parser, interleaved_rounds, new_record, ratio_summary, save, spread, verdict
 

@@ -11,8 +11,11 @@ those of all threads, for encoding, searching and decoding to text: the median r
 
 import argparse
 import statistics
+import sys
 import time
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
 from common import ROOT, get_parser, interleaved, new_record, save
 

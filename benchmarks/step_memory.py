@@ -7,7 +7,11 @@ report.py draws the figure from the record.
 """
 
 import contextlib
+import sys
 import weakref
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
 from common import get_parser, new_record, save
 

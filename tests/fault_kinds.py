@@ -84,9 +84,10 @@ class Trial:
         return files
 
     def is_passing(self, name):
-        """Whether a file changes within a run, as the scorer's weights do from one validation to the next; the record
-        of an earlier run goes with its weights."""
-        return self.experiment.name == "main.py" and name.endswith((".bin", "config.json", "worker.json"))
+        """Whether a file changes within a run, as the scorer's weights do from one validation to the next; scorer.json
+        is told in the end what counts beside the score, and the record of an earlier run goes with its weights."""
+        passing = (".bin", "config.json", "scorer.json", "worker.json")
+        return self.experiment.name == "main.py" and name.endswith(passing)
 
 
 def check(good, what):

@@ -11,6 +11,7 @@ import torch
 
 from harness import distributed
 from harness.endings import UserError
+from scorer.significance import ALONE
 
 SCORER_CHECK = """
 import sys
@@ -155,7 +156,7 @@ def test_scorers_of_two_processes_are_equal_and_validate_each_sample_once(encode
     alone = launch.run("SimCLS/main.py", "-e", "--dataset", "data", "--model_pt", "two/model.bin", cwd=tmp_path)
     assert "11 documents" in alone.out, alone.err
     systems = json.loads((tmp_path / "cache/two/evaluation.json").read_text())["systems"]
-    assert systems["SimCLS"]["rouge1"]["mean"] == pytest.approx(epoch["val_rouge1"], abs=1e-6)
+    assert systems[ALONE]["rouge1"]["mean"] == pytest.approx(epoch["val_rouge1"], abs=1e-6)
 
 
 def test_fine_tuning_of_two_processes_leaves_one_set_of_files(encoders, tmp_path):
