@@ -14,7 +14,10 @@ import torch.nn.functional as F
 from data_utils import TextEncoding
 from torch import nn
 
-from harness import torchvision_compat  # noqa: F401
+from harness import (
+    endings,
+    torchvision_compat,  # noqa: F401
+)
 from harness.endings import UserError
 from harness.files import atomic_write, write_json
 
@@ -189,7 +192,9 @@ def check_reads_on(encoder, name):
     try:
         one, other = encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, 0]
         reads_on = not torch.equal(one, other)
-    except Exception:  # What a model of another kind raises is an open set.
+    except Exception as error:  # What a model of another kind raises is an open set.
+        if endings.explain(error):  # Short memory, say, which is no fault of the model's.
+            raise
         reads_on = False
     if not reads_on:
         raise UserError(f"{name!r} is no encoder of texts: a text is the state of its first token, which must read on")

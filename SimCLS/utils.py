@@ -1,6 +1,7 @@
 """What the SimCLS stages share: lines of a file, work shared out to processes, progress."""
 
 import collections
+import contextlib
 import itertools
 import multiprocessing
 import os
@@ -13,6 +14,8 @@ from concurrent.futures.process import BrokenProcessPool
 from tqdm import tqdm
 
 from harness.endings import UserError
+
+STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 def read_lines(path):
@@ -52,7 +55,8 @@ def map_in_order(function, items, workers, chunk):
     waiting = collections.deque()
     try:
         for part in chunks:
-            waiting.append(pool.submit(_map_chunk, function, part))
+            with _signals_wait():  # The first call forks.
+                waiting.append(pool.submit(_map_chunk, function, part))
             if len(waiting) > 4 * workers:
                 yield from waiting.popleft().result()
         while waiting:
@@ -67,10 +71,22 @@ def _map_chunk(function, part):
     return [function(item) for item in part]
 
 
+@contextlib.contextmanager
+def _signals_wait():
+    """Signals of the block come after it, and those of a worker that is forked in it when it is ready for them: until
+    then it has this process's handlers, which would swallow the SIGTERM that ends it when another worker is killed."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _start_worker():
     # Ctrl-C reaches the whole group of processes: the parent alone speaks, and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import preprocess
 import pytest
-from conftest import script_command
+from conftest import ROOT, script_command
 from rouge_score.rouge_scorer import RougeScorer
 from utils import map_in_order, read_lines
 
@@ -269,6 +269,26 @@ def test_mapping_keeps_the_order_and_reads_little_ahead(workers):
     with pytest.raises(ValueError, match="-1"):
         list(map_in_order(square, [1, -1, 2], workers, chunk=1))
     assert not set(multiprocessing.active_children()) - others
+
+
+SIGNALLED = """
+import os, signal, sys
+sys.path[:0] = {path!r}
+from utils import map_in_order
+signal.signal(signal.SIGTERM, lambda *_: None)  # As in a script that ends in its own time.
+os.register_at_fork(after_in_child=lambda: os.kill(os.getpid(), signal.SIGTERM))
+try:
+    print(list(map_in_order(abs, range(100), 2, chunk=1)))
+except Exception as error:
+    print(error)
+"""
+
+
+def test_a_signal_that_comes_before_a_worker_is_ready_ends_it():
+    """The pool sends one to all workers when one was killed, and then waits for them."""
+    code = SIGNALLED.format(path=[str(ROOT), str(ROOT / "SimCLS")])
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert "a worker process was killed" in result.stdout, result.stderr
 
 
 def test_ptb_tokens():

@@ -8,7 +8,7 @@ import pytest
 import torch
 from data_utils import LengthBatches
 from main import load_model
-from model import load_encoder, load_scorer, save_scorer
+from model import check_reads_on, load_encoder, load_scorer, save_scorer
 from transformers import AutoTokenizer, BertModel
 
 from harness.distributed import World
@@ -133,6 +133,14 @@ def test_a_model_whose_first_token_reads_nothing_behind_it_is_no_encoder(encoder
     AutoTokenizer.from_pretrained(encoders["bert"]).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="is no encoder of texts"):
         load_encoder(str(tmp_path))
+
+
+def test_short_memory_is_no_fault_of_the_encoder():
+    def full(**inputs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    with pytest.raises(torch.OutOfMemoryError):
+        check_reads_on(full, "bert")
 
 
 def test_a_stopped_run_saves_only_what_it_can_go_on_from(run):
