@@ -14,10 +14,7 @@ import torch.nn.functional as F
 from data_utils import TextEncoding
 from torch import nn
 
-from harness import (
-    endings,
-    torchvision_compat,  # noqa: F401
-)
+from harness import endings, torchvision_compat  # noqa: F401
 from harness.endings import UserError
 from harness.files import atomic_write, write_json
 
