@@ -55,6 +55,7 @@ TECHNIQUES = {
     "separate convolutions": "--grouped_convolution separate",
     "dense convolutions": "--grouped_convolution dense",
     "SGD in one cycle": "--optimizer sgd --lr 0.1",
+    "Muon in one cycle": "--optimizer muon --lr 0.1",
     "label smoothing": "--label_smoothing 0.1",
 }
 HALF = "original, float16"

@@ -53,8 +53,12 @@ TECHNIQUES = {
         "to compare with other planners",
     ),
     ("together", "everything on"): (
-        "Everything on, and another recipe (SGD in one cycle): `resnext_fast.py`",
+        "Everything on, and another recipe (Muon in one cycle): `resnext_fast.py`",
         "to train, rather than to compare",
+    ),
+    ("together", "everything on, but SGD"): (
+        "Everything on, with SGD for Muon: `resnext_fast.py` `--optimizer sgd`",
+        "to compare with Muon",
     ),
     ("together", "freed memory kept"): (
         "Freed memory stays with the process: `--keep_memory`",

@@ -102,8 +102,9 @@ def together_arm(run):
     """Of all ResNeXt runs: what tells each from the original's way, which is resnext.py without any argument."""
     kept = ", freed memory kept" if run.arguments.get("keep_memory") else ""
     if run.experiment == "resnext_fast":
-        redone = recomputation_label(run)
-        return Arm("everything on" if redone == "none" else f"everything on, recomputing: {redone}", (3, redone))
+        redone, sgd = recomputation_label(run), ", but SGD" * (run.arguments.get("optimizer") == "sgd")
+        label = f"everything on{sgd}" + ("" if redone == "none" else f", recomputing: {redone}")
+        return Arm(label, (3, sgd, redone))
     if run.experiment == "resnext_checkpoint":
         return Arm(f"recomputing: {recomputation_label(run)}{kept}", (2, -(run.saved_mib() or 0)))
     if run.experiment != "resnext":

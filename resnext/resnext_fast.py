@@ -4,10 +4,11 @@
 Pictures are augmented on the device, in the layout and type of the model. It runs in bfloat16 where the processor
 multiplies that, in float16 on GPUs before Ampere, and in float32 on a CPU without such instructions. The memory layout,
 and the form of the grouped convolutions, are those that are fastest here, by a second of measuring (not so with
---deterministic, or where flags name both); on CUDA the model is compiled, and on a CPU --keep_memory is on. SGD with
-Nesterov momentum follows one cycle to zero, with label smoothing and no weight decay on BatchNorm and biases. Each can
-be switched off, down to the way of resnext.py: --loader workers --half_precision False --channels_last False
---grouped_convolution groups --compile False --keep_memory False --optimizer adam --label_smoothing 0.
+--deterministic, or where flags name both); on CUDA the model is compiled, and on a CPU --keep_memory is on. Muon, which
+is SGD with Nesterov momentum and orthogonal updates of the convolutions (muon.py), follows one cycle to zero, with
+label smoothing and no weight decay on BatchNorm and biases. Each can be switched off, down to the way of resnext.py:
+--loader workers --half_precision False --channels_last False --grouped_convolution groups --compile False
+--keep_memory False --optimizer adam --label_smoothing 0.
 
 What each technique buys is measured by benchmarks/fast.py, with and without bfloat16 instructions: docs/results.md
 shows it for each processor that has a record, under "Benchmarks", beside the targets of both kinds. Not yet measured: a
@@ -38,10 +39,11 @@ from memory_plan import add_budget_arguments, compare_with_plan, plan_memory, po
 from models.grouped_convolution import FORMS
 from models.resnext import ResNeXt, parse_name
 from models.resnext_checkpoint import CheckpointResNeXt
+from muon import Muon
 from weights import start_from
 
 WARMUP = 0.2  # The share of training in which the learning rate rises.
-LEARNING_RATES = {"sgd": 0.1, "adam": 0.01}  # Where --lr names none.
+LEARNING_RATES = {"muon": 0.1, "sgd": 0.1, "adam": 0.01}  # Where --lr names none.
 SWITCHES = ("channels_last", "grouped_convolution", "compile", "cuda_graphs", "optimizer", "label_smoothing")
 SWITCHES += ("keep_memory",)
 
@@ -75,8 +77,8 @@ def get_fast_args_parser():
     parser.set_defaults(loader="device", num_epoch=30, keep_memory=None)
     switch = FLAG | {"default": None}
     add = parser.add_argument
-    rates = " and ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
-    add("--lr", type=learning_rate, help=f"peak learning rate of sgd, or adam's constant one; by default {rates}")
+    rates = ", ".join(f"{rate:g} for {name}" for name, rate in LEARNING_RATES.items())
+    add("--lr", type=learning_rate, help=f"peak learning rate, or adam's constant one; by default {rates}")
     add_half_precision(parser, "autocast; by default in the type that the device is fast in, if any",
                        default=argparse.SUPPRESS, metavar="float16|bfloat16|False")  # fmt: skip
     add("--channels_last", **switch, help="lay pictures and convolutions out as NHWC; by default what is fastest here")
@@ -84,7 +86,8 @@ def get_fast_args_parser():
         help="form in which the grouped convolutions run; by default what is fastest here")  # fmt: skip
     add("--compile", **switch, help="torch.compile the model; by default on CUDA alone")
     add("--cuda_graphs", **FLAG, help="with --compile, launch its kernels as CUDA graphs")
-    add("--optimizer", choices=("sgd", "adam"), default="sgd", help="sgd in one cycle, or resnext.py's constant Adam")
+    add("--optimizer", choices=LEARNING_RATES, default="muon", help="muon, which is sgd with orthogonal updates of the "
+        "convolutions, or sgd, both in one cycle; or resnext.py's constant adam")  # fmt: skip
     add("--label_smoothing", type=share, default=0.1, help="weight of the uniform distribution in the target")
     add_budget_arguments(parser, policy=None)
     return parser
@@ -104,7 +107,7 @@ def fast_type(device):
 def main():
     args = get_fast_args_parser().parse_args()
     torch.backends.cudnn.benchmark = not args.deterministic
-    length = "the rate follows one cycle over all epochs" if args.optimizer == "sgd" else None
+    length = "the rate follows one cycle over all epochs" if args.optimizer != "adam" else None
     policy = {"policy": policy_label(args)} if policy_label(args) else {}
     conduct(args, "resnext_fast", suffix(args), train, fixed_length=length, **policy)
 
@@ -118,7 +121,7 @@ def suffix(args):
 
 
 def make_optimizer(model, name, lr, device, scaler):
-    """resnext.py's Adam, or SGD that leaves what has one dimension (BatchNorm and biases) undecayed.
+    """resnext.py's Adam; or SGD, or Muon, that leaves what has one dimension (BatchNorm and biases) undecayed.
 
     scaler: the GradScaler that takes its steps.
     """
@@ -129,7 +132,8 @@ def make_optimizer(model, name, lr, device, scaler):
         {"params": [weight for weight in model.parameters() if weight.ndim == 1], "weight_decay": 0.0},
     ]
     # Not with loss scaling: a first step that overflows is skipped, but leaves fused SGD a momentum of stray memory.
-    return torch.optim.SGD(groups, lr=lr, momentum=0.9, nesterov=True, fused=None if scaler.is_enabled() else True)
+    how = {"lr": lr, "momentum": 0.9, "nesterov": True, "fused": None if scaler.is_enabled() else True}
+    return Muon(model, groups, **how) if name == "muon" else torch.optim.SGD(groups, **how)
 
 
 def one_cycle(step, steps):
@@ -139,9 +143,9 @@ def one_cycle(step, steps):
 
 
 def set_rate(optimizer, args, step, steps):
-    """Give `optimizer` the learning rate of step `step` of `steps`: sgd's follows one cycle, adam's is constant."""
+    """Give `optimizer` the learning rate of step `step` of `steps`: it follows one cycle, but adam's is constant."""
     for group in optimizer.param_groups:
-        group["lr"] = args.lr * one_cycle(step, steps) if args.optimizer == "sgd" else args.lr
+        group["lr"] = args.lr if args.optimizer == "adam" else args.lr * one_cycle(step, steps)
 
 
 def compiled(model, args, channels_last):

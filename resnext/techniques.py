@@ -64,7 +64,8 @@ def _fast(run):
     return [
         f"layout {why_layout}",
         f"compiling {'on' if args.compile else 'off'}{why}",
-        f"{'sgd in one cycle' if args.optimizer == 'sgd' else 'constant adam'}, smoothing {args.label_smoothing:g}",
+        f"{args.optimizer} {'at a constant rate' if args.optimizer == 'adam' else 'in one cycle'}, "
+        f"smoothing {args.label_smoothing:g}",
         *_freed_memory(run),
     ]
 

@@ -311,7 +311,7 @@ def test_on_cuda_everything_is_on_and_the_half_precision_of_the_original_is_an_a
     assert carried["original, float16"] is False
     assert all(carried[name] for name in ("loading on the device", "channels last", "bfloat16", "torch.compile"))
     last = [row for row in rows if row.carried][-1].args
-    assert (last.loader, last.half_precision, last.optimizer) == ("device", "bfloat16", "sgd")
+    assert (last.loader, last.half_precision, last.optimizer) == ("device", "bfloat16", "muon")
     assert last.compile
     assert ResNeXt(*parse_name(last.model)).linear.in_features == 2048
 

@@ -81,7 +81,8 @@ def test_a_first_step_that_overflows_leaves_no_stray_momentum():
     assert all(weight.isfinite().all() for weight in model.parameters())
 
 
-def test_the_rate_of_every_step_follows_the_cycle(tiny, tmp_path):
+@pytest.mark.parametrize(("optimizer", "groups"), [("sgd", 2), ("muon", 3)])
+def test_the_rate_of_every_step_follows_the_cycle(tiny, tmp_path, optimizer, groups):
     spy = (
         "import torch\n"
         "step = torch.optim.SGD.step\n"
@@ -89,9 +90,10 @@ def test_the_rate_of_every_step_follows_the_cycle(tiny, tmp_path):
         "    print('rate', *(group['lr'] for group in self.param_groups)); return step(self, *args)\n"
         "torch.optim.SGD.step = spy\n"
     )
-    printed = launch.run(SCRIPT, *tiny, "--output_dir", ".", cwd=tmp_path, before=spy).out
+    args = [*tiny, "--optimizer", optimizer, "--output_dir", "."]
+    printed = launch.run(SCRIPT, *args, cwd=tmp_path, before=spy).out
     rates = [[float(word) for word in line.split()[1:]] for line in printed.splitlines() if line.startswith("rate")]
-    assert rates == [[0.02 * one_cycle(step, 18)] * 2 for step in range(18)]
+    assert rates == [[0.02 * one_cycle(step, 18)] * groups for step in range(18)]
 
 
 def test_it_learns_and_writes_what_the_others_write(finished):
@@ -247,7 +249,7 @@ def test_the_learning_rate_is_the_optimizers_own_unless_it_is_named():
     def rate(*flags):
         return get_fast_args_parser().parse_args(list(flags)).lr
 
-    assert [rate(), rate("--optimizer", "sgd"), rate("--optimizer", "adam")] == [0.1, 0.1, 0.01]
+    assert [rate(), *(rate("--optimizer", name) for name in ("sgd", "muon", "adam"))] == [0.1, 0.1, 0.1, 0.01]
     assert rate("--lr", "0.5", "--optimizer", "adam") == 0.5
 
 
