@@ -269,7 +269,7 @@ def broken_claims(row, rows, model, device):
     # On CUDA the measured peak has in it what the device's libraries work in.
     for what in ("held", "peak") if device.type == "cpu" else ("held",):
         share = row[SHARES[what]]
-        if share > limits.get(what, 1e9) + 1e-3:
+        if share is not None and share > limits.get(what, 1e9) + 1e-3:
             broken.append(f"its {what} share is {share:.3f}, over {limits[what]:.3f}")
         if "predicted_bytes" in row and (off := off_by(row, what)) > 0.01:
             broken.append(f"its {what} bytes are not as predicted: off by {100 * off:.1f} %")

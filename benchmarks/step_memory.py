@@ -120,7 +120,7 @@ def main():
     parser = get_parser(__doc__, "step_memory")
     parser.add_argument("--model", type=model_name, default="resnext29_4x64d")
     parser.add_argument("--batch_size", type=arguments.positive_int, default=16)
-    parser.add_argument("--budget", type=arguments.share, default=0.5, help="peak of the plan, as a share of plain's")
+    parser.add_argument("--budget", type=arguments.fraction, default=0.5, help="peak of the plan, as a share of plain's")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = parse_name(args.model)

@@ -85,8 +85,9 @@ def _events(path):
         content = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
         events = [event for event in content["traceEvents"] if event.get("ph") == "X"]
         properties = content.get("deviceProperties", [])
-        whole = all(isinstance(event["name"], str) and is_number(event["ts"]) and is_number(event["dur"])
-                    for event in events)  # fmt: skip
+        whole = isinstance(properties, list) and all(isinstance(each, dict) for each in properties)
+        whole &= all(isinstance(event["name"], str) and is_number(event["ts"]) and is_number(event["dur"])
+                     and isinstance(event.get("args") or {}, dict) for event in events)  # fmt: skip
     except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RecursionError, zlib.error):
         whole = False
     if not whole:

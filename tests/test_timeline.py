@@ -116,13 +116,16 @@ def test_the_figure_has_a_lane_for_the_host_and_one_for_the_device(gpu_trace, tm
         (b"[]", "no whole trace"),
         (gzip.compress(b'{"traceEvents": []}')[:-4], "no whole trace"),
         (b'{"traceEvents": [{"ph": "X", "name": "step", "ts": "now", "dur": 1}]}', "no whole trace"),
+        (b'{"traceEvents": [], "deviceProperties": ["H100"]}', "no whole trace"),
+        (b'{"traceEvents": [], "deviceProperties": {"name": "H100"}}', "no whole trace"),
+        (b'{"traceEvents": [{"ph": "X", "name": "x", "ts": 1, "dur": 1, "args": [1]}]}', "no whole trace"),
         (b'{"traceEvents": []}', "has no ranges named"),
         (
             b'{"traceEvents": [{"ph": "X", "cat": "user_annotation", "name": "epoch 1 - step 1", "ts": 1, "dur": 0}]}',
             "has steps that take no time",
         ),
     ],
-    ids=["empty", "list", "cut", "no number", "no ranges", "no time"],  # What gzip writes tells the time.
+    ids=["empty", "list", "cut", "no number", "GPU", "GPUs", "args", "no ranges", "no time"],  # What gzip writes tells the time.
 )
 def test_what_is_no_trace_of_ours_is_one_line(content, words, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
