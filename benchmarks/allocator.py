@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import Reference, check, get_parser, interleaved, new_record, ratio_summary, save, spread, verdict
+from common import Reference, check, finish, get_parser, interleaved, new_record, ratio_summary
 
 import torch
 from fast import ORIGINAL
@@ -54,7 +54,7 @@ def main():
     record = new_record("allocator", CPU, **settings, results={})
     for way in WAYS:
         record["results"][way] = compare(way, args)
-    print(f"written: {save(record, args, CPU)}")
+    finish(record, args)
 
 
 def compare(way, args):
@@ -74,15 +74,10 @@ def compare(way, args):
 
         seconds = interleaved({name: functools.partial(run, name) for name in SIDES}, args.rounds)
     check_equal(way, answers)
-    ratio = ratio_summary(*(seconds[name] for name in SIDES))
     faults, peaks = ({name: answers[name][key] for name in SIDES} for key in ("faults_a_step", "peak_mib"))
     both = (" and ".join(f"{each[name]:.0f}" for name in SIDES) for each in (faults, peaks))
-    print(
-        f"{way}: {ratio['median']:.2f} x as fast with freed memory kept ({spread(ratio)}, {args.rounds} rounds)"
-        f"{verdict(TARGETS, CPU, f'{args.model}, {way}', ratio)}; "
-        "page faults a step {}; at most {} MiB".format(*both),
-        flush=True,
-    )
+    print("{}: {}: page faults a step {}; at most {} MiB".format(way, " and ".join(SIDES), *both), flush=True)
+    ratio = ratio_summary(*(seconds[name] for name in SIDES))
     return {"seconds": seconds, "ratio": ratio, "faults_a_step": faults, "peak_mib": peaks}
 
 

@@ -19,7 +19,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import ROOT, Reference, check, get_parser, interleaved, new_record, ratio_summary, save, spread, verdict
+from common import ROOT, Reference, check, finish, get_parser, interleaved, new_record, ratio_summary
 
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
@@ -88,7 +88,7 @@ def main():
             documents=len(texts),
             results=results,
         )
-    print(f"written: {save(record, args, CPU)}")
+    finish(record, args)
 
 
 class Case:
@@ -167,9 +167,6 @@ def time_case(name, case, args, documents=None):
     for arm, rate in result["documents_per_second"].items():
         figures = ", ".join(f"{what} {value:.1f}" for what, value in result["quality"][arm].items())
         print(f"{name}: {arm}: {rate:.1f} documents/s; {figures}", flush=True)
-    for pair, ratio in result["ratios"].items():
-        ending = verdict(TARGETS, CPU, f"{name}, {pair}", ratio)
-        print(f"{name}: {ratio['median']:.2f} x, {pair} ({spread(ratio)}){ending}", flush=True)
     return result
 
 

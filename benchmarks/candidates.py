@@ -24,7 +24,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import Reference, check, get_parser, interleaved, new_record, ratio_summary, save, spread, verdict
+from common import Reference, check, finish, get_parser, interleaved, new_record, ratio_summary
 
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
@@ -88,7 +88,7 @@ def main():
             documents=len(texts),
             results=results,
         )
-    print(f"written: {save(record, args, CPU)}")
+    finish(record, args)
 
 
 def make_cases(args, train, texts, folder):
@@ -148,17 +148,13 @@ def time_case(name, model_folder, sources, reference, args):
     # Of the reference, the seconds inside its process.
     seconds = interleaved({arm: lambda run=run: run()[0] for arm, run in arms.items()}, args.rounds)
     lengths = [len(candidate) for some in outputs["ours"] for candidate in some]
-    result = {
+    return {
         "mean_source_tokens": sum(map(len, sources)) / len(sources),
         "mean_candidate_tokens": sum(lengths) / len(lengths),
         "seconds": seconds,
         "documents_per_second": {arm: len(sources) / median(times) for arm, times in seconds.items()},
         "ratios": {arm: ratio_summary(seconds[arm], seconds["ours"]) for arm in ("original", "sorted")},
     }
-    for arm, ratio in result["ratios"].items():
-        ending = verdict(TARGETS, CPU, f"{name}, {arm}", ratio)
-        print(f"{name}: {ratio['median']:.2f} x {arm} ({spread(ratio)}){ending}", flush=True)
-    return result
 
 
 def batches_of(places, size):

@@ -1,4 +1,4 @@
-"""What every benchmark shares: where its figures go, fair timing of two or more arms in one run, and its verdicts."""
+"""What every benchmark shares: where its figures go, how they are shown, and fair timing of arms in one run."""
 
 import contextlib
 import json
@@ -14,14 +14,16 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("", "resnext", "SimCLS")]
 
+import torch
+
 from harness import arguments
 from harness.endings import UserError
 from harness.files import write_record
-from harness.machine import describe_machine, hardware_name
-from reporting.verdicts import find_target, judge, median_interval
+from harness.machine import describe_machine
+from reporting import benchmarks, terminal
+from reporting.verdicts import median_interval
 
 HERE = Path(__file__).resolve().parent
-RESULTS = HERE / "results"
 
 
 def get_parser(description, name, rounds=None):
@@ -38,21 +40,20 @@ def new_record(name, device, **facts):
     return {"benchmark": name, "machine": describe_machine(device), **facts}
 
 
-def save(record, args, device, name=None):
-    """Write `record` to --output, or to its place among the results, there called `name` if not as its benchmark is;
-    returns the path."""
-    path = args.output or results_path(name or record["benchmark"], device)
+def save(record, args, name=None):
+    """Write `record` to --output, or else to benchmarks/results/<hardware>/<name>.json, by default called as its
+    benchmark is; returns the path."""
+    slug = re.sub(r"[^a-z0-9]+", "-", record["machine"]["hardware"].lower()).strip("-")
+    path = args.output or HERE / "results" / slug / f"{name or record['benchmark']}.json"
     write_record(path, record)
     return path
 
 
-def results_path(benchmark_name, device):
-    """`benchmarks/results/<hardware>/<benchmark_name>.json`, the hardware's name in lower case with hyphens.
-
-    device: torch.device.
-    """
-    slug = re.sub(r"[^a-z0-9]+", "-", hardware_name(device).lower()).strip("-")
-    return RESULTS / slug / f"{benchmark_name}.json"
+def finish(record, args, name=None):
+    """`save` the record, and print what report.py shows of it: ratios with their verdicts, and its tables."""
+    path, found = save(record, args, name), {record["machine"]["hardware"]: [record]}
+    parts = [benchmarks.render(found), benchmarks.render_tables(found, record["benchmark"])]
+    print(terminal.aligned("\n\n".join([*filter(None, parts), f"written: {path}"])))
 
 
 def check(good, what):
@@ -70,12 +71,18 @@ def interleaved(arms, rounds):
     return seconds
 
 
+def wait():
+    """Until the GPU, where there is one in use, has nothing left to do."""
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+
+
 def interleaved_rounds(arms, rounds):
     """Run every arm once a round, and yield each arm's wall-clock seconds by round so far: dict[str, list[float]].
 
     Odd rounds go through the arms backwards, so that a machine that slows down or speeds up favours none. Warm up
-    before. An arm that works on a GPU has to synchronise before it returns. An arm of which only a part is to be timed
-    takes the time itself, and returns those seconds, a float.
+    before. What an arm has the GPU do counts: it is waited for. An arm of which only a part is to be timed takes the
+    time itself, and returns those seconds, a float.
 
     arms: dict[str, callable without arguments].
     """
@@ -83,8 +90,10 @@ def interleaved_rounds(arms, rounds):
     for index in range(rounds):
         order = list(arms) if index % 2 == 0 else list(reversed(arms))
         for name in order:
+            wait()
             start = time.perf_counter()
             own = arms[name]()
+            wait()
             seconds[name].append(own if isinstance(own, float) else time.perf_counter() - start)
         yield seconds
 
@@ -101,25 +110,6 @@ def ratio_summary(base, new):
         "high": max(ratios),
         "interval": median_interval(ratios),
     }
-
-
-def spread(ratio, digits=2):
-    """ "95 % interval 1.21 to 1.34", of a ratio_summary; of fewer than six rounds "lowest to highest 1.15 to 1.38"."""
-    name = "95 % interval" if ratio["interval"] else "lowest to highest"
-    low, high = ratio["interval"] or (ratio["low"], ratio["high"])
-    return f"{name} {low:.{digits}f} to {high:.{digits}f}"
-
-
-def verdict(targets, device, case, ratio):
-    """ "; target at least 8: yes", of the ratio_summary `ratio`, judged by its interval; "" without such a target.
-
-    targets, case: as for `find_target`. device: torch.device.
-    """
-    target = find_target(targets, device.type, hardware_name(device), case)
-    if target is None:
-        return ""
-    bound, limit = target
-    return f"; target {bound} {limit:g}: {judge(bound, limit, ratio['interval'])}"
 
 
 class Reference:

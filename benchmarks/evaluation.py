@@ -22,7 +22,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import ROOT, Reference, check, get_parser, interleaved, new_record, ratio_summary, save, verdict
+from common import ROOT, Reference, check, finish, get_parser, interleaved, new_record, ratio_summary
 
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
@@ -80,10 +80,6 @@ def main():
         for name in ("plain", "batched"):
             check_equal(found[name], found["ours"])
         seconds = interleaved({name: lambda run=run: run()[0] for name, run in arms.items()}, args.rounds)
-    ratios = {name: ratio_summary(seconds[name], seconds["ours"]) for name in ("plain", "batched")}
-    for name, ratio in ratios.items():
-        figures = f"{ratio['median']:.1f} x as many documents a second ({ratio['low']:.1f} to {ratio['high']:.1f})"
-        print(f"{figures} as {name}{verdict(TARGETS, CPU, name, ratio)}")
     record = new_record(
         "evaluation",
         CPU,
@@ -92,9 +88,9 @@ def main():
         candidates=CANDIDATES,
         seconds=seconds,
         documents_per_second={name: len(documents) / median(each) for name, each in seconds.items()},
-        ratios=ratios,
+        ratios={name: ratio_summary(seconds[name], seconds["ours"]) for name in ("plain", "batched")},
     )
-    print(f"written: {save(record, args, CPU)}")
+    finish(record, args)
 
 
 def ours(generator, scorer, encoding, documents):

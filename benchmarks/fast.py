@@ -16,8 +16,8 @@ for the fastest algorithms is on in all rows, in favour of the original's.
 How far the script is from the hardware's limit, hardware_limits.py measures. On a CPU the script also keeps freed
 memory, which no row does here: one process cannot do both in turn. allocator.py measures it.
 
---ablation_epochs trains every row, --fast_epochs resnext_fast.py alone, over --seeds; what is trained already in
---run_dir is not trained again, and what was interrupted goes on.
+--fast_epochs trains resnext_fast.py over --seeds; what is trained already in --run_dir is not trained again, and what
+was interrupted goes on.
 """
 
 import dataclasses
@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import ROOT, get_parser, interleaved_rounds, new_record, ratio_summary, save, spread, verdict
+from common import ROOT, finish, get_parser, interleaved_rounds, new_record, ratio_summary, save
 
 import torch
 from exactness import Exact
@@ -93,7 +93,6 @@ def get_args_parser():
     add("--batch_size", type=arguments.positive_int, default=128 if on_cuda else 64)
     add("--steps", type=arguments.positive_int, default=30 if on_cuda else 9, help="of a row in a round")
     add("--techniques", nargs="*", choices=TECHNIQUES, default=list(TECHNIQUES), help="rows besides the original's")
-    add("--ablation_epochs", type=arguments.non_negative_int, default=0)
     add("--fast_epochs", type=arguments.non_negative_int, default=0)
     add("--seeds", type=arguments.seed, nargs="+", default=[0])
     add("--run_dir", type=Path, default=ROOT / "runs" / "fast", help="where the records of the training runs go")
@@ -110,10 +109,10 @@ def main():
     record |= {name: getattr(args, name) for name in ("dataset", "model", "batch_size", "steps", "rounds")}
     if args.dataset == "folder":
         record["dataset"] = Path(args.data_dir).resolve().name
-    write = functools.partial(save, record, args, device)
-    measure_speed(rows, record, write, args, device, layout)
-    measure_accuracy(rows, record, write, args, layout)
-    print(f"written: {write()}")
+    measure_speed(rows, record, functools.partial(save, record, args), args, device, layout)
+    row = own_row(args, layout)
+    record["accuracy"] = [{"technique": row.label} | accuracy(row, args)] if args.fast_epochs else []
+    finish(record, args)
 
 
 def common_flags(args):
@@ -152,9 +151,6 @@ def fast_row(rows, args, layout):
     return next((row for row in rows if row.args == own), None)
 
 
-# ---------------------------------------------------------------------- speed and memory
-
-
 def measure_speed(rows, record, write, args, device, layout):
     """Put speed and memory of the Rows into `record`, anew after every round, and then how far from the limits
     resnext_fast.py is; `write()` after each, since a lent GPU may be taken back."""
@@ -169,7 +165,6 @@ def measure_speed(rows, record, write, args, device, layout):
         record |= {"rounds": len(seconds["original"]), "seconds": seconds, "ratios": fast_ratios(seconds, own)}
         record["ablation"] = [ablation_row(row, steps[row.label], seconds, args) for row in rows]
         write()
-    show(record, args.model, device)
     (rate,) = (row["pictures_per_second"] for row in record["ablation"] if row["technique"] == own)
     precision, where = steps[own].precision, layout.memory_format
     record["limits"] = [distance(args.model, rate, precision, len(data.train_labels), device, where)]
@@ -197,18 +192,6 @@ def fast_ratios(seconds, own):
     return ratios
 
 
-def show(record, model, device):
-    for row in record["ablation"]:
-        print(
-            f"{row['technique']}: {row['pictures_per_second']:.0f} pictures/s, {row['times_original']:.2f} x the "
-            f"original ({row['times_original_low']:.2f} to {row['times_original_high']:.2f}), "
-            f"{row['tflops_per_second']:.3f} TFLOP/s" + ("" if row["carried"] else ", not carried on")
-        )
-    for case, ratio in record["ratios"].items():
-        ending = verdict(TARGETS, device, f"{model}, {case}", ratio)
-        print(f"{case}: {ratio['median']:.2f} ({spread(ratio)}){ending}", flush=True)
-
-
 def check_enough_steps(steps, loaded_ahead):
     if steps <= loaded_ahead:
         raise UserError(
@@ -233,23 +216,6 @@ def ablation_row(row, steps, seconds, args):
         "saved_mib": steps.saved_bytes / 2**20,
         "peak_allocated_mib": steps.peak_bytes and steps.peak_bytes / 2**20,
     }
-
-
-# ---------------------------------------------------------------------- accuracy
-
-
-def measure_accuracy(rows, record, write, args, layout):
-    """Put the accuracy of each Row into its row of the ablation, and what resnext_fast.py reaches into `accuracy`;
-    `write()` after each."""
-    record["accuracy"] = []
-    if args.ablation_epochs:
-        for row, measured in zip(rows, record["ablation"], strict=True):
-            measured |= accuracy(row, args.ablation_epochs, args)
-            write()
-    if args.fast_epochs:
-        row = own_row(args, layout)
-        record["accuracy"].append({"technique": row.label} | accuracy(row, args.fast_epochs, args, whole=True))
-        write()
 
 
 if __name__ == "__main__":

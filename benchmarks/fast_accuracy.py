@@ -1,4 +1,4 @@
-"""What the rows of benchmarks/fast.py reach when they train: accuracy over seeds, and the seconds that it took."""
+"""What resnext_fast.py reaches when benchmarks/fast.py trains it: accuracy over seeds, and the seconds it took."""
 
 import dataclasses
 import json
@@ -18,13 +18,10 @@ SCRIPT = Path(__file__).resolve().parent.parent / "resnext" / "resnext_fast.py"
 GOAL = 94.0  # Percent of the test pictures; the seconds until there are stated.
 
 
-def accuracy(row, epochs, args, whole=False):
-    """What training by the Row for `epochs` reaches over the seeds, flat; with `whole`, also how long it took."""
-    runs = [train(row, epochs, seed, args.run_dir) for seed in args.seeds]
-    found = {"epochs": epochs, "seeds": len(runs)} | summarise(runs, whole)
-    words = (f"{key} {each if not isinstance(each, float) else round(each, 3)}" for key, each in found.items())
-    print(f"{row.label}: {'  '.join(words)}", flush=True)
-    return found
+def accuracy(row, args):
+    """What training by the Row reaches over the seeds, and how long it took, flat."""
+    runs = [train(row, args.fast_epochs, seed, args.run_dir) for seed in args.seeds]
+    return {"epochs": args.fast_epochs, "seeds": len(runs)} | summarise(runs)
 
 
 def train(row, epochs, seed, folder):
@@ -39,18 +36,15 @@ def train(row, epochs, seed, folder):
     return Record(path, json.loads(path.read_text(encoding="utf-8")))
 
 
-def summarise(runs, whole):
+def summarise(runs):
     reached = Sample.of(run.last("test_acc") for run in runs)
-    found = {
+    load = mean_or_none(run.load_percent() for run in runs)
+    return {
         "test_acc_mean": reached.mean,
         "test_acc_deviation": reached.deviation if reached.n > 1 else None,
-    }
-    if not whole:
-        return found
-    return found | {
         "training_seconds": mean_or_none(run.overall_seconds() for run in runs),
         f"seconds_to_{GOAL:g}_percent": mean_or_none(map(seconds_to_goal, runs)),
-        "load_share_of_step": mean_or_none(load_share(run) for run in runs),
+        "load_share_of_step": load and load / 100,
     }
 
 
@@ -58,12 +52,6 @@ def mean_or_none(values):
     """The mean of `values`; None when one of them is."""
     values = list(values)
     return None if None in values else statistics.mean(values)
-
-
-def load_share(run):
-    """The time of loading over that of the steps, in all; None without steps."""
-    percent = run.load_percent()
-    return percent and percent / 100
 
 
 def seconds_to_goal(run):

@@ -51,7 +51,7 @@ def distance(name, rate, precision, pictures, device, memory_format):
         "bytes_floor_seconds": 5 * elements * dtype.itemsize * pictures / fastest["copy"],
     }
     epoch = pictures / rate
-    limits = {
+    return {
         "precision": precision.label,
         "pflop_an_epoch": 3 * flops * pictures / 1e15,
         **stated("matmul", "tflops_per_second", rates, 1e12),
@@ -61,8 +61,6 @@ def distance(name, rate, precision, pictures, device, memory_format):
         **floors,
         "times_the_larger_floor": epoch / max(floors.values()),
     }
-    print("  ".join(f"{key} {each if isinstance(each, str) else number(each)}" for key, each in limits.items()))
-    return limits
 
 
 def stated(what, unit, rates, factor):
@@ -84,9 +82,9 @@ def hardware_rates(dtype, memory_format, device):
     target = torch.zeros_like(source)
     work = {"matmul": 2 * size**3, "convolution": 2 * 9 * images.numel() * channels, "copy": 2 * copied}
     arms = {
-        "matmul": synchronised(lambda: one @ other, device),
-        "convolution": synchronised(lambda: F.conv2d(images, weight, padding=1), device),
-        "copy": synchronised(lambda: target.copy_(source), device),
+        "matmul": lambda: one @ other,
+        "convolution": lambda: F.conv2d(images, weight, padding=1),
+        "copy": lambda: target.copy_(source),
     }
     # Single precision on CUDA is TensorFloat-32, as the convolutions' is.
     before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
@@ -95,12 +93,3 @@ def hardware_rates(dtype, memory_format, device):
     seconds = interleaved(arms, rounds)
     torch.backends.cuda.matmul.allow_tf32 = before
     return {what: [work[what] / each for each in seconds[what]] for what in arms}
-
-
-def synchronised(call, device):
-    def arm():
-        call()
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-
-    return arm

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import check, get_parser, interleaved, new_record, save
+from common import check, finish, get_parser, interleaved, new_record, save
 
 import torch
 
@@ -72,12 +72,10 @@ def main():
         for shape, count in count_shapes(model).items():
             facts = {"model": model, "shape": str(shape), "count": count}
             rows += [facts | row for row in measure(shape, args, device)]
-            save(record, args, device)  # Already, since a lent GPU may be taken back.
+            save(record, args)  # Already, since a lent GPU may be taken back.
         for precision in args.precision:
-            totals = sum_up([row for row in rows if (row["model"], row["precision"]) == (model, precision)])
-            record["totals"] += totals
-            show(totals)
-    print(f"written: {save(record, args, device)}")
+            record["totals"] += sum_up([row for row in rows if (row["model"], row["precision"]) == (model, precision)])
+    finish(record, args)
 
 
 def count_shapes(name):
@@ -112,7 +110,7 @@ def measure(shape, args, device):
             for ours, right in zip(call_once(function, *operands, shape), exact, strict=True):
                 error = (ours.double() - right).abs().max() / right.abs().max()
                 check(error <= TOLERANCES[precision], f"{form} {layout} {precision} {shape}: off by {error:.1e}")
-            arms |= make_arms(f"{form} {layout}", function, operands, shape, args.repeats, device)
+            arms |= make_arms(f"{form} {layout}", function, operands, shape, args.repeats)
         for arm in arms.values():
             arm()  # Warm up.
         seconds = interleaved(arms, args.rounds)
@@ -137,7 +135,7 @@ def gradient_like(out):
     return torch.empty_like(out).copy_(gradient)  # In the layout that the next layer's backward would give.
 
 
-def make_arms(name, function, operands, shape, repeats, device):
+def make_arms(name, function, operands, shape, repeats):
     operands = [each.detach().requires_grad_() for each in operands]
     out = function(*operands, **shape.how)
     gradient = gradient_like(out)
@@ -146,8 +144,6 @@ def make_arms(name, function, operands, shape, repeats, device):
         def arm():
             for _ in range(repeats):
                 call()
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
 
         return arm
 
@@ -166,14 +162,6 @@ def sum_up(rows):
         totals.append({key: of_arm[0][key] for key in ("model", "precision", "form", "layout")} | sums)
     base = totals[0]["forward_ms"] + totals[0]["backward_ms"]
     return [row | {"times_faster": base / (row["forward_ms"] + row["backward_ms"])} for row in totals]
-
-
-def show(totals):
-    print("| model | precision | form | layout | forward, ms | backward, ms | x groups NCHW |")
-    print("|---|---|---|---|---:|---:|---:|")
-    for row in totals:
-        *words, forward, backward, faster = row.values()
-        print(f"| {' | '.join(words)} | {forward:.2f} | {backward:.2f} | {faster:.2f} |", flush=True)
 
 
 if __name__ == "__main__":

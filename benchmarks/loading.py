@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import ROOT, check, get_parser, interleaved_rounds, new_record, ratio_summary, save, spread, verdict
+from common import ROOT, check, finish, get_parser, interleaved_rounds, new_record, ratio_summary, save
 
 import numpy as np
 import torch
@@ -76,13 +76,10 @@ def main():
         rates = {name: len(data.train_labels) / statistics.median(values) for name, values in seconds.items()}
         ratios = {name: ratio_summary(seconds["original"], seconds[name]) for name in arms if name != "original"}
         record |= {"seconds": seconds, "pictures_per_second": rates, "ratios": ratios}
-        path = save(record, args, device)
-    for name, ratio in ratios.items():
-        print(
-            f"{name}: {rates[name]:.0f} pictures/s against {rates['original']:.0f}: {ratio['median']:.1f} x "
-            f"({spread(ratio, 1)}, {args.rounds} rounds){verdict(TARGETS, device, name, ratio)}"
-        )
-    print(f"written: {path}")
+        save(record, args)
+    for name, rate in rates.items():
+        print(f"{name}: {rate:.0f} pictures/s")
+    finish(record, args)
 
 
 class OriginalImages(Dataset):
@@ -114,8 +111,6 @@ def device_arm(data, batch_size, device, memory_format, threads):
         torch.set_num_threads(threads)
         batches.start(batches.epoch + 1)
         load_epoch(loader)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
         torch.set_num_threads(before)
 
     return arm

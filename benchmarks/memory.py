@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import get_parser, new_record, save
+from common import finish, get_parser, new_record, save
 
 import torch
 import torch.nn.functional as F
@@ -105,9 +105,8 @@ def main():
     for name, rows in tables.items():
         for row in rows:  # Written after each, since a lent GPU may be taken back.
             record[name].append(row)
-            save(record, args, device)
-    show(record)
-    print(f"written: {save(record, args, device)}")
+            save(record, args)
+    finish(record, args)
     missed = [f"{row['policy']}: {row['missed']}" for name in tables for row in record[name] if "missed" in row]
     if missed:
         sys.exit("\n".join(missed))
@@ -338,39 +337,6 @@ def anneal_all(bench, args):
         row = {"policy": name, "extra": ours.extra_flops / ours.plain_flops}
         row["extra_found"] = found if math.isfinite(found) else None
         yield row | ({"missed": "annealing finds a cheaper plan"} if found < row["extra"] - 1e-9 else {})
-
-
-# ---------------------------------------------------------------------- what is printed
-
-
-def show(record):
-    """Print the one table: what each arm holds, its peak, FLOPs and time, each beside what was predicted."""
-    times = {row["policy"]: row for row in record["training"]}
-    print("| plan | held, MiB | share | peak, MiB | share | FLOPs redone | prediction off by | step, × plain |")
-    print("|---|---:|---:|---:|---:|---:|---:|---:|")
-    for row in record["rows"]:
-        if "bytes" in row:
-            print("|", " | ".join(cells(row, times.get(row["policy"], {}))), "|")
-    for row in record["annealing"]:
-        found = "no plan" if row["extra_found"] is None else f"+{100 * row['extra_found']:.2f} %"
-        print(f"{row['policy']}: +{100 * row['extra']:.2f} % FLOPs; by annealing {found}")
-
-
-def cells(row, time):
-    """The texts of a row of the table; `time`: its row of training steps, or {}."""
-    peak, off, step = ["–", "–"], "–", "–"
-    if row["peak_bytes"]:
-        peak = [f"{row['peak_bytes'] / 2**20:.1f}", f"{row['peak_share']:.3f}"]
-    if "predicted_bytes" in row:
-        off = f"{100 * max(off_by(row, what) for what in BYTES):.2f} %"
-    if "step_times_plain" in time:
-        step = f"{time['step_times_plain']:.2f} ({time['step_low']:.2f} to {time['step_high']:.2f})"
-        if time["predicted_step"]:
-            step += f", predicted {time['predicted_step']:.2f} (within 10 %: {time['predicted_within_10_percent']})"
-        if time["target"]:
-            step += f", {time['target']}: {time['reached']}"
-    held = [f"{row['bytes'] / 2**20:.1f}", f"{row['share']:.3f}"]
-    return [row["policy"], *held, *peak, f"{100 * row['extra']:+.2f} %", off, step]
 
 
 if __name__ == "__main__":

@@ -5,7 +5,7 @@ import gc
 import sys
 from statistics import median
 
-from common import interleaved, ratio_summary, spread
+from common import interleaved, ratio_summary
 
 import torch
 import torch.nn.functional as F
@@ -43,7 +43,7 @@ def train_all(arms, make_plain, args, device, counted, targets):
             plan = getattr(arm.model, "the_plan", None)
             arm = plain = None  # Their memory is the search's.
             # Compiled code would be compiled for every size that is tried.
-            largest = largest_batch(make, args, device) if on_cuda and not name.startswith("compile") else None
+            largest = largest_that_fits(make, args, device) if on_cuda and not name.startswith("compile") else None
         except Exception as error:
             arm = plain = None
             yield failed(name, error)
@@ -69,11 +69,7 @@ def train_all(arms, make_plain, args, device, counted, targets):
         if on_cuda:
             row["reaches_goal"] = all(row[key] <= limit for key, limit in GOAL.items())
         row["largest_batch"] = largest
-        print(
-            f"{name}: step {time['median']:.2f} x plain ({spread(time)})"
-            + (f", largest batch {largest}" if largest else ""),
-            flush=True,
-        )
+        print(f"{name}: step {time['median']:.2f} x plain", flush=True)
         yield row
 
 
@@ -104,7 +100,7 @@ class TrainingSteps:
         on_cuda = device.type == "cuda"
         before = torch.cuda.memory_allocated() if on_cuda else None
         self.precision = choose_precision(args.half_precision, device, say=lambda line: None)
-        self.steps, self.device = args.steps, device
+        self.steps = args.steps
         self.images = torch.randn(batch_size, 3, 32, 32, device=device)
         self.labels = torch.randint(10, (batch_size,), device=device)
         self.model = make(batch_size, self.precision)
@@ -119,8 +115,6 @@ class TrainingSteps:
     def run(self):
         for _ in range(self.steps):
             self.step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
     def step(self, forward_context=NO_CONTEXT):
         self.optimizer.zero_grad(set_to_none=True)
@@ -131,7 +125,7 @@ class TrainingSteps:
         self.precision.scaler.update()
 
 
-def largest_batch(make, args, device):
+def largest_that_fits(make, args, device):
     """The largest batch, a multiple of BATCH_STEP, whose training step fits; 0 when none does.
 
     A step's memory is linear in the pictures: that of two small batches tells where to look.

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import check, get_parser, interleaved, new_record, ratio_summary, save, spread, verdict
+from common import check, finish, get_parser, interleaved, new_record, ratio_summary
 
 import torch
 from torch import nn
@@ -25,15 +25,17 @@ from harness import arguments, endings
 from harness.timing import PhaseTimer
 from models.resnext import ResNeXt, parse_name
 
-CASE = "on over off"  # The time with phases over that without: a cost, where the other benchmarks have a gain.
 TARGETS = {"cpu": {"on over off": ("at most", 1.01)}, "cuda": {"on over off": ("at most", 1.01)}}
 PHASES = ("data copy", "zero grad", "forward", "backward", "optimizer")
 
 
 def get_args_parser():
     parser = get_parser(__doc__, "phase_overhead", rounds=200)
-    parser.add_argument("--model", type=model_name, help="by default resnext29_1x4d; with cuda resnext29_4x64d")
-    parser.add_argument("--batch_size", type=arguments.positive_int, help="by default 32; with cuda 128")
+    on_cuda = torch.cuda.is_available()
+    # The smallest model has the shortest steps, but on a GPU those would be of launches alone.
+    model = "resnext29_4x64d" if on_cuda else "resnext29_1x4d"
+    parser.add_argument("--model", type=model_name, default=model)
+    parser.add_argument("--batch_size", type=arguments.positive_int, default=128 if on_cuda else 32)
     parser.add_argument("--steps", type=arguments.positive_int, default=1, help="steps of each side in a round")
     return parser
 
@@ -41,9 +43,6 @@ def get_args_parser():
 def main():
     args = get_args_parser().parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # The smallest model has the shortest steps, but on a GPU those would be of launches alone.
-    default = ("resnext29_4x64d", 128) if device.type == "cuda" else ("resnext29_1x4d", 32)
-    args.model, args.batch_size = args.model or default[0], args.batch_size or default[1]
     timers = {"on": PhaseTimer(device), "off": PhaseTimer(device, enabled=False)}
     losses = {name: make_steps(args, device)(timer) for name, timer in timers.items()}
     check(losses["on"].equal(losses["off"]), f"phases change the loss: {losses}")
@@ -52,21 +51,12 @@ def main():
     for arm in arms.values():
         arm()  # Warm up.
     seconds = interleaved(arms, args.rounds)
-    ratio = ratio_summary(seconds["on"], seconds["off"])
-    step = statistics.median(seconds["off"]) / args.steps
-    bare = bare_seconds(device) / step
-    print(
-        f"{args.model}, batch {args.batch_size}, {device.type}: a step with phases on takes {ratio['median']:.4f} x "
-        f"that with phases off ({spread(ratio, 3)}; {args.rounds} rounds of {args.steps} "
-        f"steps){verdict(TARGETS, device, CASE, ratio)}; bare cost of the phases {100 * bare:.4f} % of a step"
-    )
-    record = new_record(
-        "phase_overhead",
-        device,
-        settings={name: getattr(args, name) for name in ("model", "batch_size", "steps", "rounds")},
-        results={CASE: {"seconds": seconds, "ratio": ratio, "bare_share": bare}},
-    )
-    print(f"written: {save(record, args, device)}")
+    bare = bare_seconds(device) / (statistics.median(seconds["off"]) / args.steps)
+    print(f"{args.model}, batch {args.batch_size}: bare cost of the phases {100 * bare:.4f} % of a step")
+    # The time with phases over that without: a cost, where the other benchmarks have a gain.
+    found = {"seconds": seconds, "ratio": ratio_summary(seconds["on"], seconds["off"]), "bare_share": bare}
+    settings = {name: getattr(args, name) for name in ("model", "batch_size", "steps", "rounds")}
+    finish(new_record("phase_overhead", device, settings=settings, results={"on over off": found}), args)
 
 
 def make_steps(args, device):
@@ -93,8 +83,6 @@ def make_steps(args, device):
                 loss.backward()
             with phase("optimizer"):
                 optimizer.step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
         return loss.detach()
 
     return train

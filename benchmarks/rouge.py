@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import Reference, check, get_parser, interleaved, new_record, ratio_summary, save, spread, verdict
+from common import Reference, check, finish, get_parser, interleaved, new_record, ratio_summary
 
 import numpy as np
 import torch
@@ -68,7 +68,7 @@ def main():
         largest_difference=largest,
         results=results,
     )
-    print(f"written: {save(record, args, CPU)}")
+    finish(record, args)
 
 
 def make_pairs(documents):
@@ -124,12 +124,7 @@ def time_both(name, pairs, reference, args):
     seconds = interleaved({"theirs": lambda: reference.ask(pairs)["seconds"], "ours": ours}, args.rounds)
     ratio = ratio_summary(seconds["theirs"], seconds["ours"])
     rates = {arm: len(pairs) * CANDIDATES / float(np.median(values)) for arm, values in seconds.items()}
-    print(
-        f"{name}: {reference.name} {rates['theirs']:.0f} pairs/s, rouge-score-rs {rates['ours']:.0f} pairs/s: "
-        f"{ratio['median']:.1f} x ({spread(ratio, 1)}, {args.rounds} rounds, "
-        f"{args.workers} processes each){verdict(TARGETS, CPU, name, ratio)}",
-        flush=True,
-    )
+    print(f"{name}: {reference.name} {rates['theirs']:.0f} pairs/s, rouge-score-rs {rates['ours']:.0f}", flush=True)
     return {"pairs": len(pairs) * CANDIDATES, "seconds": seconds, "pairs_per_second": rates, "ratio": ratio}
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import get_parser, interleaved_rounds, new_record, ratio_summary, save
+from common import finish, get_parser, interleaved_rounds, new_record, ratio_summary, save
 
 import torch
 from exactness import Exact
@@ -88,9 +88,8 @@ def main():
     for seconds in interleaved_rounds(arms, args.rounds):  # Written after each, since a lent GPU may be taken back.
         rows = [row for name, axis in axes.items() for row in make_rows(name, axis, seconds, memory)]
         record |= {"rounds": len(next(iter(seconds.values()))), "rows": rows}
-        path = save(record, args, device)
-    show(rows)
-    print(f"written: {path}")
+        save(record, args)
+    finish(record, args)
 
 
 def make_axes(args, device):
@@ -155,15 +154,6 @@ def make_rows(name, axis, seconds, memory):
             row["memory_times"] = memory[point] / memory[before]
         yield row
         before = point
-
-
-def show(rows):
-    for row in rows:
-        text = f"{row['changed']} {row['to']}: {row['milliseconds']:.1f} ms, {row['memory_mib']:.1f} MiB"
-        if row["time_times"]:
-            text += f"; of the row before: FLOPs {row['flops_times']:.2f} x, time {row['time_times']:.2f} x "
-            text += f"(95 % interval {row['time_interval'] or 'unknown'}), memory {row['memory_times']:.2f} x"
-        print(text)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import check, get_parser, interleaved_rounds, new_record, ratio_summary, save, spread, verdict
+from common import check, finish, get_parser, interleaved_rounds, new_record, ratio_summary, save
 
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
@@ -90,13 +90,9 @@ def main():
             ratios = {name: ratio_summary(seconds[name], seconds["ours"]) for name in ("original", "published")}
             load_share = arms["ours"].waited / sum(seconds["ours"])
             record |= {"seconds": seconds, "ratios": ratios, "load_share": load_share}
-            path = save(record, args, device, name)
-    for name, ratio in ratios.items():
-        case = f"{encoder}, {name}" if encoder else name
-        ending = verdict(TARGETS, device, case, ratio)
-        print(f"{name:>10}: {ratio['median']:.2f} x our time an epoch ({spread(ratio)}){ending}")
-    print(f"      ours: {100 * load_share:.2f} % of the epoch spent waiting for data, the first batch left out")
-    print(f"written: {path}")
+            save(record, args, name)
+    print(f"ours: {100 * load_share:.2f} % of the epoch spent waiting for data, the first batch left out")
+    finish(record, args, name)
 
 
 def write_samples(folder, documents):
@@ -116,22 +112,20 @@ def write_samples(folder, documents):
 def make_scorer(args, encoding, device):
     """A Scorer with the same weights at each call, and its optimizer. Without dropout, to compare losses."""
     if args.model_type:
-        return with_optimizer(load_encoder(args.model_type)[0], device)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(encoding.tokenizer),
-        hidden_size=64 * args.heads,
-        intermediate_size=256 * args.heads,
-        num_attention_heads=args.heads,
-        num_hidden_layers=args.layers,
-        initializer_range=0.1,  # So that the scores differ, and losses compare more than margins.
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-    )
-    return with_optimizer(BertModel(config, add_pooling_layer=False), device)
-
-
-def with_optimizer(encoder, device):
+        encoder = load_encoder(args.model_type)[0]
+    else:
+        torch.manual_seed(0)
+        config = BertConfig(
+            vocab_size=len(encoding.tokenizer),
+            hidden_size=64 * args.heads,
+            intermediate_size=256 * args.heads,
+            num_attention_heads=args.heads,
+            num_hidden_layers=args.layers,
+            initializer_range=0.1,  # So that the scores differ, and losses compare more than margins.
+            hidden_dropout_prob=0.0,
+            attention_probs_dropout_prob=0.0,
+        )
+        encoder = BertModel(config, add_pooling_layer=False)
     scorer = Scorer(encoder).to(device)
     return scorer, torch.optim.Adam(scorer.parameters(), lr=1e-5, fused=True)
 
@@ -165,8 +159,6 @@ class Ours:
             if number % steps_an_update == 0:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
 
 
 class Original(Ours):

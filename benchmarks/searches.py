@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import ROOT, get_parser, interleaved, new_record, save
+from common import ROOT, finish, get_parser, interleaved, new_record
 
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
@@ -83,7 +83,6 @@ def main():
     )
     for row, times in zip(rows, seconds.values(), strict=True):
         row["processor_ms_a_document"] = 1000 * statistics.median(times) / len(documents)
-        print(", ".join(f"{key} {value:.1f}" if isinstance(value, float) else f"{value}" for key, value in row.items()))
     record = new_record(
         "searches",
         CPU,
@@ -95,7 +94,7 @@ def main():
         seconds=seconds,
         searches=rows,
     )
-    print(f"written: {save(record, args, CPU)}")
+    finish(record, args)
 
 
 def arms(model):

@@ -6,14 +6,14 @@ activation that is kept for backward, or one that passes; in backward a gradient
 report.py draws the figure from the record.
 """
 
-import contextlib
 import sys
 import weakref
 from pathlib import Path
+from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import get_parser, new_record, save
+from common import finish, get_parser, new_record, save
 
 import torch
 import torch.nn.functional as F
@@ -65,7 +65,6 @@ class Lives(LiveBytes):
             if life[3] is None:
                 life[0] = "kept for backward"
 
-    @contextlib.contextmanager
     def told_of_redoing(self):
         """Within the block, what harness.recompute redoes counts as redone."""
         redo = Tape.redo
@@ -77,11 +76,7 @@ class Lives(LiveBytes):
             finally:
                 self.is_redoing = False
 
-        Tape.redo = told
-        try:
-            yield
-        finally:
-            Tape.redo = redo
+        return mock.patch.object(Tape, "redo", told)
 
 
 def follow_step(model, images, labels):
@@ -120,7 +115,7 @@ def main():
     parser = get_parser(__doc__, "step_memory")
     parser.add_argument("--model", type=model_name, default="resnext29_4x64d")
     parser.add_argument("--batch_size", type=arguments.positive_int, default=16)
-    parser.add_argument("--budget", type=arguments.fraction, default=0.5, help="peak of the plan, as a share of plain's")
+    parser.add_argument("--budget", type=arguments.fraction, default=0.5, help="peak of the plan, over plain's")
     args = parser.parse_args()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = parse_name(args.model)
@@ -141,8 +136,8 @@ def main():
         held = sum(size for kind, size, *_ in lives.lives if kind == "kept for backward")
         record["steps"][name] = {"backward_begins": turn, "ends": lives.clock, "held_bytes": held, "points": points}
         print(f"{name:12} held {held / 2**20:7.1f} MiB, peak {peak / 2**20:7.1f} MiB")
-        path = save(record, args, device)
-    print(f"written: {path}")
+        save(record, args)
+    finish(record, args)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,9 @@ def test_a_short_run_writes_its_record(run_script, tmp_path):
     found = record["results"]["on over off"]
     assert found["ratio"]["low"] <= found["ratio"]["median"] <= found["ratio"]["high"]
     assert 0 < found["bare_share"] < 0.2
-    assert "3 rounds of 1 steps" in result.stdout
+    (row,) = [line.split() for line in result.stdout.splitlines() if line.startswith("phase_overhead")]
+    assert row[1:7] == ["on", "over", "off", "(a", "cost)", "3"]
+    assert "at most 1.01" in result.stdout
 
 
 def test_a_model_that_is_none_is_one_line(run_script):

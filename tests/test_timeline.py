@@ -125,7 +125,8 @@ def test_the_figure_has_a_lane_for_the_host_and_one_for_the_device(gpu_trace, tm
             "has steps that take no time",
         ),
     ],
-    ids=["empty", "list", "cut", "no number", "GPU", "GPUs", "args", "no ranges", "no time"],  # What gzip writes tells the time.
+    # What gzip writes tells the time.
+    ids=["empty", "list", "cut", "no number", "GPU", "GPUs", "args", "no ranges", "no time"],
 )
 def test_what_is_no_trace_of_ours_is_one_line(content, words, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
