@@ -7,7 +7,8 @@ from harness.endings import UserError
 from harness.files import atomic_write
 from reporting.records import warn
 
-MARKER = re.compile(r"<!-- (?P<end>/?)report:(?P<name>[^ >]*) -->")
+MARKER = re.compile(r"<!-- /?report:[^ >]* -->")
+PAIR = re.compile(r"(<!-- report:([^ >]*) -->)(.*?)(<!-- /report:\2 -->)", flags=re.DOTALL)
 NOTEBOOK = "SimCLS/SimCLS.ipynb"
 NO_RECORD = "No record of a clean commit yet."
 
@@ -56,35 +57,20 @@ def _rewritten_notebook(path, text, bodies, depth):
 
 def _rewritten(path, text, bodies, depth):
     """`text`, which is of the page `path`, with the bodies between its markers. depth: of the page below the root."""
-    new, position = [], 0
-    for start, end in _pairs(path, text, bodies):
-        body = bodies[start["name"]]
-        if not body:
-            warn(f"{path.name} has no records for {start['name']}")
-        body = body.replace("](/", f"]({'../' * depth}") or NO_RECORD
-        new += [text[position : start.end()], f"\n{body}\n"]
-        position = end.start()
-    return "".join([*new, text[position:]])
-
-
-def _pairs(path, text, bodies):
-    """[(start, end), ...]: the matches of each pair of markers."""
-    markers = list(MARKER.finditer(text))
-    if not markers:
+    pairs = PAIR.findall(text)
+    alone = MARKER.findall("".join([PAIR.sub("", text), *(inside for _, _, inside, _ in pairs)]))
+    if alone:
+        raise UserError(f"{path}: the marker {alone[0]} has no partner; each table needs both of its markers")
+    if not pairs:
         raise UserError(f"{path} has no marker such as <!-- report:data-loader -->; put one where a table should stand")
-    for marker in markers:
-        if marker["name"] not in bodies:
-            raise UserError(f"{_place(path, text, marker)} names no table; there are {', '.join(bodies)}")
-    for index, marker in enumerate(markers):
-        is_end = index % 2 == 1
-        partner = markers[index - 1] if is_end else None
-        if bool(marker["end"]) != is_end or (partner and partner["name"] != marker["name"]):
-            raise UserError(f"{_place(path, text, marker)} has no partner; each table needs both of its markers")
-    if len(markers) % 2:
-        raise UserError(f"{_place(path, text, markers[-1])} has no partner; each table needs both of its markers")
-    return list(zip(markers[::2], markers[1::2], strict=True))
 
+    def filled(pair):
+        start, name, _, end = pair.groups()
+        if name not in bodies:
+            raise UserError(f"{path}: the marker {start} names no table; there are {', '.join(bodies)}")
+        if not bodies[name]:
+            warn(f"{path.name} has no records for {name}")
+        body = bodies[name].replace("](/", f"]({'../' * depth}") or NO_RECORD
+        return f"{start}\n{body}\n{end}"
 
-def _place(path, text, marker):
-    line = text.count("\n", 0, marker.start()) + 1
-    return f"{path}, line {line}: the marker {marker[0]}"
+    return PAIR.sub(filled, text)
