@@ -26,10 +26,6 @@ from reporting.pages import pages, rewrite
 
 FOLDERS = ("runs", "model_history", "resnext/model_history", "SimCLS/cache")
 PUBLISHED = "benchmarks/results/*/runs"  # What README shows: records that were copied there to be kept.
-PICTURES = {
-    "time-to-accuracy": "![Test accuracy by minutes, for each way to train](/image/time_to_accuracy.png)",
-    "benchmark-memory": "![Memory of each plan against what it recomputes](/image/memory-frontier.png)",
-}
 
 
 def get_args_parser():
@@ -57,7 +53,8 @@ def get_args_parser():
 
 def main():
     args = get_args_parser().parse_args()
-    show = print if args.markdown or not sys.stdout.isatty() else show_aligned
+    aligned = not args.markdown and sys.stdout.isatty()
+    show = (lambda text: print(terminal.aligned(text))) if aligned else print
     if args.nsys:
         print_trace(args.nsys, show)
     elif args.phases:
@@ -70,10 +67,6 @@ def main():
         report(args, show)
 
 
-def show_aligned(text):
-    print(terminal.aligned(text))
-
-
 def report(args, show):
     folders = args.folders or default_folders(published=args.readme is not None)
     runs, evaluations = records.read_folders(folders, published=args.readme is not None)
@@ -84,8 +77,7 @@ def report(args, show):
     measured = benchmarks.read(args.benchmark_dir, published=args.readme is not None)
     parts = sections(runs, evaluations, measured, with_cpu_times=args.readme is None)
     if args.readme:
-        bodies = {name: with_picture(name, body) for name, (_, body) in parts.items()}
-        bodies |= page_parts(runs, evaluations, measured)
+        bodies = {name: body for name, (_, body) in parts.items()} | page_parts(runs, evaluations, measured)
         for page in pages(args.readme):
             rewrite(page, bodies, args.readme)
     else:
@@ -132,14 +124,8 @@ def page_parts(runs, evaluations, measured):
     """Name -> Markdown: the generated parts of the pages besides the tables of `sections`."""
     parts = {f"headline-{page}": headline.render(runs, page) for page in headline.PAGES}
     parts |= {"bullets": sentences.bullets(runs, evaluations), "faults": sentences.faults(measured)}
-    parts |= {"step-memory": sentences.step_memory(measured)}
     parts |= {"loop": loops.whole("resnext.py")}
     return parts | {f"loop-{name}": loops.difference(f"resnext_{name}.py") for name in ("checkpoint", "fast")}
-
-
-def with_picture(name, body):
-    """The part `name` of a page with the figure that there is for the same records."""
-    return f"{body}\n\n{PICTURES[name]}" if body and name in PICTURES else body
 
 
 def compare_two(args, show):

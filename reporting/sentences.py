@@ -108,9 +108,3 @@ def faults(measured):
             rows = [{"Fault": kind, "Trials": str(n), "Nothing lost": str(kept)} for kind, (n, kept) in kinds.items()]
             parts += [f"{survived} of {tried} trials lost nothing; {hardware}; {provenance([record])}:", markdown(rows)]
     return "\n\n".join(parts)
-
-
-def step_memory(measured):
-    """Markdown: the figure of benchmarks/step_memory.py, where it has a record; "" elsewhere."""
-    names = {record["benchmark"] for records in measured.values() for record in records}
-    return "![What one training step holds over its time](/image/step_memory.png)" * ("step_memory" in names)
