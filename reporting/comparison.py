@@ -42,16 +42,6 @@ def within_noise(new, base):
     return bool(ttest_ind_from_stats(*samples, equal_var=min(new.n, base.n) == 1).pvalue > SIGNIFICANCE)
 
 
-def ratio(new, base):
-    """ "0.76", or "0.98, within the noise" where 1 lies in the `ratio_interval`: the mean of the Sample `new` over that
-    of `base`; None without both."""
-    if new is None or base is None or base.mean == 0:
-        return None
-    found, low, high = ratio_interval(new, base)
-    noise = new != base and low is not None and low <= 1 <= high
-    return f"{found:.2f}{', within the noise' * noise}"
-
-
 def ratio_interval(new, base):
     """(mean of `new` over that of `base`, low, high): the 95 % interval by the t-distribution of the logarithm, with
     Welch's degrees of freedom. A single value is taken to scatter as the others do; low and high are None when both
@@ -75,9 +65,11 @@ def ratio_interval(new, base):
 
 
 def ratio_with_interval(new, base):
-    """The `interval_text` of the ratio of two Samples; None without both."""
+    """The `interval_text` of the ratio of two Samples, "1.00" of a Sample with itself; None without both."""
     if new is None or base is None or base.mean == 0:
         return None
+    if new is base:
+        return "1.00"
     return interval_text(*ratio_interval(new, base))
 
 

@@ -1,7 +1,7 @@
 """The tables of run records: which runs each takes, what tells its rows apart, and its columns."""
 
 from reporting import published
-from reporting.comparison import difference, quantity, ratio
+from reporting.comparison import difference, quantity, ratio_with_interval
 from reporting.records import Record
 from reporting.tables import Arm, Column, Study, percent, time
 
@@ -143,17 +143,17 @@ LOAD = (
 )
 STEP_AND_EPOCH = (
     time("Step, ms", Record.step_ms, timed=True),
-    Column("Step, ×", Record.step_ms, show=ratio, timed=True),
+    Column("Step, ×", Record.step_ms, show=ratio_with_interval, timed=True),
     time("Epoch, s", Record.epoch_seconds, timed=True),
-    Column("Epoch, ×", Record.epoch_seconds, show=ratio, timed=True),
+    Column("Epoch, ×", Record.epoch_seconds, show=ratio_with_interval, timed=True),
 )
 PEAK = (
     Column("Peak memory, GB", Record.allocated_gb),
-    Column("Peak memory, ×", Record.allocated_gb, show=ratio),
+    Column("Peak memory, ×", Record.allocated_gb, show=ratio_with_interval),
 )
 SAVED = (
     Column("Saved for backward, MiB", Record.saved_mib),
-    Column("Saved, ×", Record.saved_mib, show=ratio),
+    Column("Saved, ×", Record.saved_mib, show=ratio_with_interval),
 )
 A100_STEP = {"A100: step, ms": "step_ms", "A100: epoch, s": "epoch_s"}
 
@@ -181,7 +181,7 @@ MIXED_PRECISION = Study(
     (
         *STEP_AND_EPOCH,
         time("Overall, s", Record.overall_seconds),
-        Column("Overall, ×", Record.overall_seconds, show=ratio),
+        Column("Overall, ×", Record.overall_seconds, show=ratio_with_interval),
         Column("Peak memory, GB", Record.allocated_gb),
         Column("Saved for backward, MiB", Record.saved_mib),
         percent("Test accuracy, %", test_accuracy),
@@ -240,7 +240,7 @@ TOGETHER = Study(
     (
         Column("Batch", batch_size, show=lambda sample, base: quantity(sample, places=0)),
         time("Epoch, s", Record.epoch_seconds, timed=True),
-        Column("Epoch, ×", Record.epoch_seconds, show=ratio, timed=True),
+        Column("Epoch, ×", Record.epoch_seconds, show=ratio_with_interval, timed=True),
         *PEAK,
         *SAVED,
         percent("Training accuracy, %", lambda run: run.last("acc")),

@@ -101,10 +101,10 @@ def test_samples_and_noise():
     limit = 4.303 * np.sqrt(4 / 3)
     assert comparison.within_noise(Sample.of([2 + 0.99 * limit]), sample)
     assert not comparison.within_noise(Sample.of([2 + 1.01 * limit]), sample)
-    assert comparison.ratio(Sample.of([2.0, 3.0, 4.0]), sample) == "1.50, within the noise"
-    assert comparison.ratio(Sample.of([11.0, 12.0, 13.0]), sample) == "6.00"
+    assert comparison.ratio_with_interval(Sample.of([2.0, 3.0, 4.0]), sample) == "1.50 (0.54 to 4.17)"
+    assert comparison.ratio_with_interval(sample, sample) == "1.00"
     assert comparison.difference(Sample.of([1.0, 2.5]), sample) == "-0.2, within the noise"
-    assert comparison.ratio(sample, None) is None
+    assert comparison.ratio_with_interval(sample, None) is None
     # The scatter of the three, a quarter squared, is the single one's too: a third together, for 2 degrees of freedom.
     factor = np.exp(4.303 * np.sqrt(1 / 3))
     assert comparison.ratio_interval(Sample.of([4.0]), sample) == pytest.approx((2, 2 / factor, 2 * factor), rel=1e-3)
