@@ -75,13 +75,10 @@ def read_trace(path):
 
 def _events(path):
     """(the events of a trace that last for some time, a list of dicts; the properties of its GPUs)"""
+    if not path.is_file():  # Nor a pipe: to open it would wait for ever.
+        raise UserError(f"{path} is no file; a training script's --trace FILE.json.gz writes one")
     try:
-        if path.is_fifo():  # To open it would wait for ever.
-            raise UserError(f"{path} is no file; a training script's --trace FILE.json.gz writes one")
         data = path.read_bytes()
-    except OSError as error:
-        raise UserError(f"cannot read the trace {path}: {error.strerror}") from None
-    try:
         content = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
         events = [event for event in content["traceEvents"] if event.get("ph") == "X"]
         properties = content.get("deviceProperties", [])
