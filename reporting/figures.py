@@ -48,13 +48,13 @@ def draw_all(runs, measured, folder):
     pictures = {
         "techniques": (headline_figures.draw, headline.distinct(headline.effects(runs))),
         "time_to_accuracy": (headline_figures.draw_time_to_accuracy, runs),
-        "resnext_data_loader": (draw_curves, runs, DATA_LOADER, CURVES),
-        "resnext_mixed_precision": (draw_curves, runs, MIXED_PRECISION, CURVES),
-        "resnext_checkpointing": (draw_curves, runs, CHECKPOINTING, CURVES),
-        "resnext_together": (draw_curves, runs, TOGETHER, CURVES),
-        "simcls_loss": (draw_losses, runs, SIMCLS),
+        "resnext_data_loader": (draw_curves, runs, DATA_LOADER),
+        "resnext_mixed_precision": (draw_curves, runs, MIXED_PRECISION),
+        "resnext_checkpointing": (draw_curves, runs, CHECKPOINTING),
+        "resnext_together": (draw_curves, runs, TOGETHER),
+        "simcls_loss": (draw_losses, runs),
         "step_timeline": (draw_timeline, runs, (DATA_LOADER, MIXED_PRECISION, CHECKPOINTING)),
-        "checkpointing_memory": (draw_memory, runs, CHECKPOINTING),
+        "checkpointing_memory": (draw_memory, runs),
         "memory-frontier": (frontier.draw, chosen_record(measured, "memory", frontier.is_whole)),
         "step_memory": (step_memory.draw, chosen_record(measured, "step_memory", step_memory.is_whole)),
     }
@@ -96,7 +96,7 @@ def chosen_for_curves(study, runs):
     longest, most rows; or None."""
 
     def rank(group):
-        epochs = max(len(run.curve("loss")) for row in group.rows for run in row.runs)
+        epochs = pace.epochs(group)
         return epochs < pace.FEW_EPOCHS, is_toy(group), on_cpu(group), -epochs
 
     return min(groups(study, runs), key=rank, default=None)
@@ -138,18 +138,18 @@ def distinct_styles(rows, styles):
     return {each: styles[index % len(styles)] for index, each in enumerate(keys)}
 
 
-def draw_curves(runs, study, curves):
-    """Each of `curves`, key of an epoch -> axis label, by epoch: for each arm the mean over the seeds that all have, in
-    a band from the lowest to the highest of them."""
+def draw_curves(runs, study):
+    """Each of CURVES by epoch: for each arm the mean over the seeds that all have, in a band from the lowest to the
+    highest of them."""
     group = chosen_for_curves(study, [run for run in runs if run.curve("loss")])
     if group is None:
         return None
     _keep_common_seeds(group)
-    figure, panels = plt.subplots(1, len(curves), figsize=(WIDTH, 4.2), layout="constrained", squeeze=False)
+    figure, panels = plt.subplots(1, len(CURVES), figsize=(WIDTH, 4.2), layout="constrained")
     colours = distinct_colours(in_words(row.arm.label) for row in group.rows)
     styles = distinct_styles(group.rows, LINES)
     equal = []
-    for panel, (key, title) in zip(panels[0], curves.items(), strict=True):
+    for panel, (key, title) in zip(panels, CURVES.items(), strict=True):
         means = []
         for index, row in enumerate(group.rows):
             values = stacked(run.curve(key) for run in row.runs)
@@ -217,10 +217,10 @@ def _key_handles(styles, kind):
     return handles if len(handles) > 1 else []
 
 
-def draw_losses(runs, study):
+def draw_losses(runs):
     """The training loss by update: for each arm the mean over the seeds that all have, in a band from the lowest to the
     highest of them; as running means where there are many updates."""
-    group = chosen_for_curves(study, [run for run in runs if run.losses()])
+    group = chosen_for_curves(SIMCLS, [run for run in runs if run.losses()])
     if group is None:
         return None
     _keep_common_seeds(group)
@@ -237,7 +237,7 @@ def draw_losses(runs, study):
     panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     label = f"training loss, mean of the last {window} points" if window > 1 else "training loss"
     panel.set(xlabel="update", ylabel=label, ylim=(0, None))
-    return finish(figure, arm_handles(colours), figure_title(study.title, group, coincide(means, panel), banded=True))
+    return finish(figure, arm_handles(colours), figure_title(SIMCLS.title, group, coincide(means, panel), banded=True))
 
 
 def finish(figure, handles, title):
@@ -325,10 +325,10 @@ def _medians(runs, side):
     return {phase: sample for phase, sample in samples.items() if sample}
 
 
-def draw_memory(runs, study):
+def draw_memory(runs):
     """Memory against step time, both as multiples of the plain run's: a colour for each policy, whose name stands
     beside its points, and a marker for each batch size."""
-    found = groups(study, runs)
+    found = groups(CHECKPOINTING, runs)
     group = min(found, key=on_cpu, default=None)
     if group is None:
         return None

@@ -20,15 +20,20 @@ from reporting.tables import data_name, groups, is_toy, markdown, multiple, plac
 CHECKPOINT = "`resnext_checkpoint.py`"
 MULTIPLIES_HALF = "on CPUs with bfloat16 instructions; on GPUs, as published"
 HALF, SIMCLS_HALF = "Half precision: `--half_precision`", "SimCLS, half precision: `main.py --half_precision`"
-# Study, an arm's label or the words that it begins with -> the technique, the way to switch it on, and when it pays.
+# Study, an arm's label or the words that it begins with -> the technique, the way to switch it on, and when it pays. In
+# the order of the table: what buys most comes first.
 TECHNIQUES = {
-    ("data-loader", "0 workers"): (
-        "No worker processes for loading: `--num_worker 0`",
-        "to debug; else let workers load",
+    ("together", "everything on"): (
+        "Everything on, and another recipe (Muon in one cycle): `resnext_fast.py`",
+        "to train, rather than to compare",
     ),
-    ("data-loader", "device"): (
-        "Pictures kept and augmented on the GPU (or CPU) that trains: `--loader device`",
-        "when they fit there, and steps are short",
+    ("together", "everything on, but SGD"): (
+        "Everything on, with SGD for Muon: `resnext_fast.py` `--optimizer sgd`",
+        "to compare with Muon",
+    ),
+    ("together", "freed memory kept"): (
+        "Freed memory stays with the process: `--keep_memory`",
+        "on a CPU; the process takes some more memory",
     ),
     ("mixed-precision", "fp16"): (HALF, MULTIPLIES_HALF),
     ("mixed-precision", "bf16"): (HALF, MULTIPLIES_HALF),
@@ -52,17 +57,13 @@ TECHNIQUES = {
         f"Recomputing so that at most a share is kept: {CHECKPOINT} `--budget_of held --memory_budget`",
         "to compare with other planners",
     ),
-    ("together", "everything on"): (
-        "Everything on, and another recipe (Muon in one cycle): `resnext_fast.py`",
-        "to train, rather than to compare",
+    ("data-loader", "0 workers"): (
+        "No worker processes for loading: `--num_worker 0`",
+        "to debug; else let workers load",
     ),
-    ("together", "everything on, but SGD"): (
-        "Everything on, with SGD for Muon: `resnext_fast.py` `--optimizer sgd`",
-        "to compare with Muon",
-    ),
-    ("together", "freed memory kept"): (
-        "Freed memory stays with the process: `--keep_memory`",
-        "on a CPU; the process takes some more memory",
+    ("data-loader", "device"): (
+        "Pictures kept and augmented on the GPU (or CPU) that trains: `--loader device`",
+        "when they fit there, and steps are short",
     ),
     ("simcls", "4 workers, recomputation"): (
         "SimCLS, recomputing the encoder's layers: `main.py --use_checkpoint`",
@@ -74,7 +75,11 @@ TECHNIQUES = {
 FEW_UPDATES, SAME, UNKNOWN = 100, "none: the same numbers", "not known"
 STUDIES = (DATA_LOADER, MIXED_PRECISION, CHECKPOINTING, TOGETHER, SIMCLS)
 PAGES = (*(study.name for study in STUDIES), "freed-memory")
-ORDER = ("together", "mixed-precision", "checkpointing", "data-loader", "simcls")  # What buys most comes first.
+PUBLISHED = {  # Study -> the original study's figures, and which of them are of its baseline.
+    "data-loader": (published.DATA_LOADER, "2 workers"),
+    "mixed-precision": (published.MIXED_PRECISION, "single"),
+    "checkpointing": (published.CHECKPOINTING, "none"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -161,7 +166,7 @@ def _agree(one, other):
 
 def rank(group):
     """What comes first: real pictures, enough epochs to see a result, several seeds, more epochs, more seeds."""
-    epochs = max((len(run.curve("loss")) for row in group.rows for run in row.runs), default=0)
+    epochs = pace.epochs(group)
     seeds = min(len(row.runs) for row in group.rows)
     return is_toy(group), epochs < pace.FEW_EPOCHS, seeds < 2, -epochs, -seeds
 
@@ -179,27 +184,25 @@ def effect(study, group, row, of_study):
         technique += f" {row.arm.label.split()[1]}"
     timed, timed_base = pace.timed(group, row, of_study)
     memory = Record.allocated_gb if base.runs[0].allocated_gb() else Record.saved_mib
-    of_peak = row.arm.label.startswith("budget") and memory is Record.saved_mib
+    memory_ratio = multiple(row, base, memory)
+    if row.arm.label.startswith("budget") and memory is Record.saved_mib:
+        # What the peak of activations and their gradients was, over that of the same steps without recomputation.
+        peaks = Sample.of(run.peak_share() for run in row.runs)
+        memory_ratio = peaks and (peaks.mean, None, None)
     return Effect(
         kind,
         row.arm.label,
         technique,
         when,
         multiple(timed, timed_base, Record.epoch_seconds),
-        _peak_ratio(row) if of_peak else multiple(row, base, memory),
+        memory_ratio,
         _result(study, row, base),
         min(len(each.runs) for each in (row, base, timed, timed_base)),
         group,
         row,
         timed,
-        _published(study.name, row, base),
+        _published(study.name, row.arm.label),
     )
-
-
-def _peak_ratio(row):
-    """What the peak of activations and their gradients was, over that of the same steps without recomputation."""
-    peaks = Sample.of(run.peak_share() for run in row.runs)
-    return peaks and (peaks.mean, None, None)
 
 
 def _result(study, row, base):
@@ -238,13 +241,10 @@ def _same_curves(row, base, key):
     return all(run.curve(key) and run.curve(key) == theirs.get(run.arguments.get("seed")) for run in row.runs)
 
 
-def _published(study, row, base):
+def _published(study, label):
     """ "0.76 ×, memory 0.65 ×" of the original study's A100 for the same technique; None where it has none."""
-    tables = {"data-loader": published.DATA_LOADER, "mixed-precision": published.MIXED_PRECISION,
-              "checkpointing": published.CHECKPOINTING}  # fmt: skip
-    key = {"mixed-precision": "fp16"}.get(study, row.arm.label)
-    first = {"data-loader": "2 workers", "mixed-precision": "single", "checkpointing": "none"}.get(study)
-    new, old = (tables.get(study, {}).get((128, each)) for each in (key, first))
+    figures, first = PUBLISHED.get(study, ({}, None))
+    new, old = (figures.get((128, each)) for each in ("fp16" if study == "mixed-precision" else label, first))
     if new is None or old is None:
         return None
     words = [f"time {new['epoch_s'] / old['epoch_s']:.2f}"]
@@ -272,9 +272,7 @@ def render(runs, page=None):
         return ""
     techniques = [*TECHNIQUES]
     # Of a technique that machines disagree about, the one that it pays on comes first.
-    found.sort(
-        key=lambda each: (ORDER.index(each.study), techniques.index(each.kind), each.time[0] if each.time else 0)
-    )
+    found.sort(key=lambda each: (techniques.index(each.kind), each.time[0] if each.time else 0))
     places = list(dict.fromkeys(each.where for each in found))
     everywhere = {each.hardware for each in found}
     rows = [

@@ -7,9 +7,8 @@ import pytest
 from run_records import make_run
 
 from reporting import figures, tables
-from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCLS
+from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION
 
-CURVES = {"loss": "training loss", "test_acc": "test accuracy, %"}
 POLICIES = [
     "nothing recomputed",
     *(f"recomputing {what}" for what in ("all but convolutions", "whole blocks", "whole stages")),
@@ -54,9 +53,9 @@ def large_study():
 
 def test_curves_that_coincide_are_said_to():
     runs = [make_run(), make_run(num_worker=0), make_run(loader="device")]
-    assert title(figures.draw_curves(runs, DATA_LOADER, CURVES)).endswith("\nall 3 curves coincide")
+    assert title(figures.draw_curves(runs, DATA_LOADER)).endswith("\nall 3 curves coincide")
     runs[1].epochs[1]["test_acc"] += 0.5
-    assert "coincide" not in title(figures.draw_curves(runs, DATA_LOADER, CURVES))
+    assert "coincide" not in title(figures.draw_curves(runs, DATA_LOADER))
 
 
 def test_losses_that_coincide_for_each_seed_are_said_to():
@@ -64,10 +63,10 @@ def test_losses_that_coincide_for_each_seed_are_said_to():
     runs = [make_run(experiment="simcls", **names | {"num_workers": n, "seed": s}) for n in (4, 0) for s in (0, 1)]
     for run in runs:
         run.epochs[0]["losses"] = [[1, 0.5], [2, 0.4 + 0.1 * run.arguments["seed"]]]
-    assert title(figures.draw_losses(runs, SIMCLS)).endswith("\nall 2 curves coincide; bands: lowest to highest run")
-    assert "n = 1;" in title(figures.draw_losses(runs[:-1], SIMCLS))  # Seed 1 has one curve, which is left out.
+    assert title(figures.draw_losses(runs)).endswith("\nall 2 curves coincide; bands: lowest to highest run")
+    assert "n = 1;" in title(figures.draw_losses(runs[:-1]))  # Seed 1 has one curve, which is left out.
     runs[-1].epochs[0]["losses"][1][1] = 0.6
-    assert "coincide" not in title(figures.draw_losses(runs, SIMCLS))
+    assert "coincide" not in title(figures.draw_losses(runs))
 
 
 def test_many_losses_are_shown_as_running_means_over_the_seeds():
@@ -76,7 +75,7 @@ def test_many_losses_are_shown_as_running_means_over_the_seeds():
     for run in runs:
         level = 0.3 + 0.2 * run.arguments["seed"]
         run.epochs[0]["losses"] = [[update, level + 0.1 * (-1) ** update] for update in range(1, 41)]
-    (panel,) = figures.draw_losses(runs, SIMCLS).axes
+    (panel,) = figures.draw_losses(runs).axes
     assert panel.get_ylabel() == "training loss, mean of the last 2 points"
     assert list(panel.lines[0].get_xdata()) == list(range(2, 41))
     assert panel.lines[0].get_ydata() == pytest.approx(0.4)
@@ -102,7 +101,7 @@ def test_curves_are_of_the_longest_runs():
 
 
 def test_a_large_study_of_memory_has_a_colour_a_policy_and_a_marker_a_batch_size():
-    figure = figures.draw_memory(large_study(), CHECKPOINTING)
+    figure = figures.draw_memory(large_study())
     (panel,) = figure.axes
     assert sorted(text.get_text() for text in panel.texts) == POLICIES
     assert legend(figure) == ["batch 128", "batch 512", "batch 896"]
@@ -113,17 +112,17 @@ def test_a_large_study_of_memory_has_a_colour_a_policy_and_a_marker_a_batch_size
 
 
 def test_a_small_study_of_memory_needs_no_legend():
-    figure = figures.draw_memory(large_study()[:4], CHECKPOINTING)
+    figure = figures.draw_memory(large_study()[:4])
     assert legend(figure) == []
     assert "batch 128" in title(figure)
 
 
 def test_memory_without_a_baseline_is_no_picture():
-    assert figures.draw_memory([run for run in large_study() if "policy" in run.arguments], CHECKPOINTING) is None
+    assert figures.draw_memory([run for run in large_study() if "policy" in run.arguments]) is None
 
 
 def test_curves_of_a_large_study_have_a_colour_a_policy_and_a_style_a_batch_size():
-    figure = figures.draw_curves(large_study(), CHECKPOINTING, CURVES)
+    figure = figures.draw_curves(large_study(), CHECKPOINTING)
     assert sorted(legend(figure)) == ["batch 128", "batch 512", "batch 896", *POLICIES]
     looks = {(line.get_color(), line.get_linestyle()) for line in figure.axes[0].lines}
     assert len(looks) == 12
