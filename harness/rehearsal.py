@@ -140,7 +140,6 @@ class _Rehearsal(Tape):
         super().__init__(redo=lambda name: True)
         self.groups = [Group(None, [], [], [])]
         self.live = _Watch(model, self._notice)
-        self._made_by = {}  # id of an output of forward -> (a weak reference to it, the step's name)
         self._bytes_of_outputs = 0
         self._is_running = self._is_backward = False
         self._group = 0  # In backward, of the operation that saved what was unpacked last.
@@ -155,9 +154,7 @@ class _Rehearsal(Tape):
         with FlopCounterMode(display=False) as counter:
             output = super().run(name, function, *inputs)
         self._is_running = False
-        sources = [self._made_by.get(id(tensor), (None, None)) for tensor in inputs]
-        sources = tuple(name for (made, name), tensor in zip(sources, inputs, strict=True) if made and made() is tensor)
-        self._made_by[id(output)] = weakref.ref(output), name
+        sources = tuple(tensor._step.name for tensor in inputs if hasattr(tensor, "_step"))
         moved = sum(tensor.nbytes for tensor in (*inputs, output))
         step = Step(name, sources, output.untyped_storage().nbytes(), 0, counter.get_total_flops(), moved)
         self.groups[-1].steps.append(step)
