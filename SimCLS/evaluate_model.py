@@ -32,7 +32,7 @@ from utils import read_lines
 from harness import arguments, devices, distributed, endings
 from harness.arguments import positive_int
 from harness.endings import UserError
-from harness.files import place_digest, places, portable, write_record
+from harness.files import places, portable, write_record
 from harness.machine import describe_machine
 from harness.precision import add_half_precision, choose_precision
 from harness.resume import changes
@@ -152,10 +152,6 @@ def refuse_to_replace(output, arguments, used):
         record = json.loads(output.read_bytes())
         ours = record["experiment"] == EXPERIMENT
         was = changes({name: record["arguments"].get(name) for name in arguments}, arguments)
-        theirs = {name: digest for name, digest in record.get("places", {}).items() if name in arguments}
-        # Older records have the places of relative paths, too.
-        ours = {name: place_digest(str(arguments[name])) for name in theirs} | used["places"]
-        record, used = record | {"places": theirs}, used | {"places": ours}
         was = was or ", ".join(text for key, text in USED.items() if record.get(key) != used.get(key))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         ours = False
