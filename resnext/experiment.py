@@ -20,7 +20,6 @@ from harness.arguments import (
     seed,
     workers,
 )
-from harness.endings import UserError
 from harness.files import atomic_write
 from harness.loading import EpochBatches
 from harness.memory import keep_freed_memory
@@ -192,10 +191,6 @@ class Metrics(torch.nn.Module):
         loss, correct, count = (self.totals if world is None else world.sum(self.totals.clone())).tolist()
         return loss / max(count, 1), 100 * correct / max(count, 1)
 
-    def finite(self):
-        """Whether no loss of the epoch was NaN or infinite in this process."""
-        return bool(self.totals.isfinite().all())
-
 
 def evaluate(model, data, precision, world, batch_size, stop, **layout):
     """Accuracy in percent on the test pictures, each counted once, in the precision and layout of training.
@@ -243,34 +238,13 @@ class ImageRun(runs.Run):
         alike = re.compile(rf"{before}(device|\d+_worker){re.escape(after)}")
         return [path for path in sorted(self.folder.glob("*.state")) if alike.fullmatch(path.stem)]
 
-    def may_go_on(self):
-        weights = self.state["model"].parameters()
-        return self.state["metrics"].finite() and all(bool(weight.isfinite().all()) for weight in weights)
-
     def add_epoch(self, epoch, test_acc, evaluation_seconds):
-        """Append an Epoch to the history; UserError when its loss is not finite."""
+        """Append an Epoch to the history; UserError when its loss or a weight is not finite."""
         loss, acc = self.state["metrics"].result(self.world)
-        if not np.isfinite(loss):
-            kept = f"; {self.path('.state')} is from before it" if self.path(".state").exists() else ""
-            raise UserError(
-                f"the loss became {loss} in epoch {epoch.number + 1}{kept}. "
-                "Use a smaller --lr, or bfloat16 or single precision instead of float16"
-            )
+        advice = "Use a smaller --lr, or bfloat16 or single precision instead of float16"
+        self.check_finite(epoch, loss, advice)
         self.state["metrics"].totals.zero_()
-        self.history.append(
-            {
-                "epoch": epoch.number + 1,
-                "loss": loss,
-                "acc": acc,
-                "test_acc": test_acc,
-                "samples_per_second": epoch.samples / epoch.timing["seconds"],
-                "peak_memory": epoch.timing["peak_memory"],
-                # Until the epoch's accuracy was known: what it takes to reach an accuracy.
-                "elapsed_seconds": self.elapsed_seconds(),
-                "evaluation_seconds": evaluation_seconds,
-                "timing": epoch.timing,
-            }
-        )
+        self.take_down(epoch, evaluation_seconds, loss=loss, acc=acc, test_acc=test_acc)
         # Before the state is saved, so that a run that goes on from it keeps them.
         self.log.line(self.line())
         self.log.plot(self._figures(), epoch.number + 1)

@@ -50,10 +50,6 @@ class Metrics(torch.nn.Module):
         zeros = torch.zeros_like(self.last_batch.rouge)
         return float(loss_of(args, zeros, zeros[:, 0], self.last_batch))
 
-    def finite(self, world):
-        """Whether no loss of the epoch so far was NaN or infinite in any process."""
-        return bool(world.sum(self.totals.clone()).isfinite().all())
-
     def _take(self, row, world):
         documents, *sums = world.sum(self.totals[row].clone()).tolist()
         self.totals[row] = 0
