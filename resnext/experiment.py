@@ -30,6 +30,7 @@ from image_loaders import evaluation_batches, loading_of, training_loader
 from images import SIZE, load_images
 from models.resnext import parse_name
 from techniques import describe_effect, describe_prospects, describe_run
+from weights import start_from
 
 LARGEST = 4096  # Sides of a picture, in pixels: all pictures are kept in memory.
 SECONDS_BETWEEN_READS = 2.0  # Of the running loss, which is on the device.
@@ -129,13 +130,18 @@ def run_name(args, suffix=""):
     return "_".join(parts) + suffix
 
 
-def load_data(args, world, run):
-    """The ImageData of the arguments; what it is, is said, and stands in the record."""
+def load_parts(args, world, run, kind, **more):
+    """(the ImageData of the arguments, a model of `kind` for it, on this process's device); the record says what they
+    are. more: what `kind` takes besides its size and the classes."""
     with world.first_on_machine():
         data = load_images(args.dataset, args.data_dir, args.size)
     run.facts["data"] = data.state_dict()
     world.say(str(data))
-    return data
+    torch.manual_seed(args.seed)
+    model = kind(*parse_name(args.model), num_classes=len(data.classes), **more)
+    start_from(args.init, model, data.classes, world.say)
+    run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
+    return data, model.to(world.device)
 
 
 def training_batches(args, world, data, run, **layout):
