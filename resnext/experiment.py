@@ -26,7 +26,7 @@ from harness.memory import keep_freed_memory
 from harness.precision import add_half_precision, choose_precision
 from harness.run_log import timing_figures
 from harness.timing import nvtx_range
-from image_loaders import evaluation_batches, loading_of, training_loader
+from image_loaders import DeviceImages, evaluation_batches, training_loader
 from images import SIZE, load_images
 from models.resnext import parse_name
 from techniques import describe_effect, describe_prospects, describe_run
@@ -152,7 +152,7 @@ def training_batches(args, world, data, run, **layout):
     """
     batches = EpochBatches(len(data.train_labels), args.batch_size, args.seed, world.rank, world.size)
     loader = training_loader(args.loader, data, args.seed, batches, args.num_worker, world.device, world.say, **layout)
-    run.facts["loading"] = loading_of(loader)
+    run.facts["loading"] = "device" if isinstance(loader, DeviceImages) else "workers"
     return batches, loader
 
 
