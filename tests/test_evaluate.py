@@ -143,7 +143,7 @@ def test_samples_are_scored_as_in_training(run_script, sample_folder, encoders, 
     dataset = SampleSet(tokenize_samples(samples, encoding, 16, "standard"), encoding, "cpu")
     args = get_args_parser("").parse_args([])
     expected = validate(scorer, dataset, args, choose_precision(None, cpu), World(0, 1, cpu))
-    first = np.mean([dataset.rouge(number)[0] for number in range(12)], axis=0)
+    first = np.mean([dataset.figures("rouge", number)[0] for number in range(12)], axis=0)
     for place, metric in enumerate(("rouge1", "rouge2", "rougeL")):
         means = {name: figures[metric]["mean"] for name, figures in record["systems"].items()}
         assert means["SimCLS"] == pytest.approx(expected[f"val_{metric}"], abs=1e-6)

@@ -113,7 +113,7 @@ def validate(scorer, samples, args, precision, world, stop=None):
             losses += len(part) * loss_of(args, scores, gold_scores, batch).to(losses.dtype)
             chosen.append(scores.masked_fill(~batch.present, -2).argmax(1))
         chosen = torch.cat(chosen).tolist() if chosen else []
-    figures = [samples.rouge(number)[[choice, 0]] for number, choice in zip(numbers, chosen, strict=True)]
+    figures = [samples.figures("rouge", number)[[choice, 0]] for number, choice in zip(numbers, chosen, strict=True)]
     rouge = np.sum(figures, axis=0, dtype=np.float64).ravel() if figures else np.zeros(2 * len(ROUGE))
     totals = torch.tensor([len(numbers), losses.item(), *rouge], dtype=losses.dtype, device=world.device)
     count, *sums = world.sum(totals).tolist()
