@@ -62,8 +62,8 @@ from search.generator import (
 )
 from texts import provenance
 from texts.documents import Document, add_dataset_arguments, read_splits
-from texts.samples import as_sample, read_sample, rouge_of, sample_files
-from texts.scoring import add_rouge_argument, check_references, mean_score, signature
+from texts.samples import as_sample, read_sample, sample_files
+from texts.scoring import add_rouge_argument, check_references, mean_score, score, signature
 from texts.sentences import SentenceSplitter
 
 EXPERIMENT = "simcls_evaluation"
@@ -235,7 +235,7 @@ def load_candidates(args, world, precision):
     check_references((document.summary for document in documents), args.rouge_tokens, args.dataset_name)
     generator = load_search(args, world, precision, args.search)
     samples = plain = generate_samples(generator, documents, args.cand_gen_batch, args.rouge_tokens)
-    if not generator.is_plain:
+    if not begins_with_beam_search(generator.settings):
         beam = load_search(args, world, precision, "beam")
         plain = generate_samples(beam, documents, args.cand_gen_batch, args.rouge_tokens)
     splitter = SentenceSplitter(document.text for document in documents).kind
@@ -278,7 +278,9 @@ def read_samples(args):
     """The Candidates of --samples; a line where there can be no row of plain beam search."""
     samples = [read_sample(path) for path in sample_files(args.samples)]
     check_references((" ".join(sample["abstract"]) for sample in samples), args.rouge_tokens, args.samples)
-    samples = [sample | {"rouge": rouge_of(sample, args.rouge_tokens)} for sample in samples]
+    for sample in samples:
+        texts = [sentences for sentences, _ in sample["candidates"]]
+        sample["rouge"] = score(sample["abstract"], texts, args.rouge_tokens)
     made = provenance.read(args.samples) or {}
     origin = made.get("candidates")
     is_plain = origin is not None and begins_with_beam_search(origin["search"])

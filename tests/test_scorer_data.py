@@ -165,13 +165,20 @@ def test_published_samples_load(tmp_path, encoding):
 BAD_SAMPLES = [
     (b"{", "is not JSON"),
     (b'{"article": "\xff"}', "is not JSON"),
-    (b"[1]", "is no JSON object"),
-    (b'{"article": []}', "lacks the key 'abstract'"),
-    ({"candidates": [], "candidates_untok": []}, "has no candidates"),
-    ({"article": "one string"}, "under 'article'"),
-    ({"abstract_untok": [1]}, "under 'abstract_untok'"),
-    ({"candidates": [["a"]]}, "under 'candidates'"),
-    ({"candidates": [[["a"], 1], [["b"], 0.5]]}, "2 'candidates' but 1 'candidates_untok'"),
+    (b"[1]", "it is no object"),
+    (b'{"article": []}', "it has no abstract"),
+    ({"candidates": [], "candidates_untok": []}, "it has no candidates"),
+    ({"article": "one string"}, "article is not a list of sentences"),
+    ({"abstract_untok": [1]}, "abstract_untok is not a list of sentences"),
+    ({"candidates": 1}, "candidates is no list"),
+    *[
+        ({"candidates": [each]}, "candidates.0 is not [sentences, score]")
+        for each in (["a"], "ab", [[1], 0.5], [["a"], True], [["a"], 0.5, 1])
+    ],
+    ({"candidates": [[["a"], 1], [["b"], 0.5]]}, "it has 2 candidates, 1 candidates_untok"),
+    ({"likelihood": []}, "it has 1 candidates, 1 candidates_untok, 0 likelihood"),
+    ({"likelihood": None}, "it has 1 candidates, 1 candidates_untok, 0 likelihood"),
+    ({"likelihood": [[-1.0, 0]]}, "likelihood.0 is not [log-probability, tokens]"),
 ]
 
 
