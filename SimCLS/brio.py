@@ -20,13 +20,12 @@ from pathlib import Path
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import torch
-from data_utils import LengthBatches
+from data_utils import training_batches
 from model import ranking_loss
 from pretrained import check_apart, check_lengths
 
 from harness import arguments, determinism, devices, distributed, endings, runs, tracing
 from harness.endings import UserError
-from harness.loading import worker_loader
 from harness.memory import SavedBytes
 from harness.precision import add_half_precision, choose_precision
 from harness.timing import PhaseTimer
@@ -102,9 +101,7 @@ def train(args, world, precision, run, ranked):
     ranked.train().to(device)
     train_set, val_set = load_data(args, ranked.tokenizer)
     parallel = world.wrap(ranked)
-    batches = LengthBatches(train_set.document_lengths, args.batch_size, args.accumulate_step, args.seed, world.rank,
-                            world.size)  # fmt: skip
-    loader = worker_loader(train_set, batches, args.num_workers, device, train_set.batch, say=world.say)
+    batches, loader = training_batches(args, world, train_set)
     optimizer = torch.optim.Adam(ranked.parameters(), fused=True)
     schedule = Schedule.of_run(args, optimizer, None, batches.updates)
     scaler, means = precision.scaler, Means(device)

@@ -1,7 +1,7 @@
 """Sample folders, their token ids, and batches of them: what main.py and evaluate_model.py read.
 
-Token ids are made once for each split, tokenizer and length, and kept in a file beside the split's folder that is
-mapped into memory, not read.
+Token ids are made once for each split, tokenizer and length, and kept in a file beside the split's folder, in the
+format of safetensors, that is mapped into memory, not read.
 """
 
 import hashlib
@@ -12,16 +12,17 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import safetensors.numpy
 import torch
 from tqdm import tqdm
 
 from harness.endings import UserError
-from harness.loading import EpochBatches
-from texts.array_file import read_arrays, write_arrays
+from harness.files import atomic_write
+from harness.loading import EpochBatches, worker_loader
 from texts.samples import read_sample, sample_files
 from texts.scoring import agreement, check_references, score
 
-FORMAT = 3
+FORMAT = 4
 ROUGE = ("rouge1", "rouge2", "rougeL")  # The published names; rougeL is rougeLsum, as there.
 CHUNK = 256  # Samples that are tokenized together.
 POOL = 32  # Batches whose samples are sorted by length together.
@@ -94,8 +95,7 @@ class SampleSet(torch.utils.data.Dataset):
     """
 
     def __init__(self, arrays, encoding, device_type):
-        # Views without np.memmap's own slow indexing.
-        self._arrays = {name: np.asarray(array) for name, array in arrays.items()}
+        self._arrays = arrays
         self._pad = encoding.pad
         self._tokens_per_call = TOKENS_PER_CALL.get(device_type, TOKENS_PER_CALL["cuda"])
 
@@ -123,25 +123,15 @@ class SampleSet(torch.utils.data.Dataset):
         firsts = self._arrays["score"][self._arrays["candidate_start"][:-1]]
         return bool((self._arrays["score"] == np.repeat(firsts, counts)).all())
 
-    def scores(self, number):
-        """The candidates' scores as the sample file has them, float32 [candidates]."""
-        return self._of_candidates("score", number)
+    def figures(self, name, number):
+        """What the candidates of sample `number` have, an array whose first dimension they are; None where the split
+        has none.
 
-    def rouge(self, number):
-        """The candidates' ROUGE-1, -2 and -Lsum F-measure, float32 [candidates, 3]; not for a training split."""
-        return self._of_candidates("rouge", number)
-
-    def likelihood(self, number):
-        """The candidates' log-probabilities and numbers of tokens, float32 [candidates, 2]; None where samples of the
-        split have none."""
-        return self._of_candidates("likelihood", number) if "likelihood" in self._arrays else None
-
-    def agreement(self, number):
-        """How much each candidate is like the others, as from `texts.scoring.agreement`, float32 [candidates]; not for
-        a training split."""
-        return self._of_candidates("agreement", number)
-
-    def _of_candidates(self, name, number):
+        name: "score", as the sample file has it; "rouge", F-measures of ROUGE-1, -2 and -Lsum, and "agreement", as from
+        `texts.scoring.agreement`, neither in a training split; or "likelihood", log-probability and number of tokens.
+        """
+        if name not in self._arrays:
+            return None
         start, end = self._arrays["candidate_start"][number : number + 2]
         return self._arrays[name][start:end]
 
@@ -150,7 +140,7 @@ class SampleSet(torch.utils.data.Dataset):
         texts, documents, candidates = [], [], []
         for number in numbers:
             documents.append(len(texts))
-            candidates.append(self._of_candidates("candidate_text", number) + len(texts))
+            candidates.append(self.figures("candidate_text", number) + len(texts))
             start, end = self._arrays["sample_start"][number : number + 2]
             bounds = self._arrays["text_start"][start : end + 1]
             texts += [self._arrays["ids"][begin:stop] for begin, stop in itertools.pairwise(bounds)]
@@ -162,7 +152,7 @@ class SampleSet(torch.utils.data.Dataset):
             torch.from_numpy(row_of_text[documents]),
             torch.from_numpy(row_of_text[documents + 1]),
             padded([row_of_text[each] for each in candidates], 0, torch.int64),
-            padded([self.scores(number) for number in numbers], 0, torch.float32),
+            padded([self.figures("score", number) for number in numbers], 0, torch.float32),
             padded([np.ones(len(each)) for each in candidates], 0, torch.bool),
         )
 
@@ -310,15 +300,27 @@ def load_samples(folder, encoding, max_num, rouge_tokens, device_type, say=print
     path = folder.parent / f"{folder.name}-{_digest(json.dumps(settings))}.tokens"
     stats = [(file.name, file.stat()) for file in files]
     fingerprint = _digest(json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]))
-    arrays = read_arrays(path, fingerprint)
+    arrays = _read_arrays(path, fingerprint)
     if arrays is None:
         say(f"making token ids of {len(files)} samples" + f": {path}" * keep)
         samples = map(read_sample, tqdm(files, unit=" samples", leave=False, disable=not sys.stderr.isatty()))
         arrays = tokenize_samples(samples, encoding, max_num, rouge_tokens)
         if keep:
-            write_arrays(path, fingerprint, arrays)
-            arrays = read_arrays(path, fingerprint)
+            with atomic_write(path) as file:
+                file.write(safetensors.numpy.save(arrays, {"samples": fingerprint}))
+            arrays = _read_arrays(path, fingerprint)
     return SampleSet(arrays, encoding, device_type)
+
+
+def _read_arrays(path, fingerprint):
+    """The arrays of a token file; None where it is no whole one, or of other samples."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:  # Of "numpy" the arrays would be read.
+            if (file.metadata() or {}).get("samples") == fingerprint:
+                return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 (it is no dict)
+    except (OSError, safetensors.SafetensorError):
+        pass
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------- batches
@@ -360,3 +362,10 @@ class LengthBatches(EpochBatches):
         in_update = min(per_update, self.size - number // self.accumulate * per_update)
         in_batch = min(self.batch_size, self.size - number * self.batch_size)
         return super().weight(number) * in_batch / in_update
+
+
+def training_batches(args, world, dataset):
+    """(the LengthBatches of this process, the DataLoader that yields for each what `dataset.batch` makes of it)"""
+    lengths = dataset.document_lengths
+    batches = LengthBatches(lengths, args.batch_size, args.accumulate_step, args.seed, world.rank, world.size)
+    return batches, worker_loader(dataset, batches, args.num_workers, world.device, dataset.batch, say=world.say)

@@ -32,7 +32,7 @@ from utils import read_lines
 from harness import arguments, devices, distributed, endings
 from harness.arguments import positive_int
 from harness.endings import UserError
-from harness.files import place_digest, places, portable, write_record
+from harness.files import places, portable, write_record
 from harness.machine import describe_machine
 from harness.precision import add_half_precision, choose_precision
 from harness.resume import changes
@@ -62,8 +62,8 @@ from search.generator import (
 )
 from texts import provenance
 from texts.documents import Document, add_dataset_arguments, read_splits
-from texts.samples import as_sample, read_sample, rouge_of, sample_files
-from texts.scoring import add_rouge_argument, check_references, mean_score, signature
+from texts.samples import as_sample, read_sample, sample_files
+from texts.scoring import add_rouge_argument, check_references, mean_score, score, signature
 from texts.sentences import SentenceSplitter
 
 EXPERIMENT = "simcls_evaluation"
@@ -152,10 +152,6 @@ def refuse_to_replace(output, arguments, used):
         record = json.loads(output.read_bytes())
         ours = record["experiment"] == EXPERIMENT
         was = changes({name: record["arguments"].get(name) for name in arguments}, arguments)
-        theirs = {name: digest for name, digest in record.get("places", {}).items() if name in arguments}
-        # Older records have the places of relative paths, too.
-        ours = {name: place_digest(str(arguments[name])) for name in theirs} | used["places"]
-        record, used = record | {"places": theirs}, used | {"places": ours}
         was = was or ", ".join(text for key, text in USED.items() if record.get(key) != used.get(key))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         ours = False
@@ -239,7 +235,7 @@ def load_candidates(args, world, precision):
     check_references((document.summary for document in documents), args.rouge_tokens, args.dataset_name)
     generator = load_search(args, world, precision, args.search)
     samples = plain = generate_samples(generator, documents, args.cand_gen_batch, args.rouge_tokens)
-    if not generator.is_plain:
+    if not begins_with_beam_search(generator.settings):
         beam = load_search(args, world, precision, "beam")
         plain = generate_samples(beam, documents, args.cand_gen_batch, args.rouge_tokens)
     splitter = SentenceSplitter(document.text for document in documents).kind
@@ -282,7 +278,9 @@ def read_samples(args):
     """The Candidates of --samples; a line where there can be no row of plain beam search."""
     samples = [read_sample(path) for path in sample_files(args.samples)]
     check_references((" ".join(sample["abstract"]) for sample in samples), args.rouge_tokens, args.samples)
-    samples = [sample | {"rouge": rouge_of(sample, args.rouge_tokens)} for sample in samples]
+    for sample in samples:
+        texts = [sentences for sentences, _ in sample["candidates"]]
+        sample["rouge"] = score(sample["abstract"], texts, args.rouge_tokens)
     made = provenance.read(args.samples) or {}
     origin = made.get("candidates")
     is_plain = origin is not None and begins_with_beam_search(origin["search"])

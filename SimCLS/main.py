@@ -15,13 +15,12 @@ from pathlib import Path
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import torch
-from data_utils import LengthBatches, load_samples
+from data_utils import load_samples, training_batches
 from model import load_scorer
 from pretrained import half_precision_name
 
 from harness import determinism, devices, distributed, endings
 from harness.endings import UserError
-from harness.loading import worker_loader
 from harness.memory import SavedBytes
 from harness.precision import choose_precision
 from harness.timing import PhaseTimer
@@ -140,13 +139,6 @@ def load_data(args, world, encoding, description):
         f"candidates, cut to {encoding.total_len} and {encoding.max_len} tokens"
     )
     return train_set, val_set
-
-
-def training_batches(args, world, train_set):
-    """(the LengthBatches of this process, the DataLoader that yields a Batch for each)"""
-    lengths = train_set.document_lengths
-    batches = LengthBatches(lengths, args.batch_size, args.accumulate_step, args.seed, world.rank, world.size)
-    return batches, worker_loader(train_set, batches, args.num_workers, world.device, train_set.batch, say=world.say)
 
 
 def choose_device(args):

@@ -1,11 +1,14 @@
 """One training run: its files (a lock, its state while it trains, its record when it has), and its epochs."""
 
 import contextlib
+import itertools
 import json
+import math
 import sys
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from harness.arguments import FLAG
@@ -258,8 +261,35 @@ class Run:
         self.world.say(f"stopped after {self.args.max_steps} steps: {self.path('.json')}")
 
     def may_go_on(self):
-        """Whether training can go on from here: no loss is NaN."""
-        return True
+        """Whether training can go on from here: no weight, and no sum of losses, is NaN or infinite in this process."""
+        parts = [part for part in self.state.values() if isinstance(part, torch.nn.Module)]
+        tensors = itertools.chain(*((*part.parameters(), *part.buffers()) for part in parts))
+        return all(bool(tensor.isfinite().all()) for tensor in tensors)
+
+    def check_finite(self, epoch, loss, advice):
+        """UserError, which gives `advice`, when the mean `loss` of an Epoch, or a weight after it, is not finite."""
+        if math.isfinite(loss) and self.may_go_on():
+            return
+        what = "weights became NaN or infinite" if math.isfinite(loss) else f"the loss became {loss}"
+        kept = f"; {self.path('.state')} is from before it" if self.path(".state").exists() else ""
+        raise UserError(f"{what} in epoch {epoch.number + 1}{kept}. {advice}")
+
+    def take_down(self, epoch, evaluation_seconds, **figures):
+        """Append an Epoch to the history: its `figures`, and what is measured of any."""
+        within = epoch.timing["phases"].get("validation")
+        seconds = epoch.timing["seconds"] - (within["host_ms"]["total"] / 1e3 if within else 0)
+        self.history.append(
+            {
+                "epoch": epoch.number + 1,
+                **figures,
+                "samples_per_second": epoch.samples / seconds,
+                "peak_memory": epoch.timing["peak_memory"],
+                # Until the epoch's figures were known: what it takes to reach an accuracy.
+                "elapsed_seconds": self.elapsed_seconds(),
+                "evaluation_seconds": evaluation_seconds,
+                "timing": epoch.timing,
+            }
+        )
 
     # -------------------------------------------------------------------------------------- its state and its record
 

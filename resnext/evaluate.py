@@ -62,6 +62,7 @@ class Known(NamedTuple):
 
 def main():
     args = get_args_parser().parse_args()
+    args.output_dir = args.output_dir or args.run.parent
     device = devices.choose(args)
     model, record = load_model(args.run), read_record(args.run)
     on_test_pictures = not (args.pictures or args.export)
@@ -170,7 +171,7 @@ def predict(model, batches, precision, layout):
 def what_is_judged(args, data, known):
     """What an evaluation is of, as its JSON says; UserError where one of something else would be replaced."""
     judged = {"digest": data.digest, "mean": known.mean.tolist(), "std": known.std.tolist()}
-    path = (args.output_dir or args.run.parent) / f"{args.run.stem}.evaluation.json"
+    path = args.output_dir / f"{args.run.stem}.evaluation.json"
     try:
         there = json.loads(path.read_bytes())["data"]
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
@@ -211,15 +212,14 @@ def tell(args, record, data, judged, predictions):
         "confusion": matrix.tolist(),
         "surest_and_wrong": wrong,
     }
-    folder = args.output_dir or args.run.parent
-    write_json(folder / f"{args.run.stem}.evaluation.json", results)
+    write_json(args.output_dir / f"{args.run.stem}.evaluation.json", results)
     figures = {"confusion": draw_matrix(matrix, data.classes, f"{args.run.stem}: {predictions.accuracy():.2f} %")}
     if wrong:
         figures["mistakes"] = draw_mistakes(mistakes, data.test_images, predictions, data.classes)
     for name, figure in figures.items():
-        with atomic_write(folder / f"{args.run.stem}.{name}.png") as file:
+        with atomic_write(args.output_dir / f"{args.run.stem}.{name}.png") as file:
             figure.savefig(file, format="png", dpi=100)
-    print(f"\nwritten: {folder / args.run.stem}.{{evaluation.json,{'.png,'.join(figures)}.png}}")
+    print(f"\nwritten: {args.output_dir / args.run.stem}.{{evaluation.json,{'.png,'.join(figures)}.png}}")
 
 
 def beside_record(record, judged, predictions):

@@ -20,17 +20,17 @@ from harness.arguments import (
     seed,
     workers,
 )
-from harness.endings import UserError
 from harness.files import atomic_write
 from harness.loading import EpochBatches
 from harness.memory import keep_freed_memory
 from harness.precision import add_half_precision, choose_precision
 from harness.run_log import timing_figures
 from harness.timing import nvtx_range
-from image_loaders import evaluation_batches, loading_of, training_loader
+from image_loaders import DeviceImages, evaluation_batches, training_loader
 from images import SIZE, load_images
 from models.resnext import parse_name
 from techniques import describe_effect, describe_prospects, describe_run
+from weights import start_from
 
 LARGEST = 4096  # Sides of a picture, in pixels: all pictures are kept in memory.
 SECONDS_BETWEEN_READS = 2.0  # Of the running loss, which is on the device.
@@ -130,13 +130,18 @@ def run_name(args, suffix=""):
     return "_".join(parts) + suffix
 
 
-def load_data(args, world, run):
-    """The ImageData of the arguments; what it is, is said, and stands in the record."""
+def load_parts(args, world, run, kind, **more):
+    """(the ImageData of the arguments, a model of `kind` for it, on this process's device); the record says what they
+    are. more: what `kind` takes besides its size and the classes."""
     with world.first_on_machine():
         data = load_images(args.dataset, args.data_dir, args.size)
     run.facts["data"] = data.state_dict()
     world.say(str(data))
-    return data
+    torch.manual_seed(args.seed)
+    model = kind(*parse_name(args.model), num_classes=len(data.classes), **more)
+    start_from(args.init, model, data.classes, world.say)
+    run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
+    return data, model.to(world.device)
 
 
 def training_batches(args, world, data, run, **layout):
@@ -147,7 +152,7 @@ def training_batches(args, world, data, run, **layout):
     """
     batches = EpochBatches(len(data.train_labels), args.batch_size, args.seed, world.rank, world.size)
     loader = training_loader(args.loader, data, args.seed, batches, args.num_worker, world.device, world.say, **layout)
-    run.facts["loading"] = loading_of(loader)
+    run.facts["loading"] = "device" if isinstance(loader, DeviceImages) else "workers"
     return batches, loader
 
 
@@ -191,10 +196,6 @@ class Metrics(torch.nn.Module):
         """(mean loss, accuracy in percent) of all processes; without a World, of this one. It waits for the device."""
         loss, correct, count = (self.totals if world is None else world.sum(self.totals.clone())).tolist()
         return loss / max(count, 1), 100 * correct / max(count, 1)
-
-    def finite(self):
-        """Whether no loss of the epoch was NaN or infinite in this process."""
-        return bool(self.totals.isfinite().all())
 
 
 def evaluate(model, data, precision, world, batch_size, stop, **layout):
@@ -243,34 +244,13 @@ class ImageRun(runs.Run):
         alike = re.compile(rf"{before}(device|\d+_worker){re.escape(after)}")
         return [path for path in sorted(self.folder.glob("*.state")) if alike.fullmatch(path.stem)]
 
-    def may_go_on(self):
-        weights = self.state["model"].parameters()
-        return self.state["metrics"].finite() and all(bool(weight.isfinite().all()) for weight in weights)
-
     def add_epoch(self, epoch, test_acc, evaluation_seconds):
-        """Append an Epoch to the history; UserError when its loss is not finite."""
+        """Append an Epoch to the history; UserError when its loss or a weight is not finite."""
         loss, acc = self.state["metrics"].result(self.world)
-        if not np.isfinite(loss):
-            kept = f"; {self.path('.state')} is from before it" if self.path(".state").exists() else ""
-            raise UserError(
-                f"the loss became {loss} in epoch {epoch.number + 1}{kept}. "
-                "Use a smaller --lr, or bfloat16 or single precision instead of float16"
-            )
+        advice = "Use a smaller --lr, or bfloat16 or single precision instead of float16"
+        self.check_finite(epoch, loss, advice)
         self.state["metrics"].totals.zero_()
-        self.history.append(
-            {
-                "epoch": epoch.number + 1,
-                "loss": loss,
-                "acc": acc,
-                "test_acc": test_acc,
-                "samples_per_second": epoch.samples / epoch.timing["seconds"],
-                "peak_memory": epoch.timing["peak_memory"],
-                # Until the epoch's accuracy was known: what it takes to reach an accuracy.
-                "elapsed_seconds": self.elapsed_seconds(),
-                "evaluation_seconds": evaluation_seconds,
-                "timing": epoch.timing,
-            }
-        )
+        self.take_down(epoch, evaluation_seconds, loss=loss, acc=acc, test_acc=test_acc)
         # Before the state is saved, so that a run that goes on from it keeps them.
         self.log.line(self.line())
         self.log.plot(self._figures(), epoch.number + 1)

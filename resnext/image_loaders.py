@@ -135,11 +135,6 @@ class DeviceImages:
         return pixels.float().mul_(1 / 255).sub_(self.mean).div_(self.std).to(self.dtype)  # normalise(), in place.
 
 
-def loading_of(loader):
-    """What a loader of `training_loader` is: "device" or "workers"."""
-    return "device" if isinstance(loader, DeviceImages) else "workers"
-
-
 def training_loader(kind, data, seed, batches, num_workers, device, say=print, **layout):
     """The loader of training batches: kind "workers" or "device"; falls back to workers where the device is full.
 

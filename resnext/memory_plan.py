@@ -1,11 +1,4 @@
-"""--policy and --memory_budget in a training script: what backward redoes, so that forward need not keep it.
-
-model.policy = args.policy
-plan = plan_memory(model, data, args, world, precision, run)
-saved, cost = SavedBytes(model), StepCost(model, device, enabled=plan is not None)
-# ... the training steps ...
-compare_with_plan(plan, saved, cost, run)
-"""
+"""--policy and --memory_budget in a training script: what backward redoes, so that forward need not keep it."""
 
 from harness import arguments
 from harness.loading import largest_batch

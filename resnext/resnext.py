@@ -14,12 +14,11 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import torch
 from torch import nn
 
-from experiment import Metrics, conduct, evaluate, get_args_parser, load_data, training_batches
+from experiment import Metrics, conduct, evaluate, get_args_parser, load_parts, training_batches
 from harness import endings
 from harness.memory import SavedBytes
 from harness.timing import PhaseTimer
-from models.resnext import ResNeXt, parse_name
-from weights import start_from
+from models.resnext import ResNeXt
 
 
 def main():
@@ -27,19 +26,9 @@ def main():
     conduct(args, "resnext", "_keep_memory" * args.keep_memory, train)
 
 
-def load_parts(args, world, run):
-    """(the ImageData, the model on this process's device)"""
-    data = load_data(args, world, run)
-    torch.manual_seed(args.seed)
-    model = ResNeXt(*parse_name(args.model), num_classes=len(data.classes))
-    start_from(args.init, model, data.classes, world.say)
-    run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
-    return data, model.to(world.device)
-
-
 def train(args, world, precision, run):
     device = world.device
-    data, model = load_parts(args, world, run)
+    data, model = load_parts(args, world, run, ResNeXt)
     parallel_model = world.wrap(model)
     criterion = nn.CrossEntropyLoss()
     optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=5e-4, fused=device.type == "cuda")

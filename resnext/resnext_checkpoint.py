@@ -14,15 +14,13 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import torch
 from torch import nn
 
-from experiment import Metrics, conduct, evaluate, get_args_parser, load_data, training_batches
+from experiment import Metrics, conduct, evaluate, get_args_parser, load_parts, training_batches
 from harness import endings
 from harness.memory import SavedBytes
 from harness.planning import StepCost
 from harness.timing import PhaseTimer
 from memory_plan import add_budget_arguments, compare_with_plan, plan_memory, policy_label
-from models.resnext import parse_name
 from models.resnext_checkpoint import DEFAULT_POLICY, CheckpointResNeXt
-from weights import start_from
 
 
 def main():
@@ -34,19 +32,9 @@ def main():
     conduct(args, "resnext_checkpoint", suffix + "_keep_memory" * args.keep_memory, train, policy=policy)
 
 
-def load_parts(args, world, run):
-    """(the ImageData, the model on this process's device)"""
-    data = load_data(args, world, run)
-    torch.manual_seed(args.seed)
-    model = CheckpointResNeXt(*parse_name(args.model), num_classes=len(data.classes), policy=args.policy)
-    start_from(args.init, model, data.classes, world.say)
-    run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
-    return data, model.to(world.device)
-
-
 def train(args, world, precision, run):
     device = world.device
-    data, model = load_parts(args, world, run)
+    data, model = load_parts(args, world, run, CheckpointResNeXt, policy=args.policy)
     plan = plan_memory(model, data, args, world, precision, run)
     parallel_model = world.wrap(model)
     criterion = nn.CrossEntropyLoss()

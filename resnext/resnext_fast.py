@@ -25,7 +25,7 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import torch
 from torch import nn
 
-from experiment import Metrics, conduct, evaluate, get_args_parser, load_data, training_batches
+from experiment import Metrics, conduct, evaluate, get_args_parser, load_parts, training_batches
 from harness import devices, endings
 from harness.arguments import FLAG, OneLineParser, learning_rate, share
 from harness.loading import largest_batch
@@ -37,10 +37,9 @@ from harness.timing import PhaseTimer
 from layouts import choose_layout
 from memory_plan import add_budget_arguments, compare_with_plan, plan_memory, policy_label
 from models.grouped_convolution import FORMS
-from models.resnext import ResNeXt, parse_name
+from models.resnext import ResNeXt
 from models.resnext_checkpoint import CheckpointResNeXt
 from muon import Muon
-from weights import start_from
 
 WARMUP = 0.2  # The share of training in which the learning rate rises.
 LEARNING_RATES = {"muon": 0.1, "sgd": 0.1, "adam": 0.01}  # Where --lr names none.
@@ -178,26 +177,20 @@ def for_full_batches(model, data, args, precision, run, layout):
     return lambda images: (fast_model if len(images) == full else model)(images)
 
 
-def load_parts(args, world, precision, run):
+def load_laid_out(args, world, precision, run):
     """(the ImageData, the model on this process's device, memory_format and dtype of pictures in it)"""
-    data = load_data(args, world, run)
-    torch.manual_seed(args.seed)
     # A budget's plan is made for the layout: until then nothing is redone.
     policy = {"policy": args.policy or frozenset()}
     kind, redone = (CheckpointResNeXt, policy) if policy_label(args) else (ResNeXt, {})
-    model = kind(*parse_name(args.model), num_classes=len(data.classes), **redone)
-    start_from(args.init, model, data.classes, world.say)
-    model.to(world.device)
+    data, model = load_parts(args, world, run, kind, **redone)
     chosen = choose_layout(model, data, args, world, precision, run)
     chosen.apply(model)
-    layout = {"memory_format": chosen.memory_format, "dtype": precision.dtype or torch.float32}
-    run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
-    return data, model, layout
+    return data, model, {"memory_format": chosen.memory_format, "dtype": precision.dtype or torch.float32}
 
 
 def train(args, world, precision, run):
     device = world.device
-    data, model, layout = load_parts(args, world, precision, run)
+    data, model, layout = load_laid_out(args, world, precision, run)
     plan = plan_memory(model, data, args, world, precision, run, **layout)
     parallel_model = world.wrap(model)
     fast_model = for_full_batches(parallel_model, data, args, precision, run, layout)

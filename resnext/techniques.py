@@ -132,33 +132,28 @@ def describe_prospects(run, timing):
         for value in values.values()
         if isinstance(value, torch.Tensor)
     )
-    plan = plan_of(run, _policy(run), half_precision=True)
+    asked = getattr(args, "policy", None)
+    policy = frozenset(run.facts["plan"]["redo"]) if run.facts.get("plan") else asked
+    plan = plan_of(run, frozenset() if policy in (None, "nested") else policy, half_precision=True)
     classifier = 6 * batch // world.size * run.state["model"].linear.weight.numel()  # What follows the plan's steps.
     flops = plan.plain_flops + plan.extra_flops + classifier
     memory = (
         f"predicted: {_mib(plan.held_bytes)} MiB kept from forward to backward, {_mib(plan.peak_bytes)} at the peak"
     )
-    if getattr(args, "policy", None) == "nested":
-        memory = "what the policy nested holds is not predicted"
+    least = "about"
+    if asked == "nested":  # Which no plan tells of: these are the operations of a step that redoes none.
+        least, memory = "at least", "what the policy nested holds is not predicted"
     peak = timing["peak_memory"]
     allocated = f"; the allocator's peak was {_mib(peak['allocated_bytes'])}" if peak else ""
     steps = -(-pictures // args.batch_size)
     return (
-        f"{run.facts['parameters']:,} parameters; about {flops / 1e9:.4g} GFLOP a step, forward and backward"
+        f"{run.facts['parameters']:,} parameters; {least} {flops / 1e9:.4g} GFLOP a step, forward and backward"
         + f", in each of {world.size} processes" * (world.size > 1),
         f"{memory}; {_mib(2 * weights + moments)} for weights, gradients and the optimizer{allocated}",
         f"{steps} steps an epoch, {step:.4g} s each (the median of {timing['phases']['step']['count'] or 1}); "
         f"{args.num_epoch} epochs with evaluation would take about {seconds:.0f} s "
         f"({datetime.timedelta(seconds=round(seconds))})",
     )
-
-
-def _policy(run):
-    """That of an ImageRun, as CheckpointResNeXt takes it."""
-    if run.facts.get("plan"):
-        return frozenset(run.facts["plan"]["redo"])
-    policy = getattr(run.args, "policy", None)
-    return frozenset() if policy in (None, "nested") else policy
 
 
 def _mib(size):

@@ -7,8 +7,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from data_utils import ROUGE
 
 from harness.distributed import World
+from harness.endings import UserError
 from search import ranked_generator
 from search.generator import fingerprint, is_of, load_generator, own_length, own_source_length
 from search.ranked_generator import BrioRun, Means, RankedGenerator, RankedSamples
@@ -19,6 +21,7 @@ pytestmark = pytest.mark.slow
 
 SCRIPT = "SimCLS/brio.py"
 CPU = torch.device("cpu")
+EPOCH = SimpleNamespace(number=0, samples=1, timing={"seconds": 1.0, "phases": {}, "peak_memory": None})
 
 
 @pytest.mark.parametrize("length_penalty", [0.0, 0.6])
@@ -109,16 +112,34 @@ def test_a_generators_samples_are_its_own_in_whatever_precision(encoders):
 
 def test_the_generator_of_the_best_epoch_is_kept(tmp_path):
     """And one that is no better than the generator as it was, if no epoch is."""
-    args = SimpleNamespace(save_dir=tmp_path, resume=False, restart=False, generator_name="x")
-    kept, run = [], BrioRun.__new__(BrioRun)
-    run.args, run.world, run.folder, run.history, run.facts = args, World(0, 1, CPU), tmp_path, [], {}
-    losses = dict.fromkeys(Means.names, 1.0)
+    kept, losses = [], dict.fromkeys(Means.names, 1.0)
+    run = BrioRun(SimpleNamespace(save_dir=tmp_path), World(0, 1, CPU))
     for rouge in (0.3, 0.5, 0.4, 0.45, 0.6):
         ranked = SimpleNamespace(save=lambda folder, rouge=rouge: kept.append(rouge))
         run.state = {"means": SimpleNamespace(take=lambda world: losses), "ranked": ranked}
-        epoch = SimpleNamespace(number=0, samples=1, timing={"seconds": 1.0, "peak_memory": None})
-        run.add_epoch(epoch, {f"val_{name}": rouge for name in ("rouge1", "rouge2", "rougeL")}, 0.0)
+        run.add_epoch(EPOCH, {f"val_{name}": rouge for name in ROUGE}, 0.0)
     assert kept == [0.3, 0.5, 0.6]
+
+
+def test_weights_that_became_nan_are_not_kept(tmp_path):
+    """The last gradients may be infinite where every loss was finite."""
+    run = BrioRun(SimpleNamespace(save_dir=tmp_path), World(0, 1, CPU))
+    ranked, means = torch.nn.Linear(2, 1), Means(CPU)
+    ranked.weight.data[0, 0] = float("nan")
+    means.add(1.0, 2, *torch.ones(3))
+    run.state = {"ranked": ranked, "means": means}
+    assert not run.may_go_on()
+    with pytest.raises(UserError, match=r"^weights became NaN or infinite in epoch 1\. Use a smaller --lr"):
+        run.add_epoch(EPOCH, dict.fromkeys([f"val_{name}" for name in ROUGE], 0.3), 0.0)
+    assert run.history == list(tmp_path.iterdir()) == []
+
+
+def test_a_run_that_ends_before_max_steps_is_a_whole_one(run_script, encoders, sample_folder, tmp_path):
+    printed = run_script(SCRIPT, "--generator_name", encoders["t5"], "--dataset", sample_folder, "--save_dir", "brio",
+                         "--num_epoch", 1, "--num_workers", 0, "--max_steps", 1000, cwd=tmp_path).stdout  # fmt: skip
+    (epoch,) = json.loads((tmp_path / "brio" / "brio.json").read_text())["epochs"]
+    mean = 100 * sum(epoch[f"val_{name}"] for name in ROUGE) / 3
+    assert f"brio: best validation ROUGE {mean:.2f} (mean of the three)\n" in printed
 
 
 def test_each_process_writes_its_share_and_the_best_candidate_counts(monkeypatch):

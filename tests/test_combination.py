@@ -20,23 +20,21 @@ class Known:
         draws = np.random.default_rng(0)
         self.tokens = draws.integers(5, 40, (200, 6))
         self.means = draws.normal(-1, 0.5, (200, 6))
-        self.figures = self.means + draws.normal(0, 0.1, (200, 6))
+        self.means_of_rouge = self.means + draws.normal(0, 0.1, (200, 6))
         self.scores = draws.normal(0, 0.005, (200, 6))
-        self.alike = self.figures + draws.normal(0, 0.3, (200, 6))
+        self.alike = self.means_of_rouge + draws.normal(0, 0.3, (200, 6))
         self.document_lengths, self.with_likelihood = np.zeros(200), with_likelihood
 
     def __len__(self):
         return 200
 
-    def rouge(self, number):
-        return self.figures[number, :, None].repeat(3, axis=1)
-
-    def likelihood(self, number):
+    def figures(self, name, number):
         pairs = self.means[number] * self.tokens[number], self.tokens[number]
-        return np.stack(pairs, axis=-1) if self.with_likelihood else None
-
-    def agreement(self, number):
-        return self.alike[number]
+        return {
+            "rouge": self.means_of_rouge[number, :, None].repeat(3, axis=1),
+            "likelihood": np.stack(pairs, axis=-1) if self.with_likelihood else None,
+            "agreement": self.alike[number],
+        }[name]
 
 
 def fit(samples, scale=1.0):
@@ -56,11 +54,11 @@ def test_what_counts_beside_the_score_is_fitted_on_validation():
     weights = fit(known)
     assert weights["power"] == 1.0
     assert weights["gain"] > 0.5
-    samples = [{"likelihood": known.likelihood(n), "agreement": known.agreement(n)} for n in range(200)]
+    samples = [{name: known.figures(name, n) for name in combination.TERMS} for n in range(200)]
     chosen = {}
     for name, each in {"alone": None, "weighted": weights}.items():
         places = choices.by_scorer(list(known.scores), samples, each)
-        chosen[name] = np.mean([known.figures[number][place] for number, place in enumerate(places)])
+        chosen[name] = np.mean([known.means_of_rouge[number][place] for number, place in enumerate(places)])
     assert chosen["weighted"] - chosen["alone"] == pytest.approx(weights["gain"])
 
 
@@ -68,7 +66,7 @@ def test_what_counts_beside_the_score_is_fitted_on_validation():
 def test_terms_count_by_how_well_they_know(with_likelihood):
     """Errors of 0.2, 0.1 and 0.3 in score, likelihood and agreement: the best weights are as their inverse squares."""
     known = Known(with_likelihood)
-    known.scores = known.figures + np.random.default_rng(1).normal(0, 0.2, (200, 6))
+    known.scores = known.means_of_rouge + np.random.default_rng(1).normal(0, 0.2, (200, 6))
     weights = fit(known)
     likely = 0.2**2 / 0.1**2 if with_likelihood else 0.0
     alike = 0.2**2 / 0.3**2
@@ -82,7 +80,7 @@ def test_terms_count_by_how_well_they_know(with_likelihood):
 
 def test_a_scorer_that_knows_all_needs_nothing_beside_it():
     known = Known()
-    known.scores = known.figures
+    known.scores = known.means_of_rouge
     weights = fit(known, 100.0)
     assert (weights["likelihood"], weights["agreement"]) == (pytest.approx(0, abs=1e-9), pytest.approx(0, abs=1e-9))
     assert weights["gain"] == 0
@@ -120,7 +118,8 @@ def test_the_likelihood_counts_by_a_power_that_makes_the_likelier_the_better():
 
 def test_shares_of_processes_make_one_fit():
     known = Known()
-    judged = [(known.scores[n], known.likelihood(n), known.agreement(n), known.figures[n]) for n in range(200)]
+    terms = [[known.figures(name, n) for name in combination.TERMS] for n in range(200)]
+    judged = [(known.scores[n], *terms[n], known.means_of_rouge[n]) for n in range(200)]
     whole, sums = combination.regress(judged), []
     combination.regress(judged[::2], lambda own: sums.append(own) or own)
     # The second process, whose sums come together with those of the first as far as they do not hang on the fit.

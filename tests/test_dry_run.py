@@ -40,7 +40,7 @@ def test_a_dry_run_tells_its_steps_and_writes_nothing(pictures, tmp_path, more):
 
 
 def prospects(pictures, policy=None, plan=None):
-    """(the numbers in describe_prospects' lines, the model) for steps of 100 ms, forward 40 ms."""
+    """(the numbers in describe_prospects' lines, the model, the first line) for steps of 100 ms, forward 40 ms."""
     args = get_args_parser("").parse_args(TINY.split())
     args.policy, model = policy, ResNeXt(1, 4, num_classes=2)
     optimizer = torch.optim.Adam(model.parameters())
@@ -56,11 +56,13 @@ def prospects(pictures, policy=None, plan=None):
         state={"data": load_images("folder", pictures), "model": model, "optimizer": optimizer},
     )  # fmt: skip
     lines = describe_prospects(run, {"phases": phases, "peak_memory": None})
-    return [float(number) for line in lines for number in re.findall(r"(?<![\w.:])\d+(?:\.\d+)?(?![\d:])", line)], model
+    numbers = [float(number) for line in lines for number in re.findall(r"(?<![\w.:])\d+(?:\.\d+)?(?![\d:])", line)]
+    return numbers, model, lines[0]
 
 
 def test_a_dry_run_foretells_flops_memory_and_seconds(pictures):
-    found, model = prospects(pictures)
+    found, model, first = prospects(pictures)
+    assert first.startswith("9 parameters; about ")
     images, mib = torch.zeros(8, 3, 32, 32), 2**20
     with FlopCounterMode(display=False) as counter, SavedBytes(model) as saved:
         model(images)
@@ -79,6 +81,9 @@ def test_a_dry_run_foretells_what_a_policy_and_a_plan_keep(pictures):
     planned = prospects(pictures, plan={"redo": ["stem.relu1"]})[0]
     assert block[2] < planned[2] < plain[2]
     assert block[1] > plain[1]
+    nested, _, first = prospects(pictures, "nested")
+    assert first.startswith("9 parameters; at least ")
+    assert nested[1] == plain[1]
 
 
 def test_a_dry_run_of_the_scorer_counts_no_backward_through_frozen_layers(encoders, sample_folder):

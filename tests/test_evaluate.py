@@ -23,7 +23,6 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from harness.distributed import World
 from harness.endings import UserError
-from harness.files import place_digest, places
 from harness.precision import choose_precision
 from scorer import choices
 from scorer.metrics import validate
@@ -31,8 +30,8 @@ from scorer.scorer_arguments import get_args_parser
 from scorer.significance import bootstrap_interval, permutation_test, summarise
 from search.generator import search_settings
 from texts import provenance
-from texts.samples import as_sample, read_sample, rouge_of, sample_files
-from texts.scoring import agreement
+from texts.samples import as_sample, read_sample, sample_files
+from texts.scoring import agreement, score
 from texts.sentences import SentenceSplitter
 
 pytestmark = pytest.mark.slow
@@ -144,7 +143,7 @@ def test_samples_are_scored_as_in_training(run_script, sample_folder, encoders, 
     dataset = SampleSet(tokenize_samples(samples, encoding, 16, "standard"), encoding, "cpu")
     args = get_args_parser("").parse_args([])
     expected = validate(scorer, dataset, args, choose_precision(None, cpu), World(0, 1, cpu))
-    first = np.mean([dataset.rouge(number)[0] for number in range(12)], axis=0)
+    first = np.mean([dataset.figures("rouge", number)[0] for number in range(12)], axis=0)
     for place, metric in enumerate(("rouge1", "rouge2", "rougeL")):
         means = {name: figures[metric]["mean"] for name, figures in record["systems"].items()}
         assert means["SimCLS"] == pytest.approx(expected[f"val_{metric}"], abs=1e-6)
@@ -227,21 +226,20 @@ def test_generated_candidates_are_those_of_the_chain(run_script, encoders, score
     check(one["arguments"], used)
 
 
-def test_an_older_record_has_the_places_of_relative_paths_too(tmp_path, monkeypatch):
-    """And of --output, which does not count: such an evaluation may be done again, but not from another folder."""
-    arguments, path = {"samples": "test", "scorer_path": "scorer.bin"}, tmp_path / "evaluation.json"
-    (tmp_path / "one").mkdir()
-    monkeypatch.chdir(tmp_path / "one")
-    old = {
-        name: place_digest(each) for name, each in {**arguments, "scorer_path": "/x/scorer.bin", "output": path}.items()
-    }
-    path.write_text(json.dumps({"experiment": evaluate_model.EXPERIMENT, "arguments": arguments, "places": old}))
-    used = {"places": places({"samples": Path("test"), "scorer_path": Path("/x/scorer.bin")})}
-    assert used["places"].keys() == {"scorer_path"}
-    evaluate_model.refuse_to_replace(path, arguments, used)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="other folders of the same names"):
-        evaluate_model.refuse_to_replace(path, arguments, used)
+def test_an_evaluation_by_relative_paths_can_be_repeated_and_replaces_nothing_else(
+    run_script, sample_folder, scorer_path, tmp_path
+):
+    shutil.copytree(sample_folder / "test", tmp_path / "test")
+    for name in ("scorer.bin", "scorer.json"):
+        shutil.copy(scorer_path.with_name(name), tmp_path)
+    words = ["--samples", "test", "--scorer_path", "scorer.bin"]
+    run_script(EVALUATE, *words, cwd=tmp_path)
+    output = tmp_path / "evaluation.json"
+    assert json.loads(output.read_text())["places"] == {}
+    run_script(EVALUATE, *words, cwd=tmp_path)
+    output.write_text(json.dumps(json.loads(output.read_text()) | {"experiment": "another"}))
+    refused = run_script(EVALUATE, *words, cwd=tmp_path, code=2).stderr
+    assert "evaluation.json is there, an evaluation of something else; name another --output" in refused
 
 
 SENTENCES = [
@@ -285,7 +283,8 @@ def test_generated_samples_are_those_of_gen_candidate_and_preprocess(encoders, t
     assert any("5 mg. per day" in " ".join(sample["article_untok"]) for sample in read)
     for one, two in zip(made, read, strict=True):
         assert json.loads(json.dumps({key: value for key, value in one.items() if key != "rouge"})) == two
-        assert rouge_of(one).tolist() == rouge_of(two).tolist()
+        again = score(two["abstract"], [sentences for sentences, _ in two["candidates"]])
+        assert one["rouge"].tolist() == again.tolist()
 
     # Plain beam search beside them is by that generator with those settings, and no other.
     words = ["--samples", "test", "--generator_name", encoders["t5"], "--cand_gen_batch", "5"]

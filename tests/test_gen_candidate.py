@@ -352,6 +352,12 @@ def test_half_precision_on_a_cpu(tiny, tmp_path, monkeypatch, capsys):
     assert len(list(read_lines(only_folder(tmp_path) / "train.out"))) == 4 * 9
 
 
-def test_settings_that_one_side_alone_has_are_others():
-    assert candidate_files._changed({"a": 1, "c": 3, "d": 0}, {"a": 1, "b": 2, "d": 4}) == "b, c, d"
-    assert candidate_files._changed(None, {"a": 1}) == candidate_files._changed({"a": 1}, {"a": 1}) == ""
+def test_settings_that_one_side_alone_has_are_others(tmp_path):
+    files = candidate_files.CandidateFiles(tmp_path, "val", {"a": 1, "b": 2, "d": 4}, SimpleNamespace(rank=0))
+    files.prepare()
+    for there in ({"a": 1, "b": 2, "d": 4}, {"a": 1, "c": 3, "d": 0}):
+        files.settings_path.write_text(json.dumps(there))
+        if there == files.settings:
+            files.prepare()
+    with pytest.raises(UserError, match="val candidates that were made with other b, c, d; choose"):
+        files.prepare()

@@ -15,7 +15,6 @@ from image_loaders import (
     DeviceImages,
     augmentation,
     evaluation_batches,
-    loading_of,
     training_loader,
 )
 from images import SIZE, ImageData, load_images
@@ -203,10 +202,9 @@ def test_a_device_without_room_falls_back_to_workers(monkeypatch):
         "device", random_data(), 0, EpochBatches(40, 9, 0), 0, torch.device("cuda"), say=said.append
     )
     assert isinstance(loader, torch.utils.data.DataLoader)
-    assert loading_of(loader) == "workers"
     assert "do not fit on the device" in said[0]
     fits = training_loader("device", random_data(), 0, EpochBatches(40, 9, 0), 0, CPU)
-    assert loading_of(fits) == "device"
+    assert isinstance(fits, DeviceImages)
 
 
 def test_the_order_is_one_for_a_seed_and_an_epoch():

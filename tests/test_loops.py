@@ -11,17 +11,22 @@ BASELINE = "resnext.py"
 TECHNIQUE = {
     "resnext_checkpoint.py": (
         [
+            "data, model = load_parts(args, world, run, CheckpointResNeXt, policy=args.policy)",
             "plan = plan_memory(model, data, args, world, precision, run)",
             "cost = StepCost(model, device, enabled=plan is not None)",
             'with phase("forward"), precision.autocast(), saved.first_time(), cost.measured_forward():',
             'with phase("backward"), cost.measured_backward():',
             "compare_with_plan(plan, saved, cost, run)",
         ],
-        ['with phase("forward"), precision.autocast(), saved.first_time():', 'with phase("backward"):'],
+        [
+            "data, model = load_parts(args, world, run, ResNeXt)",
+            'with phase("forward"), precision.autocast(), saved.first_time():',
+            'with phase("backward"):',
+        ],
     ),
     "resnext_fast.py": (
         [
-            "data, model, layout = load_parts(args, world, precision, run)",
+            "data, model, layout = load_laid_out(args, world, precision, run)",
             "plan = plan_memory(model, data, args, world, precision, run, **layout)",
             "fast_model = for_full_batches(parallel_model, data, args, precision, run, layout)",
             "criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)",
@@ -38,7 +43,7 @@ TECHNIQUE = {
             "epoch.end(evaluate(model, data, precision, world, args.batch_size, run.stop, **layout))",
         ],
         [
-            "data, model = load_parts(args, world, run)",
+            "data, model = load_parts(args, world, run, ResNeXt)",
             "criterion = nn.CrossEntropyLoss()",
             'optimizer = torch.optim.Adam(model.parameters(), args.lr, weight_decay=5e-4, fused=device.type == "cuda")',
             "batches, loader = training_batches(args, world, data, run)",

@@ -110,7 +110,7 @@ def test_likelihoods_reach_their_candidates_and_a_wrong_line_is_named(tmp_path, 
     assert [pair for sample in found for pair in sample["likelihood"]] == [[-n - 0.5, n + 1] for n in range(9)]
     for wrong in (found[0]["likelihood"][:2], [[-1.0, 0]] * 3, [[float("nan"), 2]] * 3):
         (tmp_path / "wrong.json").write_text(json.dumps(found[0] | {"likelihood": wrong}))
-        with pytest.raises(UserError, match="has no list of .log-probability, tokens. for its candidates"):
+        with pytest.raises(UserError, match=r"2 likelihood;|likelihood.0 is not .log-probability, tokens."):
             read_sample(tmp_path / "wrong.json")
     args = [tmp_path / "bad" if word == tmp_path / "out" else word for word in args]
     for line in ("-1.5", "nan 3", "-2 0", "- 4"):

@@ -17,6 +17,7 @@ from conftest import ROOT, script_command
 
 from experiment import ImageRun, Metrics, evaluate, get_args_parser
 from harness.distributed import World
+from harness.endings import UserError
 from harness.epochs import Epoch
 from harness.files import output_lock
 from harness.loading import EpochBatches, worker_loader
@@ -113,6 +114,28 @@ def test_the_bar_shows_the_running_loss_and_seldom_asks_for_it(tiny, tmp_path, m
     assert shown == [{"loss": "2.000", "acc": "50.000"}]
     run.show_progress(bar)
     assert len(shown) == 2
+
+
+@pytest.mark.parametrize("broken", ["linear.weight", "bn1.running_var", "totals", None])
+def test_an_epoch_after_which_no_run_could_go_on_is_not_taken_down(broken, tiny, tmp_path, monkeypatch):
+    """The last gradients may be infinite where every loss was finite."""
+    monkeypatch.chdir(tmp_path)
+    run = ImageRun("resnext", "", get_args_parser("").parse_args(list(map(str, tiny))), World(0, 1, CPU))
+    run.state = {"data": None, "model": ResNeXt(1, 4, num_classes=2), "metrics": Metrics(CPU)}
+    tensors = run.state["model"].state_dict() | dict(run.state["metrics"].named_buffers())
+    if broken:
+        tensors[broken].view(-1)[0] = float("nan")
+    run.state["optimizer"] = torch.optim.SGD(run.state["model"].parameters())
+    assert run.may_go_on() == (broken is None)
+    epoch = Epoch(run, 0, 6)
+    epoch.timing = {"seconds": 1.0, "phases": {}, "peak_memory": None}
+    if broken:
+        what = "the loss became nan" if broken == "totals" else "weights became NaN or infinite"
+        with pytest.raises(UserError, match=f"^{what} in epoch 1. Use a smaller --lr"):
+            run.add_epoch(epoch, 50.0, 0.0)
+    else:
+        run.add_epoch(epoch, 50.0, 0.0)
+    assert len(run.history) == (broken is None)
 
 
 def test_metrics_wait_for_nothing_until_the_epoch_ends(monkeypatch):

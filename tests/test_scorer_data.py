@@ -2,10 +2,12 @@
 
 import json
 import os
+from pathlib import Path
 
 import data_utils
 import numpy as np
 import pytest
+import safetensors.numpy
 import torch
 from data_utils import LengthBatches, SampleSet, TextEncoding, load_samples, tokenize_samples
 from model import Scorer, load_encoder, load_scorer, score_samples
@@ -110,17 +112,21 @@ def test_token_file_is_used_until_something_changes(sample_folder, encoding, tmp
     fresh = SampleSet(
         tokenize_samples(map(read_sample, sample_files(folder)), encoding, 16, "standard"), encoding, "cpu"
     )
+    assert fresh._arrays["ids"].dtype == np.uint16
     for one, other in ((first, again), (again, fresh)):
+        assert all(array.dtype == other._arrays[name].dtype for name, array in one._arrays.items())
         for number in range(4):
-            np.testing.assert_array_equal(one.rouge(number), other.rouge(number))
-            assert one.scores(number).mean() == pytest.approx(one.rouge(number).mean(), abs=1e-6)
+            np.testing.assert_array_equal(one.figures("rouge", number), other.figures("rouge", number))
+            assert one.figures("score", number).mean() == pytest.approx(one.figures("rouge", number).mean(), abs=1e-6)
         for ours, theirs in zip(one.batch([3, 1]), other.batch([3, 1]), strict=True):
             assert str(ours) == str(theirs)
     assert load(max_num=3)[1]
     assert load(texts=TextEncoding(encoding.tokenizer, 60, 21))[1]
     assert not load()[1]
     (path,) = [path for path in tmp_path.glob("*.tokens") if not load()[1]][:1]
-    for damaged in (b"", b"\x93NUMPY garbage", path.read_bytes()[:-50]):
+    assert str(path) in Path("/proc/self/maps").read_text()  # Which is Linux's: it is mapped, not read.
+    foreign = safetensors.numpy.save({"ids": np.zeros(3)})
+    for damaged in (b"", b"\x08\0\0\0\0\0\0\0garbage", path.read_bytes()[:-50], foreign):
         for path in tmp_path.glob("*.tokens"):
             path.write_bytes(damaged)
         assert load()[1]
@@ -152,20 +158,27 @@ def test_published_samples_load(tmp_path, encoding):
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "0.json").write_text(json.dumps(sample, indent=3))
     dataset = load_samples(tmp_path / "test", encoding, 16, "standard", "cpu", print)
-    assert dataset.scores(0).tolist() == pytest.approx([0.4139, 0.2, 0.4139])
-    assert dataset.rouge(0).shape == (3, 3)
+    assert dataset.figures("score", 0).tolist() == pytest.approx([0.4139, 0.2, 0.4139])
+    assert dataset.figures("rouge", 0).shape == (3, 3)
 
 
 BAD_SAMPLES = [
     (b"{", "is not JSON"),
     (b'{"article": "\xff"}', "is not JSON"),
-    (b"[1]", "is no JSON object"),
-    (b'{"article": []}', "lacks the key 'abstract'"),
-    ({"candidates": [], "candidates_untok": []}, "has no candidates"),
-    ({"article": "one string"}, "under 'article'"),
-    ({"abstract_untok": [1]}, "under 'abstract_untok'"),
-    ({"candidates": [["a"]]}, "under 'candidates'"),
-    ({"candidates": [[["a"], 1], [["b"], 0.5]]}, "2 'candidates' but 1 'candidates_untok'"),
+    (b"[1]", "it is no object"),
+    (b'{"article": []}', "it has no abstract"),
+    ({"candidates": [], "candidates_untok": []}, "it has no candidates"),
+    ({"article": "one string"}, "article is not a list of sentences"),
+    ({"abstract_untok": [1]}, "abstract_untok is not a list of sentences"),
+    ({"candidates": 1}, "candidates is no list"),
+    *[
+        ({"candidates": [each]}, "candidates.0 is not [sentences, score]")
+        for each in (["a"], "ab", [[1], 0.5], [["a"], True], [["a"], 0.5, 1])
+    ],
+    ({"candidates": [[["a"], 1], [["b"], 0.5]]}, "it has 2 candidates, 1 candidates_untok"),
+    ({"likelihood": []}, "it has 1 candidates, 1 candidates_untok, 0 likelihood"),
+    ({"likelihood": None}, "it has 1 candidates, 1 candidates_untok, 0 likelihood"),
+    ({"likelihood": [[-1.0, 0]]}, "likelihood.0 is not [log-probability, tokens]"),
 ]
 
 

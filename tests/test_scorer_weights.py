@@ -16,6 +16,7 @@ from harness.endings import UserError
 from harness.epochs import Epoch
 from harness.resume import StopRequest, read_state
 from harness.timing import PhaseTimer
+from scorer.metrics import Metrics
 from scorer.scorer_arguments import cached_path, get_args_parser
 from scorer.scorer_run import ScorerRun
 
@@ -77,23 +78,11 @@ def result_of(loss):
     return {"val_loss": loss} | {f"{whose}_rouge{kind}": 0.3 for whose in ("val", "first") for kind in "12L"}
 
 
-class Sums:
-    """Metrics whose losses are all finite, or not."""
-
-    def __init__(self, good):
-        self.good = good
-
-    def finite(self, world):
-        return self.good
-
-    def epoch_loss(self, world):
-        return 1.0 if self.good else float("nan")
-
-    def gather(self, world):
-        pass
-
-    def state_dict(self):
-        return {}
+def sums_of(good):
+    """Metrics of 2 documents whose losses are all finite, or not."""
+    metrics = Metrics(CPU)
+    metrics.totals[:] = torch.tensor([2.0, 1.0 if good else float("nan"), 0.1])
+    return metrics
 
 
 def files(folder):
@@ -116,7 +105,7 @@ def test_of_equal_rouge_the_lower_loss_is_the_better(run):
 def test_a_diverged_run_leaves_the_files_as_they_were(run, loss, good_sums):
     run, scorer = run
     (run.folder / "x.json").write_text("of an earlier run")
-    before, run.state = files(run.folder), {"scorer": scorer, "metrics": Sums(good_sums)}
+    before, run.state = files(run.folder), {"scorer": scorer, "metrics": sums_of(good_sums)}
     epoch = Epoch(run, 0, 20)
     epoch.step = 8
     for keep, more in ((run.keep_within_epoch, ()), (run.add_epoch, (0,))):
@@ -148,7 +137,7 @@ def test_a_stopped_run_saves_only_what_it_can_go_on_from(run):
     broken = torch.nn.Linear(2, 2)
     broken.weight.data[0, 0] = float("nan")
     for weights, sums, saves in ((scorer, False, False), (broken, True, False), (scorer, True, True)):
-        run.state = {"scorer": weights, "metrics": Sums(sums)}
+        run.state = {"scorer": weights, "metrics": sums_of(sums)}
         with pytest.raises(KeyboardInterrupt) as stopped:
             run.keep_within_epoch(Epoch(run, 0, 8), None)  # Whose validation a stop has cut short.
         assert run.path(".state").exists() == saves

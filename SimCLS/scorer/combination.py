@@ -44,8 +44,9 @@ def fit(scorer, samples, args, precision, world):
     numbers = np.argsort(samples.document_lengths, kind="stable")[world.rank :: world.size]
     for part, _, scores, _ in score_samples(scorer, samples, numbers, 2 * args.batch_size, world.device, precision):
         for number, own in zip(part, scores.cpu().double().numpy(), strict=True):
-            rouge = mean_score(samples.rouge(number))
-            judged.append((own[: len(rouge)], samples.likelihood(number), samples.agreement(number), rouge))
+            likelihood, agreement = (samples.figures(name, number) for name in TERMS)
+            rouge = mean_score(samples.figures("rouge", number))
+            judged.append((own[: len(rouge)], likelihood, agreement, rouge))
 
     def total(sums):
         there = torch.from_numpy(sums).to(world.device, widest_float(world.device))

@@ -50,10 +50,6 @@ class Metrics(torch.nn.Module):
         zeros = torch.zeros_like(self.last_batch.rouge)
         return float(loss_of(args, zeros, zeros[:, 0], self.last_batch))
 
-    def finite(self, world):
-        """Whether no loss of the epoch so far was NaN or infinite in any process."""
-        return bool(world.sum(self.totals.clone()).isfinite().all())
-
     def _take(self, row, world):
         documents, *sums = world.sum(self.totals[row].clone()).tolist()
         self.totals[row] = 0
@@ -117,7 +113,7 @@ def validate(scorer, samples, args, precision, world, stop=None):
             losses += len(part) * loss_of(args, scores, gold_scores, batch).to(losses.dtype)
             chosen.append(scores.masked_fill(~batch.present, -2).argmax(1))
         chosen = torch.cat(chosen).tolist() if chosen else []
-    figures = [samples.rouge(number)[[choice, 0]] for number, choice in zip(numbers, chosen, strict=True)]
+    figures = [samples.figures("rouge", number)[[choice, 0]] for number, choice in zip(numbers, chosen, strict=True)]
     rouge = np.sum(figures, axis=0, dtype=np.float64).ravel() if figures else np.zeros(2 * len(ROUGE))
     totals = torch.tensor([len(numbers), losses.item(), *rouge], dtype=losses.dtype, device=world.device)
     count, *sums = world.sum(totals).tolist()

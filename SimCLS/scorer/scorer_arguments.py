@@ -44,18 +44,8 @@ def get_args_parser(description):
     tracing.add_argument(parser)
     runs.add_dry_run(parser)
     add("--seed", type=seed, default=0, help="of the weights, the order and dropout")
-    add_machine_arguments(parser.add_argument_group("machine"))
-    add_learning_arguments(parser.add_argument_group("learning"))
-    add_loss_arguments(parser.add_argument_group("loss"))
-    add_data_arguments(parser.add_argument_group("lengths, in tokens, and counts"))
-    progress = parser.add_argument_group("progress")
-    progress.add_argument(
-        "--eval_freq", type=positive_int, default=1000, help="updates between validations, besides each epoch's end"
-    )
-    return parser
 
-
-def add_machine_arguments(group):
+    group = parser.add_argument_group("machine")
     add = group.add_argument
     add("--cuda", action="store_true", help="train on GPUs")
     add("--gpuid", type=non_negative_int, nargs="+", default=[0],
@@ -75,9 +65,7 @@ def add_machine_arguments(group):
     determinism.add_argument(group)
     devices.add_arguments(group, default="the CPU, or with --cuda the GPUs of --gpuid")
 
-
-def add_learning_arguments(group):
-    add = group.add_argument
+    add = parser.add_argument_group("learning").add_argument
     add("--num_epoch", type=positive_int, default=5, help="passes over the training documents")
     add("--batch_size", type=positive_int, default=8, help="documents a step, over all processes")
     add("--accumulate_step", type=positive_int, default=2, help="steps whose gradients make one update")
@@ -91,9 +79,7 @@ def add_learning_arguments(group):
         "weights, and its embeddings with them: steps are shorter, and less is kept for backward")  # fmt: skip
     add("--grad_norm", type=non_negative_float, default=1.0, help="clip gradients to this norm; 0 does not clip")
 
-
-def add_loss_arguments(group):
-    add = group.add_argument
+    add = parser.add_argument_group("loss").add_argument
     add("--loss", choices=LOSSES, default="ranking", help="of the candidates: the published one by their ranks; a "
         "margin that grows with the difference in ROUGE; or listwise, scores that differ as ROUGE does")  # fmt: skip
     add("--margin", type=positive_float, default=MARGIN, help="score difference of candidates that are neighbours in "
@@ -104,8 +90,7 @@ def add_loss_arguments(group):
         "candidates")  # fmt: skip
     add("--gold_weight", type=non_negative_float, default=1.0, help="weight of the reference's part")
 
-
-def add_data_arguments(group):
+    group = parser.add_argument_group("lengths, in tokens, and counts")
     add = group.add_argument
     add("--total_len", type=positive_int, help="of a document; longer ones are cut; by default as in the training of "
         f"--model_pt, else {TOTAL_LEN}")  # fmt: skip
@@ -113,6 +98,10 @@ def add_data_arguments(group):
         f"training of --model_pt, else {MAX_LEN}")  # fmt: skip
     add("--max_num", type=positive_int, default=16, help="candidates a document that training uses, the first ones")
     add_rouge_argument(group)
+
+    add = parser.add_argument_group("progress").add_argument
+    add("--eval_freq", type=positive_int, default=1000, help="updates between validations, besides each epoch's end")
+    return parser
 
 
 def run_name_type(text):
@@ -127,11 +116,9 @@ def run_name(args):
 
     simcls_4_worker, simcls_0_worker_fp16_checkpoint, mine_100_steps, ...
     """
-    name = args.run_name or name_by_settings(args)
-    return f"{name}_{args.max_steps}_steps" if args.max_steps else name
-
-
-def name_by_settings(args):
+    cut_short = [f"{args.max_steps}_steps"] * bool(args.max_steps)
+    if args.run_name:
+        return "_".join([args.run_name, *cut_short])
     parts = [f"simcls_{args.num_workers}_worker"]
     if args.half_precision:
         parts.append({"auto": "fp16", "float16": "fp16", "bfloat16": "bf16"}[args.half_precision])
@@ -147,7 +134,7 @@ def name_by_settings(args):
         parts.append(f"seed{args.seed}")
     if args.deterministic:
         parts.append("deterministic")
-    return "_".join(parts)
+    return "_".join([*parts, *cut_short])
 
 
 def cached_path(name):

@@ -189,15 +189,12 @@ class ScorerRun(Run):
         if result is None:
             self.leave(epoch)
         metrics = self.state["metrics"]
-        self._check_loss(epoch.number, "loss", 0.0 if metrics.finite(self.world) else float("nan"))
+        # No number where one of them is none, in any process.
+        self._check_loss(epoch.number, "loss", float(self.world.sum(metrics.totals.clone()).sum()))
         with self.phase.paused():
             self.add_validation(self._update(epoch.number, epoch.step), result, self.state["scorer"])
             metrics.gather(self.world)
             self.save(epoch.number, epoch.step, **self.state)
-
-    def may_go_on(self):
-        weights = self.state["scorer"].parameters()
-        return self.state["metrics"].finite(self.world) and all(bool(weight.isfinite().all()) for weight in weights)
 
     def add_validation(self, update, result, scorer):
         """Take down what `validate` found at `update`, and keep the weights: as the last, and as the best if they are.
@@ -226,22 +223,8 @@ class ScorerRun(Run):
         self._check_loss(epoch.number, "loss", loss)
         self.state["metrics"].gather(self.world)  # The state that is saved next is the main process's.
         self.add_validation(self._update(epoch.number, epoch.done), result, self.state["scorer"])
-        within = epoch.timing["phases"].get("validation")
-        seconds = epoch.timing["seconds"] - (within["host_ms"]["total"] / 1e3 if within else 0)
-        self.history.append(
-            {
-                "epoch": epoch.number + 1,
-                "loss": loss,
-                **{name: value for name, value in self.validations[-1].items() if name != "update"},
-                "samples_per_second": epoch.samples / seconds,
-                "peak_memory": epoch.timing["peak_memory"],
-                "elapsed_seconds": self.elapsed_seconds(),
-                "evaluation_seconds": evaluation_seconds,
-                "timing": epoch.timing,
-                "losses": self.losses,
-                "validations": self.validations,
-            }
-        )
+        figures = {"loss": loss, **result, "losses": self.losses, "validations": self.validations}
+        self.take_down(epoch, evaluation_seconds, **figures)
         self.validations, self.losses = [], []
         self.log.line(self.line())
         self.log.plot(timing_figures(epoch.timing), self._update(epoch.number, epoch.done))

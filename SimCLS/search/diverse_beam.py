@@ -66,10 +66,8 @@ class DiverseBeamSearch(TokenRules):
         early_stopping=False,
         decoder=None,
     ):
-        if num_beams < 1 or num_groups < 1 or num_beams % num_groups:
+        if num_beams % num_groups:
             raise ValueError(f"{num_beams} beams cannot be shared out equally over {num_groups} groups")
-        if diversity_penalty < 0:
-            raise ValueError(f"a diversity penalty of {diversity_penalty} is below 0")
         if not abs(length_penalty) <= 100:
             raise ValueError(f"a length penalty of {length_penalty} is not between -100 and 100")
         super().__init__(model, max_length, min_length, no_repeat_ngram_size, decoder)

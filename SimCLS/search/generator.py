@@ -302,11 +302,6 @@ class CandidateGenerator:
         count = found.tokens.shape[1]
         return [every[start : start + count] for start in range(0, len(every), count)]
 
-    @property
-    def is_plain(self):
-        """Whether the first candidate is that of plain beam search."""
-        return begins_with_beam_search(self.settings)
-
     def origin(self, name, path, documents):
         """The provenance of candidates of this search: name of the generator, path of the text, and all its documents,
         also those that no candidates are made of."""

@@ -13,7 +13,6 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from harness import runs
 from harness.devices import widest_float
-from harness.endings import UserError
 from harness.files import publish, staging
 from harness.timing import nvtx_range
 from scorer.metrics import mean_rouge
@@ -189,27 +188,13 @@ class BrioRun(runs.Run):
         rouge = ", ".join(f"{name} {100 * result[f'val_{name}']:.2f}" for name in ROUGE)
         self.world.say(f"before the first epoch: {rouge}")
 
-    def may_go_on(self):
-        return bool(self.state["means"].totals.isfinite().all())
-
     def add_epoch(self, epoch, result, evaluation_seconds):
         """Append an Epoch to the history, and keep its generator when it is the best; UserError, with nothing written,
-        when its loss is not finite."""
+        when its loss or a weight is not finite."""
         means = self.state["means"].take(self.world)
-        if not np.isfinite(means["loss"]):
-            raise UserError(f"the loss became {means['loss']} in epoch {epoch.number + 1}; use a smaller --lr")
+        self.check_finite(epoch, means["loss"], "Use a smaller --lr")
         before = [mean_rouge(each) for each in self.history]
-        self.history.append(
-            {
-                "epoch": epoch.number + 1,
-                **means,
-                **result,
-                "samples_per_second": epoch.samples / epoch.timing["seconds"],
-                "peak_memory": epoch.timing["peak_memory"],
-                "evaluation_seconds": evaluation_seconds,
-                "timing": epoch.timing,
-            }
-        )
+        self.take_down(epoch, evaluation_seconds, **means, **result)
         if self.world.is_main and mean_rouge(result) > max(before, default=-1):
             self.state["ranked"].save(self.folder)
 
@@ -228,9 +213,9 @@ class BrioRun(runs.Run):
             self.write_record()
             self.drop_state()
             best = max(map(mean_rouge, self.history))
-            before = mean_rouge(self.facts["before"])
-            self.world.say(
-                f"{self.folder}: best validation ROUGE {100 * best:.2f} (mean of the three), {100 * before:.2f} before"
-            )
-            if best <= before:
+            # Not measured where --max_steps was to cut the run short.
+            before = mean_rouge(self.facts["before"]) if "before" in self.facts else None
+            told = "" if before is None else f", {100 * before:.2f} before"
+            self.world.say(f"{self.folder}: best validation ROUGE {100 * best:.2f} (mean of the three){told}")
+            if before is not None and best <= before:
                 self.world.say(f"warning: no epoch is better than {self.args.generator_name}; try a lower --lr")

@@ -31,8 +31,7 @@ class NucleusSampling(TokenRules):
 
     num_samples: candidates a document. top_p: above 0, at most 1. seed: int. The rest is as for DiverseBeamSearch.
 
-    Raises ValueError as TokenRules does, for a temperature and other settings that would change what is drawn, too, and
-    for a `top_p` outside its range.
+    Raises ValueError as TokenRules does, for a temperature and other settings that would change what is drawn, too.
     """
 
     unsupported = TokenRules.unsupported | UNSUPPORTED
@@ -40,8 +39,6 @@ class NucleusSampling(TokenRules):
     def __init__(
         self, model, *, num_samples, top_p, seed, max_length, min_length=0, no_repeat_ngram_size=0, decoder=None
     ):
-        if not 0 < top_p <= 1:
-            raise ValueError(f"a nucleus of {top_p} is not above 0 and at most 1")
         super().__init__(model, max_length, min_length, no_repeat_ngram_size, decoder)
         self.num_samples, self.top_p, self.seed = num_samples, top_p, seed
 

@@ -44,7 +44,8 @@ class CandidateFiles:
             leftover.unlink()
         partials = {path: next(_read_lines(path), None) for path in self._partials()}
         for found in (_read_json(self.settings_path), *partials.values()):
-            changed = _changed(found, self.settings)
+            names = found.keys() | self.settings.keys() if isinstance(found, dict) else ()
+            changed = ", ".join(sorted(name for name in names if found.get(name) != self.settings.get(name)))
             if changed:
                 raise UserError(
                     f"{self.folder} has {self.split} candidates that were made with other {changed}; choose another "
@@ -137,13 +138,6 @@ def _read_json(path):
         return json.loads(path.read_bytes())
     except (FileNotFoundError, ValueError):
         return None
-
-
-def _changed(old, new):
-    """The names of the settings that differ, as text; empty without old settings."""
-    if not isinstance(old, dict):
-        return ""
-    return ", ".join(sorted(key for key in old.keys() | new.keys() if old.get(key) != new.get(key)))
 
 
 # ---------------------------------------------------------------------------------------------- to read them again

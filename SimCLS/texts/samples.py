@@ -10,7 +10,7 @@ import re
 from pathlib import Path
 
 from harness.endings import UserError
-from reporting.shapes import WHOLE, is_number
+from reporting.shapes import NUMBER, WHOLE, each, fault, maybe
 from texts import provenance
 from texts.candidate_files import Lines
 from texts.scoring import mean_score, score
@@ -18,6 +18,20 @@ from texts.sentences import ptb_tokenize
 
 FILE_NAME = re.compile(r"[0-9]{1,18}\.json")  # Of a sample.
 KEYS = ("article", "abstract", "article_untok", "abstract_untok", "candidates", "candidates_untok")
+
+
+def _pair(first, second):
+    return lambda value: isinstance(value, list) and len(value) == 2 and first[1](value[0]) and second[1](value[1])
+
+
+def _is_text(value):
+    return isinstance(value, list) and all(isinstance(sentence, str) for sentence in value)
+
+
+SENTENCES = ("a list of sentences", _is_text)
+SAMPLE = dict.fromkeys(KEYS[:4], SENTENCES)
+SAMPLE |= dict.fromkeys(KEYS[4:], each(list, ("[sentences, score]", _pair(SENTENCES, NUMBER))))
+SAMPLE["likelihood"] = maybe(each(list, ("[log-probability, tokens]", _pair(NUMBER, WHOLE))))
 
 
 def sample_files(folder):
@@ -52,47 +66,18 @@ def read_sample(path):
         raise UserError(f"cannot read the sample {path}: {error.strerror}") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise UserError(f"the sample {path} is not JSON ({error}); make it again with preprocess.py") from None
-    problem = _problem(sample)
+    problem = fault(sample, SAMPLE) or _wrong_counts(sample)
     if problem:
-        raise UserError(f"the sample {path} {problem}; make it again with preprocess.py")
+        raise UserError(f"{path} is no sample: {problem}; make it again with preprocess.py")
     return sample
 
 
-def _problem(sample):
-    """What is wrong with a sample, or None."""
-    if not isinstance(sample, dict):
-        return "is no JSON object"
-    missing = [key for key in KEYS if key not in sample]
-    if missing:
-        return f"lacks the key {missing[0]!r}"
-    for key in KEYS[:4]:
-        if not _is_text(sample[key]):
-            return f"has no list of sentences under {key!r}"
-    for key in KEYS[4:]:
-        if not isinstance(sample[key], list) or not all(map(_is_candidate, sample[key])):
-            return f"has no list of [sentences, score] under {key!r}"
-    counts = len(sample["candidates"]), len(sample["candidates_untok"])
-    if counts[0] != counts[1]:
-        return f"has {counts[0]} 'candidates' but {counts[1]} 'candidates_untok'"
-    if "likelihood" in sample and not (
-        isinstance(sample["likelihood"], list)
-        and len(sample["likelihood"]) == counts[0]
-        and all(map(_is_likelihood, sample["likelihood"]))
-    ):
-        return "has no list of [log-probability, tokens] for its candidates under 'likelihood'"
-    return None if counts[0] else "has no candidates"
-
-
-def _is_text(value):
-    return isinstance(value, list) and all(isinstance(sentence, str) for sentence in value)
-
-
-def _is_candidate(value):
-    return isinstance(value, list) and len(value) == 2 and _is_text(value[0]) and is_number(value[1])
-
-
-def _is_likelihood(value):
-    return isinstance(value, list) and len(value) == 2 and is_number(value[0]) and WHOLE[1](value[1])
+def _wrong_counts(sample):
+    """What is wrong with the lengths of a sample's lists of candidates, or None."""
+    counts = {name: len(sample[name] or ()) for name in (*KEYS[4:], "likelihood") if name in sample}
+    if len(set(counts.values())) > 1:
+        return "it has " + ", ".join(f"{count} {name}" for name, count in counts.items())
+    return None if counts["candidates"] else "it has no candidates"
 
 
 # ------------------------------------------------------------------------------------------------- to make them
@@ -126,7 +111,7 @@ def split_lower(text, split):
 
 
 def as_sample(document, summary, candidates, split, tokens="standard", likelihood=None):
-    """The sample that gen_candidate.py and preprocess.py would make, and under "rouge" what `rouge_of` returns.
+    """The sample that gen_candidate.py and preprocess.py would make, and under "rouge" its candidates' `score`.
 
     split: text -> list of sentences.
     """
@@ -134,8 +119,3 @@ def as_sample(document, summary, candidates, split, tokens="standard", likelihoo
     tokenized = Lines(ptb_tokenize(document), ptb_tokenize(summary), [ptb_tokenize(text) for text in candidates])
     sample, rouge = score_sample(plain, tokenized, split, tokens, likelihood)
     return sample | {"rouge": rouge}
-
-
-def rouge_of(sample, tokens="standard"):
-    """The candidates' ROUGE-1, -2 and -Lsum F-measure, float64 [candidates, 3]."""
-    return score(sample["abstract"], [sentences for sentences, _ in sample["candidates"]], tokens)
