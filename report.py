@@ -143,7 +143,8 @@ def print_phases(path, show):
         raise UserError(f"{path} is no record of a training run with an epoch in it")
     if len(runs) > 1:
         raise UserError(f"{path} holds {len(runs)} runs; name one: {', '.join(run.path.name for run in runs)}")
-    show(f"{runs[0].path}, {runs[0].epochs[-1]['epoch']} epochs:\n\n{overview.phase_table(runs[0].timing())}")
+    epochs = runs[0].epochs[-1]["epoch"]
+    show(f"{runs[0].path}, {epochs} epoch{'s' * (epochs > 1)}:\n\n{overview.phase_table(runs[0].timing())}")
 
 
 def print_timeline(args, show):

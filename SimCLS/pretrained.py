@@ -14,6 +14,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from harness.endings import UserError
+from harness.files import is_text
 
 HUB_TIMEOUT = 5  # seconds
 # They overflow in float16.
@@ -103,14 +104,21 @@ def refuse_to_replace(folder, restart=""):
 
     restart: what else there is to do about it than to choose another folder.
     """
+    _check_name(folder)
     if (Path(folder) / "config.json").exists():
         raise UserError(f"{folder} holds a model already; choose another --save_dir{restart}")
 
 
 def check_apart(folder, source):
     """UserError when the output `folder` is the one of the model `source`, which would be gone in the end."""
+    _check_name(folder)
     if Path(folder).is_dir() and Path(source).is_dir() and Path(folder).samefile(source):
         raise UserError(f"--save_dir {folder} is the folder of the model to start from; choose another")
+
+
+def _check_name(folder):
+    if not is_text(Path(folder).absolute()):
+        raise UserError(f"--save_dir {folder}: the name of that place is not UTF-8, which tokenizers need")
 
 
 def _needs_sentencepiece(folder):

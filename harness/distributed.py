@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
+from tqdm import tqdm
 
 from harness.endings import UserError
 
@@ -34,7 +35,8 @@ class World(NamedTuple):
 
     def say(self, *words):
         if self.is_main:
-            print(*words, flush=True)
+            tqdm.write(" ".join(map(str, words)))  # Above a progress bar that is there.
+            sys.stdout.flush()
 
     def check_divisible(self, batch_size):
         """UserError when a global batch cannot be shared out equally over the processes."""

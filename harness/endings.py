@@ -46,6 +46,8 @@ def run(main):
         if signal.getsignal(number) != signal.SIG_IGN:  # Who started it may want it to outlive one, as nohup does.
             signal.signal(number, _terminate)
     _print_what_can_be_printed()
+    usual = sys.unraisablehook
+    sys.unraisablehook = lambda told: None if _is_half_made_loader(told) else usual(told)
     try:
         try:
             main()
@@ -79,6 +81,11 @@ def _print_what_can_be_printed():
             stream.reconfigure(errors="backslashreplace")
 
 
+def _is_half_made_loader(told):
+    """Whether what sys.unraisablehook is told is that torch's loader, whose start has failed, cannot be taken down."""
+    return isinstance(told.exc_value, AttributeError) and "_MultiProcessingDataLoaderIter" in repr(told.object)
+
+
 def is_out_of_gpu_memory(error):
     """Whether an exception says that a GPU has not enough memory."""
     return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _OUT_OF_GPU_MEMORY)
@@ -89,12 +96,27 @@ def explain(error):
     text = _words_of(error)
     if isinstance(error, UserError):
         return text
+    # A lock between processes needs a place in /dev/shm; its error names no file.
+    no_lock = isinstance(error, OSError) and error.filename is None and _passed_through(error, "synchronize")
+    if no_lock or any(words in text for words in _NO_SHARED_MEMORY):
+        return (
+            "the processes that load data have no room for batches in shared memory (/dev/shm; in a container "
+            "--shm-size makes it larger), or no more files to open (ulimit -n); with --num_worker 0 (--num_workers 0 "
+            "for SimCLS, --workers 1 for preprocess.py) none is needed, and --resume goes on from the last epoch"
+        )
+    no_process = isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOMEM)
+    if "can't start new thread" in text or (no_process and _passed_through(error, "multiprocessing")):
+        return (
+            "no more processes or threads can be started (ulimit -u; a container has a limit, too); use fewer "
+            "--num_worker (--num_workers for SimCLS, --workers for preprocess.py)"
+        )
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return f"cannot open or write {error.filename or 'the output'}: {error.strerror}; {_DISK_ERRORS[error.errno]}"
     # Libraries that are not written in Python tell of these in words alone, and so do worker processes.
-    number = re.search(r"[\[(](?:os error|Errno) (\d+)[\])]", text)
+    number = re.search(r"[\[(](?:os error|Errno) (\d+)[\])](?:[^']*: '([^']*)')?", text)
     if number and int(number[1]) in _DISK_ERRORS:
-        return f"cannot write the output: {os.strerror(int(number[1]))}; {_DISK_ERRORS[int(number[1])]}"
+        what = f"cannot open or write {number[2] or 'the output'}"
+        return f"{what}: {os.strerror(int(number[1]))}; {_DISK_ERRORS[int(number[1])]}"
     if "PytorchStreamWriter failed" in text:
         return "cannot write the output: its disk is full or has failed; free some space and run the same command again"
     if is_out_of_gpu_memory(error):
@@ -102,7 +124,8 @@ def explain(error):
             "the GPU is out of memory; use a smaller --batch_size, add --half_precision, or recompute activations "
             "(docs/techniques/recomputation.md)"
         )
-    if isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in text:
+    is_short = isinstance(error, MemoryError) or re.match(r"Caught \w*MemoryError in", str(error))
+    if is_short or "DefaultCPUAllocator: can't allocate memory" in text:
         return "the machine is out of memory; use a smaller --batch_size, a smaller model, or smaller pictures (--size)"
     if type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.", "triton.")):
         return (
@@ -111,18 +134,12 @@ def explain(error):
         )
     if "RANK" in os.environ and any(words in text for words in _PEER_IS_GONE):
         return "another process of this job has ended; its own line says why"
-    if any(words in text for words in _NO_SHARED_MEMORY):
-        return (
-            "the processes that load data have no room for batches in shared memory (/dev/shm; in a container "
-            "--shm-size makes it larger), or no more files to open (ulimit -n); with --num_worker 0 (--num_workers 0 "
-            "for SimCLS) none is needed, and --resume goes on from the last epoch"
-        )
     # The second is what taking a tensor from a worker raises, when that was killed in between.
     broken = isinstance(error, (ConnectionError, EOFError)) and _passed_through(error, "multiprocessing")
     if text.startswith("DataLoader worker (pid") or broken:
         return (
-            "a process that loads data was killed; is memory or /dev/shm short? Try fewer --num_worker (--num_workers "
-            "for SimCLS); --resume goes on from the last saved state"
+            "a process that loads data was killed; is memory short, or /dev/shm, or the number of open files (ulimit "
+            "-n)? Try fewer --num_worker (--num_workers for SimCLS), or 0; --resume goes on from the last saved state"
         )
     return None
 

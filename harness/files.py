@@ -114,9 +114,14 @@ def places(arguments):
     return {name: place_digest(value) for name, value in paths.items() if portable(value) != str(value)}
 
 
+def is_text(path):
+    """Whether the name of a path, a str or a Path, is UTF-8: many libraries take no other."""
+    return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
+
+
 def place_digest(path):
     """A digest of where `path` is."""
-    return hashlib.sha256(os.path.abspath(path).encode()).hexdigest()[:8]
+    return hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:8]
 
 
 def as_recorded(arguments, digests=None):

@@ -4,6 +4,8 @@ Order and randomness are functions of (seed, epoch, index) alone: the same run h
 workers or processes, and a resumed run needs no saved loader.
 """
 
+import multiprocessing.queues
+import os
 import signal
 import sys
 import warnings
@@ -99,3 +101,6 @@ def _start_worker(worker):
     # A thread here hands tensors to the main process; when that ends in between, it tells why, and not this.
     usual = sys.excepthook
     sys.excepthook = lambda kind, *more: None if issubclass(kind, ConnectionError) else usual(kind, *more)
+    # Where that thread has no place for a batch, the queue would only say so and drop it: the main process would wait
+    # for ever.
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(lambda error, batch: os._exit(1))

@@ -6,7 +6,7 @@
 from pathlib import Path
 
 from harness.endings import UserError
-from harness.files import make_folder
+from harness.files import is_text, make_folder
 
 
 def add_argument(parser):
@@ -24,6 +24,8 @@ class RunLog:
 
     def __init__(self, folder):
         self._folder = folder and Path(folder)
+        if folder and not is_text(folder):
+            raise UserError(f"-l: TensorBoard cannot write to {folder}, whose name is not UTF-8; leave -l out")
         self._bytes, self._last_step = 0, None  # Of what a resumed run goes on from.
         self._is_begun = False
         self._lines = self._events = None
@@ -45,7 +47,7 @@ class RunLog:
         self._begin()
         if self._lines is None:
             self._lines = open(self._folder / "log.txt", "ab", buffering=0)  # noqa: SIM115 (`close` closes it)
-        self._lines.write(f"{text}\n".encode())
+        self._lines.write(f"{text}\n".encode(errors="backslashreplace"))
         self._bytes = self._lines.tell()
 
     def plot(self, values, step):

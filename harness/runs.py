@@ -301,15 +301,17 @@ class Run:
         """Make this run's own what there is besides the file `state`, the Path of an `other_states`."""
 
     def _state_to_resume(self):
-        """The Path of this run's own state; where it has none, of the furthest of `other_states`."""
-        own, found = self.path(".state"), []
-        if own.exists() or self._finished_arguments():
-            return own
+        """The Path of this run's own state, or of the one of `other_states` that has got further."""
+        own = self.path(".state")
+        saved = read_state(own, mmap=True)
+        if self._finished_arguments() or (saved and changes(saved["arguments"], self.arguments)):
+            return own  # What is wrong with it, `load_state` says.
+        found = [(_place(saved), True, own)] if saved else []
         for path in self.other_states():
             saved = read_state(path, mmap=True)
             interrupted = self._is_interrupted(saved, self._finished_arguments(path.with_suffix(".json")))
             if interrupted and not changes(saved["arguments"], self.arguments):
-                found.append((saved["parts"]["epoch"], saved["parts"]["step"], path))
+                found.append((_place(saved), path == own, path))
         return max(found)[-1] if found else own
 
     def resume(self, **parts):
@@ -341,7 +343,7 @@ class Run:
             self.facts["continues"] = path.stem
             if self.world.is_main:
                 self.take_over(path)
-            self.world.say(f"going on from {path}")
+        self.world.say(f"going on from {path}: epoch {epoch + 1}, step {step + 1}")
         if epoch > self.args.num_epoch:
             raise UserError(
                 f"{path} is of {epoch} epochs, more than --num_epoch {self.args.num_epoch}; name a larger one"
@@ -406,3 +408,8 @@ class Run:
         """Forget the saved state."""
         if self.world.is_main:
             self.path(".state").unlink(missing_ok=True)
+
+
+def _place(saved):
+    """(epoch, step) that a saved state goes on from."""
+    return saved["parts"]["epoch"], saved["parts"]["step"]

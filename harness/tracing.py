@@ -28,9 +28,9 @@ SUFFIXES = (".json", ".json.gz")
 
 def add_argument(parser):
     """Add `--trace` to an argument parser or group."""
-    parser.add_argument("--trace", type=_trace_file, metavar="FILE",
-        help=f"write what {STEPS} steps after warm-up do, operator by operator, to FILE{SUFFIXES[1]}, and print what "
-             "cost most; these steps are slower")  # fmt: skip
+    parser.add_argument("--trace", type=_trace_file, metavar="FILE.json.gz",
+        help=f"write what {STEPS} steps after warm-up do, operator by operator, to this file, and print what cost "
+             "most; these steps are slower")  # fmt: skip
 
 
 def _trace_file(text):
@@ -116,35 +116,43 @@ class _Tracer:
             torch.cuda.memory._dump_snapshot(written[1])
             torch.cuda.memory._record_memory_history(enabled=None)
         steps = min(STEPS, self._steps - timing.WARMUP_STEPS)  # Fewer where the run has ended.
-        rows = costliest(self._profile.events(), self._device, steps)
+        rows = costliest(self._profile.events(), self._device)
         self._profile = None
         for line in [f"traced {steps} steps: {', '.join(written)}", *rows]:
             self._say(line)
 
 
-def costliest(events, device, steps=STEPS):
-    """The operators that took most time by themselves, with the phase that they ran in, as lines of a table.
+def costliest(events, device):
+    """The operators of the traced steps that took most time by themselves, with the phase that they ran in, as lines of
+    a table.
 
-    events: of a torch.profiler.profile of so many `steps`. Backward runs in a thread of its own on CUDA, so that an
-    operator belongs to the phase in whose time it was called.
+    events: of a torch.profiler.profile. Backward runs in a thread of its own on CUDA, so that an operator belongs to
+    the step and the phase in whose time it was called; what belongs to no step, such as a validation, does not count.
     """
     # An operator has the time of its kernels, which a GPU's profile holds again, each by itself, and phases over them.
     events = [event for event in events if event.device_type == DeviceType.CPU]
-    phases = [event for event in events if event.is_user_annotation and not STEP.fullmatch(event.name)]
-    spans = [(event.time_range.start, event.time_range.end, event.name) for event in phases]
+    ranges = [
+        (event.name, event.time_range.start, event.time_range.end) for event in events if event.is_user_annotation
+    ]
+    steps = [each for each in ranges if STEP.fullmatch(each[0])]
+    phases = [each for each in ranges if each not in steps and _range_at(steps, each[1])]
     costs = defaultdict(lambda: [0.0, 0])
     for event in events:
-        if event.is_user_annotation:
-            continue
         start = event.time_range.start
-        phase = next((name for first, last, name in spans if first <= start <= last), "in no phase")
-        cost = costs[phase, event.name]
+        if event.is_user_annotation or not _range_at(steps, start):
+            continue
+        cost = costs[_range_at(phases, start) or "in no phase", event.name]
         cost[0] += event.self_device_time_total if device.type == "cuda" else event.self_cpu_time_total
         cost[1] += 1
     total = sum(microseconds for microseconds, _ in costs.values())
     most = sorted(costs.items(), key=lambda item: -item[1][0])[:COSTLIEST]
     lines = [f"{'phase':12} {'operator':45} {'ms a step':>10} {'share':>7} {'calls a step':>13}"]
     for (phase, name), (microseconds, calls) in most:
-        share = microseconds / total if total else 0.0
-        lines.append(f"{phase:12} {name[:45]:45} {microseconds / 1e3 / steps:10.3f} {share:7.1%} {calls / steps:13.1f}")
+        share, milliseconds = microseconds / total if total else 0.0, microseconds / 1e3 / len(steps)
+        lines.append(f"{phase:12} {name[:45]:45} {milliseconds:10.3f} {share:7.1%} {calls / len(steps):13.1f}")
     return lines
+
+
+def _range_at(ranges, time):
+    """The name of the first of (name, begin, end) `ranges` in which `time` lies; None without one."""
+    return next((name for name, begin, end in ranges if begin <= time <= end), None)

@@ -37,8 +37,11 @@ def read_side(path):
 
 
 def names(sides):
-    """ "A: the name of its first run, n = 3" of each side."""
-    return [f"{letter}: {side[0].name}, n = {len(side)}" for letter, side in zip("AB", sides, strict=True)]
+    """ "A: the name of its first run, n = 3" of each side, with the folder where they have one name."""
+    shown = [side[0].name for side in sides]
+    if shown[0] == shown[1]:
+        shown = [f"{side[0].path.absolute().parent.name}/{side[0].name}" for side in sides]
+    return [f"{letter}: {name}, n = {len(side)}" for letter, name, side in zip("AB", shown, sides, strict=True)]
 
 
 def render(sides):

@@ -6,6 +6,7 @@ import math
 import numpy as np
 
 SIGNIFICANCE = 0.05
+TELLS_NOTHING = 20  # An interval that ends at so many times its ratio, as two runs may have.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,8 @@ def ratio_with_interval(new, base):
 
 def interval_text(found, low, high):
     """ "0.76 (0.71 to 0.82)", or "0.76" where the noise is not known (low and high are None) or there is none."""
+    if high is not None and high > TELLS_NOTHING * found:
+        return f"{found:.2f} (too few runs)"
     exact = low is None or f"{low:.2f}" == f"{high:.2f}"
     return f"{found:.2f}" if exact else f"{found:.2f} ({low:.2f} to {high:.2f})"
 

@@ -12,7 +12,7 @@ from reporting.records import machine_letter, provenance
 # Runs that differ in these alone are the same experiment: they say where and how the process ran. A folder of pictures
 # is known by its name, as Record.data has it, and device and threads by `hardware`.
 NOT_SETTINGS = (
-    "seed", "output_dir", "run_name", "resume", "restart", "log", "port", "gpuid", "evaluate", "trace",
+    "seed", "output_dir", "run_name", "resume", "restart", "log", "port", "gpuid", "evaluate",
     "data_dir", "device", "threads", "save_every", "dry_run",
 )  # fmt: skip
 

@@ -33,11 +33,11 @@ SHORTEST = 1e-3  # Of a panel's width: gaps that are shorter are not drawn.
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Some training steps, all times in milliseconds of one clock.
+    """Some training steps of one epoch, all times in milliseconds of one clock.
 
     steps: float [n, 2], begin and end on the host. phases: [(name, begin, end), ...] on the host, in order. work: the
-    same of what the device ran, with the phase that launched it. device: what to call it. window: (begin, end) of the
-    `counted` first steps on the device.
+    same of what the device ran, with the phase that launched it. device: what to call it. windows: float [m, 2], begin
+    and end of the `counted` first steps on the device: of each on a CPU; of all on a GPU, where they overlap.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Trace:
     work: list
     device: str
     on_gpu: bool
-    window: tuple
+    windows: np.ndarray
     counted: int
 
 
@@ -59,18 +59,27 @@ def read_trace(path):
         raise UserError(
             f"{path} has no ranges named '... - step N'; a training script's --trace FILE.json.gz writes them"
         )
+    # An epoch's end, and a validation in it, is no part of a step: of the epoch that most of the steps are of.
+    epochs = [step["name"].rpartition(" - ")[0] for step in steps]
+    longest = max(epochs, key=epochs.count)
+    steps = [step for step, epoch in zip(steps, epochs, strict=True) if epoch == longest]
     spans = np.array([_span(step) for step in steps])
     if not (spans[:, 1] > spans[:, 0]).all():
         raise UserError(f"{path} has steps that take no time; a training script's --trace FILE.json.gz writes others")
     thread = [event for event in ranges if event.get("tid") == steps[0].get("tid")]
-    phases = _outermost((event["name"], *_span(event)) for event in thread if not STEP.fullmatch(event["name"]))
-    phases = [each for each in phases if any(begin <= each[1] < end for begin, end in spans)]
+    inside = [event for event in thread if not STEP.fullmatch(event["name"]) and _within(spans, *_span(event))]
+    phases = _outermost((event["name"], *_span(event)) for event in inside)
     on_gpu = any(event.get("cat") in ON_GPU for event in events)
-    work = _gpu_work(path, events, phases) if on_gpu else _cpu_work(events, phases)
+    work = _gpu_work(path, events, phases) if on_gpu else _cpu_work(events, phases, spans)
     device = next(iter(properties), {}).get("name", "GPU") if on_gpu else "CPU"
-    window, counted = _gpu_window(work, spans) if on_gpu else ((spans[0, 0], spans[-1, 1]), len(spans))
+    windows, counted = _gpu_windows(work, spans) if on_gpu else (spans, len(spans))
     work = [each[:3] for each in work]
-    return Trace(SUFFIX.sub("", path.name), spans, phases, work, device, on_gpu, window, counted)
+    return Trace(SUFFIX.sub("", path.name), spans, phases, work, device, on_gpu, windows, counted)
+
+
+def _within(spans, begin, end):
+    """Whether a range lies in one of `spans`, float [n, 2]."""
+    return bool(((spans[:, 0] <= begin) & (end <= spans[:, 1])).any())
 
 
 def _events(path):
@@ -114,9 +123,9 @@ def _phase_at(phases, time):
     return phases[index][0] if index >= 0 and time < phases[index][2] else NO_PHASE
 
 
-def _cpu_work(events, phases):
-    """[(phase, begin, end), ...]: operators of any thread that run for the training, so outside of loading."""
-    found = [_span(event) for event in events if event.get("cat") == "cpu_op"]
+def _cpu_work(events, phases, spans):
+    """[(phase, begin, end), ...]: operators of any thread that run for the training: in a step, outside of loading."""
+    found = [_span(event) for event in events if event.get("cat") == "cpu_op" and _within(spans, *_span(event))]
     work = [(_phase_at(phases, begin), begin, end) for begin, end in found]
     return [each for each in work if each[0] != LOAD]
 
@@ -135,16 +144,22 @@ def _gpu_work(path, events, phases):
     return [(_phase_at(phases, time), *_span(event), time) for event, time in zip(found, times, strict=True)]
 
 
-def _gpu_window(work, steps):
-    """((begin, end), how many steps) of whole steps on the GPU, which runs behind the host: from the first work that a
+def _gpu_windows(work, steps):
+    """(float [1, 2], how many steps) of whole steps on the GPU, which runs behind the host: from the first work that a
     step launched to the first of the last step. Of a single step, to the end of its work."""
     firsts = [
         min((begin for _, begin, _, launch in work if start <= launch < end), default=None) for start, end in steps
     ]
     firsts = [first for first in firsts if first is not None]
     if len(firsts) > 1:
-        return (firsts[0], firsts[-1]), len(firsts) - 1
-    return (firsts[0] if firsts else steps[0][0], max(end for _, _, end, _ in work)), 1
+        return np.array([[firsts[0], firsts[-1]]]), len(firsts) - 1
+    last = max((end for _, _, end, launch in work if launch < steps[-1, 1]), default=steps[-1, 1])
+    return np.array([[firsts[0] if firsts else steps[0, 0], last]]), 1
+
+
+def covered(intervals, windows):
+    """Milliseconds of the `windows` that the (begin, end) `intervals` cover."""
+    return sum(np.ptp(merged(intervals, window), axis=1).sum() for window in windows)
 
 
 def merged(intervals, window, gap=0.0):
@@ -160,9 +175,12 @@ def merged(intervals, window, gap=0.0):
 
 
 def gaps(trace):
-    """float [m, 2]: where in its window the device of a Trace is idle."""
-    busy = merged([each[1:] for each in trace.work], trace.window)
-    edges = np.concatenate([[trace.window[0]], busy.ravel(), [trace.window[1]]]).reshape(-1, 2)
+    """float [m, 2]: where in its windows the device of a Trace is idle."""
+    found = []
+    for window in trace.windows:
+        busy = merged([each[1:] for each in trace.work], window)
+        found.append(np.concatenate([[window[0]], busy.ravel(), [window[1]]]).reshape(-1, 2))
+    edges = np.concatenate(found)
     return edges[edges[:, 0] < edges[:, 1]]
 
 
@@ -173,13 +191,15 @@ def summarise(trace):
     for name, begin, end in trace.phases:
         if begin < trace.steps[trace.counted - 1, 1]:
             found[name]["host"] += end - begin
-        found[name]["idle"] += np.ptp(merged(idle, (begin, end)), axis=1).sum()
+        found[name]["idle"] += covered(idle, [(begin, end)])
     for name in {name for name, *_ in trace.work}:
-        busy = merged([(begin, end) for phase, begin, end in trace.work if phase == name], trace.window)
-        found[name]["device"] = np.ptp(busy, axis=1).sum()
-    busy = merged([each[1:] for each in trace.work], trace.window)
-    whole = {"host": np.ptp(trace.steps[: trace.counted], axis=1).sum(), "device": np.ptp(busy, axis=1).sum()}
-    whole["idle"] = np.ptp(idle, axis=1).sum()
+        busy = [(begin, end) for phase, begin, end in trace.work if phase == name]
+        found[name]["device"] = covered(busy, trace.windows)
+    whole = {
+        "host": np.ptp(trace.steps[: trace.counted], axis=1).sum(),
+        "device": covered([each[1:] for each in trace.work], trace.windows),
+        "idle": np.ptp(idle, axis=1).sum(),
+    }
     rest = {side: whole[side] - sum(phase[side] for phase in found.values()) for side in ("host", "idle")}
     rest["device"] = found.pop(NO_PHASE, {"device": 0.0})["device"]
     order = [*PHASES, *sorted(set(found) - set(PHASES)), NO_PHASE, "step"]
@@ -191,7 +211,7 @@ def summarise(trace):
 
 def length(trace):
     """Milliseconds of a step on the device."""
-    return (trace.window[1] - trace.window[0]) / trace.counted
+    return np.ptp(trace.windows, axis=1).sum() / trace.counted
 
 
 def letters(traces):

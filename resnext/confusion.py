@@ -101,5 +101,6 @@ def draw_mistakes(mistakes, images, predictions, classes):
 
 
 def literal(text):
-    """`text` as matplotlib shows it letter by letter: what stands between two dollars it would take for a formula."""
-    return text.replace("$", r"\$")
+    """`text` as matplotlib shows it letter by letter: what stands between two dollars it would take for a formula, and
+    what is no UTF-8 it refuses."""
+    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")

@@ -103,16 +103,21 @@ def load_data(args, record):
             f"{args.run.with_suffix('.json')}{lacks}; name the data that the weights were trained on by --dataset and "
             "--data_dir"
         )
-    data_dir = args.data_dir or recorded_folder(settings.get("data_dir"))
+    data_dir = args.data_dir or recorded_folder(settings.get("data_dir"), dataset)
     return load_images(dataset, data_dir, record.get("data", {}).get("size", SIZE))
 
 
-def recorded_folder(name):
+def recorded_folder(name, dataset):
     """The Path that a record calls `name`, since it tells places from the repository, or by their last name alone; by
-    default that of CIFAR-10. What is not found is sought below this folder, and so named in errors."""
+    default that of CIFAR-10. UserError where a folder of pictures is not there."""
     if name is None:
         return Path(__file__).resolve().parent / "data"
-    return ROOT / name if (ROOT / name).is_dir() and not Path(name).is_dir() else Path(name)
+    found = next((path for path in (Path(name), ROOT / name) if path.is_dir()), Path(name))
+    if dataset == "folder" and not found.is_dir():
+        raise UserError(
+            f"the run's record tells the name of its folder of pictures, {name}, not its place: --data_dir does"
+        )
+    return found
 
 
 def gather(args, record, data, num_classes):

@@ -293,11 +293,11 @@ class ImageRun(runs.Run):
         return describe_prospects(self, timing)
 
     def progress_bar(self, epoch):
-        """A bar that begins with the last epoch's loss and accuracies."""
+        """A bar that begins with the last epoch's test accuracy."""
         self._shown_at = time.perf_counter()
         bar = super().progress_bar(epoch)
-        if self.history and not bar.disable:
-            bar.set_postfix({key: f"{self.history[-1][key]:.3f}" for key in ("loss", "acc", "test_acc")})
+        if not bar.disable:
+            bar.set_postfix(self._last_test_acc())
         return bar
 
     def show_progress(self, bar):
@@ -307,8 +307,10 @@ class ImageRun(runs.Run):
             return
         self._shown_at = now
         loss, acc = self.state["metrics"].result()
-        last = {"test_acc": f"{self.history[-1]['test_acc']:.3f}"} if self.history else {}
-        bar.set_postfix({"loss": f"{loss:.3f}", "acc": f"{acc:.3f}"} | last, refresh=False)
+        bar.set_postfix({"loss": f"{loss:.3f}", "acc": f"{acc:.2f} %"} | self._last_test_acc(), refresh=False)
+
+    def _last_test_acc(self):
+        return {"test_acc": f"{self.history[-1]['test_acc']:.2f} %"} if self.history else {}
 
     def line(self):
         """The newest epoch in one plain line."""

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch._utils import ExceptionWrapper
@@ -59,6 +60,26 @@ def test_a_killed_data_worker_is_one_line():
     )
 
 
+@pytest.mark.parametrize(
+    ("error", "by", "line"),
+    [
+        # As where /dev/shm is read-only, or absent: no file is named.
+        (OSError(errno.EROFS, "Read-only file system"), "multiprocessing.synchronize", "no room for batches"),
+        (OSError(errno.ENOENT, "No such file or directory"), "multiprocessing.synchronize", "no room for batches"),
+        (OSError(errno.EAGAIN, "Resource temporarily unavailable"), "multiprocessing.popen_fork", "no more processes"),
+        (OSError(errno.EROFS, "Read-only file system"), "harness.files", "cannot open or write the output"),
+        (OSError(errno.EAGAIN, "Resource temporarily unavailable"), "harness.files", None),
+    ],
+)
+def test_processes_that_cannot_be_made_are_told_apart_from_a_disk_that_cannot_be_written(error, by, line):
+    scope = {"__name__": by, "error": error}
+    exec("def make():\n    raise error", scope)
+    with pytest.raises(OSError) as caught:  # noqa: PT011
+        scope["make"]()
+    told = explain(caught.value)
+    assert told is None if line is None else line in told
+
+
 @pytest.mark.parametrize("kind", [ConnectionResetError, EOFError])
 def test_a_connection_that_ends_is_a_killed_data_worker_where_it_was_to_one(kind):
     def raised(by):
@@ -90,9 +111,15 @@ def raised_again(error):
         (UserError("cannot decode the picture a/b.png"), "cannot decode the picture a/b.png"),
         (
             OSError(errno.ENOSPC, "No space left on device", "x"),
-            "output: No space left on device; free",
+            "cannot open or write x: No space left on device; free",
+        ),
+        (
+            OSError(errno.EIO, "Input/output error", "a/b.png"),
+            "cannot open or write a/b.png: Input/output error; the disk has failed",
         ),
         (MemoryError(), "the machine is out of memory"),
+        (np._core._exceptions._ArrayMemoryError((9, 9), np.dtype("float64")), "the machine is out of memory"),
+        (RuntimeError("can't start new thread"), "no more processes or threads can be started"),
         (
             RuntimeError("unable to allocate shared memory(shm) for file </torch_9_1>: Success"),
             "no room for batches",

@@ -102,10 +102,12 @@ def test_the_folder_of_a_record_is_found_where_records_tell_it_from(place, monke
     monkeypatch.chdir(place)
     monkeypatch.setattr(evaluate_script, "ROOT", place / "clone")
     (place / "clone/resnext/data").mkdir(parents=True)
-    assert evaluate_script.recorded_folder("pictures") == Path("pictures")
-    assert evaluate_script.recorded_folder("resnext/data") == place / "clone/resnext/data"
-    assert evaluate_script.recorded_folder("elsewhere") == Path("elsewhere")
-    assert evaluate_script.recorded_folder(None) == Path(evaluate_script.__file__).parent / "data"
+    assert evaluate_script.recorded_folder("pictures", "folder") == Path("pictures")
+    assert evaluate_script.recorded_folder("resnext/data", "cifar10") == place / "clone/resnext/data"
+    assert evaluate_script.recorded_folder("elsewhere", "cifar10") == Path("elsewhere")
+    with pytest.raises(UserError, match="tells the name of its folder of pictures, elsewhere, not its place"):
+        evaluate_script.recorded_folder("elsewhere", "folder")
+    assert evaluate_script.recorded_folder(None, None) == Path(evaluate_script.__file__).parent / "data"
 
 
 def test_ones_own_pictures(place):

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from harness import files, runs
+from harness import files, run_log, runs
 from harness.distributed import World
 from harness.endings import UserError
 from harness.files import ROOT, output_lock, places, portable, staging, write_record
@@ -163,3 +163,20 @@ def test_data_is_on_the_disk_before_it_has_its_name_and_others_may_read_it(tmp_p
     assert done == ["fsync", "replace"]
     assert (tmp_path / "a.json").stat().st_mode & 0o777 == 0o640
     assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_place_whose_name_is_no_text_has_a_digest_too(tmp_path):
+    odd = os.fsdecode(b"o\xff")
+    assert not files.is_text(tmp_path / odd)
+    assert files.is_text(tmp_path / "ö")
+    assert len(files.place_digest(odd)) == 8
+    assert files.place_digest(odd) != files.place_digest("o")
+
+
+def test_a_log_takes_any_words_and_no_place_that_tensorboard_refuses(tmp_path):
+    with pytest.raises(UserError, match="whose name is not UTF-8"):
+        run_log.RunLog(tmp_path / os.fsdecode(b"o\xff"))
+    log = run_log.RunLog(tmp_path)
+    log.line(os.fsdecode(b"o\xff"))
+    log.close()
+    assert (tmp_path / "log.txt").read_text() == "o\\udcff\n"

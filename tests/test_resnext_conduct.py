@@ -111,7 +111,7 @@ def test_the_bar_shows_the_running_loss_and_seldom_asks_for_it(tiny, tmp_path, m
     monkeypatch.setattr("experiment.time.perf_counter", lambda: next(clock))
     for _ in range(2):
         run.show_progress(bar)
-    assert shown == [{"loss": "2.000", "acc": "50.000"}]
+    assert shown == [{"loss": "2.000", "acc": "50.00 %"}]
     run.show_progress(bar)
     assert len(shown) == 2
 
@@ -170,7 +170,7 @@ def test_a_bar_on_a_terminal_and_plain_lines_when_piped(tiny, tmp_path):
     bar = shown.decode()
     assert "epoch 1/2" in bar
     assert "pictures" in bar
-    assert "loss=" in bar
+    assert "test_acc=" in bar
     assert "test_acc=" in bar
     assert [line.split(":")[0] for line in lines[3:-2]] == ["epoch 1/2", "epoch 2/2"]
     piped = subprocess.run([*command, "--restart"], capture_output=True, text=True, check=True)
@@ -255,3 +255,17 @@ def test_a_name_that_is_taken_is_told_once_under_torchrun(tiny, tmp_path):
     assert result.stderr.count("another run is writing") == 1
     assert "RuntimeError" not in result.stderr
     assert "resnext.py: another process" not in result.stderr
+
+
+class Unshared(torch.utils.data.Dataset):
+    """What no queue can take from one process to another, as a batch is where /dev/shm is full."""
+
+    def __getitem__(self, index):
+        return lambda: index
+
+
+def test_a_worker_that_cannot_hand_over_a_batch_ends_the_run(capfd):
+    loader = worker_loader(Unshared(), EpochBatches(4, 2, seed=0), 1, CPU, collate=list)
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        next(iter(loader))
+    assert capfd.readouterr().err == ""

@@ -165,6 +165,15 @@ def test_a_run_goes_on_with_other_workers(run, whole, tmp_path):
     assert "starting from the beginning" in run("--num_epoch", 3, "--loader", "device", "--resume").out
 
 
+def test_of_two_states_of_one_run_the_further_is_gone_on_from(run, tmp_path):
+    """Of one that was stopped, went on with other workers, and was stopped again."""
+    run("--num_epoch", 3, code=143, before=STOP_IN_STEP.format(3))
+    run("--num_epoch", 3, "--num_worker", 1, "--resume", code=143, before=STOP_IN_STEP.format(4))
+    further = NAME.replace("0_worker", "1_worker")
+    assert position(tmp_path, NAME) < position(tmp_path, further)
+    assert f"going on from {further}.state" in run("--num_epoch", 3, "--resume").out
+
+
 def test_an_argument_that_only_one_of_two_runs_has_is_a_change():
     assert changes({"a": 1}, {"a": 1, "lr": 0.1}) == "--lr None (now 0.1)"
     assert changes({"a": 1, "lr": 0.1}, {"a": 1}) == "--lr 0.1 (now None)"

@@ -58,7 +58,7 @@ def test_a_gpu_is_idle_where_no_stream_runs_anything(gpu_trace):
     trace = timeline.read_trace(gpu_trace)
     # From the first work of the first step to that of the last: two steps, each 4 ms of work, then 0.5 idle, 1 of
     # work, and 4.5 idle until the next copy, the host being in no phase, then loading, then launching in forward.
-    assert (trace.window, trace.counted) == ((5.0, 25.0), 2)
+    assert (trace.windows.tolist(), trace.counted) == ([[5.0, 25.0]], 2)
     phases = timeline.summarise(trace)
     assert phases["step"] == pytest.approx({"host": 10, "device": 5, "idle": 5})
     assert phases["data load"] == pytest.approx({"host": 4, "device": 0, "idle": 3.5})
@@ -80,6 +80,22 @@ def test_a_cpu_is_idle_where_nothing_runs_but_loading(tmp_path):
     assert {name: phase["idle"] for name, phase in phases.items()} == pytest.approx(
         {"data load": 4, "forward": 1, "backward": 1, "optimizer": 0.5, "in no phase": 2, "step": 8.5}
     )
+
+
+def test_what_lies_between_steps_counts_in_none(tmp_path):
+    """A trace that goes on into the next epoch has the range of that epoch around its steps, and a validation."""
+    events = [each for number in range(3) for each in step_ranges(7 + number, 11.0 * number)]
+    events += [event("cpu_op", "aten::conv2d", 11 * number + 4, 11 * number + 8) for number in range(3)]
+    events += [event("user_annotation", "validation", 32.5, 90), event("cpu_op", "aten::conv2d", 33, 80)]
+    late = [event("user_annotation", "epoch 2 - step 1", 100, 150), event("user_annotation", "forward", 101, 150)]
+    events += [event("user_annotation", "epoch 2", 95, 160), *late, event("cpu_op", "aten::conv2d", 101, 150)]
+    trace = timeline.read_trace(write(tmp_path / "a.json.gz", events))
+    assert "3 steps of 10.0 ms; the device is idle for 60.0 %" in timeline.line("A", trace)
+    phases = timeline.summarise(trace)
+    assert phases["step"] == pytest.approx({"host": 10, "device": 4, "idle": 6})
+    assert phases["in no phase"] == pytest.approx({"host": 2, "device": 0, "idle": 2})
+    assert phases["forward"] == pytest.approx({"host": 2, "device": 4, "idle": 0})
+    assert not {"validation", "epoch 2"} & phases.keys()
 
 
 def test_the_table_and_the_figure_show_traces_side_by_side(run_script, gpu_trace, tmp_path):
@@ -185,7 +201,7 @@ def test_a_single_step_of_a_gpu_ends_with_its_last_work(tmp_path):
         events.append(event(api, "launch", launch, launch + 0.01, correlation=key))
         events.append(event(category, "work", first, last, correlation=key, stream=7))
     trace = timeline.read_trace(write(tmp_path / "one.json.gz", events))
-    assert (trace.window, trace.counted) == ((5.0, 12.5), 1)
+    assert (trace.windows.tolist(), trace.counted) == ([[5.0, 12.5]], 1)
     phases = timeline.summarise(trace)
     assert "validation" not in phases
     assert phases["step"] == pytest.approx({"host": 10, "device": 4.5, "idle": 3})

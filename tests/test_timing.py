@@ -178,6 +178,20 @@ def test_a_pause_within_a_step_is_in_no_phase_and_not_in_the_next_step(clock):
     assert timing["phases"]["forward"]["host_ms"]["total"] == pytest.approx(20)
 
 
+def test_what_a_watcher_does_as_a_range_begins_is_no_training(clock, monkeypatch):
+    """As of a tracer, which writes its file there."""
+
+    def write(name):
+        clock.pass_ms(500 if name.endswith("step 2") else 0)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(timing, "watchers", [write])
+    found = run_epoch(PhaseTimer(CPU), clock, [10, 20], optimizer_every=9)
+    assert found["seconds"] == pytest.approx(0.046)  # Loading 2 and 2, 30, the optimizer 10, and 1 and 1 in no phase.
+    assert found["unphased_seconds"] == pytest.approx(0.002)
+    assert found["phases"]["step"]["host_ms"]["total"] == pytest.approx(46)
+
+
 def test_steps_stop_at_the_limit(clock):
     timer = PhaseTimer(CPU)
     timer.start_epoch()

@@ -57,17 +57,19 @@ def test_on_a_gpu_an_operator_has_the_time_of_its_kernels_once_and_the_phase_tha
         )  # fmt: skip
 
     events = [
+        event("epoch 2", -1, 50, is_phase=True), event("epoch 2 - step 7", 0, 21, is_phase=True),
         event("forward", 0, 10, is_phase=True), event("aten::conv2d", 2, 3, self_device=3000.0),
         event("backward", 10, 20, is_phase=True), event("forward", 11, 15, is_phase=True, on_gpu=True),
         event("conv_kernel", 12, 15, self_device=3000.0, on_gpu=True),
         event("aten::convolution_backward", 13, 14, self_device=1000.0),
+        event("validation", 25, 40, is_phase=True), event("aten::conv2d", 30, 31, self_device=9000.0),  # In no step.
     ]  # fmt: skip
     # The order is that of their start; a GPU's phase may come first.
     for listed in (events, sorted(events, key=lambda each: each.device_type == DeviceType.CPU)):
         _, *rows = tracing.costliest(listed, torch.device("cuda"))
         assert [row.split() for row in rows] == [
-            ["forward", "aten::conv2d", "0.600", "75.0%", "0.2"],
-            ["backward", "aten::convolution_backward", "0.200", "25.0%", "0.2"],
+            ["forward", "aten::conv2d", "3.000", "75.0%", "1.0"],
+            ["backward", "aten::convolution_backward", "1.000", "25.0%", "1.0"],
         ]
 
 

@@ -3,14 +3,12 @@
 import datetime
 import re
 import shutil
-import sys
 
 import numpy as np
 import torch
 from data_utils import ROUGE
 from model import save_scorer
 from torch.utils.flop_counter import FlopCounterMode
-from tqdm import tqdm
 
 from harness.endings import UserError
 from harness.files import atomic_write, write_json
@@ -134,13 +132,6 @@ class ScorerRun(Run):
         update = self._update(epoch.number, epoch.step)
         just_done = self.validations and self.validations[-1]["update"] == update
         return update % self.args.eval_freq == 0 and not just_done
-
-    def say(self, line):
-        """Print a line, above the progress bar where there is one, and log it."""
-        if self.world.is_main:
-            tqdm.write(line)
-            sys.stdout.flush()
-            self.log.line(line)
 
     def report(self, epoch):
         """When one is due: report the loss since the last report, and look whether the scores have collapsed."""
