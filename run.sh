@@ -123,6 +123,7 @@ cifar() {
     local results=("${common[@]}" --num_epoch "${EPOCHS:-15}" --output_dir runs/cifar10)
     for seed in $SEEDS; do
         train resnext/resnext_fast.py "${results[@]}"
+        train resnext/resnext_fast.py "${results[@]}" --optimizer sgd
         [ -z "$half" ] || train resnext/resnext.py "${results[@]}" --half_precision
         train resnext/resnext.py "${results[@]}"
         for batch in 512 896; do
@@ -142,6 +143,7 @@ cifar() {
         train resnext/resnext_checkpoint.py "${times[@]}" --policy block
         train resnext/resnext_checkpoint.py "${times[@]}" --memory_budget 0.5
         train resnext/resnext_fast.py "${times[@]}"
+        train resnext/resnext_fast.py "${times[@]}" --optimizer sgd
     done
 }
 

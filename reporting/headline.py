@@ -24,7 +24,7 @@ HALF, SIMCLS_HALF = "Half precision: `--half_precision`", "SimCLS, half precisio
 # the order of the table: what buys most comes first.
 TECHNIQUES = {
     ("together", "everything on"): (
-        "Everything on, and another recipe (Muon in one cycle): `resnext_fast.py`",
+        "Everything on, and another recipe (the optimizer Muon, one cycle of the rate): `resnext_fast.py`",
         "to train, rather than to compare",
     ),
     ("together", "everything on, but SGD"): (

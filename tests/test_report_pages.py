@@ -131,7 +131,7 @@ def test_real_pictures_are_shown_before_digits_and_instead_of_them():
         return [(row["Technique"].partition(":")[0], row["Time, ×"], row["Measured on"]) for row in rows]
 
     expected = [
-        ("Everything on, and another recipe (Muon in one cycle)", "0.30", "CIFAR-10 (1)"),
+        ("Everything on, and another recipe (the optimizer Muon, one cycle of the rate)", "0.30", "CIFAR-10 (1)"),
         ("Half precision", "0.70", "CIFAR-10 (1)"),
         ("No worker processes for loading", "1.50", "handwritten digits (2)"),
     ]
