@@ -308,7 +308,12 @@ class Run:
             return own  # What is wrong with it, `load_state` says.
         found = [(_place(saved), True, own)] if saved else []
         for path in self.other_states():
-            saved = read_state(path, mmap=True)
+            try:
+                saved = read_state(path, mmap=True)
+            except UserError:
+                if found:  # What is wrong with another's state is no matter then.
+                    continue
+                raise
             interrupted = self._is_interrupted(saved, self._finished_arguments(path.with_suffix(".json")))
             if interrupted and not changes(saved["arguments"], self.arguments):
                 found.append((_place(saved), path == own, path))
@@ -412,4 +417,4 @@ class Run:
 
 def _place(saved):
     """(epoch, step) that a saved state goes on from."""
-    return saved["parts"]["epoch"], saved["parts"]["step"]
+    return saved["parts"].get("epoch", 0), saved["parts"].get("step", 0)
