@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 import export_model
-from confusion import Predictions, class_lines, draw_matrix, draw_mistakes, matrix_lines
+from confusion import Predictions, class_lines, draw_matrix, draw_mistakes, literal, matrix_lines
 from harness.endings import UserError
 from weights import load_model, read_record
 
@@ -272,3 +272,9 @@ def test_an_export_whose_outputs_are_others_is_refused(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="out.pt2: its outputs differ by .* from those here; nothing is written"):
             export_model.export(model, known, tmp_path / "out.pt2")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_class_whose_name_is_no_text_is_drawn():
+    name = os.fsdecode(b"o\xff$")
+    assert literal(name) == "o\\udcff\\$"
+    draw_matrix(np.eye(2, dtype=int), [name, "b"], name).canvas.draw()

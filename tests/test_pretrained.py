@@ -1,5 +1,6 @@
 """What a stage asks of a model before it works with it: lengths, the first token of a text and of a summary."""
 
+import os
 import sys
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ import transformers
 from data_utils import TextEncoding
 from main import load_model
 from model import load_encoder, load_scorer
-from pretrained import most_tokens
+from pretrained import check_apart, most_tokens, refuse_to_replace
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel, GenerationConfig
 
@@ -222,3 +223,10 @@ def test_a_generation_config_of_many_sequences_validates_by_one(encoders):
     model.generation_config.num_beams = model.generation_config.num_return_sequences = 4
     check_generation("mine", model, tokenizer, 1)
     assert model.generation_config.num_return_sequences == 4
+
+
+def test_a_place_that_tokenizers_cannot_write_to_is_refused_before_training(tmp_path):
+    odd = tmp_path / os.fsdecode(b"o\xff") / "model"
+    for check in (lambda: check_apart(odd, tmp_path), lambda: refuse_to_replace(odd)):
+        with pytest.raises(UserError, match="not UTF-8"):
+            check()

@@ -1,6 +1,7 @@
 """report.py --compare and --phases, and what it prints on a terminal."""
 
 import json
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import pytest
@@ -8,6 +9,7 @@ from run_records import make_record, make_run, read_table
 
 from harness.endings import UserError
 from reporting import compare, overview, tables, terminal
+from reporting.comparison import interval_text
 from reporting.studies import CHECKPOINTING, DATA_LOADER
 
 
@@ -117,3 +119,13 @@ def test_rows_without_a_baseline_say_why():
     assert "No ×" not in tables.render(CHECKPOINTING, runs)
     alone = [make_run(num_worker=0), make_run(num_worker=1)]
     assert "No × without a run of resnext.py with 2 workers" in tables.render(DATA_LOADER, alone)
+
+
+def test_two_sides_of_one_name_are_told_by_their_folders(tmp_path):
+    sides = [[SimpleNamespace(name="run", path=tmp_path / folder / "run.json")] for folder in ("a", "b")]
+    assert compare.names(sides) == ["A: a/run, n = 1", "B: b/run, n = 1"]
+
+
+def test_an_interval_of_too_few_runs_is_not_told():
+    assert interval_text(2.05, 0.00001, 297174.9) == "2.05 (too few runs)"
+    assert interval_text(2.05, 1.0, 4.0) == "2.05 (1.00 to 4.00)"
