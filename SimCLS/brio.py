@@ -24,7 +24,7 @@ from data_utils import training_batches
 from model import ranking_loss
 from pretrained import check_apart, check_lengths
 
-from harness import arguments, determinism, devices, distributed, endings, runs, tracing
+from harness import arguments, determinism, devices, distributed, endings, resume, tracing
 from harness.endings import UserError
 from harness.memory import SavedBytes
 from harness.precision import add_half_precision, choose_precision
@@ -43,7 +43,7 @@ def get_args_parser():
     add("--generator_name", required=True, help="generator to start from: a folder, or a name on the hub")
     add("--dataset", default="samples", help="folder with the sample folders train and val")
     add("--save_dir", required=True, help="folder for the fine-tuned generator")
-    runs.add_arguments(parser)
+    resume.add_arguments(parser)
     add("--max_steps", type=arguments.positive_int, help="stop after so many steps, for profiling")
     add("--seed", type=arguments.seed, default=0, help="of the order and dropout")
     determinism.add_argument(parser)

@@ -30,7 +30,7 @@ import torch
 import transformers
 from pretrained import check_apart, check_lengths, half_precision_dtype, refuse_to_replace
 
-from harness import arguments, determinism, devices, endings, runs, torchvision_compat, tracing  # noqa: F401
+from harness import arguments, determinism, devices, endings, resume, torchvision_compat, tracing  # noqa: F401
 from harness.distributed import read_job
 from harness.endings import UserError
 from harness.files import as_recorded, output_lock, places, publish, staging, write_json, write_record
@@ -58,7 +58,7 @@ def get_args_parser():
     parser.add_argument("--save_dir", type=Path, required=True, help="folder for the fine-tuned generator")
     parser.add_argument("--lead_words", type=integer, help="train on the first words of each document in place of its "
                         "summary: how many")  # fmt: skip
-    runs.add_arguments(parser)
+    resume.add_arguments(parser)
     parser.add_argument("--seed", type=arguments.numpy_seed, default=0, help="of the order and dropout")
 
     training = parser.add_argument_group("training")

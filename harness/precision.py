@@ -60,9 +60,10 @@ def choose_precision(half_precision, device, true_fp32=False, say=print):
     matrix products.
     """
     if half_precision and device.type == "cpu":
-        asked, half_precision = half_precision, "bfloat16"
-        if asked != half_precision or not multiplies_bfloat16():
-            say("half precision on a CPU is bfloat16" + NO_INSTRUCTIONS * (not multiplies_bfloat16()))
+        slow = NO_INSTRUCTIONS * (not multiplies_bfloat16())
+        if slow or half_precision != "bfloat16":
+            say(f"half precision on a CPU is bfloat16{slow}")
+        half_precision = "bfloat16"
     if device.type == "cuda" and true_fp32:
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False

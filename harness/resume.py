@@ -1,15 +1,24 @@
 """Saved training state: what a run needs to go on exactly where it was, and stopping so that it can."""
 
 import contextlib
+import json
 import os
 import signal
 
 import torch
 
+from harness.arguments import FLAG
 from harness.endings import TERMINATING, Terminated, UserError, leave_terminal
-from harness.files import atomic_write
+from harness.files import as_recorded, atomic_write
 
 FORMAT = 1
+
+
+def add_arguments(parser):
+    """--resume and --restart: what to do about the files that an earlier run of the same name has left."""
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--resume", **FLAG, help="go on where a run with these arguments was interrupted, or a shorter one ended")
+    add("--restart", **FLAG, help="begin anew, and replace the files of an earlier run")
 
 
 def save_state(path, arguments, **parts):
@@ -47,6 +56,30 @@ def read_state(path, **how):
     if not ours:
         raise no_state(path)
     return state
+
+
+def finished_arguments(path, even_cut_short=False):
+    """The arguments in the record of a run at `path`, a dict; None when there is no record, and, unless
+    `even_cut_short`, when --max_steps cut its run short."""
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        arguments = {"num_epoch": None} | record["arguments"] | {"precision": record.get("precision")}
+        arguments = as_recorded(arguments, record.get("places"))
+        # Of an epoch that was cut short there are no results.
+        cut_short = arguments.get("max_steps") and "loss" not in record["epochs"][-1]
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
+        return None
+    return None if cut_short and not even_cut_short else arguments
+
+
+def is_interrupted(saved, finished):
+    """Whether a state, as from `read_state`, is not that of the end of the run with the `finished_arguments`."""
+    return saved is not None and not (finished and saved["parts"].get("epoch") == finished["num_epoch"])
+
+
+def place_of(saved):
+    """(epoch, step), from 0, that a state goes on from."""
+    return saved["parts"].get("epoch", 0), saved["parts"].get("step", 0)
 
 
 def load_state(path, arguments):

@@ -2,7 +2,6 @@
 
 import contextlib
 import itertools
-import json
 import math
 import sys
 import time
@@ -11,25 +10,27 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from harness.arguments import FLAG
 from harness.endings import UserError, is_out_of_gpu_memory
 from harness.epochs import Epoch
 from harness.files import as_recorded, output_lock, places, write_record
 from harness.machine import describe_machine
-from harness.resume import changes, load_state, no_state, read_state, save_state, stop_requests
+from harness.resume import (
+    changes,
+    finished_arguments,
+    is_interrupted,
+    load_state,
+    no_state,
+    place_of,
+    read_state,
+    save_state,
+    stop_requests,
+)
 from harness.run_log import RunLog
 from harness.timing import nvtx_range
 from harness.tracing import trace
 
 FORMAT = 1
 DRY_STEPS = 4  # Of --dry_run: the first, which warms up, and three whose times count.
-
-
-def add_arguments(parser):
-    """--resume and --restart: what to do about the files that an earlier run of the same name has left."""
-    add = parser.add_mutually_exclusive_group().add_argument
-    add("--resume", **FLAG, help="go on where a run with these arguments was interrupted, or a shorter one ended")
-    add("--restart", **FLAG, help="begin anew, and replace the files of an earlier run")
 
 
 def add_dry_run(parser):
@@ -118,15 +119,15 @@ class Run:
                 raise UserError(f"{path} is a folder; move it away, or choose another {self.elsewhere}")
         if asked.get("restart"):
             return
-        saved, finished = read_state(self.path(".state"), mmap=True), self._finished_arguments()
+        saved, finished = read_state(self.path(".state"), mmap=True), finished_arguments(self.path(".json"))
         # A few steps' timings give way to those of a whole run, but not to those of another run's steps.
-        recorded = self._finished_arguments(even_cut_short=bool(asked.get("max_steps")))
+        recorded = finished_arguments(self.path(".json"), even_cut_short=bool(asked.get("max_steps")))
         own = {} if asked.get("resume") else {name: asked.get(name) for name in self.only_of_records}
         self._refuse_another(self.path(".state"), saved and saved["arguments"], self.arguments)
         self._refuse_another(self.path(".json"), recorded, as_recorded(self.arguments | own))
         if asked.get("resume"):
             return
-        if self._is_interrupted(saved, finished):
+        if is_interrupted(saved, finished):
             done = f"{saved['parts'].get('epoch')} of {asked.get('num_epoch')} epochs done"
             ways = "--resume goes on with it, --restart begins anew"
             raise UserError(f"{self.path('.state')} holds an interrupted run ({done}); {ways}")
@@ -144,38 +145,19 @@ class Run:
                 f"{path} is of a run with {was}; {why}choose another {self.elsewhere}, or --restart to replace it"
             )
 
-    @staticmethod
-    def _is_interrupted(saved, finished):
-        """Whether a state is not that of the end of the finished run whose arguments are `finished`."""
-        return saved is not None and not (finished and saved["parts"].get("epoch") == finished["num_epoch"])
-
     def temporary_files(self):
         """The Paths of what a killed run of this name was writing."""
         return self.folder.glob(f".{self.name}.*.tmp")
 
     def is_done(self):
         """Whether --resume has nothing left to do, which is told."""
-        finished = self.args.resume and not self.is_dry and self._finished_arguments()
+        finished = self.args.resume and not self.is_dry and finished_arguments(self.path(".json"))
         if not finished or finished["num_epoch"] != self.args.num_epoch:
             return False
-        if self._is_interrupted(read_state(self.path(".state"), mmap=True), finished):
+        if is_interrupted(read_state(self.path(".state"), mmap=True), finished):
             return False
         self.world.say(f"{self.path('.json')} is finished; nothing to resume")
         return True
-
-    def _finished_arguments(self, path=None, even_cut_short=False):
-        """The arguments in the record at `path`, by default this run's, a dict; None when there is no record, and,
-        unless `even_cut_short`, when --max_steps cut its run short."""
-        path = path or self.path(".json")
-        try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-            arguments = {"num_epoch": None} | record["arguments"] | {"precision": record.get("precision")}
-            arguments = as_recorded(arguments, record.get("places"))
-            # Of an epoch that was cut short there are no results.
-            cut_short = arguments.get("max_steps") and "loss" not in record["epochs"][-1]
-        except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
-            return None
-        return None if cut_short and not even_cut_short else arguments
 
     # ------------------------------------------------------------------------------------------------- its epochs
 
@@ -304,20 +286,18 @@ class Run:
         """The Path of this run's own state, or of the one of `other_states` that has got further."""
         own = self.path(".state")
         saved = read_state(own, mmap=True)
-        if self._finished_arguments() or (saved and changes(saved["arguments"], self.arguments)):
+        if finished_arguments(self.path(".json")) or (saved and changes(saved["arguments"], self.arguments)):
             return own  # What is wrong with it, `load_state` says.
-        found = [(_place(saved), True, own)] if saved else []
+        found = {own: place_of(saved)} if saved else {}
+        # Where it has a state of its own, it is no matter that another's cannot be read.
+        ignored = [UserError] if saved else []
         for path in self.other_states():
-            try:
+            with contextlib.suppress(*ignored):
                 saved = read_state(path, mmap=True)
-            except UserError:
-                if found:  # What is wrong with another's state is no matter then.
-                    continue
-                raise
-            interrupted = self._is_interrupted(saved, self._finished_arguments(path.with_suffix(".json")))
-            if interrupted and not changes(saved["arguments"], self.arguments):
-                found.append((_place(saved), path == own, path))
-        return max(found)[-1] if found else own
+                finished = finished_arguments(path.with_suffix(".json"))
+                if is_interrupted(saved, finished) and not changes(saved["arguments"], self.arguments):
+                    found[path] = place_of(saved)
+        return max(found, key=found.get, default=own)  # Of equal ones the first, which is its own.
 
     def resume(self, **parts):
         """Load the saved state into `parts`, name -> object with load_state_dict.
@@ -328,7 +308,7 @@ class Run:
         state = load_state(path, self.arguments)
         self.world.check_equal(state is not None, f"whether {path} exists; the processes must share it")
         if state is None:
-            if self._finished_arguments():
+            if finished_arguments(self.path(".json")):
                 raise UserError(f"{path}, from which a longer run would go on, is not there any more; --restart")
             self.world.say(f"no saved state {path}; starting from the beginning")
             return 0, 0
@@ -413,8 +393,3 @@ class Run:
         """Forget the saved state."""
         if self.world.is_main:
             self.path(".state").unlink(missing_ok=True)
-
-
-def _place(saved):
-    """(epoch, step) that a saved state goes on from."""
-    return saved["parts"].get("epoch", 0), saved["parts"].get("step", 0)

@@ -184,17 +184,14 @@ class _Phase:
     def __enter__(self):
         push_range(self.range_name)
         if watchers:
-            self._enter_watchers()
+            started = time.perf_counter()
+            self._watched = _enter_watchers(self.range_name)
+            if self._timer._epoch_start is not None:  # One may write a trace, which takes seconds, and is no training.
+                self._timer._epoch_start += time.perf_counter() - started
         if self._timer._on_cuda:
             self._event = self._timer._record_event()
         self.paused = 0
         self._start = time.perf_counter_ns()
-
-    def _enter_watchers(self):
-        started = time.perf_counter()
-        self._watched = _enter_watchers(self.range_name)
-        if self._timer._epoch_start is not None:  # To write a trace takes seconds, which are no training.
-            self._timer._epoch_start += time.perf_counter() - started
 
     def __exit__(self, error, *_):
         elapsed = time.perf_counter_ns() - self._start - self.paused

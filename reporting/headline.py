@@ -242,7 +242,7 @@ def _same_curves(row, base, key):
 
 
 def _published(study, label):
-    """ "0.76 ×, memory 0.65 ×" of the original study's A100 for the same technique; None where it has none."""
+    """ "time 0.76, memory 0.65" of the original study's A100 for the same technique; None where it has none."""
     figures, first = PUBLISHED.get(study, ({}, None))
     new, old = (figures.get((128, each)) for each in ("fp16" if study == "mixed-precision" else label, first))
     if new is None or old is None:

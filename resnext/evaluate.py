@@ -115,7 +115,7 @@ def recorded_folder(name, dataset):
     found = next((path for path in (Path(name), ROOT / name) if path.is_dir()), Path(name))
     if dataset == "folder" and not found.is_dir():
         raise UserError(
-            f"the run's record tells the name of its folder of pictures, {name}, not its place: --data_dir does"
+            f"the run's record tells only the name of its folder of pictures, {name}; say where that is by --data_dir"
         )
     return found
 

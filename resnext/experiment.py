@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from harness import determinism, devices, distributed, run_log, runs, tracing
+from harness import determinism, devices, distributed, resume, run_log, runs, tracing
 from harness.arguments import (
     FLAG,
     OneLineParser,
@@ -71,7 +71,7 @@ def get_args_parser(description, kind=OneLineParser):
     determinism.add_argument(parser)
     devices.add_arguments(parser)
     add("--output_dir", default="model_history", help="where the run's files go")
-    runs.add_arguments(parser)
+    resume.add_arguments(parser)
     add("--save_every", type=non_negative_float, default=5.0, metavar="MINUTES",
         help="how often to save what --resume needs; a stop by Ctrl-C or SIGTERM saves it too. Several processes save "
              "after epochs alone")  # fmt: skip

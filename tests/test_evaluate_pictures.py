@@ -105,7 +105,7 @@ def test_the_folder_of_a_record_is_found_where_records_tell_it_from(place, monke
     assert evaluate_script.recorded_folder("pictures", "folder") == Path("pictures")
     assert evaluate_script.recorded_folder("resnext/data", "cifar10") == place / "clone/resnext/data"
     assert evaluate_script.recorded_folder("elsewhere", "cifar10") == Path("elsewhere")
-    with pytest.raises(UserError, match="tells the name of its folder of pictures, elsewhere, not its place"):
+    with pytest.raises(UserError, match="only the name of its folder of pictures, elsewhere; say where that is"):
         evaluate_script.recorded_folder("elsewhere", "folder")
     assert evaluate_script.recorded_folder(None, None) == Path(evaluate_script.__file__).parent / "data"
 

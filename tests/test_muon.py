@@ -36,11 +36,11 @@ def model():
     return ResNeXt(2, 4)
 
 
-@pytest.mark.parametrize(("rows", "columns"), [(8, 8), (32, 64), (64, 32), (16, 18)])
+@pytest.mark.parametrize(("rows", "columns"), [(8, 8), (32, 64), (16, 18)])
 def test_all_directions_get_one_size_and_keep_their_place(rows, columns):
     torch.manual_seed(0)
     matrices = torch.randn(3, rows, columns)
-    found = orthogonal(matrices) / max(1, rows / columns) ** 0.5
+    found = orthogonal(matrices)
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
     seen = u.mT @ found @ v.mT  # Its singular values, if its directions are those of the matrices.
     sizes = seen.diagonal(dim1=1, dim2=2)
@@ -48,15 +48,16 @@ def test_all_directions_get_one_size_and_keep_their_place(rows, columns):
     assert (seen - torch.diag_embed(sizes)).abs().max() < 1e-3
 
 
-def test_a_matrix_is_updated_as_by_torch(model):
-    """torch's own takes the 1x1 convolutions as they are, but iterates in bfloat16."""
+@pytest.mark.parametrize("name", ["layer2.0.conv1", "layer2.0.conv3", "layer1.0.conv1"])
+def test_a_matrix_is_updated_as_by_torch(model, name):
+    """Wide and tall. torch's own takes the 1x1 convolutions as they are, but iterates in bfloat16."""
     theirs = copy.deepcopy(model)
-    weight = theirs.layer2[0].conv3.weight
+    weight = theirs.get_submodule(name).weight
     before = weight.detach().clone()
     matrix = torch.nn.Parameter(before.flatten(1).clone())
     rate = RATE * 0.1
     reference = torch.optim.Muon([matrix], lr=rate, weight_decay=WEIGHT_DECAY / RATE, momentum=0.95)
-    ours = after_steps(model, optimizer_of(model))["layer2.0.conv3.weight"]
+    ours = after_steps(model, optimizer_of(model))[f"{name}.weight"]
     for seed in range(3):
         with_gradients(theirs, seed)
         matrix.grad = weight.grad.flatten(1).clone()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from model import MARGIN, MAX_LEN, TOTAL_LEN
 
-from harness import determinism, devices, run_log, runs, tracing
+from harness import determinism, devices, resume, run_log, runs, tracing
 from harness.arguments import (
     FLAG,
     OneLineParser,
@@ -38,7 +38,7 @@ def get_args_parser(description):
     add("-e", "--evaluate", action="store_true", help="become evaluate_model.py on the test samples by --model_pt")
     run_log.add_argument(parser)
     add("--run_name", type=run_name_type, help="folder below ./cache; by default named by the settings")
-    runs.add_arguments(parser)
+    resume.add_arguments(parser)
     add("--max_steps", type=positive_int, help="stop after so many steps, for profiling; writes the timings alone, "
         "below a name that ends with _{max_steps}_steps")  # fmt: skip
     tracing.add_argument(parser)
