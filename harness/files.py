@@ -11,10 +11,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-try:
-    import fcntl
-except ModuleNotFoundError:  # On Windows.
-    fcntl = None
+from filelock import FileLock, Timeout
 
 from harness.endings import UserError
 
@@ -145,17 +142,25 @@ def make_folder(folder):
 
 
 @contextlib.contextmanager
-def output_lock(path):
+def output_lock(path, output=None):
     """Hold the lock file `path`, so that a second run with the same output is refused (UserError).
 
-    The kernel drops the lock when the process dies, however it dies. The empty file itself stays. Where there are no
-    locks, a warning says so, once. (The library filelock puts a file there instead, which a killed run leaves behind,
-    and it does not lock folders.)
+    The system drops the lock when the process dies, however it dies, and workers that are forked do not have it. The
+    empty file itself stays. Where the file system has no locks, a warning says so, once: a file in the place of a lock
+    would be left behind by a killed run. output: what is written, in words; by default `path` without its suffix.
     """
     path = Path(path)
     make_folder(path.parent)
-    # For writing, though nothing is written: a folder that is read-only is found out before the work.
-    with _locked(path, os.O_RDWR | os.O_CREAT, path.with_suffix("")):
+    output = output or path.with_suffix("")
+    with contextlib.ExitStack() as held:
+        try:
+            held.enter_context(FileLock(path, blocking=False, fallback_to_soft=False))
+        except Timeout:
+            raise UserError(f"another run is writing {output}; wait for it to end, or choose another output") from None
+        except OSError as error:
+            if error.errno not in NO_LOCKS:
+                raise
+            _warn_of_no_locks(f"the file system of {output} has no locks ({error.strerror})")
         yield
 
 
@@ -163,19 +168,19 @@ def output_lock(path):
 def staging(folder):
     """Yield a new folder inside `folder` for files that get their names there when all are written, and is then gone.
 
-    UserError when `folder` is none, and when a second run is writing it: the folder itself is locked, since a lock file
-    in it would count as one of its files.
+    UserError when `folder` is none, and when a second run is writing it.
     """
-    folder = Path(folder)
-    make_folder(folder)
-    stage = folder / ".unfinished"
-    with _locked(folder, os.O_RDONLY, folder):
+    stage = Path(folder) / ".unfinished"
+    lock = stage.with_suffix(".lock")
+    with output_lock(lock, folder):
         shutil.rmtree(stage, ignore_errors=True)  # Of a killed run.
         stage.mkdir()
         try:
             yield stage
         finally:
             shutil.rmtree(stage, ignore_errors=True)
+            with contextlib.suppress(OSError):  # On Windows, where it goes with the lock.
+                lock.unlink()
 
 
 def publish(stage, folder):
@@ -186,42 +191,6 @@ def publish(stage, folder):
         os.replace(path, Path(folder) / path.name)
 
 
-_locks = set()  # The descriptors that hold one.
-
-
-@contextlib.contextmanager
-def _locked(path, flags, output):
-    if fcntl is None:
-        _warn_of_no_locks("this system has no locks that end with their process")
-        yield
-        return
-    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o666)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise UserError(f"another run is writing {output}; wait for it to end, or choose another output") from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
-                raise
-            _warn_of_no_locks(f"the file system of {output} has no locks ({error.strerror})")
-        _locks.add(descriptor)
-        yield
-    finally:
-        _locks.discard(descriptor)
-        os.close(descriptor)
-
-
 @functools.cache  # Once a process is enough.
 def _warn_of_no_locks(reason):
     print(f"warning: {reason}; see to it that no second run writes the same output", file=sys.stderr, flush=True)
-
-
-def _leave_locks_to_the_parent():
-    # A forked worker shares its parent's locks, and would hold them for as long as it outlives a killed parent.
-    while _locks:
-        os.close(_locks.pop())
-
-
-if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_leave_locks_to_the_parent)
