@@ -31,6 +31,12 @@ class Way:
         """For each run the seconds until it had this test accuracy, from its start; None if not known."""
         return [next((seconds for seconds, reached in curve if reached >= goal), None) for curve in self.curves]
 
+    def sample(self, values):
+        """The Sample of `values`, one of each run; None where one is not known: the mean of the runs that got there
+        would flatter a way whose others did not."""
+        seeds = [run.arguments.get("seed") for run in self.row.runs]
+        return None if None in values else Sample.of(values, seeds)
+
 
 @dataclasses.dataclass(frozen=True)
 class Race:
@@ -74,15 +80,13 @@ def render(runs, with_cpu_times=True):
 
 def _cells(way, race, goal, with_times):
     epochs, seconds = way.epochs_to(goal), way.seconds_to(goal)
-    base = Sample.of(race.baseline.seconds_to(goal))
-    # The mean of those that got there would flatter an arm whose others did not.
-    everywhere = None if None in seconds else Sample.of(seconds)
+    base, everywhere = race.baseline.sample(race.baseline.seconds_to(goal)), way.sample(seconds)
     is_base = way is race.baseline
     return {
         "Way": f"{way.row.arm.label} (baseline)" if is_base else way.row.arm.label,
         "n": str(len(epochs)),
         "Reached by": f"{sum(each is not None for each in epochs)} of {len(epochs)}",
-        "Epochs": None if None in epochs else quantity(Sample.of(epochs), places=1),
+        "Epochs": quantity(way.sample(epochs), places=1),
         "Seconds": quantity(everywhere) if with_times else None,
         "Time, × (95 % interval)": "1.00" if is_base else ratio_with_interval(everywhere, base),
         "Best test accuracy, %": quantity(Sample.of(way.best()), places=1),
@@ -95,5 +99,5 @@ def ratio_of(race, label):
     way = next((way for way in race.ways if way.row.arm.label == label), None)
     if race.target is None or way is None:
         return None
-    base, new = (each.seconds_to(race.target) for each in (race.baseline, way))
-    return None if None in new else ratio_with_interval(Sample.of(new), Sample.of(base))
+    base, new = (each.sample(each.seconds_to(race.target)) for each in (race.baseline, way))
+    return ratio_with_interval(new, base)

@@ -79,7 +79,7 @@ def figures(sides):
         "Saved for backward, MiB": Record.saved_mib,
     }
     wanted |= {title: (lambda run, key=key: run.last(key)) for key, title in RESULTS.items()}
-    found = [(what, *(Sample.of(map(figure, side)) for side in sides)) for what, figure in wanted.items()]
+    found = [(what, *(Sample.over(side, figure) for side in sides)) for what, figure in wanted.items()]
     return [row for row in found if row[1] or row[2]]
 
 

@@ -4,7 +4,7 @@ import dataclasses
 
 from harness.machine import BFLOAT16, VECTOR_INSTRUCTIONS
 from reporting import pace, published
-from reporting.comparison import Sample, interval_text, within_noise
+from reporting.comparison import Sample, interval_text, paired, within_noise
 from reporting.records import Record, provenance
 from reporting.studies import (
     CHECKPOINTING,
@@ -216,7 +216,7 @@ def _result(study, row, base):
         curve, figure, unit = "val_loss", validation_rouge, "ROUGE"
     if _same_curves(row, base, curve):
         return SAME
-    new, old = (Sample.of(map(figure, each.runs)) for each in (row, base))
+    new, old = (Sample.over(each.runs, figure) for each in (row, base))
     if new is None or old is None:
         return "–"
     if study is SIMCLS:
@@ -225,12 +225,13 @@ def _result(study, row, base):
     if epochs < pace.FEW_EPOCHS:
         return f"too few epochs to tell: {epochs}"
     # At the original's constant rate the last epoch is a draw, which may be far below the best.
-    best = (Sample.of(max(run.curve(curve), default=None) for run in each.runs) for each in (row, base))
+    best = (Sample.over(each.runs, lambda run: max(run.curve(curve), default=None)) for each in (row, base))
     return f"{_change(*best, unit)}, best epoch against best (at the end {_change(new, old, unit)})"
 
 
 def _change(new, old, unit):
     """ "+1.3 points, within the noise", of two Samples."""
+    new, old = paired(new, old)
     noise = within_noise(new, old)
     note = ", within the noise" if noise else ", one run" if noise is None else ""
     return f"{new.mean - old.mean:+.1f} {unit}{note}"
@@ -299,6 +300,6 @@ def render(runs, page=None):
 EXPLANATION = (
     "Time is that of an epoch's training steps. Memory is what the forward pass keeps for the backward pass; of a "
     "`--memory_budget`, and on a GPU, the highest that there is at any time. Both are multiples of the run without the "
-    "technique, with 95 % intervals; each side has at least n runs, with different random seeds. CPUs were shared with "
-    "other work."
+    "technique and with the same random seed, for n seeds, with 95 % intervals where there are several. CPUs were "
+    "shared with other work."
 )

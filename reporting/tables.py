@@ -194,7 +194,7 @@ def _tell_apart(group):
 def multiple(row, base, figure):
     """(multiple, low, high) of the mean over a Row's runs of `figure`, of a Record, over that of the Row `base`; None
     where it is not known of both, or that of `base` is 0."""
-    new, old = (Sample.of(map(figure, each.runs)) for each in (row, base))
+    new, old = (Sample.over(each.runs, figure) for each in (row, base))
     return ratio_interval(new, old) if new and old and old.mean else None
 
 
@@ -243,7 +243,7 @@ def _cells(study, group, row, found, with_times):
         if column.is_time and not with_times:
             continue
         measured = timed if column.timed else (row, baseline)
-        sample, base = (Sample.of(map(column.figure, each.runs)) if each else None for each in measured)
+        sample, base = (Sample.over(each.runs, column.figure) if each else None for each in measured)
         cells[column.header] = column.show(sample, sample if row is baseline else base)
     for header, key in study.published.items():
         figure = row.arm.published.get(key)

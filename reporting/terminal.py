@@ -1,29 +1,56 @@
 """Markdown, made for reading on a terminal: its tables in columns that are as wide as what they hold."""
 
 import re
+import shutil
+import textwrap
 
 TABLE = re.compile(r"(?:^\|.*\|\n?)+", flags=re.MULTILINE)
+GAP = "  "
 
 
-def aligned(text):
-    """`text` with every Markdown table in columns: numbers to the right, words to the left, no bars."""
-    return TABLE.sub(lambda match: _columns(match[0]), text)
+def aligned(text, width=None):
+    """`text` with every Markdown table in columns: numbers to the right, words to the left, no bars.
+
+    In a table that is wider than `width`, by default the terminal's, headers take several lines; where that is not
+    enough, what all rows share is told once, above it.
+    """
+    width = width or shutil.get_terminal_size().columns
+    return TABLE.sub(lambda match: _table(match[0], width), text)
 
 
-def _columns(table):
-    lines = [
+def _table(table, width):
+    header, rules, *rows = [
         [cell.replace("\\|", "|").replace("&lt;", "<").replace("`", "") for cell in line.strip()[2:-2].split(" | ")]
         for line in table.strip().splitlines()
     ]
-    header, rules, *rows = lines
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    right = [rule.strip().endswith(":") for rule in rules]
+    columns = [
+        ([head], cells, rule.strip().endswith(":")) for head, rule, *cells in zip(header, rules, *rows, strict=True)
+    ]
+    shared = ""
+    if _width(columns) > width:
+        columns = [(textwrap.wrap(head[0], _narrowest(head[0], cells)), cells, right) for head, cells, right in columns]
+    if _width(columns) > width and len(set(map(tuple, rows))) > 1:
+        alike = [column for column in columns if len(set(column[1])) == 1]
+        columns = [column for column in columns if column not in alike]
+        shared = "".join(f"{' '.join(head)}: {cells[0]}\n" for head, cells, _ in alike)
+    height = max(len(head) for head, *_ in columns)
+    lines = [
+        [*[""] * (height - len(head)), *head, "-" * _column_width(head, cells), *cells] for head, cells, _ in columns
+    ]
+    padded = [
+        [line.rjust(max(map(len, each))) if right else line.ljust(max(map(len, each))) for line in each]
+        for each, (*_, right) in zip(lines, columns, strict=True)
+    ]
+    return shared + "".join(f"{GAP.join(line).rstrip()}\n" for line in zip(*padded, strict=True))
 
-    def line(cells):
-        padded = [
-            cell.rjust(width) if to_right else cell.ljust(width)
-            for cell, width, to_right in zip(cells, widths, right, strict=True)
-        ]
-        return "  ".join(padded).rstrip()
 
-    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)]) + "\n"
+def _narrowest(head, cells):
+    return max(map(len, [*head.split(), *cells]))
+
+
+def _column_width(head, cells):
+    return max(map(len, [*head, *cells]))
+
+
+def _width(columns):
+    return sum(_column_width(head, cells) for head, cells, _ in columns) + len(GAP) * (len(columns) - 1)

@@ -19,8 +19,8 @@ def folders(tmp_path):
     for seed, scale in enumerate((1.0, 1.02)):
         write(tmp_path / "a" / f"a{seed}.json", make_record(scale, seed=seed, acc=80 + seed))
     block = {"experiment": "resnext_checkpoint", "policy": "block", "saved": 2**28}
-    for name, seed, scale in (("b0", 0, 1.5), ("b1", 1, 1.52), ("b2", 2, 1.48)):
-        write(tmp_path / "b" / f"{name}.json", make_record(scale, seed=seed, acc=80.5 + seed, **block))
+    for name, seed, scale, acc in (("b0", 0, 1.5, 80.5), ("b1", 1, 1.52, 80.9), ("b2", 2, 1.48, 82.5)):
+        write(tmp_path / "b" / f"{name}.json", make_record(scale, seed=seed, acc=acc, **block))
     return tmp_path
 
 
@@ -38,7 +38,7 @@ def test_two_folders_of_seeds_side_by_side(run_script, folders):
         {"Setting": "policy", "A": "–", "B": "block"},
     ]
     rows = {row["Figure"]: row for row in read_table(result.stdout, 1)}
-    assert rows["Step, ms"]["B / A"].startswith("1.49 (")
+    assert rows["Step, ms"]["B / A"].startswith("1.50 (")  # Of the two seeds that both have.
     assert rows["Step, ms"]["Difference"] == "more than the noise"
     assert rows["Saved for backward, MiB"]["B / A"] == "0.25"
     assert rows["Test accuracy, %"]["Difference"] == "within the noise"
@@ -72,7 +72,7 @@ def test_the_figure_has_the_phases_of_a_step_then_the_loss_and_the_test_accuracy
     assert [heights[optimizer + place] for place in (-0.2, 0.2)] == pytest.approx([6 * 1.01, 6 * 1.5])
     assert [line.get_ydata().tolist() for line in loss.lines] == [pytest.approx([1, 1 / 2, 1 / 3])] * 2
     first, second = (line.get_ydata().tolist() for line in accuracy.lines)
-    assert (first, second) == (pytest.approx([78.5, 79.5, 80.5]), pytest.approx([79.5, 80.5, 81.5]))
+    assert (first, second) == (pytest.approx([78.5, 79.5, 80.5]), pytest.approx([79.3, 80.3, 81.3]))
 
 
 def test_what_cannot_be_compared_is_one_line(folders):
@@ -103,6 +103,22 @@ def test_tables_on_a_terminal_are_aligned():
     assert terminal.aligned(f"Before:\n\n{table}\n\nafter").splitlines() == [
         "Before:", "", "Name       Value", "---------  -----", "a | b <c>   10.5", "long name      –", "", "after",
     ]  # fmt: skip
+
+
+def test_a_table_that_is_wider_than_the_terminal_is_made_narrower():
+    rows = [{"Model": "resnext29", "Saved for backward, MiB": saved, "Data": "digits"} for saved in ("66.4", "133")]
+    table = tables.markdown(rows)
+    assert terminal.aligned(table, width=42).splitlines()[0] == "Model      Saved for backward, MiB  Data"
+    assert terminal.aligned(table, width=41).splitlines() == [
+        "           Saved for", "           backward,", "Model            MiB  Data", "---------  ---------  ------",
+        "resnext29       66.4  digits", "resnext29        133  digits",
+    ]  # fmt: skip
+    assert terminal.aligned(table, width=20).splitlines() == [
+        "Model: resnext29", "Data: digits",
+        "Saved for", "backward,", "      MiB", "---------", "     66.4", "      133",
+    ]  # fmt: skip
+    alike = tables.markdown([rows[0], rows[0]])  # Which nothing tells apart: no column is left out.
+    assert terminal.aligned(alike, width=20).count("digits") == 2
 
 
 def test_every_argument_that_tells_runs_apart_has_a_column():

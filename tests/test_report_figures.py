@@ -124,6 +124,29 @@ def test_what_does_not_scatter_differs_or_is_the_same():
     assert comparison.difference(other, one) == "+0.1"
 
 
+def test_runs_are_compared_with_those_of_their_own_seed():
+    """Where seeds differ by more than what is compared: the memory of a first step, or two slow hours."""
+    base = Sample.of([10.0, 20.0, 40.0], seeds=[0, 1, 2])
+    half = Sample.of([21.0, 5.0, 10.0], seeds=[2, 0, 1])  # 0.50, 0.50 and 0.525 of their own.
+    found, low, high = comparison.ratio_interval(half, base)
+    logs = np.log([0.5, 0.5, 0.525])
+    factor = np.exp(4.303 * logs.std(ddof=1) / np.sqrt(3))
+    assert (found, low, high) == pytest.approx((36 / 70, 36 / 70 / factor, 36 / 70 * factor), rel=1e-3)
+    # Differences of 5, 10 and 19: t is 2.77 where 4.30 is the limit. Of 0.9, 1.0 and 1.1 it is 17.
+    assert comparison.within_noise(half, base)
+    assert comparison.difference(Sample.of([10.9, 21.0, 41.1], seeds=[0, 1, 2]), base) == "+1.0"
+    # Of what one side alone has, nothing is said; a single pair has no noise.
+    assert comparison.ratio_with_interval(Sample.of([19.0, 90.0], seeds=[1, 7]), base) == "0.95"
+    assert comparison.within_noise(Sample.of([19.0], seeds=[1]), base) is None
+    assert comparison.ratio_with_interval(Sample.of([5.0, 10.0], seeds=[0, 1]), base) == "0.50"
+    assert comparison.ratio_with_interval(Sample.of([0.0, 1.0], seeds=[0, 1]), base) == "0.03"
+    nothing = Sample.of([0.0, 0.0], seeds=[0, 1])
+    assert comparison.ratio_with_interval(base, nothing) is None
+    # Seeds that no side shares are independent.
+    apart = Sample.of([5.0, 10.0, 20.0], seeds=[3, 4, 5]), Sample.of([10.0, 20.0, 40.0])
+    assert comparison.ratio_interval(apart[0], base) == comparison.ratio_interval(*apart)
+
+
 @pytest.mark.parametrize(
     ("value", "text"),
     [

@@ -112,8 +112,8 @@ def test_the_headline_has_a_row_for_each_technique_with_its_interval_and_what_wa
     assert none["Technique"].startswith("No worker processes")
     assert none["Change in the result"] == "none: the same numbers"
     assert none["As published, one A100, ×"] == "time 1.52"
-    # ln(0.5) with errors of 10 % and 4 % of three runs each: t = 3.07 for 2.62 degrees of freedom.
-    assert half["Time, ×"] == "0.50 (0.40 to 0.62)"
+    # 0.5, 0.473 and 0.533 of the run with the same seed: the logarithms scatter by 0.0604, and t is 4.30.
+    assert half["Time, ×"] == "0.50 (0.43 to 0.58)"
     assert half["Change in the result"] == "+1.0 points, best epoch against best (at the end +1.0 points)"
     assert (half["n"], half["Memory, ×"]) == ("3", "1.00")
     assert half["As published, one A100, ×"] == "time 0.76"
@@ -294,7 +294,7 @@ def test_another_recipe_is_compared_by_the_best_epochs():
     (row,) = read_table(headline.render(runs))
     assert (
         row["Change in the result"]
-        == "+15.3 points, best epoch against best (at the end +19.3 points, within the noise)"
+        == "+15.2 points, best epoch against best (at the end +19.2 points, within the noise)"
     )
 
 

@@ -29,12 +29,21 @@ def test_published_figures_stand_beside_the_same_experiment_alone(changes):
 
 def test_mixed_precision_table():
     half = [make_run(0.7 + 0.01 * seed, precision="fp16", half_precision="float16", seed=seed) for seed in range(3)]
-    rows = rows_of(MIXED_PRECISION, [make_run(), *half, make_run(1.6, precision="fp32", true_fp32=True)])
+    single = [make_run(seed=seed) for seed in range(3)]
+    rows = rows_of(MIXED_PRECISION, [*single, *half, make_run(1.6, precision="fp32", true_fp32=True)])
     assert list(rows) == ["tf32 (baseline)", "fp32", "fp16"]
     assert (rows["fp16"]["n"], rows["fp16"]["Step, ms"]) == ("3", "71.0 ± 1.0")
-    assert rows["fp16"]["Step, ×"] == "0.71 (0.66 to 0.76)"
+    assert rows["fp16"]["Step, ×"] == "0.71 (0.69 to 0.74)"
     assert rows["fp16"]["A100: overall, s"] == "6744"
     assert rows["fp32"]["A100: step, ms"] == "–"  # The original never ran it.
+
+
+def test_a_row_is_compared_with_the_runs_of_its_own_seeds():
+    """Seeds of the baseline that a row has not tell nothing of it: their steps were of other data, in other hours."""
+    base = [make_run(1.0 + seed, seed=seed) for seed in range(3)]
+    rows = rows_of(DATA_LOADER, [*base, make_run(2.2, num_worker=0, seed=1)])
+    assert rows["2 workers (baseline)"]["Step, ms"] == "200 ± 100"
+    assert rows["0 workers"]["Step, ×"] == "1.10"
 
 
 def test_the_same_arithmetic_by_other_flags_is_no_repeat():
