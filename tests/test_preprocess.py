@@ -217,7 +217,7 @@ def test_a_killed_run_leaves_no_sample_and_no_worker_and_its_rerun_ends_the_same
     process.kill()
     process.communicate()
     wait_until_gone(workers)
-    assert os.listdir(tmp_path / "out") == [".unfinished"]
+    assert sorted(os.listdir(tmp_path / "out")) == [".unfinished", ".unfinished.lock"]
     subprocess.run([*command, "--tgt_dir", tmp_path / "out"], check=True, capture_output=True)
     assert contents(tmp_path / "out") == expected
 
@@ -249,7 +249,7 @@ def test_a_second_run_on_the_same_folder_is_refused(tmp_path, run_script):
         result = run_script(SCRIPT, *args, code=2)
         assert "another run is writing" in result.stderr
         assert len(result.stderr.splitlines()) == 1
-        assert os.listdir(tmp_path / "out") == [".unfinished"]
+        assert sorted(os.listdir(tmp_path / "out")) == [".unfinished", ".unfinished.lock"]
 
 
 def square(number):
