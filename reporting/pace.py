@@ -15,7 +15,7 @@ def timed(group, row, found):
     base = group.baseline(row)
     needed = min(len(each.runs) for each in (row, base or row))
     for other in found:
-        alike = next((each for each in other.rows if (each.arm.label, each.keys) == (row.arm.label, row.keys)), None)
+        alike = next((each for each in other.rows if _place(each) == _place(row)), None)
         short = [alike, alike and other.baseline(alike)]
         if None not in short and _stands_for(other, group) and min(len(each.runs) for each in short) >= needed:
             return tuple(short)
@@ -30,7 +30,12 @@ def _stands_for(short, group):
 
 
 def _labels(group):
-    return {(row.arm.label, row.keys) for row in group.rows}
+    return {_place(row) for row in group.rows}
+
+
+def _place(row):
+    """What a Row of long runs and one of short runs of the same set-up share."""
+    return row.arm.label, row.keys, row.flags.get("batch_size")
 
 
 def epochs(group):

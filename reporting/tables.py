@@ -180,8 +180,13 @@ def one_a_seed(runs):
 
 def _tell_apart(group):
     """Name the flags of rows that have one label: on a CPU --true_fp32 changes nothing, and every half precision is
-    bfloat16, but such runs are no repeats of each other. The first baseline keeps its name."""
+    bfloat16, but such runs are no repeats of each other. The first baseline keeps its name. Rows that are compared with
+    one of another batch size say theirs."""
     rows, labels = group.rows, []
+    for row in rows:
+        base, batch_size = group.baseline(row), row.flags.get("batch_size")
+        if base is not None and base.flags.get("batch_size") != batch_size:
+            row.arm = dataclasses.replace(row.arm, label=f"{row.arm.label}, batch {batch_size}")
     for row in rows:
         same = [other.flags for other in rows if (other.arm.label, other.keys) == (row.arm.label, row.keys)]
         differing = [name for name in row.flags if any(flags.get(name) != row.flags[name] for flags in same)]

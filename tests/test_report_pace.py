@@ -84,10 +84,14 @@ def test_long_runs_are_timed_by_short_ones_that_were_run_in_turn():
     for run in short:
         run.machine["hardware"] = long[0].machine["hardware"]
     assert "in turn" not in headline.render(long + short[1::2] + [paced(30, 50, num_worker=0)])
-    # An arm that was not run in short says how many epochs it takes, and not how many seconds.
+    # An arm that was not run in short, or with another batch size, says how many epochs it takes, and not how many
+    # seconds.
     more = [paced(80, 60, 70, 72, half_precision="bfloat16", precision="bf16")]
-    row = next(row for row in read_table(accuracy.render(long + short + more)) if row["Way"].startswith("half"))
-    assert (row["Epochs"], row["Seconds"]) == ("2.0", "–")
+    block = {"experiment": "resnext_checkpoint", "policy": "block"}
+    more += [paced(90, 60, 70, 72, batch_size=512, **block), paced(10, 60, **block)]
+    rows = {row["Way"]: row for row in read_table(accuracy.render(long + short + more))}
+    for name in ("half precision (bf16)", "recomputing: block, batch 512"):
+        assert (rows[name]["Epochs"], rows[name]["Seconds"]) == ("2.0", "–")
 
 
 def test_runs_of_other_settings_and_long_ones_time_no_others():
