@@ -27,7 +27,7 @@ from reporting.tables import data_name, groups, hardware, is_toy, multiple, plac
 WIDTH = 10  # Inches: 1,000 pixels, which README shows about as they are.
 STYLE = {"font.size": 10, "figure.dpi": 100, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False,
          "text.parse_math": False}  # fmt: skip
-COLOURS = 128
+COLOURS = 256
 CURVES = {"loss": "training loss", "acc": "training accuracy, %", "test_acc": "test accuracy, %"}
 MARKERS = "osD^vP*X<>hd"
 LINES = ("-", "--", ":", "-.")
@@ -139,12 +139,13 @@ def distinct_styles(rows, styles):
 
 
 def draw_curves(runs, study):
-    """Each of CURVES by epoch: for each arm the mean over the seeds that all have, in a band from the lowest to the
-    highest of them."""
+    """Each of CURVES by epoch: for each arm the mean over its seeds, in a band from the lowest to the highest of them.
+    Where arms differ in one technique, of the seeds that all have: most techniques then give the same curve."""
     group = chosen_for_curves(study, [run for run in runs if run.curve("loss")])
     if group is None:
         return None
-    _keep_common_seeds(group)
+    if study.same is None:
+        _keep_common_seeds(group)
     figure, panels = plt.subplots(1, len(CURVES), figsize=(WIDTH, 4.2), layout="constrained")
     colours = distinct_colours(in_words(row.arm.label) for row in group.rows)
     styles = distinct_styles(group.rows, LINES)

@@ -7,7 +7,7 @@ import pytest
 from run_records import make_run
 
 from reporting import figures, tables
-from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION
+from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, TOGETHER
 
 POLICIES = [
     "nothing recomputed",
@@ -54,6 +54,10 @@ def large_study():
 def test_curves_that_coincide_are_said_to():
     runs = [make_run(), make_run(num_worker=0), make_run(loader="device")]
     assert title(figures.draw_curves(runs, DATA_LOADER)).endswith("\nall 3 curves coincide")
+    # Runs of seeds that not all rows have are other curves: of one technique they are left out.
+    more = make_run(seed=1)
+    assert "n = 1" in title(figures.draw_curves([*runs, more], DATA_LOADER))
+    assert "n = 1 to 2" in title(figures.draw_curves([*runs, more], TOGETHER))
     runs[1].epochs[1]["test_acc"] += 0.5
     assert "coincide" not in title(figures.draw_curves(runs, DATA_LOADER))
 
