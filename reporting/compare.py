@@ -14,7 +14,7 @@ from reporting.records import Record, read_folders
 from reporting.tables import hardware, markdown, one_a_seed, place, settings
 
 RESULTS = {"loss": "Training loss", "acc": "Training accuracy, %", "test_acc": "Test accuracy, %"}
-NOISE = {True: "within the noise", False: "more than the noise", None: "not known: one run each"}
+NOISE = {True: "within the noise", False: "more than the noise", None: "not known: too few runs"}
 
 
 def read_side(path):

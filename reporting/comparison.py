@@ -54,7 +54,8 @@ def within_noise(new, base):
     """Whether the difference of two Samples may be chance: a t-test finds none at the 5 % level.
 
     Of runs with the same seeds the paired test; else Welch's, or where one of them is a single value, Student's, which
-    takes it to scatter as the other does. None when both are single values, which say nothing of their noise.
+    takes it to scatter as the other does. None when both are single values, which say nothing of their noise, and of
+    two pairs whose differences are equal.
     """
     new, base = paired(new, base)
     if new.n == base.n == 1:
@@ -63,8 +64,8 @@ def within_noise(new, base):
 
     if new.by_seed:
         change = Sample.of(new.by_seed[seed] - base.by_seed[seed] for seed in new.by_seed)
-        if change.deviation == 0:
-            return change.mean == 0
+        if change.deviation == 0:  # Two that are equal may be so by chance, as accuracies of few pictures are.
+            return None if change.mean and change.n < 3 else change.mean == 0
         return bool(abs(change.mean) / (change.deviation / math.sqrt(change.n)) < t.ppf(CONFIDENCE, change.n - 1))
     if new.deviation == base.deviation == 0:
         return new.mean == base.mean
@@ -88,7 +89,7 @@ def ratio_interval(new, base):
         return found, found, found
     from scipy.stats import t
 
-    factor = math.exp(t.ppf(CONFIDENCE, freedom) * math.sqrt(variance))
+    factor = math.exp(min(t.ppf(CONFIDENCE, freedom) * math.sqrt(variance), 700))  # Which a float can hold.
     return found, found / factor, found * factor
 
 

@@ -197,12 +197,18 @@ def effect(study, group, row, of_study):
         multiple(timed, timed_base, Record.epoch_seconds),
         memory_ratio,
         _result(study, row, base),
-        min(len(each.runs) for each in (row, base, timed, timed_base)),
+        min(_pairs(row, base), _pairs(timed, timed_base)),
         group,
         row,
         timed,
         _published(study.name, row.arm.label),
     )
+
+
+def _pairs(row, base):
+    """Of how many seeds, at least, two Rows are compared."""
+    seeds = [{run.arguments.get("seed") for run in each.runs} for each in (row, base)]
+    return len(seeds[0] & seeds[1]) or min(map(len, seeds))
 
 
 def _result(study, row, base):
@@ -233,7 +239,7 @@ def _change(new, old, unit):
     """ "+1.3 points, within the noise", of two Samples."""
     new, old = paired(new, old)
     noise = within_noise(new, old)
-    note = ", within the noise" if noise else ", one run" if noise is None else ""
+    note = ", within the noise" if noise else ", too few runs" if noise is None else ""
     return f"{new.mean - old.mean:+.1f} {unit}{note}"
 
 

@@ -17,6 +17,7 @@ import numpy as np
 from harness.endings import UserError
 from harness.timing import WARMUP_STEPS, describe_epoch
 from harness.tracing import STEP
+from reporting.records import warn
 
 # What torch.autograd.profiler.emit_nvtx adds to an operator's name, different in every call.
 OF_ONE_CALL = re.compile(r", (op_id|seq|stashed seq|sizes|input_op_ids) = .*")
@@ -57,10 +58,13 @@ def read_trace(path):
             database.close()
     except sqlite3.Error as error:
         raise UserError(f"cannot read the trace {path}: {error}; {HOW_TO_EXPORT}") from None
-    timings = {}
+    timings, most = {}, {}
     for (thread, _), ranges in lanes.items():
-        if any(each.is_step for each in ranges):
-            timings[_process(thread)] = _epochs(ranges, work.get(_process(thread)))
+        process, steps = _process(thread), sum(each.is_step for each in ranges)
+        if min(steps, most.get(process, 0)):
+            warn(f"{path}: process {process} has steps in several threads or domains; told are those that are most")
+        if steps > most.get(process, 0):
+            timings[process], most[process] = _epochs(ranges, work.get(process)), steps
     if not timings:
         raise UserError(f"{path} has no ranges named '... - step N'; record a training script of this repository")
     return timings
@@ -75,6 +79,11 @@ def _columns(database, table):
     return {row[1] for row in database.execute(f"PRAGMA table_info({table})")}
 
 
+def _integers(*columns):
+    """SQL: whether these are integers, as foreign rows need not have them."""
+    return " AND ".join(f"typeof({column}) = 'integer'" for column in columns)
+
+
 def _read_ranges(database, path):
     """{(globalTid, domain): [Range, ...] by start, each with its parent} of all closed ranges."""
     columns = _columns(database, "NVTX_EVENTS")
@@ -85,7 +94,7 @@ def _read_ranges(database, path):
     if "textId" in columns and _columns(database, "StringIds"):
         name, names = "COALESCE(event.text, string.value)", "LEFT JOIN StringIds string ON string.id = event.textId"
     domain = "event.domainId" if "domainId" in columns else "NULL"
-    whole = " AND ".join(f"typeof(event.{column}) = 'integer'" for column in ("globalTid", "start", "end"))
+    whole = _integers("event.globalTid", "event.start", "event.end")
     rows = database.execute(
         f"SELECT event.globalTid, {domain}, {name}, event.start, event.end "
         f"FROM NVTX_EVENTS event {names} WHERE event.eventType IN {PUSH_POP_EVENTS} AND {whole} "
@@ -113,7 +122,8 @@ def _read_device_work(database):
         rows = database.execute(
             f"SELECT call.globalTid, work.start, work.end, call.start FROM {table} work "
             "JOIN CUPTI_ACTIVITY_KIND_RUNTIME call ON call.correlationId = work.correlationId "
-            "AND call.globalTid >> 24 = work.globalPid >> 24"
+            "AND call.globalTid >> 24 = work.globalPid >> 24 "
+            f"WHERE {_integers('call.globalTid', 'work.start', 'work.end', 'call.start')}"
         )
         for thread, *times in rows:
             work[_process(thread)].append(times)

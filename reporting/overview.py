@@ -170,7 +170,9 @@ def evaluations(records):
     same = {}
     for record in records:
         what = {name: value for name, value in record["arguments"].items() if name not in ("scorer_path", "output")}
-        same.setdefault(str((what, record.get("documents"), record["machine"].get("hardware"))), []).append(record)
+        metrics = sorted({metric for of_system in record["systems"].values() for metric in of_system})
+        where = record["machine"].get("hardware")
+        same.setdefault(str((what, metrics, record.get("documents"), where)), []).append(record)
     return "\n\n".join(map(_evaluation, same.values()))
 
 
@@ -182,7 +184,7 @@ def _evaluation(repeats):
         cells = {"Summary": name}
         for metric, interval in metrics.items():
             low, high = 100 * interval["low"], 100 * interval["high"]
-            has_it = [record["systems"][name] for record in repeats if name in record["systems"]]
+            has_it = [record["systems"][name] for record in repeats if metric in record["systems"].get(name, {})]
             sample = Sample.of(100 * systems[metric]["mean"] for systems in has_it)
             range_text = f" ({low:.2f} to {high:.2f})" if len(repeats) == 1 else ""
             cells[f"{METRICS.get(metric, metric)}, %"] = quantity(sample, places=2) + range_text
@@ -210,7 +212,9 @@ def _p_rows(repeats):
         tests = [each[key] for each in repeats if each.get(key)]
         for name in tests[0] if tests else ():
             same = [p_values[name] for p_values in tests if name in p_values]
-            worst = {METRICS.get(metric, metric): max(each[metric] for each in same) for metric in same[0]}
+            worst = {
+                METRICS.get(metric, metric): max(each[metric] for each in same if metric in each) for metric in same[0]
+            }
             strongest = ", the strongest" if name == repeats[0].get("strongest") else ""
             cells = {f"{metric}, %": f"{p:.2g}" for metric, p in worst.items()}
             rows.append({"Summary": f"p, {whose} against the {name}{strongest}"} | cells)

@@ -13,10 +13,13 @@ import numpy as np
 from harness.endings import UserError
 from harness.runs import FORMAT
 from reporting import shapes
-from reporting.shapes import ANY, COUNT, NUMBER, PAIR, POSITIVE, TEXT, WHOLE, each, maybe
+from reporting.shapes import ANY, COUNT, NUMBER, PAIR, PERCENT, POSITIVE, TEXT, WHOLE, each, maybe
 
-# Samples and candidates of SimCLS, and what resnext/evaluate.py writes.
-NO_RECORD = re.compile(r"\d+\.json|\w+\.settings\.json|provenance\.json|.+\.evaluation\.json")
+# Candidates of SimCLS, and what resnext/evaluate.py writes.
+NO_RECORD = re.compile(r"\w+\.settings\.json|provenance\.json|.+\.evaluation\.json")
+SAMPLE = re.compile(r"\d+\.json")  # Or a run that somebody named so.
+# What stands in JSON for a byte of a file's name that is no UTF-8, which no font can draw.
+NO_LETTER = re.compile(rb"(?<!\\ud[89ab][0-9a-f]{2})\\ud[c-f][0-9a-f]{2}", re.IGNORECASE)
 EVALUATION = "simcls_evaluation"
 # The experiments, and the arguments without which a record of theirs says too little to be compared.
 OF_IMAGES = {
@@ -46,7 +49,7 @@ OF_EPOCH = (
     "loss", "acc", "test_acc", "samples_per_second", "val_rouge1", "val_rouge2", "val_rougeL", "elapsed_seconds",
 )  # fmt: skip
 EPOCH = {"epoch": COUNT, "timing": TIMING, "peak_memory": PEAK, "losses": maybe(each(list, PAIR))}
-EPOCH |= dict.fromkeys(OF_EPOCH, maybe(NUMBER))
+EPOCH |= dict.fromkeys(OF_EPOCH, maybe(NUMBER)) | dict.fromkeys(("acc", "test_acc"), maybe(PERCENT))
 RECORD = {
     "name": maybe(TEXT), "data": maybe({"train_pictures": maybe(WHOLE)}), "machine": MACHINE, "precision": maybe(TEXT),
     "loading": maybe(TEXT),
@@ -142,7 +145,10 @@ def _warn_of_folder(error):
 def _read(path):
     """The record at `path`, or None after saying what is wrong with it."""
     try:
-        record = json.loads(path.read_bytes())
+        text = path.read_bytes()
+        if SAMPLE.fullmatch(path.name) and b'"experiment":' not in text:
+            return None
+        record = json.loads(NO_LETTER.sub(rb"\\ufffd", text))
     except OSError as error:
         return warn(f"skipped {path}: {error.strerror}")
     except (ValueError, RecursionError):

@@ -13,6 +13,7 @@ def is_number(value):
 ANY = ("anything", lambda value: True)
 TEXT = ("text", lambda value: isinstance(value, str))
 NUMBER = ("a number", is_number)
+PERCENT = ("a percentage", lambda value: is_number(value) and 0 <= value <= 100)
 POSITIVE = ("a number above 0", lambda value: is_number(value) and value > 0)
 COUNT = ("a whole number", lambda value: is_number(value) and isinstance(value, int) and 0 <= value < 2**53)
 WHOLE = ("a whole number above 0", lambda value: COUNT[1](value) and value > 0)

@@ -5,7 +5,7 @@ import re
 from collections.abc import Callable
 
 from reporting import pace
-from reporting.comparison import Sample, quantity, ratio_interval
+from reporting.comparison import Sample, paired, quantity, ratio_interval
 from reporting.published import SETUP
 from reporting.records import machine_letter, provenance
 
@@ -200,7 +200,8 @@ def multiple(row, base, figure):
     """(multiple, low, high) of the mean over a Row's runs of `figure`, of a Record, over that of the Row `base`; None
     where it is not known of both, or that of `base` is 0."""
     new, old = (Sample.over(each.runs, figure) for each in (row, base))
-    return ratio_interval(new, old) if new and old and old.mean else None
+    new, old = paired(new, old) if new and old else (None, None)
+    return ratio_interval(new, old) if old and old.mean else None
 
 
 def _key(*dicts):
@@ -286,7 +287,7 @@ def _words(name):
 
 def markdown(rows):
     """A Markdown table of dicts, header -> text or None. A column without any text is left out. What names of runs and
-    classes have in them is shown, and read neither as the end of a cell nor as HTML."""
+    classes have in them is shown, and read neither as the end of a cell or line nor as HTML."""
     headers = dict.fromkeys(header for row in rows for header in row)
     columns = {header: [row.get(header) for row in rows] for header in headers}
     columns = {header: column for header, column in columns.items() if any(column)}
@@ -296,7 +297,7 @@ def markdown(rows):
 
 
 def _escaped(cell):
-    return (cell or "–").replace("|", "\\|").replace("<", "&lt;")
+    return " ".join((cell or "–").split()).replace("|", "\\|").replace("<", "&lt;")
 
 
 def _is_number(text):

@@ -63,10 +63,13 @@ def read_trace(path):
     epochs = [step["name"].rpartition(" - ")[0] for step in steps]
     longest = max(epochs, key=epochs.count)
     steps = [step for step, epoch in zip(steps, epochs, strict=True) if epoch == longest]
+    lanes = {(str(step.get("pid")), str(step.get("tid"))) for step in steps}
+    if len(lanes) > 1:
+        raise UserError(f"{path} has steps of {len(lanes)} processes or threads at one time; give a trace of one")
     spans = np.array([_span(step) for step in steps])
     if not (spans[:, 1] > spans[:, 0]).all():
         raise UserError(f"{path} has steps that take no time; a training script's --trace FILE.json.gz writes others")
-    thread = [event for event in ranges if event.get("tid") == steps[0].get("tid")]
+    thread = [event for event in ranges if (str(event.get("pid")), str(event.get("tid"))) in lanes]
     inside = [event for event in thread if not STEP.fullmatch(event["name"]) and _within(spans, *_span(event))]
     phases = _outermost((event["name"], *_span(event)) for event in inside)
     on_gpu = any(event.get("cat") in ON_GPU for event in events)
@@ -134,7 +137,7 @@ def _gpu_work(path, events, phases):
     """[(phase that launched it, begin, end, time of the launch), ...] of what ran on the GPU's streams."""
 
     def key(event):
-        return (event.get("args") or {}).get("correlation")
+        return str((event.get("args") or {}).get("correlation"))  # Whatever a foreign trace has there.
 
     launched = {key(event): event["ts"] / 1e3 for event in events if event.get("cat") in LAUNCHES}
     found = [event for event in events if event.get("cat") in ON_GPU and key(event) in launched]
@@ -151,7 +154,7 @@ def _gpu_windows(work, steps):
         min((begin for _, begin, _, launch in work if start <= launch < end), default=None) for start, end in steps
     ]
     firsts = [first for first in firsts if first is not None]
-    if len(firsts) > 1:
+    if len(firsts) > 1 and firsts[-1] > firsts[0]:
         return np.array([[firsts[0], firsts[-1]]]), len(firsts) - 1
     last = max((end for _, _, end, launch in work if launch < steps[-1, 1]), default=steps[-1, 1])
     return np.array([[firsts[0] if firsts else steps[0, 0], last]]), 1

@@ -136,6 +136,19 @@ def test_a_row_that_is_no_range_is_passed_over(tmp_path, row):
     assert read_trace(tmp_path / "trace.sqlite") == expected
 
 
+def test_of_two_threads_with_steps_the_one_with_more_is_told(tmp_path, capsys):
+    make_trace(tmp_path / "trace.sqlite", 6)
+    expected = read_trace(tmp_path / "trace.sqlite")
+    with sqlite3.connect(tmp_path / "trace.sqlite") as database:
+        for thread in (MAIN - 1, MAIN + 5):
+            row = f"1, 9, 59, 'other - step 1', {thread}"
+            database.execute(f"INSERT INTO NVTX_EVENTS (start, end, eventType, text, globalTid) VALUES ({row})")
+        # And work without an end, as of a program that was killed.
+        database.execute(f"INSERT INTO CUPTI_ACTIVITY_KIND_KERNEL VALUES ({600 * MS}, NULL, 2, {PROCESS << 24})")
+    assert read_trace(tmp_path / "trace.sqlite") == expected
+    assert capsys.readouterr().err.count("process 77 has steps in several threads") == 2
+
+
 def test_a_pipe_is_no_trace(tmp_path):
     os.mkfifo(tmp_path / "pipe.sqlite")
     with pytest.raises(UserError, match="pipe.sqlite is no file"):

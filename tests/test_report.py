@@ -204,6 +204,7 @@ def having(record, *path, value):
         (having(make_record(), "epochs", 0, "timing", "peak_memory", value=8e9), "peak_memory is no object"),
         (having(make_record(), "machine", "hardware", value={"cpu": 1}), "machine.hardware is not text"),
         (having(make_record(), "arguments", "batch_size", value="128"), "batch_size is not a whole number"),
+        (having(make_record(), "epochs", 0, "test_acc", value=-1e308), "epochs.0.test_acc is not a percentage"),
         (having(make_record(), "saved_activation_bytes", value=True), "saved_activation_bytes is not a number"),
         (having(EVALUATION, "p_values", value={"x": {"rouge1": "small"}}), "p_values.x.rouge1 is not a number"),
     ],
@@ -242,6 +243,16 @@ def test_a_records_keys_may_stand_in_any_order_beside_a_models_files(tmp_path, c
     runs, _ = records.read_folders([tmp_path])
     assert [run.path.name for run in runs] == ["simcls.json"]
     assert "deep.json" in capsys.readouterr().err
+
+
+def test_a_run_may_be_named_as_a_sample_is_and_a_folder_by_no_text(tmp_path, capsys):
+    """A byte of a file's name that is no UTF-8 stands in the record as half a letter, which no font can draw."""
+    (tmp_path / "0.json").write_text('{"article": "experiment"}')
+    record = make_record(dataset="folder", data_dir="o\udcff \U0001f600")
+    (tmp_path / "1.json").write_text(json.dumps(record))
+    (run,), _ = records.read_folders([tmp_path])
+    assert (run.path.name, run.data) == ("1.json", "o\ufffd \U0001f600")
+    assert capsys.readouterr().err == ""
 
 
 def test_the_report_goes_on_without_a_record_that_lacks_something(call_report, run_folder):

@@ -44,6 +44,11 @@ def test_a_row_is_compared_with_the_runs_of_its_own_seeds():
     rows = rows_of(DATA_LOADER, [*base, make_run(2.2, num_worker=0, seed=1)])
     assert rows["2 workers (baseline)"]["Step, ms"] == "200 ± 100"
     assert rows["0 workers"]["Step, ×"] == "1.10"
+    for run, size in zip(base, (0, 2**30, 2**30), strict=True):  # What is nothing in all shared seeds has no multiple.
+        run.record["saved_activation_bytes"] = size
+    one_seed = rows_of(CHECKPOINTING, [*base, make_run(experiment="resnext_checkpoint", policy="chain", saved=2**20)])
+    assert one_seed["chain"]["Saved, ×"] == "–"
+    assert tables.markdown([{"A": "two\nlines"}]).endswith("| two lines |")
 
 
 def test_the_same_arithmetic_by_other_flags_is_no_repeat():
@@ -189,6 +194,9 @@ def test_evaluation_table():
         {"Summary": "p, SimCLS against the generator", "ROUGE-1, %": "0.5", "ROUGE-L, %": "1"},
         {"Summary": "p, scorer alone against the generator", "ROUGE-1, %": "0.2", "ROUGE-L, %": "–"},
     ]
+    renamed = copy.deepcopy(record)
+    renamed["systems"]["generator"]["rouge9"] = renamed["systems"]["generator"].pop("rouge1")
+    assert overview.evaluations([record, renamed]).count("95 % intervals") == 2
     other["arguments"]["samples"] = "elsewhere"
     assert overview.evaluations([record, other]).count("95 % intervals") == 2
 

@@ -140,9 +140,19 @@ def test_the_figure_has_a_lane_for_the_host_and_one_for_the_device(gpu_trace, tm
             b'{"traceEvents": [{"ph": "X", "cat": "user_annotation", "name": "epoch 1 - step 1", "ts": 1, "dur": 0}]}',
             "has steps that take no time",
         ),
+        (
+            json.dumps(
+                {
+                    "traceEvents": [
+                        event("user_annotation", f"epoch 1 - step {number}", 1, 2, tid=number) for number in (1, 2)
+                    ]
+                }
+            ).encode(),
+            "has steps of 2 processes or threads",
+        ),
     ],
     # What gzip writes tells the time.
-    ids=["empty", "list", "cut", "no number", "GPU", "GPUs", "args", "no ranges", "no time"],
+    ids=["empty", "list", "cut", "no number", "GPU", "GPUs", "args", "no ranges", "no time", "two threads"],
 )
 def test_what_is_no_trace_of_ours_is_one_line(content, words, tmp_path):
     (tmp_path / "a.json").write_bytes(content)
