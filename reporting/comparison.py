@@ -135,7 +135,12 @@ def difference(new, base):
         return None
     new, base = paired(new, base)
     note = ", within the noise" if new != base and within_noise(new, base) else ""
-    return f"{new.mean - base.mean:+.1f}{note}"
+    return f"{signed(new.mean - base.mean)}{note}"
+
+
+def signed(value):
+    """ "+1.3", "-0.2", or "+0.0" for what is nothing when rounded."""
+    return f"{round(value, 1) + 0.0:+.1f}"
 
 
 def number(value, digits=3):

@@ -4,7 +4,7 @@ import dataclasses
 
 from harness.machine import BFLOAT16, VECTOR_INSTRUCTIONS
 from reporting import pace, published
-from reporting.comparison import Sample, interval_text, paired, within_noise
+from reporting.comparison import Sample, interval_text, paired, signed, within_noise
 from reporting.records import Record, provenance
 from reporting.studies import (
     CHECKPOINTING,
@@ -240,7 +240,7 @@ def _change(new, old, unit):
     new, old = paired(new, old)
     noise = within_noise(new, old)
     note = ", within the noise" if noise else ", too few runs" if noise is None else ""
-    return f"{new.mean - old.mean:+.1f} {unit}{note}"
+    return f"{signed(new.mean - old.mean)} {unit}{note}"
 
 
 def _same_curves(row, base, key):

@@ -105,6 +105,7 @@ def test_samples_and_noise():
     assert comparison.ratio_with_interval(sample, sample) == "1.00"
     assert comparison.difference(Sample.of([1.0, 2.5]), sample) == "-0.2, within the noise"
     assert comparison.ratio_with_interval(sample, None) is None
+    assert (comparison.signed(-0.04), comparison.signed(-0.06)) == ("+0.0", "-0.1")
     # The scatter of the three, a quarter squared, is the single one's too: a third together, for 2 degrees of freedom.
     factor = np.exp(4.303 * np.sqrt(1 / 3))
     assert comparison.ratio_interval(Sample.of([4.0]), sample) == pytest.approx((2, 2 / factor, 2 * factor), rel=1e-3)
