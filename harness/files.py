@@ -155,13 +155,29 @@ def output_lock(path, output=None):
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(FileLock(path, blocking=False, fallback_to_soft=False))
-        except Timeout:
-            raise UserError(f"another run is writing {output}; wait for it to end, or choose another output") from None
-        except OSError as error:
-            if error.errno not in NO_LOCKS:
+        except (OSError, NotImplementedError) as error:  # The second is an older filelock's, where there are no locks.
+            _refuse_lock(path, output, error)
+            if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                 raise
-            _warn_of_no_locks(f"the file system of {output} has no locks ({error.strerror})")
+            reason = getattr(error, "strerror", error)
+            _warn_of_no_locks(f"the file system of {output} has no locks ({reason})")
         yield
+
+
+def _refuse_lock(path, output, error):
+    """UserError when the `error` of locking the file `path` is one that the user can put right."""
+    is_there = os.path.lexists(path)
+    if isinstance(error, Timeout) and is_there:
+        raise UserError(f"another run is writing {output}; wait for it to end, or choose another output") from None
+    # What names a file is of opening it.
+    odd_name = isinstance(error, OSError) and error.errno in NO_LOCKS and error.filename is not None
+    if isinstance(error, Timeout) or odd_name:
+        raise UserError(f"cannot make the lock file {path}; choose another output") from None
+    if os.path.islink(path):
+        raise UserError(f"the lock file {path} is a link; remove it, or choose another output") from None
+    if isinstance(error, PermissionError) and is_there:
+        owner = f"of the user with the id {path.stat().st_uid}"
+        raise UserError(f"cannot use the lock file {path}, {owner}; remove it, or choose another output") from None
 
 
 @contextlib.contextmanager
@@ -173,14 +189,24 @@ def staging(folder):
     stage = Path(folder) / ".unfinished"
     lock = stage.with_suffix(".lock")
     with output_lock(lock, folder):
-        shutil.rmtree(stage, ignore_errors=True)  # Of a killed run.
-        stage.mkdir()
         try:
+            _make_anew(stage)
             yield stage
         finally:
             shutil.rmtree(stage, ignore_errors=True)
             with contextlib.suppress(OSError):  # On Windows, where it goes with the lock.
                 lock.unlink()
+
+
+def _make_anew(folder):
+    """Make the folder, in place of what a killed run has left, or of a file or a link; UserError when that stays."""
+    with contextlib.suppress(OSError):  # It is not there, or a folder.
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        raise UserError(f"{folder} is in the way; remove it, or choose another output") from None
 
 
 def publish(stage, folder):

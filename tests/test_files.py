@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 from argparse import Namespace
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,6 +140,60 @@ def test_another_failure_of_a_lock_is_not_hidden(tmp_path, monkeypatch):
     monkeypatch.setattr(fcntl, "flock", fail)
     with pytest.raises(OSError, match="Input/output"), output_lock(tmp_path / "run.lock"):
         pass
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (files.Timeout("run.lock"), "cannot make the lock file .*run.lock; choose another output"),
+        (OSError(errno.EINVAL, "Invalid argument", "run.lock"), "cannot make the lock file .*run.lock; choose another"),
+        (PermissionError(errno.EACCES, "lock file belongs to uid 7", "run.lock"),
+         f"cannot use the lock file .*run.lock, of the user with the id {os.getuid()}; remove it"),
+        (NotImplementedError("FileSystem does not appear to support flock"), "the file system of .*run has no locks"),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_with_a_lock_file_is_told_apart(error, line, tmp_path, monkeypatch, capsys, no_warning_yet):
+    """Errors of opening it, as filelock passes them on, and of an older filelock."""
+
+    def refuse(*args, **more):
+        raise error
+
+    monkeypatch.setattr(files, "FileLock", refuse)
+    if isinstance(error, PermissionError):
+        (tmp_path / "run.lock").touch()
+    if isinstance(error, NotImplementedError):
+        with output_lock(tmp_path / "run.lock"):
+            assert re.match(f"warning: {line}", capsys.readouterr().err)
+        return
+    with pytest.raises(UserError, match=line), output_lock(tmp_path / "run.lock"):
+        pass
+
+
+def test_a_lock_file_that_is_a_link_is_told_as_one(tmp_path):
+    (tmp_path / "run.lock").symlink_to("elsewhere")
+    with pytest.raises(UserError, match=r"run.lock is a link; remove it"), output_lock(tmp_path / "run.lock"):
+        pass
+
+
+@pytest.mark.parametrize("left", ["a file", "a link", "what stays"])
+def test_what_stands_in_the_place_of_unfinished_files_goes_or_is_told(left, tmp_path, monkeypatch):
+    place = tmp_path / ".unfinished"
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept/mine").touch()
+    if left == "a file":
+        place.touch()
+    elif left == "a link":
+        place.symlink_to("kept")
+    else:
+        place.mkdir()
+        monkeypatch.setattr(files.shutil, "rmtree", lambda *args, **more: None)
+        with pytest.raises(UserError, match=r"\.unfinished is in the way; remove it"), staging(tmp_path):
+            pass
+        place.rmdir()
+    if left != "what stays":
+        with staging(tmp_path) as stage:
+            assert list(stage.iterdir()) == []
+    assert [path.name for path in tmp_path.rglob("*")] == ["kept", "mine"]
 
 
 def test_data_is_on_the_disk_before_it_has_its_name_and_others_may_read_it(tmp_path, monkeypatch):
