@@ -323,16 +323,15 @@ class Run:
             if is_out_of_gpu_memory(error):  # Of others, perhaps, that use it, too: the state is good.
                 raise
             raise no_state(path) from None
+        if (epoch, step) > (self.args.num_epoch, 0):
+            there = f"{epoch} epochs" + f" and {step} steps" * (step > 0)
+            raise UserError(f"{path} is of {there}, more than --num_epoch {self.args.num_epoch}; name a larger one")
         self.log.resume(state.get("log", {}), self.logged_step(epoch, step))
         if path != self.path(".state"):
             self.facts["continues"] = path.stem
             if self.world.is_main:
                 self.take_over(path)
         self.world.say(f"going on from {path}: epoch {epoch + 1}, step {step + 1}")
-        if epoch > self.args.num_epoch:
-            raise UserError(
-                f"{path} is of {epoch} epochs, more than --num_epoch {self.args.num_epoch}; name a larger one"
-            )
         return epoch, step
 
     def save(self, epoch, step, **parts):

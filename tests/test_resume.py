@@ -145,6 +145,15 @@ def test_a_finished_run_is_made_longer(run, whole, tmp_path):
     assert "is not there any more" in run("--num_epoch", 4, "--resume", code=2).err
 
 
+def test_a_run_that_was_stopped_within_an_epoch_does_not_end_before_it(run, tmp_path):
+    run("--num_epoch", 3, code=143, before=STOP_IN_STEP.format(9))
+    state = (tmp_path / f"{NAME}.state").read_bytes()
+    line = run("--num_epoch", 1, "--resume", code=2).err
+    assert f"{NAME}.state is of 1 epochs and 3 steps, more than --num_epoch 1; name a larger one" in line
+    assert (tmp_path / f"{NAME}.state").read_bytes() == state
+    assert not list(tmp_path.glob("*.pt"))
+
+
 def test_a_run_whose_rate_depends_on_its_length_is_not_made_longer(run, tmp_path):
     fast = {"script": "resnext/resnext_fast.py"}
     run("--num_epoch", 1, **fast)
