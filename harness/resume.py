@@ -72,6 +72,19 @@ def finished_arguments(path, even_cut_short=False):
     return None if cut_short and not even_cut_short else arguments
 
 
+def refuse_unknown(record, weights, elsewhere):
+    """UserError where the file `record` is no record of a run, or is not there while one of the files `weights` is."""
+    if record.exists():
+        unknown = [record] if finished_arguments(record, even_cut_short=True) is None else []
+    else:
+        unknown = [path for path in weights if path.exists()]
+    if unknown:
+        raise UserError(
+            f"{unknown[0]} would be replaced, and no record tells of which run it is; move it away, choose another "
+            f"{elsewhere}, or --restart to replace it"
+        )
+
+
 def is_interrupted(saved, finished):
     """Whether a state, as from `read_state`, is not that of the end of the run with the `finished_arguments`."""
     return saved is not None and not (finished and saved["parts"].get("epoch") == finished["num_epoch"])

@@ -22,6 +22,7 @@ from harness.resume import (
     no_state,
     place_of,
     read_state,
+    refuse_unknown,
     save_state,
     stop_requests,
 )
@@ -54,6 +55,7 @@ class Run:
     elsewhere = "output folder"  # What to choose another of where a name is taken.
     saves_within_epochs = False  # Else after epochs alone.
     only_of_records = ()  # Of `not_results`, what tells finished runs apart all the same.
+    weights = ()  # Paths of what no run replaces unasked where neither a state nor a record tells of it.
 
     def __init__(self, experiment, folder, name, args, world, not_results=(), fixed_length=None, **facts):
         """fixed_length: why a finished run cannot go on to a larger --num_epoch; None where it can."""
@@ -122,6 +124,7 @@ class Run:
         saved, finished = read_state(self.path(".state"), mmap=True), finished_arguments(self.path(".json"))
         # A few steps' timings give way to those of a whole run, but not to those of another run's steps.
         recorded = finished_arguments(self.path(".json"), even_cut_short=bool(asked.get("max_steps")))
+        refuse_unknown(self.path(".json"), () if saved else self.weights, self.elsewhere)
         own = {} if asked.get("resume") else {name: asked.get(name) for name in self.only_of_records}
         self._refuse_another(self.path(".state"), saved and saved["arguments"], self.arguments)
         self._refuse_another(self.path(".json"), recorded, as_recorded(self.arguments | own))

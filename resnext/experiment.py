@@ -232,6 +232,7 @@ class ImageRun(runs.Run):
             # Such a data set is known by its place alone, though a run may be resumed when it has moved.
             self.only_of_records = (*self.only_of_records, "data_dir")
         super().__init__(experiment, args.output_dir, run_name(args, suffix), args, world, NOT_RESULTS, **more)
+        self.weights = self.path(".pt"), self.path(".npz")
         self._shown_at = 0.0  # When the bar's figures were last read.
         self.saves_within_epochs = world.size == 1  # Each process has sums of its own, until the epoch ends.
 
@@ -269,6 +270,9 @@ class ImageRun(runs.Run):
         one that a longer run can go on from. Of a run that --max_steps ended, there is nothing more to write."""
         if self.stop.enough or not self.world.is_main:
             return
+        # A state tells a later run, should this one be killed before it has a record, that the weights are its own.
+        if not (self.fixed_length and self.path(".state").exists()):
+            self.save(self.args.num_epoch, 0, **self.state)
         curves = {key: np.array([epoch[key] for epoch in self.history]) for key in ("loss", "acc", "test_acc")}
         with self.writing():
             with atomic_write(self.path(".pt")) as file:
@@ -279,8 +283,6 @@ class ImageRun(runs.Run):
         self.write_record()
         if self.fixed_length:
             self.drop_state()
-        else:
-            self.save(self.args.num_epoch, 0, **self.state)
         longer = "" if self.fixed_length else ", .state (a larger --num_epoch --resume goes on from it)"
         logged = f"; {self.log_folder()} (log)" * self.args.log
         self.say(f"{self.path('.pt')} (weights), .npz (curves), .json (record){longer}{logged}")

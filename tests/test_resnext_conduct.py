@@ -179,7 +179,7 @@ def test_a_bar_on_a_terminal_and_plain_lines_when_piped(tiny, tmp_path):
 
 
 def test_a_full_disk_is_one_line_and_leaves_no_half_file(tiny, tmp_path):
-    # A limit on the size of files stands in for a full disk: the weights do not fit.
+    # A limit on the size of files stands in for a full disk: what a run keeps does not fit.
     code = "import resource, signal, sys, runpy; sys.argv = sys.argv[1:]\n" \
            "sys.path.insert(0, sys.argv[0].rpartition('/')[0])\n" \
            "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n" \
@@ -189,7 +189,7 @@ def test_a_full_disk_is_one_line_and_leaves_no_half_file(tiny, tmp_path):
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode == 2, result.stderr
     assert result.stderr.count("\n") == 1
-    assert f"{NAME}.pt: File too large" in result.stderr
+    assert f"{NAME}.state: File too large" in result.stderr
     assert [path.name for path in tmp_path.iterdir()] == [f"{NAME}.lock"]
 
 

@@ -232,7 +232,7 @@ def run_changed(change, script, *args):
         (STOP_IN_STEP, 143, (0, 4)),
         (KILL_IN_LAST_STEP, -9, (0, 5)),
         (STOP_IN_EVALUATION, 143, (0, 6)),
-        (STOP_AFTER_LAST_SAVE, -9, (1, 6)),
+        (STOP_AFTER_LAST_SAVE, -9, (2, 0)),
     ],
     ids=["in a step", "killed in a smaller step", "in evaluation", "between the files of the record"],
 )

@@ -112,6 +112,24 @@ def test_a_finished_run_is_not_replaced_unasked(run, pictures, tmp_path):
     assert json.loads((tmp_path / f"{NAME}.json").read_text())["arguments"]["lr"] == 0.001
 
 
+def test_what_nothing_tells_the_run_of_is_not_replaced_unasked(run, tmp_path):
+    run("--num_epoch", 1)
+    weights, record, state = (tmp_path / f"{NAME}{suffix}" for suffix in (".pt", ".json", ".state"))
+    before, text = weights.read_bytes(), record.read_bytes()
+    kept = state.rename(tmp_path / "kept")
+    for torn, named in ((b"{", record), (None, weights)):
+        record.unlink()
+        if torn:
+            record.write_bytes(torn)
+        for more in ([], ["--resume"]):
+            line = run("--num_epoch", 1, "--lr", 0.003, *more, code=2).err
+            assert f"{named.name} would be replaced, and no record tells of which run it is; move it away" in line
+    kept.rename(state)
+    run("--num_epoch", 1, "--resume")  # As a run that was killed before it had a record.
+    assert weights.read_bytes() == before
+    assert json.loads(record.read_bytes())["epochs"][0]["loss"] == json.loads(text)["epochs"][0]["loss"]
+
+
 def test_timings_of_a_few_steps_give_way_to_the_same_again_alone_and_of_all_steps_to_none(run, tmp_path):
     few = ["--num_epoch", 1, "--max_steps", 2]
     run(*few)
