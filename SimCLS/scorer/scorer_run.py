@@ -44,6 +44,8 @@ class ScorerRun(Run):
     def __init__(self, args, world, **facts):
         name = run_name(args)
         super().__init__("simcls", CACHE / name, name, args, world, NOT_RESULTS, FIXED_LENGTH, **facts)
+        # Killed in its first validation, a run has weights and no state yet.
+        self.weights = () if args.resume else [self.folder / name for name in WEIGHTS]
         self.validations, self.losses, self.best = [], [], None
         self._watch = CollapseWatch(args.margin)
         self.kept_share = 1.0  # Of what forward would keep for backward without recomputation and half precision.
