@@ -6,9 +6,12 @@ snapshot of the memory, for https://docs.pytorch.org/memory_viz, lies beside it.
 
 import argparse
 import contextlib
+import gzip
 import os
+import pickle
 import re
 import tempfile
+import zlib
 from collections import defaultdict
 from pathlib import Path
 
@@ -18,11 +21,13 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 from harness import timing
 from harness.endings import UserError
-from harness.files import make_folder
+from harness.files import atomic_write, make_folder
 
 STEPS = 5  # That are traced, after timing.WARMUP_STEPS of warm-up.
 COSTLIEST = 10
 STEP = re.compile(r".+ - step \d+")
+BEGINNING = re.compile(rb'\s*{\s*"schemaVersion"')  # Of what torch.profiler writes.
+END = re.compile(rb'"traceName": [^\n]+}\s*$')
 SUFFIXES = (".json", ".json.gz")
 
 
@@ -43,8 +48,9 @@ def _trace_file(text):
 def trace(path, device, say):
     """Within the block, trace the steps that PhaseTimers time, to the file `path`; do nothing when that is None.
 
-    say: takes the lines to print. A block that ends before the warm-up does leaves no file, which is said. UserError
-    before the block when the file could not be written.
+    say: takes the lines to print. A block that ends before the warm-up does leaves no file, which is said, and so does
+    one whose file cannot be written. UserError before the block when that is known, and when the file is there already
+    and is no trace.
     """
     if path is None:
         yield
@@ -63,10 +69,23 @@ def _check_writable(path):
     make_folder(path.parent)
     if path.is_dir():
         raise UserError(f"--trace {path} is a folder; name a file in it")
+    if path.exists() and not _is_trace(path):
+        raise UserError(f"--trace {path} is there, and is no trace that could be replaced; name another file")
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise UserError(f"--trace {path}: cannot write into its folder ({error.strerror}); name another") from None
+
+
+def _is_trace(path):
+    """Whether a file begins as those of torch.profiler do."""
+    if not path.is_file():  # To open a pipe would wait for ever.
+        return False
+    try:
+        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+            return BEGINNING.match(file.read(100)) is not None
+    except (OSError, EOFError, zlib.error):
+        return False
 
 
 class _Tracer:
@@ -106,20 +125,34 @@ class _Tracer:
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
         self._profile.stop()
-        suffix = next(suffix for suffix in reversed(SUFFIXES) if self._path.name.endswith(suffix))
-        unfinished = self._path.with_name(f".{self._path.name}.tmp{suffix}")
-        self._profile.export_chrome_trace(str(unfinished))
-        os.replace(unfinished, self._path)
-        written = [str(self._path)]
-        if self._device.type == "cuda":
-            written.append(str(self._path).removesuffix(suffix) + ".memory.pickle")
-            torch.cuda.memory._dump_snapshot(written[1])
-            torch.cuda.memory._record_memory_history(enabled=None)
         steps = min(STEPS, self._steps - timing.WARMUP_STEPS)  # Fewer where the run has ended.
+        try:
+            first = f"traced {steps} steps: {', '.join(self._write())}"
+        except OSError:  # Training need not end for it.
+            first = f"warning: no trace: {self._path} could not be written; is there room on its disk?"
+        if self._device.type == "cuda":
+            torch.cuda.memory._record_memory_history(enabled=None)
         rows = costliest(self._profile.events(), self._device)
         self._profile = None
-        for line in [f"traced {steps} steps: {', '.join(written)}", *rows]:
+        for line in [first, *rows]:
             self._say(line)
+
+    def _write(self):
+        """Write the files, each whole or not at all, and return their names."""
+        with tempfile.TemporaryDirectory(prefix=f".{self._path.name}.", dir=self._path.parent) as folder:
+            made = Path(folder) / "trace.json"
+            self._profile.export_chrome_trace(str(made))  # A full disk is no exception, but no file, or a part.
+            content = made.read_bytes()
+        if not END.search(content, max(0, len(content) - 9999)):
+            raise OSError("the trace was not written whole")
+        with atomic_write(self._path) as file:
+            file.write(gzip.compress(content) if self._path.suffix == ".gz" else content)
+        if self._device.type != "cuda":
+            return [str(self._path)]
+        memory = str(self._path).removesuffix(".gz").removesuffix(".json") + ".memory.pickle"
+        with atomic_write(memory) as file:
+            pickle.dump(torch.cuda.memory._snapshot(), file)
+        return [str(self._path), memory]
 
 
 def costliest(events, device):

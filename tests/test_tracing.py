@@ -2,6 +2,8 @@
 
 import gzip
 import json
+import resource
+import signal
 from collections import Counter
 from types import SimpleNamespace
 
@@ -96,3 +98,45 @@ def test_a_trace_that_could_not_be_written_is_refused_before_the_first_step(tmp_
     (tmp_path / "folder.json").mkdir()
     with pytest.raises(UserError, match=f"--trace {path}"), tracing.trace(path, torch.device("cpu"), print):
         pytest.fail("It has begun.")
+
+
+@pytest.mark.parametrize(("name", "content"), [("mine.json", b'{"precious": 1}'), ("mine.json.gz", b"no gzip")])
+def test_what_is_no_trace_is_not_replaced(name, content, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match="is no trace that could be replaced"):
+        trace_seven_steps(name)
+    assert (tmp_path / name).read_bytes() == content
+
+
+@pytest.mark.parametrize("name", ["run.json", "run.json.gz"])
+def test_a_trace_is_replaced_and_without_room_for_it_there_is_a_warning(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trace_seven_steps(name)
+    assert trace_seven_steps(name)[0] == f"traced 2 steps: {name}"
+    before = (tmp_path / name).read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # Stands in for a full disk.
+    try:
+        lines = trace_seven_steps(name)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert lines[0] == f"warning: no trace: {name} could not be written; is there room on its disk?"
+    assert any("aten::ones" in line for line in lines)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    assert (tmp_path / name).read_bytes() == before
+
+
+def trace_seven_steps(path):
+    """Of a loop without a model: what is said of its trace."""
+    said, phase = [], timing.PhaseTimer(torch.device("cpu"))
+    with tracing.trace(path, torch.device("cpu"), said.append):
+        phase.start_epoch()
+        for _ in phase.steps(range(7), "epoch 1"):
+            with phase("forward"):
+                torch.ones(9)
+            phase.end_step()
+        phase.end_epoch()
+    return said
