@@ -7,6 +7,8 @@ from harness.machine import usable_cores
 
 # A learning rate above it leaves float32 within one update of Adam, which divides it by 1 - 0.9.
 LARGEST_LEARNING_RATE = 1e37
+# Of pictures' channels; what is divided by a smaller one leaves float32 in a few layers.
+LEAST_DEVIATION = 1e-6
 
 
 def _number(kind, accept, wanted):
@@ -32,6 +34,8 @@ positive_float = _number(float, lambda value: 0 < value < math.inf, "a number ab
 non_negative_float = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
 finite_float = _number(float, math.isfinite, "a finite number")
 fraction = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+deviation = _number(float, lambda value: LEAST_DEVIATION <= value <= 1,
+                    f"a number from {LEAST_DEVIATION:g} to 1")  # fmt: skip
 share = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 share_below_one = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
 learning_rate = _number(float, lambda value: 0 < value <= LARGEST_LEARNING_RATE,

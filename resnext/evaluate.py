@@ -9,6 +9,7 @@ The record beside the .pt says what else is needed. Without one, as beside weigh
 --data_dir name the data that they were trained on, and --mean and --std how its pictures were normalised.
 """
 
+import hashlib
 import json
 import sys
 from pathlib import Path
@@ -22,7 +23,7 @@ import torch
 from confusion import WIDEST_TABLE, Predictions, class_lines, draw_matrix, draw_mistakes, matrix_lines
 from export_model import export
 from harness import devices, endings
-from harness.arguments import OneLineParser, fraction, positive_int, share
+from harness.arguments import OneLineParser, deviation, positive_int, share
 from harness.endings import UserError
 from harness.files import ROOT, atomic_write, write_json
 from harness.precision import choose_precision
@@ -43,7 +44,7 @@ def get_args_parser():
     add("--data_dir", type=Path, help="where the pictures are; by default where the run's record says, below this "
         "folder or the repository")  # fmt: skip
     add("--mean", type=share, nargs=3, metavar="X", help="of the channels in [0, 1]; by default the run's")
-    add("--std", type=fraction, nargs=3, metavar="X", help="of the channels in [0, 1]; by default the run's")
+    add("--std", type=deviation, nargs=3, metavar="X", help="of the channels in [0, 1]; by default the run's")
     add("--batch_size", type=positive_int, help="pictures at a time; by default the run's")
     add("--output_dir", type=Path, help="where the figures and numbers go; by default beside the weights")
     devices.add_arguments(parser)
@@ -176,13 +177,19 @@ def predict(model, batches, precision, layout):
 def what_is_judged(args, data, known):
     """What an evaluation is of, as its JSON says; UserError where one of something else would be replaced."""
     judged = {"digest": data.digest, "mean": known.mean.tolist(), "std": known.std.tolist()}
+    judged["weights"] = hashlib.sha256(args.run.read_bytes()).hexdigest()[:16]
     path = args.output_dir / f"{args.run.stem}.evaluation.json"
     try:
         there = json.loads(path.read_bytes())["data"]
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except FileNotFoundError:
         return judged
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        there = None
     if there != judged:
-        raise UserError(f"{path} is of other pictures, or of another --mean and --std; name another --output_dir")
+        raise UserError(
+            f"{path} is no evaluation of these weights and pictures by this --mean and --std; move it away, or name "
+            "another --output_dir"
+        )
     return judged
 
 
@@ -221,6 +228,8 @@ def tell(args, record, data, judged, predictions):
     figures = {"confusion": draw_matrix(matrix, data.classes, f"{args.run.stem}: {predictions.accuracy():.2f} %")}
     if wrong:
         figures["mistakes"] = draw_mistakes(mistakes, data.test_images, predictions, data.classes)
+    else:  # Of an earlier evaluation, in another precision perhaps.
+        (args.output_dir / f"{args.run.stem}.mistakes.png").unlink(missing_ok=True)
     for name, figure in figures.items():
         with atomic_write(args.output_dir / f"{args.run.stem}.{name}.png") as file:
             figure.savefig(file, format="png", dpi=100)

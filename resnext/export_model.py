@@ -32,8 +32,11 @@ class Exported(nn.Module):
 def export(model, known, path):
     """Write `model` to `path`, .pt2 or .onnx, and return a line that says what was written, and how it was checked.
 
-    known: the evaluate.Known of the model. UserError where outputs are others than here, or a package is missing.
+    known: the evaluate.Known of the model. UserError where `path` is taken, outputs are others
+    than here, or a package is missing.
     """
+    if path.exists():
+        raise UserError(f"--export {path} is there already; move it away, or name another")
     module = Exported(model.eval(), known.mean, known.std).eval()
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randint(0, 256, (3, 3, known.size, known.size), dtype=torch.uint8, generator=generator)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 
+from harness.arguments import LEAST_DEVIATION
 from harness.endings import UserError
 from models.grouped_convolution import FORMS
 from models.resnext import ResNeXt
@@ -12,7 +13,8 @@ from reporting.shapes import NUMBER, TEXT, WHOLE, each, fault, is_number, maybe
 
 # What the record of weights says of their use, as far as it says it.
 CHANNELS = ("three numbers", lambda value: isinstance(value, list) and len(value) == 3 and all(map(is_number, value)))
-ABOVE_0 = ("three numbers above 0", lambda value: CHANNELS[1](value) and min(value) > 0)
+DEVIATIONS = (f"three numbers of at least {LEAST_DEVIATION:g}",
+              lambda value: CHANNELS[1](value) and min(value) >= LEAST_DEVIATION)  # fmt: skip
 SIDE = ("a multiple of 8", lambda value: WHOLE[1](value) and value % 8 == 0)
 DATASET = ("a known data set", lambda value: value in ("cifar10", "digits", "folder"))
 HALF = ("float16 or bfloat16", lambda value: value in ("float16", "bfloat16"))
@@ -22,7 +24,7 @@ RECORD = {
     "epochs": maybe(each(list, {"test_acc": maybe(NUMBER)})),
     "machine": maybe({"hardware": maybe(TEXT)}),
     "precision": maybe(TEXT),
-    "data": maybe({"classes": maybe(each(list, TEXT)), "mean": maybe(CHANNELS), "std": maybe(ABOVE_0),
+    "data": maybe({"classes": maybe(each(list, TEXT)), "mean": maybe(CHANNELS), "std": maybe(DEVIATIONS),
                    "size": maybe(SIDE)}),
     "layout": maybe({"form": maybe(("a known form", lambda value: value in [*FORMS]))}),
 }  # fmt: skip

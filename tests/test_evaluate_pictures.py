@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import evaluate as evaluate_script
 import launch
@@ -93,9 +94,32 @@ def test_an_evaluation_of_other_pictures_replaces_none_and_claims_nothing_of_the
     (place / "others/test/dark/0.png").unlink()
     evaluate(place)  # Of the same again.
     for other in (["--data_dir", "others"], ["--mean", 0.1, 0.1, 0.1]):
-        assert f"{NAME}.evaluation.json is of other pictures, or of another --mean" in evaluate(place, *other, code=2)
+        assert f"{NAME}.evaluation.json is no evaluation of these weights and pictures" in evaluate(
+            place, *other, code=2
+        )
         assert "record says" not in evaluate(place, *other, "--output_dir", f"own{len(other)}")
     assert (place / f"model_history/{NAME}.evaluation.json").read_bytes() == before
+
+
+def test_an_evaluation_of_other_weights_is_not_replaced_nor_is_what_is_none(place):
+    evaluate(place, "--output_dir", "ev")
+    weights, path = place / f"model_history/{NAME}.pt", place / f"ev/{NAME}.evaluation.json"
+    changed = torch.load(weights, weights_only=True)
+    changed["linear.bias"] += 1
+    torch.save(changed, weights)
+    for content in (path.read_bytes(), b"mine"):
+        path.write_bytes(content)
+        assert "is no evaluation of these weights" in evaluate(place, "--output_dir", "ev", code=2)
+        assert path.read_bytes() == content
+
+
+def test_pictures_of_mistakes_go_where_there_are_none(tmp_path):
+    (tmp_path / "run.mistakes.png").touch()
+    args = evaluate_script.get_args_parser().parse_args(["run.pt", "--output_dir", str(tmp_path)])
+    data = SimpleNamespace(classes=["a", "b"], test_labels=[0, 1], test_files=None, test_images=None)
+    predictions = Predictions(np.array([0, 1]), np.array([0, 1]), np.array([0.9, 0.8]))
+    evaluate_script.tell(args, {}, data, {}, predictions)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.confusion.png", "run.evaluation.json"]
 
 
 def test_the_folder_of_a_record_is_found_where_records_tell_it_from(place, monkeypatch):
@@ -139,7 +163,8 @@ def test_weights_of_pytorch_cifar(place, prefix):
 
 @pytest.mark.parametrize(
     ("part", "name", "value"),
-    [("data", "std", [0, 0, 0]), ("data", "mean", [float("nan")] * 3), ("data", "mean", [0.5]), ("data", "size", 0),
+    [("data", "std", [0, 0, 0]), ("data", "std", [1e-300, 1, 1]), ("data", "mean", [float("nan")] * 3),
+     ("data", "mean", [0.5]), ("data", "size", 0),
      ("data", "size", "32"), ("data", "classes", "01"), ("arguments", "batch_size", 0),
      ("arguments", "half_precision", "fp8"), ("layout", "form", "nothing")],
 )  # fmt: skip
