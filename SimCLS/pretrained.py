@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from transformers.utils import logging
 
 from harness.endings import UserError
 from harness.files import is_text
+from reporting.shapes import WHOLE, fault, is_number
 
 HUB_TIMEOUT = 5  # seconds
 # They overflow in float16.
@@ -28,6 +30,7 @@ DROPOUT_KEYS = (
 POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 # What `git clone` leaves of a large file where git-lfs is not installed.
 LFS_POINTER = b"version https://git-lfs.github.com"
+TOKENS = (WHOLE[0], lambda value: is_number(value) and (value >= 10**6 or WHOLE[1](value)))  # 1e30 means no limit.
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.json")
 
 
@@ -53,8 +56,10 @@ def load(name, kind, problem, advice, dtype=torch.float32, **settings):
                 setattr(config, key, value)
         dtype = dtype if isinstance(dtype, torch.dtype) else dtype(config)
         model, loaded = kind.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **options)
-        check_weights(model, loaded["missing_keys"])
+        check_weights(model, loaded["missing_keys"], loaded["unexpected_keys"])
         tokenizer, embeddings = load_tokenizer(name, **options), model.get_input_embeddings().num_embeddings
+        if wrong := fault(tokenizer.model_max_length, TOKENS, "its tokenizer's model_max_length"):
+            raise ValueError(wrong)
         if len(tokenizer) > embeddings:  # Else the first text with one of the rest would end the run.
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, more than its {embeddings} embeddings")
         return model, tokenizer
@@ -86,26 +91,40 @@ def check_files(folder):
             raise ValueError(f"{path.name} is not whole JSON") from None
 
 
-def check_weights(model, missing):
-    """ValueError where weights of `model` were not in its files, and so are random, or are not finite.
+def check_weights(model, missing, unexpected):
+    """ValueError where weights of `model` were not in its files, and so are random, or are not finite; and where the
+    files have more of its layers than its config.
 
-    missing: names. Of poolers, which nothing uses here, many files have none.
+    missing, unexpected: names. Of poolers, which nothing uses here, many files have none, and heads are left out.
     """
     missing = sorted(name for name in missing if "pooler." not in name)
     if missing:
         raise ValueError(f"its files lack {len(missing)} of the model's weights, such as {missing[0]}")
+    kinds = {_in_any_layer(name) for name, _ in model.named_parameters()}
+    # Whole models have the encoder's weights below the name of their kind.
+    layers = [name for name in unexpected if {_in_any_layer(name), _in_any_layer(name.partition(".")[2])} & kinds]
+    if layers:
+        raise ValueError(f"its config.json leaves out {len(layers)} weights of its files, such as {sorted(layers)[0]}")
     for name, weights in model.named_parameters():
         if not weights.isfinite().all():
             raise ValueError(f"its weights {name} are not all finite numbers")
+    for name, buffer in model.named_buffers():  # An infinite one may forbid a token.
+        if buffer.isnan().any():
+            raise ValueError(f"its weights {name} are not all numbers")
+
+
+def _in_any_layer(name):
+    return re.sub(r"\.\d+\.", ".#.", name)
 
 
 def refuse_to_replace(folder, restart=""):
-    """UserError when there is a model in `folder`, which a script that did not make it is not to replace unasked.
+    """UserError when there are files of a model in `folder`, which a script that did not make them is not to replace
+    unasked.
 
     restart: what else there is to do about it than to choose another folder.
     """
     _check_name(folder)
-    if (Path(folder) / "config.json").exists():
+    if any(any(Path(folder).glob(pattern)) for pattern in (*JSON_FILES, "*.safetensors")):
         raise UserError(f"{folder} holds a model already; choose another --save_dir{restart}")
 
 
@@ -170,7 +189,10 @@ def most_tokens(module):
         if isinstance(table, torch.nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
             # BART's family counts from 2, RoBERTa's from the row behind that of padding.
             first = getattr(table, "offset", 0) or (0 if table.padding_idx is None else table.padding_idx + 1)
-            most = min(most, table.num_embeddings - first)
+            # Some tables have spare rows, of which the config does not count.
+            own = getattr(getattr(module, "config", None), "max_position_embeddings", sys.maxsize)
+            # ProphetNet's decoder looks one token further ahead.
+            most = min(most, min(table.num_embeddings - first, own) - hasattr(module, "ngram_embeddings"))
     return most
 
 

@@ -111,14 +111,23 @@ def make_models(good, folder):
     shutil.copytree(good / "t5", folder / "tokens")
     tokenizer.save_pretrained(folder / "tokens")
     configs = {"penalty": {"length_penalty": 2.0}, "sequences": {"num_return_sequences": 4}}
-    configs |= {"end": {"eos_token_id": [1, 400]}, "never": {"suppress_tokens": [-1]}}
+    configs |= {"end": {"eos_token_id": [1, 400]}, "never": {"suppress_tokens": [-1]}, "length": {"max_length": 0}}
     configs |= {"start": {"decoder_start_token_id": 5}, "starts": {"decoder_start_token_id": [3, 4]}}
     for name, config in configs.items():
         shutil.copytree(good / "t5", folder / name)
         usual = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
         (folder / name / "generation_config.json").write_text(json.dumps(usual | config))
+    changes = {"layers": ("t5", "config", {"num_decoder_layers": 1})}
+    changes |= {"encoder_layers": ("bert", "config", {"num_hidden_layers": 1})}
+    changes |= {"epsilon": ("t5", "config", {"layer_norm_epsilon": float("nan")})}
+    changes |= {"documents": ("t5", "tokenizer_config", {"model_max_length": 64.5})}
+    for name, (kind, file, change) in changes.items():
+        shutil.copytree(good / kind, folder / name)
+        path = folder / name / f"{file}.json"
+        path.write_text(json.dumps(json.loads(path.read_bytes()) | change))
     make_damaged_weights(good / "t5", folder)
-    make_bart(good, folder / "bart")
+    make_bart(folder / "bart")
+    make_bart(folder / "bias", bias=float("nan"))
     (folder / "bad_config/config.json").write_text('{"model_type": "t5",')
     code = "open('the-pickle-ran', 'w')\nfrom transformers import T5Config as Config\n"
     (folder / "remote/evil.py").write_text(code)
@@ -148,13 +157,15 @@ def make_damaged_weights(good, folder):
     (folder / "adapter/adapter_config.json").write_text('{"peft_type": "LORA"}')
 
 
-def make_bart(good, folder):
-    """A BART of 64 positions with the tokenizer of a RoBERTa, which is made alike."""
+def make_bart(folder, bias=0.0):
+    """A BART of 64 positions with the tokenizer of a RoBERTa, which is made alike. bias: of one token's logit."""
     from transformers import BartConfig, BartForConditionalGeneration
 
     sizes = {f"{part}_{what}": 2 for part in ("encoder", "decoder") for what in ("layers", "attention_heads")}
     sizes |= {"encoder_ffn_dim": 16, "decoder_ffn_dim": 16, "d_model": 16, "vocab_size": 400}
-    BartForConditionalGeneration(BartConfig(max_position_embeddings=64, **sizes)).save_pretrained(folder)
+    model = BartForConditionalGeneration(BartConfig(max_position_embeddings=64, **sizes))
+    model.final_logits_bias[0, 7] = bias
+    model.save_pretrained(folder)
     tiny_inputs.make_tokenizer("roberta").save_pretrained(folder)
 
 

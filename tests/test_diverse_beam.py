@@ -274,9 +274,14 @@ def test_repeated_ngrams_are_forbidden(size):
 def test_contradictory_settings_are_refused():
     model = tiny_seq2seq.build("t5")
     good = {"num_beams": 4, "num_groups": 2, "diversity_penalty": 1.0, "max_length": 10}
-    for bad in ({"num_groups": 3}, {"max_length": 1}):
-        with pytest.raises(ValueError, match=r"beams|maximum length"):
+    overflowing = {"length_penalty": 100, "max_length": 1300}, {"diversity_penalty": 1e39}
+    for bad in ({"num_groups": 3}, {"max_length": 1}, *overflowing):
+        with pytest.raises(ValueError, match=r"beams|maximum length|is not between"):
             DiverseBeamSearch(model, **(good | bad))
+    model.generation_config.suppress_tokens = list(range(41))
+    with pytest.raises(ValueError, match="suppresses all tokens"):
+        DiverseBeamSearch(model, **good)
+    model.generation_config.suppress_tokens = None
     model.generation_config.repetition_penalty = 1.2
     with pytest.raises(ValueError, match="repetition_penalty"):
         DiverseBeamSearch(model, **good)

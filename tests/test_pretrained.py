@@ -21,6 +21,7 @@ from harness.distributed import World
 from harness.endings import UserError
 from scorer.scorer_arguments import get_args_parser
 from search.generator import CandidateGenerator, check_generation, check_start, own_length, search_settings
+from search.token_rules import check_settings
 
 SMALL_BERT = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 SMALL_BERT |= {"num_hidden_layers": 1, "max_position_embeddings": 48, "pad_token_id": 0}
@@ -47,13 +48,25 @@ def test_generators_have_so_many_positions_wherever_they_keep_them():
         transformers.LEDConfig(**MBART, max_encoder_position_embeddings=96, max_decoder_position_embeddings=40,
                                attention_window=8)
     )  # fmt: skip
+    prophet = transformers.ProphetNetForConditionalGeneration(
+        transformers.ProphetNetConfig(
+            vocab_size=41, hidden_size=16, num_encoder_layers=1, num_decoder_layers=1, num_encoder_attention_heads=2,
+            num_decoder_attention_heads=2, encoder_ffn_dim=8, decoder_ffn_dim=8, max_position_embeddings=20,
+        )
+    )  # fmt: skip
     models = {name: tiny_seq2seq.build(name) for name in ("t5", "bart", "pegasus")} | {"bert2bert": bert2bert()}
+    models["prophet"] = prophet
     found = {
         name: (most_tokens(model.get_encoder()), most_tokens(model.get_decoder()))
         for name, model in (models | {"led": led}).items()
     }
     assert found == {"t5": (sys.maxsize,) * 2, "bart": (64, 64), "pegasus": (64, 64), "bert2bert": (48, 24),
-                     "led": (96, 40)}  # fmt: skip
+                     "led": (96, 40), "prophet": (19, 18)}  # fmt: skip
+    prophet(input_ids=torch.ones(1, 19, dtype=torch.long), decoder_input_ids=torch.ones(1, 18, dtype=torch.long))
+
+
+def test_spare_rows_of_a_table_are_no_positions():
+    assert most_tokens(transformers.NystromformerModel(transformers.NystromformerConfig(**SMALL_BERT))) == 48
 
 
 def test_lengths_that_are_asked_for_are_obeyed_recorded_or_refused(tmp_path):
@@ -199,6 +212,27 @@ def test_a_tokenizer_of_many_languages_without_a_target_is_refused():
     target_tokens.tgt_lang = "de"
     check_start(tiny_seq2seq.build("bart"), target_tokens)
     del target_tokens.tgt_lang
+
+
+@pytest.mark.parametrize(
+    ("name", "good", "bad"),
+    [
+        ("max_length", [None, 2], [0, 12.5, "20"]),
+        ("min_length", [0, 3], [-1, "3"]),
+        ("no_repeat_ngram_size", [0, 2], [-1, "2", 2.0]),
+        ("length_penalty", [0, -1.5], ["2", float("nan")]),
+        ("eos_token_id", [1, [1, 2]], [1.0, "1", [[1]], True]),
+        ("forced_bos_token_id", [3, [3]], [3.0, "x"]),
+        ("suppress_tokens", [None, [], [5]], [[5.0], 5]),
+        ("bad_words_ids", [None, [[5]]], [[5], [["5"]]]),
+    ],
+)
+def test_a_setting_that_is_not_what_it_has_to_be_names_itself(name, good, bad):
+    for value in good:
+        check_settings(SimpleNamespace(**{name: value}))
+    for value in bad:
+        with pytest.raises(ValueError, match=rf"in its generation_config.json {name}[\d.]* is n"):
+            check_settings(SimpleNamespace(**{name: value}))
 
 
 # ---------------------------------------------------------------------------------------- before training, not after

@@ -67,6 +67,14 @@ def test_forced_tokens_are_not_drawn():
     assert (whole[:, 5] == 2).all()
 
 
+def test_a_nucleus_has_one_token_however_small_it_is():
+    model = tiny_seq2seq.build("t5")
+    found = search(model, top_p=1e-60)(*tiny_seq2seq.documents(model))
+    likeliest = search(model, top_p=1e-6)(*tiny_seq2seq.documents(model))
+    assert (found.tokens == found.tokens[:, :1]).all()
+    assert torch.equal(found.tokens, likeliest.tokens)
+
+
 def test_a_maximum_length_without_room_is_refused():
     with pytest.raises(ValueError, match="maximum length"):
         search(tiny_seq2seq.build("t5"), max_length=1)
@@ -85,7 +93,7 @@ def test_settings_that_would_change_the_draws_are_refused(name, value):
 class Tokens(list):
     """A tokenizer that knows no token."""
 
-    pad_token = "<pad>"
+    pad_token, model_max_length = "<pad>", 64
 
 
 def test_dropout_is_all_of_the_generator_s(tmp_path, monkeypatch):

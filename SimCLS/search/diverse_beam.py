@@ -68,8 +68,11 @@ class DiverseBeamSearch(TokenRules):
     ):
         if num_beams % num_groups:
             raise ValueError(f"{num_beams} beams cannot be shared out equally over {num_groups} groups")
-        if not abs(length_penalty) <= 100:
-            raise ValueError(f"a length penalty of {length_penalty} is not between -100 and 100")
+        # Beyond these, float32 has no number for a score.
+        if not abs(length_penalty) <= 10:
+            raise ValueError(f"a length penalty of {length_penalty} is not between -10 and 10")
+        if not 0 <= diversity_penalty <= 1e30:
+            raise ValueError(f"a diversity penalty of {diversity_penalty} is not between 0 and 1e30")
         super().__init__(model, max_length, min_length, no_repeat_ngram_size, decoder)
         self.num_beams, self.num_groups, self.group_size = num_beams, num_groups, num_beams // num_groups
         self.diversity_penalty = diversity_penalty

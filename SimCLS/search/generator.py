@@ -21,7 +21,7 @@ from harness.endings import UserError
 from search.ctranslate2_beams import CTranslate2Beams
 from search.diverse_beam import DiverseBeamSearch
 from search.sampling import NucleusSampling
-from search.token_rules import check_tokens
+from search.token_rules import check_settings, check_tokens
 from texts import provenance
 from texts.documents import clean
 from texts.samples import as_sample
@@ -160,6 +160,7 @@ def load_generator(name, dtype=torch.float32, dropout=None):
     try:
         if tokenizer.pad_token is None:
             raise ValueError("its tokenizer has no pad token; name one as pad_token in tokenizer_config.json")
+        check_settings(model.generation_config)
         check_start(model, tokenizer)
     except ValueError as error:
         raise UserError(f"--generator_name {name!r}: {error}") from None
@@ -249,7 +250,8 @@ class CandidateGenerator:
         self.model, self.tokenizer, self.settings = model, tokenizer, settings
         self.max_source_length = max_source_length or own_source_length(model, tokenizer)
         special = len(tokenizer("")["input_ids"])
-        check_length("--max_source_length", self.max_source_length, special, most_tokens(model.get_encoder()))
+        length = "--max_source_length" if max_source_length else "its tokenizer's model_max_length"
+        check_length(length, self.max_source_length, special, most_tokens(model.get_encoder()))
         check_length("--decoder_max_len", settings["max_length"], 1, most_tokens(model.get_decoder()))
         try:
             self.searches = make_searches(model, settings.get("searches", [settings]))
@@ -293,6 +295,11 @@ class CandidateGenerator:
         texts = self.tokenizer.batch_decode(
             found.tokens.flatten(0, 1).tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
+        if not found.log_probs.isfinite().all():
+            raise UserError(
+                f"the generator {self.model.name_or_path} gives candidates no finite log-probability; correct its "
+                "config.json, or where it overflows in float16, use bfloat16"
+            )
         likelihoods = found.log_probs.flatten().tolist(), found.lengths.flatten().tolist()
         # Rounded as the files have them.
         every = [

@@ -91,8 +91,9 @@ class NucleusSampling(TokenRules):
         before = probabilities.cumsum(-1) - probabilities
         reached = probabilities.masked_fill(before >= self.top_p, 0.0).cumsum(-1)
         place = (reached <= uniform.unsqueeze(1) * reached[:, -1:]).sum(-1, keepdim=True)
-        # Rounding may reach the end of the nucleus, behind which nothing is drawn.
-        place = torch.minimum(place, (before < self.top_p).sum(-1, keepdim=True) - 1)
+        # Rounding may reach the end of the nucleus, behind which nothing is drawn. It has one token at least: where
+        # top_p rounds to 0, too, and where the logits are not numbers, which the log-probabilities show.
+        place = torch.minimum(place, (before < self.top_p).sum(-1, keepdim=True) - 1).clamp(min=0)
         return order.gather(1, place).squeeze(1)
 
     def _ranked(self, tokens, log_probs, lengths):

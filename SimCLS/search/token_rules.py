@@ -4,6 +4,7 @@ import itertools
 
 import torch
 
+from reporting.shapes import COUNT, NUMBER, WHOLE, each, fault, is_number, maybe
 from search.library_decoder import LibraryDecoder
 from search.t5_decoder import T5Decoder
 
@@ -19,6 +20,29 @@ UNSUPPORTED = {
     "sequence_bias": (None, {}),
     "stop_strings": (None, []),
     "min_new_tokens": (None, 0),
+}
+# Which ones there are, `check_tokens` knows.
+TOKEN = ("the number of a token", lambda value: is_number(value) and isinstance(value, int))
+SOME_TOKENS = (
+    "the number of a token, or a list of these",
+    lambda value: fault(value if isinstance(value, list) else [value], each(list, TOKEN)) is None,
+)
+NOT_NEGATIVE = ("a whole number from 0", COUNT[1])
+# What is read of a generation config.
+SETTINGS = {
+    "max_length": ("a whole number above 1", lambda value: WHOLE[1](value) and value > 1),
+    "max_new_tokens": WHOLE,
+    "min_length": NOT_NEGATIVE,
+    "no_repeat_ngram_size": NOT_NEGATIVE,
+    "length_penalty": NUMBER,
+    "bos_token_id": SOME_TOKENS,
+    "decoder_start_token_id": SOME_TOKENS,
+    "eos_token_id": SOME_TOKENS,
+    "pad_token_id": TOKEN,
+    "forced_bos_token_id": SOME_TOKENS,
+    "forced_eos_token_id": SOME_TOKENS,
+    "suppress_tokens": each(list, TOKEN),
+    "bad_words_ids": each(list, each(list, TOKEN)),
 }
 
 
@@ -47,6 +71,8 @@ class TokenRules:
         forced = itertools.chain(*self.forced.values())
         numbers = [*self.end_tokens.tolist(), *self.suppressed.tolist(), *forced]
         check_tokens(model, [self.start_token, self.pad_token, *numbers])
+        if len(self.suppressed.unique()) == _vocabulary(model):
+            raise ValueError("the model's generation config suppresses all tokens")
 
     def _read_tokens(self, config):
         for name, neutral in self.unsupported.items():
@@ -89,13 +115,25 @@ class TokenRules:
         return log_probs
 
 
+def check_settings(config):
+    """ValueError that names a setting of a GenerationConfig which is not what it has to be."""
+    wrong = fault(vars(config), {name: maybe(shape) for name, shape in SETTINGS.items()})
+    if wrong:
+        raise ValueError(f"in its generation_config.json {wrong}")
+
+
 def check_tokens(model, tokens):
     """ValueError where one of the `tokens`, of a config of the model's, is none that the model can write: the number of
     another vocabulary ends the run at some text, and a negative one means another token."""
-    count = (model.get_output_embeddings() or model.get_input_embeddings()).weight.shape[0]
+    count = _vocabulary(model)
     for token in tokens:
         if not (isinstance(token, int) and 0 <= token < count):
             raise ValueError(f"its generation config names the token {token!r}; the model's are 0 to {count - 1}")
+
+
+def _vocabulary(model):
+    """How many tokens `model` can write."""
+    return (model.get_output_embeddings() or model.get_input_embeddings()).weight.shape[0]
 
 
 def forbid_repeats(scores, history, size):
