@@ -19,6 +19,7 @@ import copy
 import json
 import math
 import os
+import re
 import shutil
 import sys
 import time
@@ -148,32 +149,41 @@ def with_lead(document, words):
     return document._replace(summary=" ".join(document.text.split()[:words]))
 
 
-def last_checkpoint(folder):
-    """The newest whole state that the Trainer has saved in `folder`, as a str; None when there is none.
+def saved_states(folder):
+    """The Paths of the states that the Trainer has saved in `folder`, the newest first."""
+    found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
+    return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
-    What a killed run was still writing, or removing, is removed: the Trainer writes trainer_state.json last.
-    """
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
-        with contextlib.suppress(OSError, ValueError):
-            json.loads((path / "trainer_state.json").read_bytes())
-            if all(any(path.glob(pattern)) for pattern in STATE_FILES):
-                return str(path)
-        shutil.rmtree(path, ignore_errors=True)  # Every process of a job is here.
-    return None
+
+def is_whole(state):
+    """Whether a killed run was neither still writing nor removing a state: the Trainer writes trainer_state.json
+    last."""
+    with contextlib.suppress(OSError, ValueError):
+        json.loads((state / "trainer_state.json").read_bytes())
+        return all(any(state.glob(pattern)) for pattern in STATE_FILES)
+    return False
 
 
 def state_to_resume(args, checkpoints):
     """The state from which to go on, or None; UserError where that of another run would be lost or gone on from."""
     begun, is_main = checkpoints / "arguments.json", read_job().rank == 0
-    last = None if args.restart else last_checkpoint(checkpoints)
+    last = None if args.restart else next((str(path) for path in saved_states(checkpoints) if is_whole(path)), None)
     if args.restart and is_main:
         shutil.rmtree(checkpoints, ignore_errors=True)
     elif last and not args.resume:
         raise UserError(f"{args.save_dir} holds an interrupted run; --resume goes on with it, --restart begins anew")
+    elif not args.restart and any(checkpoints.glob("[!.]*")) and not begun.is_file():  # All of it goes in the end.
+        raise UserError(
+            f"{checkpoints} holds files that this script did not make; choose another --save_dir, or --restart to "
+            "replace them"
+        )
     elif args.resume and begun.is_file():  # Perhaps without a state, when it was killed in its first epoch.
         check_arguments(last or begun, json.loads(begun.read_bytes()), settings_of(args))
     elif not (args.restart or last):
         refuse_a_finished_run(args)
+    for state in saved_states(checkpoints) if is_main else ():
+        if not is_whole(state):
+            shutil.rmtree(state, ignore_errors=True)
     if last is None:
         if args.resume and is_main:
             print(f"no saved state in {checkpoints}; starting from the beginning", flush=True)

@@ -29,7 +29,7 @@ from scorer.layer_plan import plan_memory
 from scorer.losses import loss_of
 from scorer.metrics import Metrics, validate
 from scorer.optimization import Schedule, clip_gradients, seed_step
-from scorer.scorer_arguments import cached_path, get_args_parser
+from scorer.scorer_arguments import cached_path, get_args_parser, starting_weights
 from scorer.scorer_run import ScorerRun
 from texts import provenance
 from texts.samples import provenance_of
@@ -108,7 +108,7 @@ def train(args, world, precision, run, scorer, encoding, description):
 
 def load_model(args, world):
     """(scorer on its device, its TextEncoding, its description); the lengths in `args` become those that it uses."""
-    weights = args.model_pt and cached_path(args.model_pt)
+    weights = starting_weights(args)
     torch.manual_seed(args.seed)
     with world.first_on_machine():
         scorer, encoding, description = load_scorer(

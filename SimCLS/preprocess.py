@@ -61,6 +61,8 @@ def get_args_parser():
 
 def main():
     args = get_args_parser().parse_args()
+    if args.src_dir.is_dir() and args.tgt_dir.is_dir() and args.src_dir.samefile(args.tgt_dir):
+        raise UserError(f"--tgt_dir {args.tgt_dir} is the --src_dir; name another, or {provenance.FILE} is lost")
     plain, tokenized = text_files(args.src_dir, args.split)
     likelihood = likelihood_file(args.src_dir, args.split)
     documents = check_counts(plain, tokenized, likelihood, args.cand_num)

@@ -215,6 +215,7 @@ TABLE = {
         ("--cand_num 4", "--num_cands 4: train.out has 180 lines, not 240"),
         ("--cand_num 0", "--cand_num: '0' is not"),
         ("--split dev", "--split: invalid choice"),
+        ("--tgt_dir {good}/candidates", "candidates is the --src_dir; name another, or provenance.json is lost"),
         ("--split val", "cannot read {good}/candidates/val.source"),
         ("--src_dir {bad}/candidates/more", "train.out.tokenized has 181 lines, not 180"),
         ("--src_dir {bad}/candidates/latin", "train.out, line 7: byte 0xe9 is not UTF-8"),
@@ -253,6 +254,7 @@ TABLE = {
         ("--model_pt ../x.bin", "leaves the folder cache"),
         ("--model_pt run/x.bin", "there are no weights cache/run/x.bin"),
         ("--model_pt other/scorer.bin", "was trained for the encoder {good}/bert"),
+        ("--run_name good --model_pt good/scorer.bin", "good/scorer.bin is in this run's own folder"),
         ("--model_pt plain/scorer.bin", "holds no weights of a scorer"),
         ("--model_pt hostile/scorer.bin", "holds no weights of a scorer"),
         ("--model_pt empty/scorer.bin", "holds no weights of a scorer"),
@@ -278,6 +280,7 @@ TABLE = {
         ("--sum_col_name x", "has no column 'x'"),
         ("--save_dir taken", "the output folder taken is a file"),
         ("--save_dir model", "model holds a model already; choose another --save_dir"),
+        ("--save_dir tokenizer", "tokenizer holds a model already; choose another --save_dir"),
     ],
     "SimCLS/summarize.py": [
         ("none.txt", "cannot read none.txt"),

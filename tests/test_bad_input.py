@@ -43,6 +43,8 @@ def place(tmp_path, folders):
     (tmp_path / "taken").write_text("mine")
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "tokenizer/tokenizer.json").write_text("{}")
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/one.txt").write_text("one\n")
     (tmp_path / "mine/two.txt").write_text("one\ntwo\n")
@@ -118,6 +120,24 @@ def test_an_interrupted_run_is_not_overwritten(place, folders):
     assert "holds an interrupted run; --resume goes on with it, --restart begins anew" in line
     (state.parent / "arguments.json").write_text(json.dumps({"lr": 5}))
     assert "--lr 5 (now 0.0003)" in refused("SimCLS/finetune_model.py", "--resume", place, folders)
+
+
+@pytest.mark.parametrize("state", ["checkpoint-7", "checkpoint-best"])
+def test_checkpoints_of_another_program_stay(state, place, folders):
+    (place / "tuned/checkpoints" / state).mkdir(parents=True)
+    for name in ("trainer_state.json", "model.safetensors"):
+        (place / "tuned/checkpoints" / state / name).write_text("{}")
+    for more in ("", "--resume"):
+        line = refused("SimCLS/finetune_model.py", more, place, folders)
+        assert "checkpoints holds files that this script did not make; choose another --save_dir" in line
+    (place / "tuned/checkpoints/arguments.json").write_text("{}")
+    (place / "tuned/config.json").write_text("{}")  # Ours, in a run that is refused all the same.
+    assert "tuned holds a model already" in refused("SimCLS/finetune_model.py", "", place, folders)
+
+
+def test_a_model_beside_a_torn_record_is_not_replaced(place, folders):
+    (place / "model/brio.json").write_text("{")
+    assert "model holds a model already" in refused("SimCLS/brio.py", "--save_dir model", place, folders)
 
 
 def whole_state(**changes):

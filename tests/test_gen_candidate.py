@@ -361,3 +361,11 @@ def test_settings_that_one_side_alone_has_are_others(tmp_path):
             files.prepare()
     with pytest.raises(UserError, match="val candidates that were made with other b, c, d; choose"):
         files.prepare()
+
+
+@pytest.mark.parametrize(("name", "text"), [("out", "mine"), ("settings.json", "{"), ("settings.json", "[" * 100_000)])
+def test_candidates_that_do_not_tell_what_made_them_are_not_replaced(tmp_path, name, text):
+    files = candidate_files.CandidateFiles(tmp_path, "val", {"a": 1}, SimpleNamespace(rank=0))
+    (tmp_path / f"val.{name}").write_text(text)
+    with pytest.raises(UserError, match=r"val candidates whose val.settings.json, .*, is not there or is torn; choose"):
+        files.prepare()

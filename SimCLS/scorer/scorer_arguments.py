@@ -137,6 +137,14 @@ def run_name(args):
     return "_".join([*parts, *cut_short])
 
 
+def starting_weights(args):
+    """The path of --model_pt, or None where it is not given; UserError when the run would replace that file."""
+    path = args.model_pt and cached_path(args.model_pt)
+    if path and path.resolve().is_relative_to((CACHE / run_name(args)).resolve()):
+        raise UserError(f"--model_pt {args.model_pt} is in this run's own folder; choose another --run_name")
+    return path
+
+
 def cached_path(name):
     """The path of `--model_pt name` below ./cache; UserError when it lies elsewhere or is no file."""
     path = CACHE / name

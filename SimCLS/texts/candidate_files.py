@@ -39,11 +39,17 @@ class CandidateFiles:
 
     def prepare(self):
         """In the main process: remove leftovers of killed writes. UserError where there are candidates that were made
-        with other settings."""
-        for leftover in self.folder.glob(f".{self.split}.*.tmp"):
-            leftover.unlink()
+        with other settings, or do not tell theirs."""
         partials = {path: next(_read_lines(path), None) for path in self._partials()}
-        for found in (_read_json(self.settings_path), *partials.values()):
+        settings, told_by = _read_json(self.settings_path), [self.settings_path]
+        if not any(isinstance(found, dict) for found in partials.values()):
+            told_by += [self.folder / f"{self.split}.{name}" for name in FILES]
+        if not isinstance(settings, dict) and any(path.exists() for path in told_by):
+            raise UserError(
+                f"{self.folder} has {self.split} candidates whose {self.settings_path.name}, which tells their origin, "
+                "is not there or is torn; choose another --output_dir, or move them away"
+            )
+        for found in (settings, *partials.values()):
             names = found.keys() | self.settings.keys() if isinstance(found, dict) else ()
             changed = ", ".join(sorted(name for name in names if found.get(name) != self.settings.get(name)))
             if changed:
@@ -51,6 +57,8 @@ class CandidateFiles:
                     f"{self.folder} has {self.split} candidates that were made with other {changed}; choose another "
                     "--output_dir, or delete that folder"
                 )
+        for leftover in self.folder.glob(f".{self.split}.*.tmp"):
+            leftover.unlink()
         for path, found in partials.items():
             if found is None:  # Killed before its first line was whole.
                 path.unlink()
@@ -136,7 +144,7 @@ def _read_lines(path):
 def _read_json(path):
     try:
         return json.loads(path.read_bytes())
-    except (FileNotFoundError, ValueError):
+    except (FileNotFoundError, ValueError, RecursionError):
         return None
 
 
