@@ -55,13 +55,14 @@ from search.generator import (
     add_search_arguments,
     begins_with_beam_search,
     check_search,
+    fingerprint,
     generate_samples,
     generator_dtype,
     load_generator,
     search_settings,
 )
 from texts import provenance
-from texts.documents import Document, add_dataset_arguments, read_splits
+from texts.documents import Document, add_dataset_arguments, find_dataset, read_splits
 from texts.samples import as_sample, read_sample, sample_files
 from texts.scoring import add_rouge_argument, check_references, mean_score, score, signature
 from texts.sentences import SentenceSplitter
@@ -73,7 +74,7 @@ ASKED = {name: name for name in ("length_penalty", "min_length", "no_repeat_ngra
 ASKED |= {"max_length": "decoder_max_len"}
 # What a record says besides its arguments, and what it means that another one says something else.
 USED = {"places": "other folders of the same names", "precision": "another precision"}
-USED |= {"scorer_digest": "other weights of the scorer"}
+USED |= {"scorer_digest": "other weights of the scorer", "input_digest": "other contents under these names"}
 ORDER = (*FREE, "worst", "best", ALONE, "SimCLS")
 # Arguments that change no figures.
 NEUTRAL = ("output", "batch_size", "cand_gen_batch", "device", "threads")
@@ -113,7 +114,7 @@ def main():
     arguments = {name: value for name, value in vars(args).items() if name not in NEUTRAL}
     with distributed.world(devices.choose(args)) as world:
         judge = None if args.summaries else load_judge(args, world)
-        used = {"places": places(arguments)}
+        used = {"places": places(arguments), "input_digest": digest_of_input(args)}
         if judge:
             used |= {"precision": judge.precision.label, "scorer_digest": judge.digest}
         refuse_to_replace(output, portable(arguments), used)
@@ -141,6 +142,16 @@ def check_arguments(args):
     check_scorer_path(args)
 
 
+def digest_of_input(args):
+    """A digest of what the arguments name: samples, text files, or documents, and the generator."""
+    files = sample_files(args.samples) if args.samples else [args.summaries, args.references, args.sources]
+    if args.generator_name and not args.samples:
+        files = [find_dataset(args.dataset_name)]
+    generator = args.generator_name and fingerprint(*load_generator(args.generator_name))
+    # A pipe can be read only once, and what is not there is told later.
+    return provenance.digest([provenance.digest_files(path for path in files if path and path.is_file()), generator])
+
+
 def refuse_to_replace(output, arguments, used):
     """UserError when the file `output` is there and is not the record of an evaluation with these arguments.
 
@@ -153,7 +164,7 @@ def refuse_to_replace(output, arguments, used):
         ours = record["experiment"] == EXPERIMENT
         was = changes({name: record["arguments"].get(name) for name in arguments}, arguments)
         was = was or ", ".join(text for key, text in USED.items() if record.get(key) != used.get(key))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         ours = False
     if not ours or was:
         what = was if ours else "something else"

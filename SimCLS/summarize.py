@@ -23,7 +23,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
-from utils import read_lines
+from utils import STANDARD_INPUT, read_lines
 
 from harness import arguments, devices, distributed, endings
 from harness.endings import UserError
@@ -37,7 +37,6 @@ from texts.scoring import add_rouge_argument, agreement
 from texts.sentences import SentenceSplitter, ptb_tokenize
 
 BATCHES_AT_ONCE = 16  # Their documents are sorted by length together.
-STANDARD_INPUT = Path("/dev/stdin")
 
 
 def get_args_parser():

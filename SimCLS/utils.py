@@ -10,11 +10,13 @@ import sys
 import threading
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
 
 from tqdm import tqdm
 
 from harness.endings import UserError
 
+STANDARD_INPUT = Path("/dev/stdin")
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -24,7 +26,8 @@ def read_lines(path):
     Raises UserError that names the file, and the line where its bytes are not UTF-8.
     """
     try:
-        with open(path, "rb") as file:
+        # A socket cannot be opened by that name.
+        with sys.stdin.buffer if Path(path) == STANDARD_INPUT and sys.stdin else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
                     yield line.removesuffix(b"\n").decode("utf-8")
@@ -32,8 +35,8 @@ def read_lines(path):
                     raise UserError(
                         f"{path}, line {number}: byte 0x{line[error.start]:02x} is not UTF-8; save the file as UTF-8"
                     ) from None
-    except (FileNotFoundError, IsADirectoryError, PermissionError) as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from None
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror or error}") from None
 
 
 def map_in_order(function, items, workers, chunk):

@@ -41,6 +41,7 @@ def folders(tmp_path_factory, pictures, encoders):
 def place(tmp_path, folders):
     """A current folder with a file, a folder, a model, and scorers in it."""
     (tmp_path / "taken").write_text("mine")
+    (tmp_path / "deep.json").write_text("[" * 100_000)
     (tmp_path / "model").mkdir()
     (tmp_path / "model/config.json").write_text("{}")
     (tmp_path / "tokenizer").mkdir()

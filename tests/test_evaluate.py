@@ -237,9 +237,23 @@ def test_an_evaluation_by_relative_paths_can_be_repeated_and_replaces_nothing_el
     output = tmp_path / "evaluation.json"
     assert json.loads(output.read_text())["places"] == {}
     run_script(EVALUATE, *words, cwd=tmp_path)
+    shutil.copy(tmp_path / "test/1.json", tmp_path / "test/0.json")
+    refused = run_script(EVALUATE, *words, cwd=tmp_path, code=2).stderr
+    assert "evaluation.json is there, an evaluation of other contents under these names; name" in refused
     output.write_text(json.dumps(json.loads(output.read_text()) | {"experiment": "another"}))
     refused = run_script(EVALUATE, *words, cwd=tmp_path, code=2).stderr
     assert "evaluation.json is there, an evaluation of something else; name another --output" in refused
+
+
+def test_an_input_is_known_by_its_documents_and_its_generator(encoders, tmp_path):
+    shutil.copytree(encoders["t5"], tmp_path / "t5")
+    (tmp_path / "papers.csv").write_text("abstract,title\n")
+    words = ["--generator_name", str(tmp_path / "t5"), "--dataset_name", str(tmp_path / "papers.csv")]
+    args, found = evaluate_model.get_args_parser().parse_args(words), set()
+    for path, text in (("papers.csv", "a,b\n"), ("t5/generation_config.json", '{"decoder_start_token_id": 0}')):
+        found |= {evaluate_model.digest_of_input(args), evaluate_model.digest_of_input(args)}
+        (tmp_path / path).write_text(text)
+    assert len(found | {evaluate_model.digest_of_input(args)}) == 3
 
 
 SENTENCES = [

@@ -1,6 +1,7 @@
 """summarize.py as a user runs it: one's own text in, the best summaries out."""
 
 import json
+import socket
 import sys
 
 import numpy as np
@@ -47,7 +48,10 @@ def test_each_line_of_text_gets_a_line_however_it_comes(run_here, encoders, tmp_
     best = [some[each.argmax()].text for some, each in zip(expected, alike, strict=True)]
     assert lines == [text and summary for text, summary in zip(TEXTS, best, strict=True)]
     assert run_here(tmp_path / "texts.csv", "--doc_col_name", "body") == lines
-    monkeypatch.setattr(summarize, "STANDARD_INPUT", tmp_path / "texts.txt")
+    ours, theirs = socket.socketpair()
+    theirs.sendall((tmp_path / "texts.txt").read_bytes())
+    theirs.close()
+    monkeypatch.setattr(sys, "stdin", ours.makefile("r"))
     assert run_here("-") == lines
 
 

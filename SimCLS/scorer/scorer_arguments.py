@@ -50,7 +50,7 @@ def get_args_parser(description):
     add("--cuda", action="store_true", help="train on GPUs")
     add("--gpuid", type=non_negative_int, nargs="+", default=[0],
         help="numbers of the GPUs, one process each; without --cuda as many processes on the CPU")  # fmt: skip
-    add("-p", "--port", type=positive_int, help="TCP port at which the processes meet; by default a free one")
+    add("-p", "--port", type=port_type, help="TCP port at which the processes meet; by default a free one")
     add("--num_workers", "--num_worker", type=workers, default=default_workers(4),
         help="processes that make batches; 0 makes them in this one. By default 4, or as many as there are cores where "
              "they are fewer, which the run's name then tells")  # fmt: skip
@@ -102,6 +102,12 @@ def get_args_parser(description):
     add = parser.add_argument_group("progress").add_argument
     add("--eval_freq", type=positive_int, default=1000, help="updates between validations, besides each epoch's end")
     return parser
+
+
+def port_type(text):
+    if not (text.isdecimal() and 0 < int(text) < 2**16):
+        raise argparse.ArgumentTypeError(f"{text!r} is not the number of a TCP port, 1 to 65535")
+    return int(text)
 
 
 def run_name_type(text):
