@@ -210,10 +210,12 @@ def _make_anew(folder):
 
 
 def publish(stage, folder):
-    """Give each file in `stage` its name in `folder`, in place of the one that has it."""
+    """Give each file in `stage` its name in `folder`, in place of the one that has it, and the rights of any new file:
+    safetensors leaves its own to the owner alone."""
     if hasattr(os, "sync"):  # Not on Windows.
         os.sync()
     for path in sorted(stage.iterdir()):
+        os.chmod(path, 0o666 & ~_umask())
         os.replace(path, Path(folder) / path.name)
 
 

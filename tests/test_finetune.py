@@ -57,6 +57,7 @@ def weights(folder):
 def test_models_load_as_generator_and_as_encoders(workplace):
     create("--arch", "bert", "--data_file", "data.csv", "--save_dir", "bert", *SIZE, cwd=workplace)
     assert transformers.AutoModelForSeq2SeqLM.from_pretrained(workplace / "t5").config.d_model == 32
+    assert {path.stat().st_mode for path in (workplace / "t5").iterdir()} == {(workplace / "data.csv").stat().st_mode}
     for name, last in (("t5", "</s>"), ("bert", "[SEP]")):
         encoder = transformers.AutoModelForTextEncoding.from_pretrained(workplace / name)
         tokenizer = transformers.AutoTokenizer.from_pretrained(workplace / name)
