@@ -354,7 +354,10 @@ def test_half_precision_on_a_cpu(tiny, tmp_path, monkeypatch, capsys):
 
 def test_settings_that_one_side_alone_has_are_others(tmp_path):
     files = candidate_files.CandidateFiles(tmp_path, "val", {"a": 1, "b": 2, "d": 4}, SimpleNamespace(rank=0))
+    for name in (".val.out.1.tmp", ".provenance.json.1.tmp"):  # Of a run that was killed.
+        (tmp_path / name).touch()
     files.prepare()
+    assert not any(tmp_path.iterdir())
     for there in ({"a": 1, "b": 2, "d": 4}, {"a": 1, "c": 3, "d": 0}):
         files.settings_path.write_text(json.dumps(there))
         if there == files.settings:

@@ -15,6 +15,7 @@ from utils import read_lines
 
 from harness.endings import UserError
 from harness.files import atomic_write, write_json
+from texts import provenance
 from texts.sentences import ptb_tokenize
 
 FILES = ("source", "target", "out", "source.tokenized", "target.tokenized", "out.tokenized", "likelihood")
@@ -57,8 +58,9 @@ class CandidateFiles:
                     f"{self.folder} has {self.split} candidates that were made with other {changed}; choose another "
                     "--output_dir, or delete that folder"
                 )
-        for leftover in self.folder.glob(f".{self.split}.*.tmp"):
-            leftover.unlink()
+        for name in (self.split, provenance.FILE):
+            for leftover in self.folder.glob(f".{name}.*.tmp"):
+                leftover.unlink()
         for path, found in partials.items():
             if found is None:  # Killed before its first line was whole.
                 path.unlink()
