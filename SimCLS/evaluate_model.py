@@ -27,6 +27,7 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import numpy as np
 from data_utils import ROUGE
 from model import read_description
+from pretrained import MODEL_FILES
 from utils import read_lines
 
 from harness import arguments, devices, distributed, endings
@@ -55,7 +56,6 @@ from search.generator import (
     add_search_arguments,
     begins_with_beam_search,
     check_search,
-    fingerprint,
     generate_samples,
     generator_dtype,
     load_generator,
@@ -146,10 +146,13 @@ def digest_of_input(args):
     """A digest of what the arguments name: samples, text files, or documents, and the generator."""
     files = sample_files(args.samples) if args.samples else [args.summaries, args.references, args.sources]
     if args.generator_name and not args.samples:
-        files = [find_dataset(args.dataset_name)]
-    generator = args.generator_name and fingerprint(*load_generator(args.generator_name))
+        generator = Path(args.generator_name)  # Or a name on the hub, which tells by itself.
+        files = [
+            find_dataset(args.dataset_name),
+            *(path for name in MODEL_FILES for path in sorted(generator.glob(name))),
+        ]
     # A pipe can be read only once, and what is not there is told later.
-    return provenance.digest([provenance.digest_files(path for path in files if path and path.is_file()), generator])
+    return provenance.digest_files(path for path in files if path and path.is_file())
 
 
 def refuse_to_replace(output, arguments, used):

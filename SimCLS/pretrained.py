@@ -32,6 +32,7 @@ POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 LFS_POINTER = b"version https://git-lfs.github.com"
 TOKENS = (WHOLE[0], lambda value: is_number(value) and (value >= 10**6 or WHOLE[1](value)))  # 1e30 means no limit.
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.json")
+MODEL_FILES = (*JSON_FILES, "*.safetensors", "*.bin", "*.model")
 
 
 def load(name, kind, problem, advice, dtype=torch.float32, **settings):
