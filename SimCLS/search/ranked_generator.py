@@ -14,7 +14,6 @@ from transformers.modeling_outputs import BaseModelOutput
 from harness import runs
 from harness.devices import widest_float
 from harness.files import publish, staging
-from harness.resume import finished_arguments
 from harness.timing import nvtx_range
 from scorer.metrics import mean_rouge
 from search.generator import CandidateGenerator, generate_samples, search_settings
@@ -177,7 +176,7 @@ class BrioRun(runs.Run):
     def _claim_name(self):
         super()._claim_name()
         fresh = not any(getattr(self.args, name) for name in ("resume", "restart"))
-        ours = finished_arguments(self.path(".json"), even_cut_short=True) or self.path(".state").exists()
+        ours = self.path(".json").exists() or self.path(".state").exists()
         if fresh and not ours:
             refuse_to_replace(self.folder, ", or --restart to replace it")
 
