@@ -138,7 +138,8 @@ def test_checkpoints_of_another_program_stay(state, place, folders):
 
 def test_a_model_beside_a_torn_record_is_not_replaced(place, folders):
     (place / "model/brio.json").write_text("{")
-    assert "brio.json would be replaced, and no record tells" in refused("SimCLS/brio.py", "--save_dir model", place, folders)
+    said = refused("SimCLS/brio.py", "--save_dir model", place, folders)
+    assert "brio.json would be replaced, and no record tells" in said
 
 
 def whole_state(**changes):
