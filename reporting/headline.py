@@ -239,7 +239,8 @@ def _change(new, old, unit):
     """ "+1.3 points, within the noise", of two Samples."""
     new, old = paired(new, old)
     noise = within_noise(new, old)
-    note = ", within the noise" if noise else ", too few runs" if noise is None else ""
+    unknown = ", one run" if new.n == 1 else ", too few runs"
+    note = ", within the noise" if noise else unknown if noise is None else ""
     return f"{signed(new.mean - old.mean)} {unit}{note}"
 
 
