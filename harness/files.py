@@ -51,7 +51,7 @@ def atomic_write(path, mode="wb"):
 
 class _Writer:
     """A file that remembers why it could not be written: torch.save hides that behind a RuntimeError of its own. It may
-    be an OSError, or what a signal raises meanwhile, as torch does when a data worker is killed."""
+    be an OSError, or what a signal raises meanwhile: Ctrl-C, or torch when a data worker is killed."""
 
     def __init__(self, file):
         self._file, self.error = file, None
@@ -59,7 +59,7 @@ class _Writer:
     def write(self, data):
         try:
             return self._file.write(data)
-        except Exception as error:
+        except BaseException as error:
             self.error = error
             raise
 

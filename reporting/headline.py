@@ -207,8 +207,8 @@ def effect(study, group, row, of_study):
 
 def _pairs(row, base):
     """Of how many seeds, at least, two Rows are compared."""
-    seeds = [{run.arguments.get("seed") for run in each.runs} for each in (row, base)]
-    return len(seeds[0] & seeds[1]) or min(map(len, seeds))
+    samples = paired(*(Sample.over(each.runs, lambda run: len(run.epochs)) for each in (row, base)))
+    return min(sample.n for sample in samples)
 
 
 def _result(study, row, base):

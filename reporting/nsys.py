@@ -61,7 +61,7 @@ def read_trace(path):
     timings, most = {}, {}
     for (thread, _), ranges in lanes.items():
         process, steps = _process(thread), sum(each.is_step for each in ranges)
-        if min(steps, most.get(process, 0)):
+        if steps and process in most:
             warn(f"{path}: process {process} has steps in several threads or domains; told are those that are most")
         if steps > most.get(process, 0):
             timings[process], most[process] = _epochs(ranges, work.get(process)), steps

@@ -32,8 +32,8 @@ class Exported(nn.Module):
 def export(model, known, path):
     """Write `model` to `path`, .pt2 or .onnx, and return a line that says what was written, and how it was checked.
 
-    known: the evaluate.Known of the model. UserError where `path` is taken, outputs are others
-    than here, or a package is missing.
+    known: the evaluate.Known of the model. UserError where `path` is taken, outputs are others than here, or a
+    package is missing.
     """
     if path.exists():
         raise UserError(f"--export {path} is there already; move it away, or name another")
