@@ -63,7 +63,7 @@ def get_args_parser():
     add("--rank_weight", type=arguments.non_negative_float, default=1.0, help="of the ranking loss")
     add("--mle_weight", type=arguments.non_negative_float, default=0.1, help="of the reference's cross-entropy")
     add("--margin", type=arguments.positive_float, default=0.01, help="score difference of neighbours in ROUGE")
-    add("--length_penalty", type=arguments.finite_float,
+    add("--length_penalty", type=arguments.exponent,
         help="exponent of the tokens that a log-probability is divided by *")  # fmt: skip
 
     lengths = parser.add_argument_group("lengths, in tokens, and counts; defaults marked * are the generator's own")

@@ -32,7 +32,8 @@ seed = _number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 
 numpy_seed = _number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")  # And NumPy's.
 positive_float = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
 non_negative_float = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
-finite_float = _number(float, math.isfinite, "a finite number")
+# Of a length, beyond which float32 has no number for a score.
+exponent = _number(float, lambda value: -10 <= value <= 10, "a number from -10 to 10")
 fraction = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 deviation = _number(float, lambda value: LEAST_DEVIATION <= value <= 1,
                     f"a number from {LEAST_DEVIATION:g} to 1")  # fmt: skip

@@ -101,6 +101,10 @@ def draw_mistakes(mistakes, images, predictions, classes):
 
 
 def literal(text):
-    """`text` as matplotlib shows it letter by letter: what stands between two dollars it would take for a formula, and
-    what is no UTF-8 it refuses."""
-    return text.encode(errors="backslashreplace").decode().replace("$", r"\$")
+    """`text` as matplotlib shows it letter by letter: what stands between two dollars it would take for a formula, what
+    its font lacks it would draw as a box, and what is no UTF-8 it refuses; the last two become escapes, as \\u732b."""
+    from matplotlib.font_manager import FontProperties, findfont, get_font
+
+    letters = get_font(findfont(FontProperties())).get_charmap()
+    drawn = (each if ord(each) in letters else each.encode("ascii", "backslashreplace").decode() for each in text)
+    return "".join(drawn).replace("$", r"\$")

@@ -299,7 +299,8 @@ def test_an_export_whose_outputs_are_others_is_refused(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_class_whose_name_is_no_text_is_drawn():
-    name = os.fsdecode(b"o\xff$")
-    assert literal(name) == "o\\udcff\\$"
+@pytest.mark.parametrize(("name", "drawn"), [(os.fsdecode(b"o\xff$"), "o\\udcff\\$"), ("Bär 猫", "Bär \\u732b")])
+def test_a_class_whose_name_no_font_draws_is_told_by_escapes(name, drawn, recwarn):
+    assert literal(name) == drawn
     draw_matrix(np.eye(2, dtype=int), [name, "b"], name).canvas.draw()
+    assert not recwarn

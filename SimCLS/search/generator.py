@@ -49,7 +49,7 @@ def add_search_arguments(parser):
         "the tokens that are drawn from")  # fmt: skip
     search.add_argument("--seed", type=arguments.seed, default=0, help="of --search sample")
     search.add_argument(
-        "--length_penalty", type=arguments.finite_float, help="exponent of the length that scores are divided by *"
+        "--length_penalty", type=arguments.exponent, help="exponent of the length that scores are divided by *"
     )
     search.add_argument("--min_length", type=arguments.non_negative_int, help="tokens before the end *")
     search.add_argument("--no_repeat_ngram_size", type=arguments.non_negative_int, help="0 allows repetition *")

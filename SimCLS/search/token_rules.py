@@ -34,7 +34,7 @@ SETTINGS = {
     "max_new_tokens": WHOLE,
     "min_length": NOT_NEGATIVE,
     "no_repeat_ngram_size": NOT_NEGATIVE,
-    "length_penalty": NUMBER,
+    "length_penalty": ("a number from -10 to 10", lambda value: NUMBER[1](value) and abs(value) <= 10),
     "bos_token_id": SOME_TOKENS,
     "decoder_start_token_id": SOME_TOKENS,
     "eos_token_id": SOME_TOKENS,
