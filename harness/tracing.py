@@ -55,7 +55,7 @@ def trace(path, device, say):
     if path is None:
         yield
         return
-    _check_writable(Path(path))
+    _check_writable(Path(path), device)
     tracer = _Tracer(Path(path), device, say)
     timing.watchers.append(tracer)
     try:
@@ -65,16 +65,24 @@ def trace(path, device, say):
         tracer.end()
 
 
-def _check_writable(path):
+def _check_writable(path, device):
     make_folder(path.parent)
     if path.is_dir():
         raise UserError(f"--trace {path} is a folder; name a file in it")
     if path.exists() and not _is_trace(path):
         raise UserError(f"--trace {path} is there, and is no trace that could be replaced; name another file")
+    memory = _memory_file(path)
+    if device.type == "cuda" and memory.exists() and not path.exists():
+        raise UserError(f"--trace {path}: {memory.name}, which is written beside it, is there already; name another")
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
         raise UserError(f"--trace {path}: cannot write into its folder ({error.strerror}); name another") from None
+
+
+def _memory_file(path):
+    """Where the snapshot of a GPU's memory lies that belongs to a trace."""
+    return path.with_name(path.name.removesuffix(".gz").removesuffix(".json") + ".memory.pickle")
 
 
 def _is_trace(path):
@@ -149,10 +157,9 @@ class _Tracer:
             file.write(gzip.compress(content) if self._path.suffix == ".gz" else content)
         if self._device.type != "cuda":
             return [str(self._path)]
-        memory = str(self._path).removesuffix(".gz").removesuffix(".json") + ".memory.pickle"
-        with atomic_write(memory) as file:
+        with atomic_write(_memory_file(self._path)) as file:
             pickle.dump(torch.cuda.memory._snapshot(), file)
-        return [str(self._path), memory]
+        return [str(self._path), str(_memory_file(self._path))]
 
 
 def costliest(events, device):

@@ -109,6 +109,16 @@ def test_what_is_no_trace_is_not_replaced(name, content, tmp_path, monkeypatch):
     assert (tmp_path / name).read_bytes() == content
 
 
+def test_a_snapshot_of_memory_that_no_trace_made_is_not_replaced(tmp_path):
+    (tmp_path / "mine.memory.pickle").write_bytes(b"precious")
+    for name in ("mine.json", "mine.json.gz"):
+        with (
+            pytest.raises(UserError, match="mine.memory.pickle, which is written beside it, is there already"),
+            tracing.trace(tmp_path / name, torch.device("cuda"), print),
+        ):
+            pytest.fail("It has begun.")
+
+
 @pytest.mark.parametrize("name", ["run.json", "run.json.gz"])
 def test_a_trace_is_replaced_and_without_room_for_it_there_is_a_warning(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
