@@ -347,6 +347,7 @@ TABLE = {
     ],
     "SimCLS/texts/sample_data.py": [
         ("--output mine", "--output mine is a folder"),
+        ("--output taken", "--output taken is there already; name another file"),
         ("--outptu x", "unrecognized arguments"),
     ],
     "report.py": [
