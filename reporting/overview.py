@@ -177,7 +177,7 @@ def evaluations(records):
 
 
 def _evaluation(repeats):
-    """The table of one record, with intervals; or of several, with means and deviations, and the highest p-value."""
+    """The tables of one record, with intervals; or of several, with means and deviations, and the highest p-values."""
     first = repeats[0]
     rows = []
     for name, metrics in first["systems"].items():
@@ -192,17 +192,20 @@ def _evaluation(repeats):
             sample = Sample.of((each.get("words") or {}).get(name) for each in repeats)
             cells["Words"] = quantity(sample, places=1)
         rows.append(cells)
-    rows += _p_rows(repeats)
-    meaning = "95 % intervals" if len(repeats) == 1 else f"mean ± deviation over {len(repeats)} scorers, highest p"
+    several = len(repeats) > 1
+    meaning = f"mean ± standard deviation over {len(repeats)} scorers" if several else "95 % intervals"
     machine = first["machine"]
     # Without the folders of the machine that made the record.
     command = ABSOLUTE_FOLDER.sub("", machine.get("command", "unknown command"))
-    where = f"`{command}`; {machine.get('hardware', 'unknown hardware')}"
-    made = provenance(repeats)
-    caption = [f"{first.get('documents', 'unknown')} documents, {meaning}", where, *filter(None, [made])]
-    below = [first["rouge"]] if first.get("rouge") else []
-    below += sorted({f"Warning: {line}." for record in repeats for line in record.get("warnings", ())})
-    return "\n\n".join([f"{'; '.join(caption)}:", markdown(rows), *below])
+    where = machine.get("hardware", "unknown hardware")
+    caption = [f"{first.get('documents', 'unknown')} documents, {meaning}", where, provenance(repeats)]
+    parts = [f"{'; '.join(filter(None, caption))}:", markdown(rows)]
+    if tests := _p_rows(repeats):
+        parts += [f"Paired permutation tests, p{' (the highest of the scorers)' * several}:", markdown(tests)]
+    notes = [f"Command{' of the first scorer' * several}: `{command}`"]
+    notes += [first["rouge"]] if first.get("rouge") else []
+    notes += sorted({f"Warning: {line}." for record in repeats for line in record.get("warnings", ())})
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)])
 
 
 def _p_rows(repeats):
@@ -215,7 +218,7 @@ def _p_rows(repeats):
             worst = {
                 METRICS.get(metric, metric): max(each[metric] for each in same if metric in each) for metric in same[0]
             }
-            strongest = ", the strongest" if name == repeats[0].get("strongest") else ""
-            cells = {f"{metric}, %": f"{p:.2g}" for metric, p in worst.items()}
-            rows.append({"Summary": f"p, {whose} against the {name}{strongest}"} | cells)
+            strongest = " (the strongest)" if name == repeats[0].get("strongest") else ""
+            cells = {metric: f"{p:.2g}" for metric, p in worst.items()}
+            rows.append({"Test": f"{whose} against {name}{strongest}"} | cells)
     return rows
