@@ -180,12 +180,13 @@ def _evaluation(repeats):
     """The tables of one record, with intervals; or of several, with means and deviations, and the highest p-values."""
     first = repeats[0]
     rows = []
-    for name, metrics in first["systems"].items():
-        cells = {"Summary": name}
+    # A scorer whose other terms weigh nothing has no row of its own beside SimCLS.
+    for name, metrics in max((record["systems"] for record in repeats), key=len).items():
+        have_it = [record["systems"][name] for record in repeats if name in record["systems"]]
+        cells = {"Summary": name + _how_many(have_it, repeats)}
         for metric, interval in metrics.items():
             low, high = 100 * interval["low"], 100 * interval["high"]
-            has_it = [record["systems"][name] for record in repeats if metric in record["systems"].get(name, {})]
-            sample = Sample.of(100 * systems[metric]["mean"] for systems in has_it)
+            sample = Sample.of(100 * system[metric]["mean"] for system in have_it if metric in system)
             range_text = f" ({low:.2f} to {high:.2f})" if len(repeats) == 1 else ""
             cells[f"{METRICS.get(metric, metric)}, %"] = quantity(sample, places=2) + range_text
         if first.get("words"):
@@ -220,5 +221,9 @@ def _p_rows(repeats):
             }
             strongest = " (the strongest)" if name == repeats[0].get("strongest") else ""
             cells = {metric: f"{p:.2g}" for metric, p in worst.items()}
-            rows.append({"Test": f"{whose} against {name}{strongest}"} | cells)
+            rows.append({"Test": f"{whose} against {name}{strongest}{_how_many(same, repeats)}"} | cells)
     return rows
+
+
+def _how_many(have_it, repeats):
+    return "" if len(have_it) == len(repeats) else f" ({len(have_it)} of {len(repeats)} scorers)"

@@ -190,10 +190,14 @@ def test_evaluation_table():
     (generator,), (p_value,) = read_table(text), read_table(text, 1)
     assert generator["ROUGE-1, %"] == "35.00 ± 7.07"
     assert p_value["ROUGE-1"] == "0.5"
+    # What one of the scorers alone has is told as that.
+    other["systems"]["scorer alone"] = {"rouge1": interval}
     other["p_values_alone"] = {"generator": {"rouge1": 0.2}}
-    assert read_table(overview.evaluations([record, other]), 1) == [
+    text = overview.evaluations([record, other])
+    assert read_table(text)[1] == {"Summary": "scorer alone (1 of 2 scorers)", "ROUGE-1, %": "30.00", "ROUGE-L, %": "–"}
+    assert read_table(text, 1) == [
         {"Test": "SimCLS against generator", "ROUGE-1": "0.5", "ROUGE-L": "1"},
-        {"Test": "scorer alone against generator", "ROUGE-1": "0.2", "ROUGE-L": "–"},
+        {"Test": "scorer alone against generator (1 of 2 scorers)", "ROUGE-1": "0.2", "ROUGE-L": "–"},
     ]
     renamed = copy.deepcopy(record)
     renamed["systems"]["generator"]["rouge9"] = renamed["systems"]["generator"].pop("rouge1")
