@@ -58,7 +58,11 @@ def differing(sides):
     facts = []
     for run in (side[0] for side in sides):
         where = {"runs on": place(hardware(run)), "commit": run.machine.get("commit")}
-        facts.append(settings(run) | {"precision": run.precision, "loading": run.record.get("loading")} | where)
+        facts.append(
+            settings(run)
+            | {"precision": run.precision, "loading": run.record.get("loading"), "images": run.images}
+            | where
+        )
     keys = dict.fromkeys(name for each in facts for name in each)
     values = [(name, *(_text(each.get(name)) for each in facts)) for name in keys]
     return [row for row in values if row[1] != row[2]]

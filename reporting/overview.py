@@ -197,15 +197,15 @@ def _evaluation(repeats):
     meaning = f"mean ± standard deviation over {len(repeats)} scorers" if several else "95 % intervals"
     machine = first["machine"]
     # Without the folders of the machine that made the record.
-    command = ABSOLUTE_FOLDER.sub("", machine.get("command", "unknown command"))
-    where = machine.get("hardware", "unknown hardware")
+    command = ABSOLUTE_FOLDER.sub("", machine.get("command") or "unknown command")
+    where = machine.get("hardware") or "unknown hardware"
     caption = [f"{first.get('documents', 'unknown')} documents, {meaning}", where, provenance(repeats)]
     parts = [f"{'; '.join(filter(None, caption))}:", markdown(rows)]
     if tests := _p_rows(repeats):
         parts += [f"Paired permutation tests, p{' (the highest of the scorers)' * several}:", markdown(tests)]
     notes = [f"Command{' of the first scorer' * several}: `{command}`"]
     notes += [first["rouge"]] if first.get("rouge") else []
-    notes += sorted({f"Warning: {line}." for record in repeats for line in record.get("warnings", ())})
+    notes += sorted({f"Warning: {line}." for record in repeats for line in record.get("warnings") or ()})
     return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)])
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import numpy as np
 from harness.endings import UserError
 from harness.runs import FORMAT
 from reporting import shapes
-from reporting.shapes import ANY, COUNT, NUMBER, PAIR, PERCENT, POSITIVE, TEXT, WHOLE, each, maybe
+from reporting.shapes import ANY, COUNT, NUMBER, PAIR, PERCENT, POSITIVE, TEXT, WHOLE, each, maybe, or_null
 
 # Candidates of SimCLS, and what resnext/evaluate.py writes.
 NO_RECORD = re.compile(r"\w+\.settings\.json|provenance\.json|.+\.evaluation\.json")
@@ -23,24 +24,31 @@ NO_LETTER = re.compile(rb"(?<!\\ud[89ab][0-9a-f]{2})\\ud[c-f][0-9a-f]{2}", re.IG
 EVALUATION = "simcls_evaluation"
 # The experiments, and the arguments without which a record of theirs says too little to be compared.
 OF_IMAGES = {
-    "model": TEXT, "dataset": TEXT, "batch_size": WHOLE, "num_worker": COUNT, "half_precision": maybe(ANY),
-    "loader": maybe(TEXT), "data_dir": maybe(TEXT),
+    "model": TEXT, "dataset": TEXT, "batch_size": WHOLE, "num_worker": COUNT, "half_precision": or_null(ANY),
+    "loader": maybe(TEXT), "data_dir": maybe(TEXT), "init": maybe(TEXT),
 }  # fmt: skip
 OF_ALL = {"seed": maybe(COUNT), "max_steps": maybe(COUNT), "num_epoch": maybe(COUNT), "batch_size": maybe(WHOLE)}
 ARGUMENTS = {
     "resnext": OF_IMAGES,
     "resnext_checkpoint": OF_IMAGES | {"policy": TEXT, "memory_budget": maybe(NUMBER)},
     "resnext_fast": OF_IMAGES | {"policy": maybe(TEXT), "memory_budget": maybe(NUMBER)},
-    "simcls": {"batch_size": WHOLE, "num_workers": COUNT, "half_precision": maybe(ANY), "use_checkpoint": ANY},
+    "simcls": {
+        "batch_size": WHOLE,
+        "num_workers": COUNT,
+        "half_precision": or_null(ANY),
+        "use_checkpoint": ANY,
+        "dataset": maybe(TEXT),
+        "model_type": maybe(TEXT),
+    },
     EVALUATION: {},
 }
 MACHINE = {
     "hardware": maybe(TEXT), "device": maybe(TEXT), "threads": maybe(COUNT), "versions": maybe(each(dict, TEXT)),
     "date": maybe(TEXT), "commit": maybe(TEXT), "command": maybe(TEXT),
 }  # fmt: skip
-TIMES = {"median": maybe(NUMBER), "p95": maybe(NUMBER), "total": NUMBER}
+TIMES = {"median": or_null(NUMBER), "p95": or_null(NUMBER), "total": NUMBER}
 PEAK = maybe({"allocated_bytes": NUMBER, "reserved_bytes": NUMBER})
-PHASE = {"count": COUNT, "share": NUMBER, "host_ms": TIMES, "device_ms": maybe(TIMES)}
+PHASE = {"count": COUNT, "share": NUMBER, "host_ms": TIMES, "device_ms": or_null(TIMES)}
 TIMING = {
     "seconds": POSITIVE, "steps": COUNT, "warmup_steps": COUNT, "unphased_seconds": NUMBER, "peak_memory": PEAK,
     "phases": each(dict, PHASE),
@@ -51,8 +59,8 @@ OF_EPOCH = (
 EPOCH = {"epoch": COUNT, "timing": TIMING, "peak_memory": PEAK, "losses": maybe(each(list, PAIR))}
 EPOCH |= dict.fromkeys(OF_EPOCH, maybe(NUMBER)) | dict.fromkeys(("acc", "test_acc"), maybe(PERCENT))
 RECORD = {
-    "name": maybe(TEXT), "data": maybe({"train_pictures": maybe(WHOLE)}), "machine": MACHINE, "precision": maybe(TEXT),
-    "loading": maybe(TEXT),
+    "name": maybe(TEXT), "data": maybe({"train_pictures": maybe(WHOLE), "digest": maybe(TEXT)}),
+    "machine": MACHINE, "precision": maybe(TEXT), "loading": maybe(TEXT), "places": maybe(each(dict, TEXT)),
     "saved_activation_bytes": maybe(NUMBER), "start_up_seconds": maybe(NUMBER),
     "measured": maybe({"peak_bytes": maybe(NUMBER)}), "plan": maybe({"plain_peak_bytes": maybe(NUMBER)}),
 }  # fmt: skip
@@ -91,7 +99,15 @@ def read_folders(folders, published=False):
             evaluations.append(record | {"path": str(path)})
         else:
             runs.append(Record(path, record))
-    return runs, evaluations
+    return _with_data_told_apart(runs), evaluations
+
+
+def _with_data_told_apart(runs):
+    """The Records, whose data is called by its digest, too, where others are of other images of the same name."""
+    images = defaultdict(set)
+    for run in runs:
+        images[run.data].add(run.images)
+    return [dataclasses.replace(run, names_images=len(images[run.data] - {None}) > 1) for run in runs]
 
 
 def refused(path, record):
@@ -179,6 +195,7 @@ class Record:
 
     path: Path
     record: dict
+    names_images: bool = False
 
     @property
     def experiment(self):
@@ -200,7 +217,13 @@ class Record:
     def data(self):
         """What the data is called: a folder by its own name."""
         is_folder = self.arguments.get("dataset") == "folder" and self.arguments.get("data_dir")
-        return Path(self.arguments["data_dir"]).name if is_folder else self.arguments.get("dataset")
+        name = Path(self.arguments["data_dir"]).name if is_folder else self.arguments.get("dataset")
+        return f"{name} ({self.images})" if self.names_images else name
+
+    @property
+    def images(self):
+        """The beginning of the digest of the images, or None."""
+        return ((self.record.get("data") or {}).get("digest") or "")[:8] or None
 
     @property
     def precision(self):
@@ -314,7 +337,7 @@ class Record:
 
     def losses(self):
         """[[update, loss], ...] of a SimCLS run, in order; of an image run [[epoch, loss], ...]."""
-        within = [point for epoch in self.epochs for point in epoch.get("losses", ())]
+        within = [point for epoch in self.epochs for point in epoch.get("losses") or ()]
         return within or [[epoch["epoch"], epoch["loss"]] for epoch in self.epochs if epoch.get("loss") is not None]
 
 

@@ -25,6 +25,11 @@ def maybe(shape):
     return ("maybe", shape)
 
 
+def or_null(shape):
+    """Of `shape`, or null; as a part of a dict it must be there."""
+    return ("null", shape)
+
+
 def each(kind, shape):
     """A list or dict, which `kind` says, whose values are all of `shape`."""
     return ("each", kind, shape)
@@ -40,7 +45,7 @@ def fault(value, shape, where=""):
         missing = next((name for name in needed if name not in value), None)
         if missing is not None:
             return f"{where + ' has' if where else 'it has'} no {missing}"
-    elif shape[0] == "maybe":
+    elif shape[0] in ("maybe", "null"):
         return None if value is None else fault(value, shape[1], where)
     elif shape[0] == "each":
         if not isinstance(value, shape[1]):

@@ -113,6 +113,8 @@ def settings(run, without=()):
     everything = {"experiment": run.experiment} | run.arguments
     if "dataset" in everything:
         everything["dataset"] = run.data
+    if everything.get("init"):  # Two files of weights may have one name.
+        everything["init"] += f" ({(run.record.get('places') or {}).get('init')})"
     return {
         name: value
         for name, value in everything.items()

@@ -7,7 +7,8 @@ import re
 import pytest
 from run_records import make_record, make_run, read_table
 
-from reporting import records
+from reporting import compare, overview, records
+from reporting.records import Record
 
 pytestmark = pytest.mark.slow
 
@@ -192,7 +193,10 @@ def having(record, *path, value):
         *((without(make_record(), "epochs", 1, "timing", name), f"epochs.1.timing has no {name}")
           for name in ("seconds", "steps", "warmup_steps", "unphased_seconds", "phases")),
         *((without(make_record(), "epochs", 1, "timing", "phases", "step", name), f"phases.step has no {name}")
-          for name in ("count", "share", "host_ms")),
+          for name in ("count", "share", "host_ms", "device_ms")),
+        *((without(make_record(), "epochs", 1, "timing", "phases", "step", "host_ms", name), f"host_ms has no {name}")
+          for name in ("median", "p95", "total")),
+        (without(make_record(), "arguments", "half_precision"), "arguments has no half_precision"),
         (without(EVALUATION, "systems", "SimCLS", "rouge1", "low"), "systems.SimCLS.rouge1 has no low"),
         # Of another program, or of a wrong type.
         ({"experiment": {"name": "x"}}, "unknown experiment {'name': 'x'}"),
@@ -215,6 +219,28 @@ def test_a_record_with_a_fault_is_named_with_it_and_left_out(tmp_path, capsys, r
     (line,) = capsys.readouterr().err.splitlines()
     assert "lacking.json" in line
     assert reason in line
+
+
+def test_what_may_be_null_is_as_if_it_were_absent():
+    record = having(EVALUATION, "warnings", value=None)
+    record["machine"] = dict.fromkeys(("hardware", "command", "commit", "date"))
+    assert "unknown hardware" in overview.evaluations([record])
+    simcls = make_record(experiment="simcls", num_workers=2, use_checkpoint=False, model_type=None, dataset=None)
+    simcls["epochs"][0]["losses"] = None
+    assert Record("a.json", simcls).losses() == [[1, 1.0], [2, 0.5], [3, 1 / 3]]
+
+
+def test_images_and_weights_of_one_name_are_not_taken_for_the_same(tmp_path):
+    for number, (digest, place) in enumerate([("aaaaaaaa1", "1"), ("bbbbbbbb2", "1"), ("aaaaaaaa1", "2")]):
+        record = make_record(dataset="folder", data_dir="images", init="run.pt")
+        record |= {"data": {"digest": digest}, "places": {"init": place}}
+        (tmp_path / f"{number}.json").write_text(json.dumps(record))
+    table = read_table(overview.every_run(records.read_folders([tmp_path])[0]))
+    assert [(each["Data"], each["init"]) for each in table] == [
+        ("images (aaaaaaaa)", "run.pt (1)"), ("images (bbbbbbbb)", "run.pt (1)"), ("images (aaaaaaaa)", "run.pt (2)"),
+    ]  # fmt: skip
+    sides = [compare.read_side(tmp_path / f"{number}.json") for number in (0, 1)]
+    assert compare.differing(sides) == [("images", "aaaaaaaa", "bbbbbbbb")]
 
 
 def test_records_behind_links_are_found_and_folders_that_cannot_be_read_named(tmp_path, capsys, monkeypatch):
