@@ -52,7 +52,12 @@ def get_args_parser():
 
 
 def main():
-    args = get_args_parser().parse_args()
+    parser = get_args_parser()
+    args = parser.parse_args()
+    if args.folders and (args.nsys or args.phases or args.timeline or args.compare):
+        parser.error(f"{args.folders[0]}: name no folder beside --nsys, --phases, --timeline or --compare")
+    if args.image_dir and (args.nsys or args.phases):
+        parser.error("--image_dir: --nsys and --phases draw nothing")
     aligned = not args.markdown and sys.stdout.isatty()
     show = (lambda text: print(terminal.aligned(text))) if aligned else print
     if args.nsys:

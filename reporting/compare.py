@@ -57,12 +57,8 @@ def differing(sides):
     """[(name, of A, of B), ...] as text: arguments, precision, hardware and commit, where they differ."""
     facts = []
     for run in (side[0] for side in sides):
-        where = {"runs on": place(hardware(run)), "commit": run.machine.get("commit")}
-        facts.append(
-            settings(run)
-            | {"precision": run.precision, "loading": run.record.get("loading"), "images": run.images}
-            | where
-        )
+        what = {"precision": run.precision, "loading": run.record.get("loading"), "images": run.images}
+        facts.append(settings(run) | what | {"runs on": place(hardware(run)), "commit": run.machine.get("commit")})
     keys = dict.fromkeys(name for each in facts for name in each)
     values = [(name, *(_text(each.get(name)) for each in facts)) for name in keys]
     return [row for row in values if row[1] != row[2]]

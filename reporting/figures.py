@@ -3,12 +3,12 @@
 Times on a CPU appear as multiples of a baseline's step: they mean nothing away from the machine.
 """
 
+import os
 import textwrap
 
+os.environ["MPLBACKEND"] = "agg"  # Figures go to files; of a name that it does not know matplotlib makes an error.
+
 import matplotlib
-
-matplotlib.use("Agg")
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.lines import Line2D

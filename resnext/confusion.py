@@ -1,9 +1,11 @@
 """Which classes a model takes for which: the matrix, and the pictures it was surest and wrong about, told and drawn."""
 
+import os
 from typing import NamedTuple
 
 import numpy as np
 
+os.environ["MPLBACKEND"] = "agg"  # Figures go to files; of a name that it does not know matplotlib makes an error.
 WIDEST_TABLE = 20  # Classes of a matrix that a terminal, and a figure with numbers in it, have room for.
 HEAD = 5  # Letters of a class's name above its column.
 SHOWN = 12  # Pictures that it was surest and wrong about.

@@ -68,6 +68,8 @@ def main():
     model, record = load_model(args.run), read_record(args.run)
     on_test_pictures = not (args.pictures or args.export)
     data = load_data(args, record) if on_test_pictures or untold(args, record) else None
+    if data is None and (args.dataset or args.data_dir):
+        raise UserError("--dataset and --data_dir are of test pictures, of which --pictures and --export take none")
     known = gather(args, record, data, len(model.linear.weight))
     if args.export:
         print(export(model, known, args.export))
@@ -182,6 +184,12 @@ def what_is_judged(args, data, known):
     try:
         there = json.loads(path.read_bytes())["data"]
     except FileNotFoundError:
+        for figure in ("confusion", "mistakes"):
+            if (drawn := path.with_name(f"{args.run.stem}.{figure}.png")).exists():
+                raise UserError(
+                    f"{drawn} is there without the {path.name} of its evaluation; move it away, or name another "
+                    "--output_dir"
+                ) from None
         return judged
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         there = None

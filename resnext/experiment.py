@@ -20,6 +20,7 @@ from harness.arguments import (
     seed,
     workers,
 )
+from harness.endings import UserError
 from harness.files import atomic_write
 from harness.loading import EpochBatches
 from harness.memory import keep_freed_memory
@@ -133,6 +134,8 @@ def run_name(args, suffix=""):
 def load_parts(args, world, run, kind, **more):
     """(the ImageData of the arguments, a model of `kind` for it, on this process's device); the record says what they
     are. more: what `kind` takes besides its size and the classes."""
+    if args.init and Path(args.init).resolve() == run.path(".pt").resolve():
+        raise UserError(f"--init {args.init} is what this run writes; copy it, or name another --output_dir")
     with world.first_on_machine():
         data = load_images(args.dataset, args.data_dir, args.size)
     run.facts["data"] = data.state_dict()

@@ -87,6 +87,16 @@ def test_on_the_test_pictures(place):
     assert "evaluation" not in report.err
 
 
+@pytest.mark.parametrize("figure", ["confusion", "mistakes"])
+def test_a_figure_that_no_evaluation_drew_is_not_replaced(place, figure):
+    mine = place / f"own_{figure}/{NAME}.{figure}.png"
+    mine.parent.mkdir()
+    mine.write_bytes(b"precious")
+    assert f"{mine.name} is there without the" in evaluate(place, "--output_dir", mine.parent, code=2)
+    assert list(mine.parent.iterdir()) == [mine]
+    assert mine.read_bytes() == b"precious"
+
+
 def test_an_evaluation_of_other_pictures_replaces_none_and_claims_nothing_of_the_record(place):
     evaluate(place)
     before = (place / f"model_history/{NAME}.evaluation.json").read_bytes()

@@ -131,6 +131,11 @@ def test_only_some_tables(call_report, run_folder):
     assert re.findall(r"^## (.*)", output, flags=re.MULTILINE) == ["Recomputing activations", "Loading images"]
 
 
+def test_a_backend_that_matplotlib_does_not_know_is_none_of_ours(run_script, run_folder, monkeypatch):
+    monkeypatch.setenv("MPLBACKEND", "foo")
+    assert "techniques.png" in run_script("report.py", run_folder).stderr
+
+
 def test_no_records_is_no_failure(call_report, tmp_path):
     (tmp_path / "runs").mkdir()
     result = call_report(tmp_path / "runs")

@@ -135,3 +135,8 @@ def test_the_scripts_take_trained_weights(place):
     train(place, "--init", f"first/{NAME}.pt", "--lr", 1e-9)
     record = json.loads((place / f"model_history/{NAME}_init.json").read_text())
     assert record["epochs"][0]["loss"] < 0.05  # From random weights ten times as much.
+    # Its own weights would be gone with what they become.
+    before = (place / f"model_history/{NAME}_init.pt").read_bytes()
+    line = train(place, "--init", f"model_history/{NAME}_init.pt", "--restart", code=2)
+    assert f"--init model_history/{NAME}_init.pt is what this run writes" in line
+    assert (place / f"model_history/{NAME}_init.pt").read_bytes() == before
