@@ -7,6 +7,7 @@ from pathlib import Path
 
 from harness.endings import UserError
 from harness.files import is_text, make_folder
+from harness.timing import phase_times
 
 
 def add_argument(parser):
@@ -96,7 +97,7 @@ def timing_figures(timing):
     of the device where it was timed), and the allocator's peak in MiB on CUDA."""
     figures = {}
     for name, phase in timing["phases"].items():
-        median = (phase["device_ms"] or phase["host_ms"])["median"]
+        median = phase_times(phase)["median"]
         if median is not None:  # Else all was warm-up.
             figures[f"milliseconds/{name}"] = median
     if timing["peak_memory"]:

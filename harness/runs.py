@@ -27,7 +27,7 @@ from harness.resume import (
     stop_requests,
 )
 from harness.run_log import RunLog
-from harness.timing import nvtx_range
+from harness.timing import nvtx_range, training_seconds
 from harness.tracing import trace
 
 FORMAT = 1
@@ -261,13 +261,11 @@ class Run:
 
     def take_down(self, epoch, evaluation_seconds, **figures):
         """Append an Epoch to the history: its `figures`, and what is measured of any."""
-        within = epoch.timing["phases"].get("validation")
-        seconds = epoch.timing["seconds"] - (within["host_ms"]["total"] / 1e3 if within else 0)
         self.history.append(
             {
                 "epoch": epoch.number + 1,
                 **figures,
-                "samples_per_second": epoch.samples / seconds,
+                "samples_per_second": epoch.samples / training_seconds(epoch.timing),
                 "peak_memory": epoch.timing["peak_memory"],
                 # Until the epoch's figures were known: what it takes to reach an accuracy.
                 "elapsed_seconds": self.elapsed_seconds(),

@@ -224,10 +224,22 @@ def describe_epoch(seconds, samples, warmup_steps):
     }
 
 
+def phase_times(phase):
+    """A phase's "median", "p95" and "total" in ms: on the device where it was timed there, else on the host."""
+    return phase["device_ms"] or phase["host_ms"]
+
+
+def training_seconds(timing):
+    """Seconds of an epoch's training steps, of its timing as from PhaseTimer.end_epoch: without the validations within
+    it. A scorer's may come between its steps, which begin and end around them."""
+    validation = timing["phases"].get("validation")
+    return timing["seconds"] - (phase_times(validation)["total"] / 1e3 if validation else 0.0)
+
+
 def typical_milliseconds(phase):
     """Of one occurrence of a phase, as PhaseTimer.end_epoch has it, on the device where it was timed: the median, or
     the total of the one occurrence where all was warm-up."""
-    found = phase["device_ms"] or phase["host_ms"]
+    found = phase_times(phase)
     return found["total"] if found["median"] is None else found["median"]
 
 
