@@ -1,7 +1,7 @@
 """How many times as fast as in the original's way resnext_fast.py trains, technique by technique. Targets: TARGETS.
 
-    python3 benchmarks/fast.py                                                    digits, speed alone
-    python3 benchmarks/fast.py --dataset cifar10 --fast_epochs 30 --seeds 0 1 2   and accuracy over seeds
+    python3 benchmarks/fast.py
+    python3 benchmarks/fast.py --dataset cifar10
 
 From the original's way (Adam, 2 workers, contiguous, eager) to the fast one, a row a technique, each on top of those
 before it that resnext_fast.py has on by default on this device; the others are measured and not carried on. One row,
@@ -15,9 +15,6 @@ for the fastest algorithms is on in all rows, in favour of the original's.
 
 How far the script is from the hardware's limit, hardware_limits.py measures. On a CPU the script also keeps freed
 memory, which no row does here: one process cannot do both in turn. allocator.py measures it.
-
---fast_epochs trains resnext_fast.py over --seeds; what is trained already in --run_dir is not trained again, and what
-was interrupted goes on.
 """
 
 import dataclasses
@@ -32,7 +29,6 @@ from common import ROOT, finish, get_parser, interleaved_rounds, new_record, rat
 
 import torch
 from exactness import Exact
-from fast_accuracy import accuracy
 from fast_steps import LongEpochs, TrainingSteps, fastest_layout
 from hardware_limits import distance, forward_work
 from resnext_fast import get_fast_args_parser
@@ -93,9 +89,6 @@ def get_args_parser():
     add("--batch_size", type=arguments.positive_int, default=128 if on_cuda else 64)
     add("--steps", type=arguments.positive_int, default=30 if on_cuda else 9, help="of a row in a round")
     add("--techniques", nargs="*", choices=TECHNIQUES, default=list(TECHNIQUES), help="rows besides the original's")
-    add("--fast_epochs", type=arguments.non_negative_int, default=0)
-    add("--seeds", type=arguments.seed, nargs="+", default=[0])
-    add("--run_dir", type=Path, default=ROOT / "runs" / "fast", help="where the records of the training runs go")
     return parser
 
 
@@ -110,8 +103,6 @@ def main():
     if args.dataset == "folder":
         record["dataset"] = Path(args.data_dir).resolve().name
     measure_speed(rows, record, functools.partial(save, record, args), args, device, layout)
-    row = own_row(args, layout)
-    record["accuracy"] = [{"technique": row.label} | accuracy(row, args)] if args.fast_epochs else []
     finish(record, args)
 
 
