@@ -22,7 +22,6 @@ from harness.arguments import (
 )
 from harness.endings import UserError
 from harness.precision import add_half_precision
-from scorer.losses import LOSSES
 from texts.scoring import add_rouge_argument
 
 CACHE = Path("cache")
@@ -80,12 +79,8 @@ def get_args_parser(description):
     add("--grad_norm", type=non_negative_float, default=1.0, help="clip gradients to this norm; 0 does not clip")
 
     add = parser.add_argument_group("loss").add_argument
-    add("--loss", choices=LOSSES, default="ranking", help="of the candidates: the published one by their ranks; a "
-        "margin that grows with the difference in ROUGE; or listwise, scores that differ as ROUGE does")  # fmt: skip
     add("--margin", type=positive_float, default=MARGIN, help="score difference of candidates that are neighbours in "
-        "ROUGE; with --loss margin, of candidates a hundredth of ROUGE apart")  # fmt: skip
-    add("--temperature", type=positive_float, default=0.05, help="of --loss listwise: by which scores and ROUGE are "
-        "divided before their softmax")  # fmt: skip
+        "ROUGE")  # fmt: skip
     add("--gold_margin", type=non_negative_float, default=0.0, help="how far the reference has to score above "
         "candidates")  # fmt: skip
     add("--gold_weight", type=non_negative_float, default=1.0, help="weight of the reference's part")
@@ -128,8 +123,6 @@ def run_name(args):
     parts = [f"simcls_{args.num_workers}_worker"]
     if args.half_precision:
         parts.append({"auto": "fp16", "float16": "fp16", "bfloat16": "bf16"}[args.half_precision])
-    if args.loss != "ranking":
-        parts.append(args.loss)
     if args.frozen_layers:
         parts.append(f"frozen{args.frozen_layers}")
     if args.use_checkpoint:
