@@ -10,22 +10,11 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from harness import resume
 from harness.endings import UserError, is_out_of_gpu_memory
 from harness.epochs import Epoch
 from harness.files import as_recorded, output_lock, places, write_record
 from harness.machine import describe_machine
-from harness.resume import (
-    changes,
-    finished_arguments,
-    is_interrupted,
-    load_state,
-    no_state,
-    place_of,
-    read_state,
-    refuse_unknown,
-    save_state,
-    stop_requests,
-)
 from harness.run_log import RunLog
 from harness.timing import nvtx_range, training_seconds
 from harness.tracing import trace
@@ -121,16 +110,17 @@ class Run:
                 raise UserError(f"{path} is a folder; move it away, or choose another {self.elsewhere}")
         if asked.get("restart"):
             return
-        saved, finished = read_state(self.path(".state"), mmap=True), finished_arguments(self.path(".json"))
+        saved = resume.read_state(self.path(".state"), mmap=True)
+        finished = resume.finished_arguments(self.path(".json"))
         # A few steps' timings give way to those of a whole run, but not to those of another run's steps.
-        recorded = finished_arguments(self.path(".json"), even_cut_short=bool(asked.get("max_steps")))
-        refuse_unknown(self.path(".json"), () if saved else self.weights, self.elsewhere)
+        recorded = resume.finished_arguments(self.path(".json"), even_cut_short=bool(asked.get("max_steps")))
+        resume.refuse_unknown(self.path(".json"), () if saved else self.weights, self.elsewhere)
         own = {} if asked.get("resume") else {name: asked.get(name) for name in self.only_of_records}
         self._refuse_another(self.path(".state"), saved and saved["arguments"], self.arguments)
         self._refuse_another(self.path(".json"), recorded, as_recorded(self.arguments | own))
         if asked.get("resume"):
             return
-        if is_interrupted(saved, finished):
+        if resume.is_interrupted(saved, finished):
             done = f"{saved['parts'].get('epoch')} of {asked.get('num_epoch')} epochs done"
             ways = "--resume goes on with it, --restart begins anew"
             raise UserError(f"{self.path('.state')} holds an interrupted run ({done}); {ways}")
@@ -140,7 +130,7 @@ class Run:
 
     def _refuse_another(self, path, theirs, ours):
         """UserError when the file `path` is of a run with other arguments than `ours`."""
-        was = theirs and changes({name: theirs.get(name) for name in ours}, ours)
+        was = theirs and resume.changes({name: theirs.get(name) for name in ours}, ours)
         if was:
             longer = self.fixed_length and "--num_epoch" in was
             why = f"{self.fixed_length}, so that no other length goes on from it; " if longer else ""
@@ -154,10 +144,10 @@ class Run:
 
     def is_done(self):
         """Whether --resume has nothing left to do, which is told."""
-        finished = self.args.resume and not self.is_dry and finished_arguments(self.path(".json"))
+        finished = self.args.resume and not self.is_dry and resume.finished_arguments(self.path(".json"))
         if not finished or finished["num_epoch"] != self.args.num_epoch:
             return False
-        if is_interrupted(read_state(self.path(".state"), mmap=True), finished):
+        if resume.is_interrupted(resume.read_state(self.path(".state"), mmap=True), finished):
             return False
         self.world.say(f"{self.path('.json')} is finished; nothing to resume")
         return True
@@ -186,7 +176,7 @@ class Run:
             nvtx_range(self.title),
             traced,
             contextlib.closing(self.log),
-            stop_requests(enabled=self.world.size == 1) as self.stop,
+            resume.stop_requests(enabled=self.world.size == 1) as self.stop,
         ):
             for number in range(first, self.args.num_epoch):
                 yield Epoch(self, number, done)
@@ -286,18 +276,19 @@ class Run:
     def _state_to_resume(self):
         """The Path of this run's own state, or of the one of `other_states` that has got further."""
         own = self.path(".state")
-        saved = read_state(own, mmap=True)
-        if finished_arguments(self.path(".json")) or (saved and changes(saved["arguments"], self.arguments)):
+        saved = resume.read_state(own, mmap=True)
+        finished = resume.finished_arguments(self.path(".json"))
+        if finished or (saved and resume.changes(saved["arguments"], self.arguments)):
             return own  # What is wrong with it, `load_state` says.
-        found = {own: place_of(saved)} if saved else {}
+        found = {own: resume.place_of(saved)} if saved else {}
         # Where it has a state of its own, it is no matter that another's cannot be read.
         ignored = [UserError] if saved else []
         for path in self.other_states():
             with contextlib.suppress(*ignored):
-                saved = read_state(path, mmap=True)
-                finished = finished_arguments(path.with_suffix(".json"))
-                if is_interrupted(saved, finished) and not changes(saved["arguments"], self.arguments):
-                    found[path] = place_of(saved)
+                saved = resume.read_state(path, mmap=True)
+                finished = resume.finished_arguments(path.with_suffix(".json"))
+                if resume.is_interrupted(saved, finished) and not resume.changes(saved["arguments"], self.arguments):
+                    found[path] = resume.place_of(saved)
         return max(found, key=found.get, default=own)  # Of equal ones the first, which is its own.
 
     def resume(self, **parts):
@@ -306,10 +297,10 @@ class Run:
         Returns (epoch, step) to go on from, both from 0; (0, 0) without a saved state. UserError as for load_state.
         """
         path = self._state_to_resume()
-        state = load_state(path, self.arguments)
+        state = resume.load_state(path, self.arguments)
         self.world.check_equal(state is not None, f"whether {path} exists; the processes must share it")
         if state is None:
-            if finished_arguments(self.path(".json")):
+            if resume.finished_arguments(self.path(".json")):
                 raise UserError(f"{path}, from which a longer run would go on, is not there any more; --restart")
             self.world.say(f"no saved state {path}; starting from the beginning")
             return 0, 0
@@ -323,7 +314,7 @@ class Run:
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             if is_out_of_gpu_memory(error):  # Of others, perhaps, that use it, too: the state is good.
                 raise
-            raise no_state(path) from None
+            raise resume.no_state(path) from None
         if (epoch, step) > (self.args.num_epoch, 0):
             there = f"{epoch} epochs" + f" and {step} steps" * (step > 0)
             raise UserError(f"{path} is of {there}, more than --num_epoch {self.args.num_epoch}; name a larger one")
@@ -340,7 +331,7 @@ class Run:
         if self.world.is_main and not self.is_dry:
             states = {name: part.state_dict() for name, part in parts.items()}
             with self.writing():
-                save_state(
+                resume.save_state(
                     self.path(".state"),
                     self.arguments,
                     epoch=epoch,
@@ -364,7 +355,7 @@ class Run:
 
     def saved_facts(self):
         """The `facts` of the state that --resume is about to go on from; empty where there is none."""
-        state = read_state(self._state_to_resume(), mmap=True) if self.args.resume and not self.is_dry else None
+        state = resume.read_state(self._state_to_resume(), mmap=True) if self.args.resume and not self.is_dry else None
         facts = state and state["parts"].get("facts")
         return facts if isinstance(facts, dict) else {}
 

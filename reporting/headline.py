@@ -6,15 +6,7 @@ from harness.machine import BFLOAT16, VECTOR_INSTRUCTIONS
 from reporting import pace, published
 from reporting.comparison import Sample, interval_text, paired, signed, within_noise
 from reporting.records import Record, provenance
-from reporting.studies import (
-    CHECKPOINTING,
-    DATA_LOADER,
-    MIXED_PRECISION,
-    SIMCLS,
-    TOGETHER,
-    test_accuracy,
-    validation_rouge,
-)
+from reporting.studies import SIMCLS, STUDIES, test_accuracy, validation_rouge
 from reporting.tables import data_name, groups, is_toy, markdown, multiple, place
 
 CHECKPOINT = "`resnext_checkpoint.py`"
@@ -73,7 +65,6 @@ TECHNIQUES = {
     ("simcls", "4 workers, bf16"): (SIMCLS_HALF, MULTIPLIES_HALF),
 }
 FEW_UPDATES, SAME, UNKNOWN = 100, "none: the same numbers", "not known"
-STUDIES = (DATA_LOADER, MIXED_PRECISION, CHECKPOINTING, TOGETHER, SIMCLS)
 PAGES = (*(study.name for study in STUDIES), "freed-memory")
 PUBLISHED = {  # Study -> the original study's figures, and which of them are of its baseline.
     "data-loader": (published.DATA_LOADER, "2 workers"),

@@ -249,3 +249,4 @@ TOGETHER = Study(
     ),
     same=("model", "dataset", "size", "init", "num_epoch", "max_steps", "processes"),
 )
+STUDIES = (DATA_LOADER, MIXED_PRECISION, CHECKPOINTING, TOGETHER, SIMCLS)

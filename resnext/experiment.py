@@ -9,17 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from harness import determinism, devices, distributed, resume, run_log, runs, tracing
-from harness.arguments import (
-    FLAG,
-    OneLineParser,
-    default_workers,
-    learning_rate,
-    non_negative_float,
-    positive_int,
-    seed,
-    workers,
-)
+from harness import arguments, determinism, devices, distributed, resume, run_log, runs, tracing
 from harness.files import atomic_write
 from harness.loading import EpochBatches
 from harness.memory import keep_freed_memory
@@ -42,17 +32,18 @@ NOT_RESULTS = (
 )  # fmt: skip
 
 
-def get_args_parser(description, kind=OneLineParser):
+def get_args_parser(description, kind=arguments.OneLineParser):
     parser = kind(description=description)
     add = parser.add_argument
-    add("--num_workers", "--num_worker", dest="num_worker", type=workers, default=default_workers(2),
+    add("--num_workers", "--num_worker", dest="num_worker", type=arguments.workers,
+        default=arguments.default_workers(2),
         help="processes that load pictures; 0 loads in this one. Never more by default than there are cores"
     )  # fmt: skip
     add_half_precision(parser, "autocast, in float16 with loss scaling when no type is named; on a CPU always in "
                        "bfloat16")  # fmt: skip
-    add("--num_epoch", type=positive_int, default=200, help="passes over the training pictures")
-    add("--batch_size", type=positive_int, default=128, help="pictures a step, over all processes")
-    add("--lr", type=learning_rate, default=0.01, help="learning rate")
+    add("--num_epoch", type=arguments.positive_int, default=200, help="passes over the training pictures")
+    add("--batch_size", type=arguments.positive_int, default=128, help="pictures a step, over all processes")
+    add("--lr", type=arguments.learning_rate, default=0.01, help="learning rate")
     add("--size", type=picture_size, default=SIZE, help="sides that the pictures of a folder are resized to")
     add("--model", type=model_name, default="resnext29_4x64d", help="resnext29_{cardinality}x{width}d")
     add("--dataset", choices=("cifar10", "digits", "folder"), default="cifar10",
@@ -61,21 +52,21 @@ def get_args_parser(description, kind=OneLineParser):
     add("--data_dir", default=str(Path(__file__).resolve().parent / "data"), help="where the pictures are")
     add("--loader", choices=("workers", "device"), default="workers",
         help="load by worker processes, or augment whole batches where the model is")  # fmt: skip
-    add("--true_fp32", **FLAG,
+    add("--true_fp32", **arguments.FLAG,
         help="no TensorFloat-32, which GPUs since Ampere use for single precision")  # fmt: skip
-    add("--seed", type=seed, default=0, help="of the weights, the order and the augmentation")
+    add("--seed", type=arguments.seed, default=0, help="of the weights, the order and the augmentation")
     add("--init", metavar="RUN.pt", help="begin with these trained weights instead of random ones")
-    add("--keep_memory", **FLAG,
+    add("--keep_memory", **arguments.FLAG,
         help="let memory that is freed on a CPU stay with the process; else the system clears it for each large tensor"
     )  # fmt: skip
     determinism.add_argument(parser)
     devices.add_arguments(parser)
     add("--output_dir", default="model_history", help="where the run's files go")
     resume.add_arguments(parser)
-    add("--save_every", type=non_negative_float, default=5.0, metavar="MINUTES",
+    add("--save_every", type=arguments.non_negative_float, default=5.0, metavar="MINUTES",
         help="how often to save what --resume needs; a stop by Ctrl-C or SIGTERM saves it too. Several processes save "
              "after epochs alone")  # fmt: skip
-    add("--max_steps", type=positive_int,
+    add("--max_steps", type=arguments.positive_int,
         help="stop after so many steps, for profiling; a run stopped so writes its timings alone")  # fmt: skip
     tracing.add_argument(parser)
     runs.add_dry_run(parser)
@@ -93,7 +84,7 @@ def model_name(text):
 
 def picture_size(text):
     """An argparse type: the length of a picture's sides, an int that the model halves three times."""
-    size = positive_int(text)
+    size = arguments.positive_int(text)
     if size % 8 or size > LARGEST:
         raise argparse.ArgumentTypeError(f"{text!r} is no multiple of 8 up to {LARGEST}")
     return size
