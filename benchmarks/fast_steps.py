@@ -129,7 +129,6 @@ class LongEpochs(EpochBatches):
 
 
 def endless(loader, batches):
-    """The batches of epoch after epoch."""
     for epoch in itertools.count():
         batches.start(epoch)
         yield from loader

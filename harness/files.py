@@ -118,7 +118,6 @@ def is_text(path):
 
 
 def place_digest(path):
-    """A digest of where `path` is."""
     return hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:8]
 
 

@@ -11,7 +11,6 @@ from harness.timing import phase_times
 
 
 def add_argument(parser):
-    """Add `-l` to an argument parser or group."""
     parser.add_argument("-l", "--log", action="store_true",
         help="write log.txt and TensorBoard events to a folder of the run's name")  # fmt: skip
 
@@ -42,7 +41,6 @@ class RunLog:
         return {"bytes": self._bytes}
 
     def line(self, text):
-        """Add a line to log.txt."""
         if self._folder is None:
             return
         self._begin()

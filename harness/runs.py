@@ -24,7 +24,6 @@ DRY_STEPS = 4  # Of --dry_run: the first, which warms up, and three whose times 
 
 
 def add_dry_run(parser):
-    """Add `--dry_run` to an argument parser or group."""
     parser.add_argument("--dry_run", action="store_true",
         help=f"train {DRY_STEPS} steps, say what the run would take in time and memory, and write nothing")  # fmt: skip
 
@@ -381,6 +380,5 @@ class Run:
             write_record(self.path(".json"), record)
 
     def drop_state(self):
-        """Forget the saved state."""
         if self.world.is_main:
             self.path(".state").unlink(missing_ok=True)

@@ -32,7 +32,6 @@ SUFFIXES = (".json", ".json.gz")
 
 
 def add_argument(parser):
-    """Add `--trace` to an argument parser or group."""
     parser.add_argument("--trace", type=_trace_file, metavar="FILE.json.gz",
         help=f"write what {STEPS} steps after warm-up do, operator by operator, to this file, and print what cost "
              "most; these steps are slower")  # fmt: skip

@@ -58,7 +58,6 @@ class RankedSamples(torch.utils.data.Dataset):
         return np.array([len(source) for source in self.sources])
 
     def batch(self, numbers):
-        """The RankedBatch of the samples `numbers`."""
         rouge = [self.rouge[number] for number in numbers]
         most = max(map(len, rouge))
         summaries = [self.summaries[number] + [[]] * (most - len(self.rouge[number])) for number in numbers]
