@@ -340,10 +340,7 @@ def draw_memory(runs):
     points, whiskers = {}, False
     for row in group.rows:
         base = group.baseline(row)
-        multiples = base and [
-            multiple(*pace.timed(group, row, found), Record.step_ms),
-            multiple(row, base, memory),
-        ]
+        multiples = base and [multiple(*pace.timed(group, row, found), Record.step_ms), multiple(row, base, memory)]
         if multiples and all(multiples):
             name, ((x, low, high), (y, *_)) = in_words(row.arm.label), multiples
             points.setdefault(name, []).append((x, y))
