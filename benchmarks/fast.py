@@ -25,7 +25,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import ROOT, finish, get_parser, interleaved_rounds, new_record, ratio_summary, save
+from common import DEVICE, ON_CUDA, ROOT, finish, get_parser, interleaved_rounds, new_record, ratio_summary, save
 
 import torch
 from exactness import Exact
@@ -80,29 +80,27 @@ class Row:
 
 
 def get_args_parser():
-    on_cuda = torch.cuda.is_available()
-    parser = get_parser(__doc__, "fast", rounds=10 if on_cuda else 7)
+    parser = get_parser(__doc__, "fast", rounds=10 if ON_CUDA else 7)
     add = parser.add_argument
     add("--dataset", choices=("cifar10", "digits", "folder"), default="digits")
     add("--data_dir", default=str(ROOT / "resnext" / "data"))
-    add("--model", type=model_name, default="resnext29_4x64d" if on_cuda else "resnext29_2x16d")
-    add("--batch_size", type=arguments.positive_int, default=128 if on_cuda else 64)
-    add("--steps", type=arguments.positive_int, default=30 if on_cuda else 9, help="of a row in a round")
+    add("--model", type=model_name, default="resnext29_4x64d" if ON_CUDA else "resnext29_2x16d")
+    add("--batch_size", type=arguments.positive_int, default=128 if ON_CUDA else 64)
+    add("--steps", type=arguments.positive_int, default=30 if ON_CUDA else 9, help="of a row in a round")
     add("--techniques", nargs="*", choices=TECHNIQUES, default=list(TECHNIQUES), help="rows besides the original's")
     return parser
 
 
 def main():
     args = get_args_parser().parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
-    layout, milliseconds = fastest_layout(Row(FAST, common_flags(args)).args, device)
-    rows = make_rows(args, device, layout)
-    record = new_record("fast", device, layout_milliseconds=milliseconds)
+    layout, milliseconds = fastest_layout(Row(FAST, common_flags(args)).args, DEVICE)
+    rows = make_rows(args, DEVICE, layout)
+    record = new_record("fast", DEVICE, layout_milliseconds=milliseconds)
     record |= {name: getattr(args, name) for name in ("dataset", "model", "batch_size", "steps", "rounds")}
     if args.dataset == "folder":
         record["dataset"] = Path(args.data_dir).resolve().name
-    measure_speed(rows, record, functools.partial(save, record, args), args, device, layout)
+    measure_speed(rows, record, functools.partial(save, record, args), args, DEVICE, layout)
     finish(record, args)
 
 

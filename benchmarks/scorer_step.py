@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import check, finish, get_parser, interleaved_rounds, new_record, ratio_summary, save
+from common import DEVICE, check, finish, get_parser, interleaved_rounds, new_record, ratio_summary, save
 
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
@@ -62,7 +62,6 @@ def get_args_parser():
 
 def main():
     args = get_args_parser().parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     documents = read_documents(find_dataset(args.data))
     documents = [document for document in documents if len(document.text.split()) >= 60][: args.updates * UPDATE]
     if len(documents) < args.updates * UPDATE:
@@ -76,16 +75,16 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         write_samples(Path(folder) / "train", documents)
         arms = {
-            "original": Original(args, folder, encoding, device, pad_to_longest=False),
-            "published": Original(args, folder, encoding, device, pad_to_longest=True),
-            "ours": Ours(args, folder, encoding, device),
+            "original": Original(args, folder, encoding, DEVICE, pad_to_longest=False),
+            "published": Original(args, folder, encoding, DEVICE, pad_to_longest=True),
+            "ours": Ours(args, folder, encoding, DEVICE),
         }
         difference = largest_difference(arms)
         print(f"largest difference between the losses of an update: {difference:.1e}", flush=True)
         check(difference <= TOLERANCE, "the arms' losses differ")
         encoder = args.model_type and Path(args.model_type).name
         settings = {"model": encoder, "settings": vars(args), "largest_difference": difference}
-        record, name = new_record("scorer_step", device, **settings), f"scorer_step_{encoder}" if encoder else None
+        record, name = new_record("scorer_step", DEVICE, **settings), f"scorer_step_{encoder}" if encoder else None
         for seconds in interleaved_rounds({name: arm.epoch for name, arm in arms.items()}, args.rounds):
             ratios = {name: ratio_summary(seconds[name], seconds["ours"]) for name in ("original", "published")}
             load_share = arms["ours"].waited / sum(seconds["ours"])
