@@ -11,6 +11,7 @@ from resnext_fast import compiled, make_optimizer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from harness.devices import synchronize
 from harness.distributed import World
 from harness.loading import EpochBatches
 from harness.memory import SavedBytes, reset_peak_memory
@@ -90,8 +91,7 @@ class TrainingSteps:
         start = time.perf_counter()
         for _ in range(steps):
             self.step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.device)
         return time.perf_counter() - start
 
 

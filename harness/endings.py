@@ -25,13 +25,9 @@ class Terminated(BaseException):
     """One of TERMINATING, `number`, arrived. Like KeyboardInterrupt, it is not an Exception, so that nothing swallows
     it by accident."""
 
-    number = signal.SIGTERM
-
-    @classmethod
-    def by(cls, number, *words):
-        error = cls(*words)
-        error.number = number
-        return error
+    def __init__(self, number, *words):
+        super().__init__(*words)
+        self.number = number
 
 
 def run(main):
@@ -202,7 +198,7 @@ _DISK_ERRORS = {
 
 def _terminate(number, frame):
     leave_terminal(number)
-    raise Terminated.by(number)
+    raise Terminated(number)
 
 
 def leave_terminal(number):

@@ -20,7 +20,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.endings import UserError
-from harness.memory import LiveBytes, reset_peak_memory
+from harness.memory import LiveBytes, in_mib, reset_peak_memory
 
 # What moving a byte adds to the cost where that is counted in FLOPs: next to nothing, so that it decides between plans
 # of the same FLOPs.
@@ -43,10 +43,8 @@ class Plan(NamedTuple):
     extra_seconds: float
 
     def __str__(self):
-        held, plain, peak, plain_peak = (
-            f"{size / 2**20:.1f}"
-            for size in (self.held_bytes, self.plain_bytes, self.peak_bytes, self.plain_peak_bytes)
-        )
+        sizes = self.held_bytes, self.plain_bytes, self.peak_bytes, self.plain_peak_bytes
+        held, plain, peak, plain_peak = map(in_mib, sizes)
         return (
             f"peak {peak} of {plain_peak} MiB ({self.peak_bytes / self.plain_peak_bytes:.3f}), held after "
             f"forward {held} of {plain} MiB ({self.held_bytes / self.plain_bytes:.3f}), redoing {len(self.redo)} "
@@ -56,7 +54,7 @@ class Plan(NamedTuple):
     def compared_with(self, held_bytes, peak_bytes, extra_flops):
         """The measured bytes and FLOPs of a training step in words, each beside what was planned; None is left out."""
         parts = [
-            f"{what} {measured / 2**20:.1f} MiB (planned {planned / 2**20:.1f})"
+            f"{what} {in_mib(measured)} MiB (planned {in_mib(planned)})"
             for what, measured, planned in (
                 ("peak", peak_bytes, self.peak_bytes),
                 ("held", held_bytes, self.held_bytes),

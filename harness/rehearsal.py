@@ -6,7 +6,6 @@ step's output is made, is left by forward, is needed by backward, is done with; 
 Then the true batch goes through forward once, to see how long redoing each step takes.
 """
 
-import contextlib
 import time
 import weakref
 from typing import NamedTuple
@@ -14,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from harness.devices import synchronize
 from harness.memory import LiveBytes, SavedBytes
 from harness.recompute import Tape
 
@@ -117,18 +117,6 @@ def _rehearse_part(model, forward, batch):
     return Timeline(tape.groups, saved.bytes)
 
 
-class _Watch(LiveBytes):
-    """LiveBytes that calls `noticed` when there is a new tensor."""
-
-    def __init__(self, model, noticed):
-        super().__init__(model)
-        self._noticed = noticed
-
-    def follow(self, tensor):
-        super().follow(tensor)
-        self._noticed()
-
-
 class _Rehearsal(Tape):
     """A Tape that redoes every step and notes, while `live` is entered, what happens in `groups`.
 
@@ -139,7 +127,7 @@ class _Rehearsal(Tape):
     def __init__(self, model):
         super().__init__(redo=lambda name: True)
         self.groups = [Group(None, [], [], [])]
-        self.live = _Watch(model, self._notice)
+        self.live = LiveBytes(model, self._notice)
         self._bytes_of_outputs = 0
         self._is_running = self._is_backward = False
         self._group = 0  # In backward, of the operation that saved what was unpacked last.
@@ -228,13 +216,12 @@ class _Stopwatch(Tape):
 
     def run(self, name, function, *inputs):
         output = super().run(name, function, *inputs)
-        wait = torch.cuda.synchronize if output.is_cuda else contextlib.nullcontext
         times = []
         while len(times) < REPETITIONS and sum(times) < ENOUGH_SECONDS:  # Forward has warmed up.
-            wait()
+            synchronize(output.device)
             start = time.perf_counter()
             again = self.redo(output._step, inputs)
-            wait()
+            synchronize(output.device)
             times.append(time.perf_counter() - start)
             del again
         self.seconds[name] = min(times)

@@ -144,7 +144,7 @@ class StopRequest:
 
     def leave(self, *words):
         """End the script as the signal would have, with exit code 130, 143 or 129; `words` say how to go on."""
-        raise KeyboardInterrupt(*words) if self.signal == signal.SIGINT else Terminated.by(self.signal, *words)
+        raise KeyboardInterrupt(*words) if self.signal == signal.SIGINT else Terminated(self.signal, *words)
 
 
 @contextlib.contextmanager

@@ -20,6 +20,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from harness import timing
+from harness.devices import synchronize
 from harness.endings import UserError
 from harness.files import atomic_write, make_folder
 
@@ -129,8 +130,7 @@ class _Tracer:
         if self._profile is None:
             self._say(f"no trace: the run has no {timing.WARMUP_STEPS + 1} steps")
             return
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        synchronize(self._device)
         self._profile.stop()
         steps = min(STEPS, self._steps - timing.WARMUP_STEPS)  # Fewer where the run has ended.
         try:

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from harness.devices import synchronize
 from harness.endings import is_out_of_gpu_memory
 from harness.loading import largest_batch
 from models.grouped_convolution import FORMS, set_form
@@ -76,22 +77,18 @@ def fastest(model, layouts, precision, world, batch_size, size):
     copies = {channels_last: each.apply(copy.deepcopy(model)) for channels_last, each in one_each.items()}
     random = torch.Generator(world.device).manual_seed(0)
 
-    def wait():
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
-
     def step(layout, pictures):
         trial = copies[layout.channels_last]
         set_form(trial, layout.form)
         images = torch.rand(pictures, 3, size, size, device=world.device, generator=random)
         images = images.to(precision.dtype or torch.float32, memory_format=layout.memory_format)
-        wait()
+        synchronize(world.device)
         started = time.perf_counter()
         with precision.autocast():
             output = trial(images)
         output.float().square().mean().backward()
         trial.zero_grad(set_to_none=True)
-        wait()
+        synchronize(world.device)
         return time.perf_counter() - started
 
     def race(most):

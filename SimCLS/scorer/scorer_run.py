@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from harness.endings import UserError
 from harness.files import atomic_write, write_json
 from harness.machine import hardware_name
+from harness.memory import in_mib
 from harness.precision import HALF, explain_half_precision
 from harness.run_log import timing_figures
 from harness.runs import Run
@@ -244,13 +245,13 @@ class ScorerRun(Run):
 
     def _effect(self):
         """What forward kept for backward in the first step, and what it would without the techniques, in words."""
-        kept = self.facts["saved_activation_bytes"] / 2**20
-        text = f"kept from forward to backward: {kept:.1f} MiB"
+        kept = self.facts["saved_activation_bytes"]
+        text = f"kept from forward to backward: {in_mib(kept)} MiB"
         techniques = ["recomputation"] * bool(self._recomputation())
         techniques += ["half precision"] * (self.facts["precision"] != "fp32")
         if not techniques:
             return text
-        text += f", without {' and '.join(techniques)} about {kept / self.kept_share:.1f} ({self.kept_share:.2f} x)"
+        text += f", without {' and '.join(techniques)} about {in_mib(kept / self.kept_share)} ({self.kept_share:.2f} x)"
         plan = self.facts.get("plan")
         if plan:
             text += f"; peak {plan['peak_share']:.2f} x (planned {plan['planned_peak_share']:.2f}), by redoing "
@@ -264,10 +265,10 @@ class ScorerRun(Run):
         validations = 1 + (self._updates_an_epoch - 1) // self.args.eval_freq
         seconds = self.args.num_epoch * (steps * step + validations * per_validation * forward)
         seconds += self.seconds["start_up_seconds"]
-        kept = self.facts["saved_activation_bytes"] / 2**20
+        kept = in_mib(self.facts["saved_activation_bytes"])
         return (
             f"{self.facts['parameters']:,} parameters; about {self._flops() / 1e9:.4g} GFLOP a step, forward and "
-            f"backward; {kept:.1f} MiB kept from forward to backward in the first step",
+            f"backward; {kept} MiB kept from forward to backward in the first step",
             f"{steps} steps and {self._updates_an_epoch} updates an epoch, {step:.4g} s a step (the median of "
             f"{timing['phases']['step']['count'] or 1}); {self.args.num_epoch} epochs with {validations} validations "
             f"each would take about {seconds:.0f} s ({datetime.timedelta(seconds=round(seconds))})",
