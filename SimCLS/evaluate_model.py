@@ -62,8 +62,8 @@ from search.generator import (
     search_settings,
 )
 from texts import provenance
-from texts.documents import Document, add_dataset_arguments, find_dataset, read_splits
-from texts.samples import as_sample, read_sample, sample_files
+from texts.documents import add_dataset_arguments, find_dataset, read_splits
+from texts.samples import as_document, as_sample, read_sample, sample_files
 from texts.scoring import add_rouge_argument, check_references, mean_score, score, signature
 from texts.sentences import SentenceSplitter
 
@@ -239,8 +239,7 @@ def load_candidates(args, world, precision):
         found = read_samples(args)
         if found.plain or not args.generator_name:
             return found
-        texts = [(" ".join(each["article_untok"]), " ".join(each["abstract_untok"])) for each in found.samples]
-        documents = [Document(*each) for each in texts]
+        documents = [as_document(sample) for sample in found.samples]
         args = argparse.Namespace(**vars(args) | {"num_cands": len(found.samples[0]["candidates"])})
         generator = load_search(args, world, precision, "beam", found.origin)
         return found._replace(plain=generate_samples(generator, documents, args.cand_gen_batch, args.rouge_tokens))

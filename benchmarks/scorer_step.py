@@ -132,6 +132,8 @@ def make_scorer(args, encoding, device):
 class Ours:
     """The loop of main.py without its reports."""
 
+    steps_an_update = ACCUMULATE
+
     def __init__(self, args, folder, encoding, device):
         self.device = device
         self.scorer, self.optimizer = make_scorer(args, encoding, device)
@@ -153,15 +155,17 @@ class Ours:
             loss.backward()
             yield loss.detach()
 
-    def epoch(self, steps_an_update=ACCUMULATE):
+    def epoch(self):
         for number, _ in enumerate(self.losses(), 1):
-            if number % steps_an_update == 0:
+            if number % self.steps_an_update == 0:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
 
 
 class Original(Ours):
     """One document a step, as a plain user would write it."""
+
+    steps_an_update = UPDATE
 
     def __init__(self, args, folder, encoding, device, pad_to_longest):
         self.device, self.pad = device, encoding.pad
@@ -195,9 +199,6 @@ class Original(Ours):
         mask = (ids != self.pad).long()
         return self.scorer.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
 
-    def epoch(self):
-        super().epoch(steps_an_update=UPDATE)
-
 
 class TokenizingDataset(Dataset):
     """Reads, tokenizes and pads one sample at a time."""
@@ -225,9 +226,8 @@ def largest_difference(arms):
     for name, arm in arms.items():
         if name != "ours":
             arm.follow(arms["ours"].order)
-        steps = ACCUMULATE if name == "ours" else UPDATE
         losses = arm.losses()
-        found[name] = sum(float(next(losses)) for _ in range(steps))
+        found[name] = sum(float(next(losses)) for _ in range(arm.steps_an_update))
         losses.close()
         arm.optimizer.zero_grad()
     arms["ours"].waited = 0.0

@@ -20,6 +20,9 @@ from harness.timing import nvtx_range, training_seconds
 from harness.tracing import trace
 
 FORMAT = 1
+# Arguments that choose where and how a process runs, not what it computes: a resumed run may change them. Each script
+# adds its own.
+NOT_RESULTS = ("resume", "restart", "trace", "device", "threads", "dry_run", "log")
 DRY_STEPS = 4  # Of --dry_run: the first, which warms up, and three whose times count.
 
 
@@ -49,13 +52,15 @@ class Run:
         """fixed_length: why a finished run cannot go on to a larger --num_epoch; None where it can."""
         self.experiment, self.folder, self.name = experiment, Path(folder), name
         self.args, self.world, self.facts, self.fixed_length = args, world, facts, fixed_length
-        self.history = []
+        self.history, self.state = [], {}
         self.part = None  # Of an epoch that was stopped and resumed: the timing of its longest part.
         self._started, self._seconds_before = time.perf_counter(), 0.0
         # Of that, over all processes that the run was resumed in: until its first step could begin, and writing files.
         self.seconds = {"start_up_seconds": 0.0, "saving_seconds": 0.0}
         self._saved_at = self._started
-        self.is_dry = vars(args).get("dry_run", False)  # Nothing is resumed or written.
+        self.is_dry = vars(args).get("dry_run", False)
+        if self.is_dry:  # Nothing is resumed or written.
+            args.resume = False
         logs = vars(args).get("log") and world.is_main and not self.is_dry
         self.log = RunLog(self.log_folder() if logs else None)
         if fixed_length is None:
@@ -143,7 +148,7 @@ class Run:
 
     def is_done(self):
         """Whether --resume has nothing left to do, which is told."""
-        finished = self.args.resume and not self.is_dry and resume.finished_arguments(self.path(".json"))
+        finished = self.args.resume and resume.finished_arguments(self.path(".json"))
         if not finished or finished["num_epoch"] != self.args.num_epoch:
             return False
         if resume.is_interrupted(resume.read_state(self.path(".state"), mmap=True), finished):
@@ -161,7 +166,7 @@ class Run:
         state_dict and load_state_dict, all that a resumed run needs.
         """
         self.phase, self.batches, self.state = phase, batches, state
-        first, done = self.resume(**state) if self.args.resume and not self.is_dry else (0, 0)
+        first, done = self.resume() if self.args.resume else (0, 0)
         self.step_limit = self.args.max_steps
         if self.is_dry:
             self.step_limit, phase.warmup_steps = min(DRY_STEPS, self.args.num_epoch * len(batches)), 1
@@ -213,12 +218,12 @@ class Run:
         if time.perf_counter() - self._saved_at >= 60 * minutes:
             with self.phase.paused():
                 if self.may_go_on():
-                    self.save(epoch, step, **self.state)
+                    self.save(epoch, step)
 
     def leave(self, epoch):
         """Save the state in the middle of `epoch`, unless no run could go on from it, and end the script."""
         if self.may_go_on():
-            self.save(epoch.number, epoch.done, **self.state)
+            self.save(epoch.number, epoch.done)
         state = self.path(".state")
         self.stop.leave(*[f"the same command with --resume goes on ({state})"] * state.exists())
 
@@ -290,8 +295,8 @@ class Run:
                     found[path] = resume.place_of(saved)
         return max(found, key=found.get, default=own)  # Of equal ones the first, which is its own.
 
-    def resume(self, **parts):
-        """Load the saved state into `parts`, name -> object with load_state_dict.
+    def resume(self):
+        """Load the saved state into the parts of `epochs`.
 
         Returns (epoch, step) to go on from, both from 0; (0, 0) without a saved state. UserError as for load_state.
         """
@@ -304,7 +309,7 @@ class Run:
             self.world.say(f"no saved state {path}; starting from the beginning")
             return 0, 0
         try:
-            for name, part in parts.items():
+            for name, part in self.state.items():
                 part.load_state_dict(state[name])
             self.history, self.part = state["history"], state["part"]
             self._seconds_before, self.seconds = state["elapsed_seconds"], state["seconds"]
@@ -325,10 +330,10 @@ class Run:
         self.world.say(f"going on from {path}: epoch {epoch + 1}, step {step + 1}")
         return epoch, step
 
-    def save(self, epoch, step, **parts):
-        """Save the state of `parts` before step `step` of `epoch`."""
+    def save(self, epoch, step):
+        """Save the state before step `step` of `epoch`."""
         if self.world.is_main and not self.is_dry:
-            states = {name: part.state_dict() for name, part in parts.items()}
+            states = {name: part.state_dict() for name, part in self.state.items()}
             with self.writing():
                 resume.save_state(
                     self.path(".state"),
@@ -354,7 +359,7 @@ class Run:
 
     def saved_facts(self):
         """The `facts` of the state that --resume is about to go on from; empty where there is none."""
-        state = resume.read_state(self._state_to_resume(), mmap=True) if self.args.resume and not self.is_dry else None
+        state = resume.read_state(self._state_to_resume(), mmap=True) if self.args.resume else None
         facts = state and state["parts"].get("facts")
         return facts if isinstance(facts, dict) else {}
 

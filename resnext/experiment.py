@@ -25,11 +25,7 @@ from weights import start_from
 LARGEST = 4096  # Sides of a picture, in pixels: all pictures are kept in memory.
 SECONDS_BETWEEN_READS = 2.0  # Of the running loss, which is on the device.
 
-# They choose where and how a process runs, not what it computes: a resumed run may change them.
-NOT_RESULTS = (
-    "resume", "restart", "output_dir", "data_dir", "num_worker", "loader", "save_every", "trace", "device", "threads",
-    "dry_run", "log", "keep_memory",
-)  # fmt: skip
+NOT_RESULTS = (*runs.NOT_RESULTS, "output_dir", "data_dir", "num_worker", "loader", "save_every", "keep_memory")
 
 
 def get_args_parser(description, kind=arguments.OneLineParser):
@@ -99,26 +95,19 @@ def run_name(args, suffix=""):
 
     resnext_2_worker_128, resnext_0_worker_128_fp16, resnext_device_512_digits_checkpoint, ...
     """
-    parts = [f"resnext_{loading_name(args)}_{args.batch_size}"]
-    if args.model != "resnext29_4x64d":
-        parts.append(args.model)
-    if args.dataset != "cifar10":
-        parts.append(args.dataset)
-    if args.size != SIZE:
-        parts.append(f"{args.size}px")
-    if args.init:
-        parts.append("init")
-    if args.half_precision:
-        parts.append({"float16": "fp16", "bfloat16": "bf16"}[args.half_precision])
-    if args.true_fp32:
-        parts.append("fp32")
-    if args.seed:
-        parts.append(f"seed{args.seed}")
-    if args.deterministic:
-        parts.append("deterministic")
-    if args.max_steps:
-        parts.append(f"{args.max_steps}_steps")
-    return "_".join(parts) + suffix
+    parts = [
+        f"resnext_{loading_name(args)}_{args.batch_size}",
+        args.model if args.model != "resnext29_4x64d" else None,
+        args.dataset if args.dataset != "cifar10" else None,
+        f"{args.size}px" if args.size != SIZE else None,
+        "init" if args.init else None,
+        {"float16": "fp16", "bfloat16": "bf16"}.get(args.half_precision),
+        "fp32" if args.true_fp32 else None,
+        f"seed{args.seed}" if args.seed else None,
+        "deterministic" if args.deterministic else None,
+        f"{args.max_steps}_steps" if args.max_steps else None,
+    ]
+    return "_".join(filter(None, parts)) + suffix
 
 
 def load_parts(args, world, run, kind, **more):
@@ -217,6 +206,7 @@ class ImageRun(runs.Run):
     title = "training resnext"
     unit = "pictures"
     elsewhere = "--output_dir"
+    opening, prospects = describe_run, describe_prospects
 
     def __init__(self, experiment, suffix, args, world, **more):
         if args.dataset == "folder":
@@ -226,9 +216,6 @@ class ImageRun(runs.Run):
         self.weights = self.path(".pt"), self.path(".npz")
         self._shown_at = 0.0  # When the bar's figures were last read.
         self.saves_within_epochs = world.size == 1  # Each process has sums of its own, until the epoch ends.
-
-    def opening(self):
-        return describe_run(self, len(self.batches))
 
     def other_states(self):
         """Those of runs that differ in how they load alone."""
@@ -263,7 +250,7 @@ class ImageRun(runs.Run):
             return
         # A state tells a later run, should this one be killed before it has a record, that the weights are its own.
         if not (self.fixed_length and self.path(".state").exists()):
-            self.save(self.args.num_epoch, 0, **self.state)
+            self.save(self.args.num_epoch, 0)
         curves = {key: np.array([epoch[key] for epoch in self.history]) for key in ("loss", "acc", "test_acc")}
         with self.writing():
             with atomic_write(self.path(".pt")) as file:
@@ -281,9 +268,6 @@ class ImageRun(runs.Run):
         if effect:
             self.say(effect)
         self.log.close()
-
-    def prospects(self, timing):
-        return describe_prospects(self, timing)
 
     def progress_bar(self, epoch):
         """A bar that begins with the last epoch's test accuracy."""

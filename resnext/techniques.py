@@ -16,8 +16,8 @@ from models.resnext import parse_name
 from models.resnext_checkpoint import CheckpointResNeXt
 
 
-def describe_run(run, steps):
-    """The two lines that an ImageRun begins with. steps: of an epoch."""
+def describe_run(run):
+    """The two lines that an ImageRun begins with."""
     args, facts, device = run.args, run.facts, run.world.device
     layout = "channels last" if facts.get("layout", {}).get("channels_last") else "contiguous"
     form = facts.get("layout", {}).get("form", "groups")  # Of models.grouped_convolution.FORMS.
@@ -26,7 +26,7 @@ def describe_run(run, steps):
     half_precision = explain_half_precision(facts["precision"], device)
     return (
         f"{args.model}, {facts['parameters']:,} parameters, {facts['precision']}, {layout} (convolutions: {form}), "
-        f"{compiled}, on {device} ({hardware_name(device)}{processes}); {steps} steps of "
+        f"{compiled}, on {device} ({hardware_name(device)}{processes}); {len(run.batches)} steps of "
         f"{args.batch_size} pictures an epoch",
         "; ".join([_loading(run), half_precision, _recomputation(run), *_fast(run)]),
     )

@@ -111,23 +111,17 @@ def run_name(args):
 
     simcls_4_worker, simcls_0_worker_fp16_checkpoint, mine_100_steps, ...
     """
-    cut_short = [f"{args.max_steps}_steps"] * bool(args.max_steps)
-    if args.run_name:
-        return "_".join([args.run_name, *cut_short])
-    parts = [f"simcls_{args.num_workers}_worker"]
-    if args.half_precision:
-        parts.append({"auto": "fp16", "float16": "fp16", "bfloat16": "bf16"}[args.half_precision])
-    if args.frozen_layers:
-        parts.append(f"frozen{args.frozen_layers}")
-    if args.use_checkpoint:
-        parts.append("checkpoint")
-    if args.memory_budget:
-        parts.append(f"budget{args.memory_budget:g}")
-    if args.seed:
-        parts.append(f"seed{args.seed}")
-    if args.deterministic:
-        parts.append("deterministic")
-    return "_".join([*parts, *cut_short])
+    parts = [
+        f"simcls_{args.num_workers}_worker",
+        {"auto": "fp16", "float16": "fp16", "bfloat16": "bf16"}.get(args.half_precision),
+        f"frozen{args.frozen_layers}" if args.frozen_layers else None,
+        "checkpoint" if args.use_checkpoint else None,
+        f"budget{args.memory_budget:g}" if args.memory_budget else None,
+        f"seed{args.seed}" if args.seed else None,
+        "deterministic" if args.deterministic else None,
+    ]
+    cut_short = f"{args.max_steps}_steps" if args.max_steps else None
+    return "_".join(filter(None, [*([args.run_name] if args.run_name else parts), cut_short]))
 
 
 def starting_weights(args):

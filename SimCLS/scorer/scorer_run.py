@@ -10,27 +10,25 @@ from data_utils import ROUGE
 from model import save_scorer
 from torch.utils.flop_counter import FlopCounterMode
 
+from harness import runs
 from harness.endings import UserError
 from harness.files import atomic_write, write_json
 from harness.machine import hardware_name
 from harness.memory import in_mib
 from harness.precision import HALF, explain_half_precision
 from harness.run_log import timing_figures
-from harness.runs import Run
 from harness.timing import typical_milliseconds
 from scorer.metrics import MOST_UPDATES_A_REPORT, CollapseWatch, mean_rouge
 from scorer.scorer_arguments import CACHE, run_name
 
-# They choose where and how long a process runs, not what it computes: a resumed run may change them.
-NOT_RESULTS = ("resume", "restart", "max_steps", "log", "port", "evaluate", "run_name", "trace")
-NOT_RESULTS += ("cuda", "gpuid", "device", "threads", "num_workers", "dry_run")
+NOT_RESULTS = (*runs.NOT_RESULTS, "max_steps", "port", "evaluate", "run_name", "cuda", "gpuid", "num_workers")
 WEIGHTS = ("scorer.bin", "model.bin")  # The best, and the last.
 FIXED_LENGTH = "the learning rate falls to zero over all updates"
 POINTS_PER_EPOCH = 200  # Of the loss curve in the record.
 REPORTS = 100  # Lines about the loss in a whole run, unless MOST_UPDATES_A_REPORT asks for more.
 
 
-class ScorerRun(Run):
+class ScorerRun(runs.Run):
     """A Run in ./cache/<name>/: the best weights (scorer.bin), the last (model.bin), scorer.json that says what they
     are for, config.json, the record, and on `-l` log.txt and TensorBoard events.
 
@@ -77,10 +75,10 @@ class ScorerRun(Run):
         if state["collapsed"]:
             self.facts["collapsed"] = state["collapsed"]
 
-    def resume(self, **parts):
-        place = super().resume(**parts)
+    def resume(self):
+        place = super().resume()
         if not self.world.is_main:
-            parts["metrics"].totals.zero_()  # The first process has resumed the sums of all.
+            self.state["metrics"].totals.zero_()  # The first process has resumed the sums of all.
         return place
 
     def describe(self, scorer, description, schedule, validated):
@@ -188,7 +186,7 @@ class ScorerRun(Run):
         with self.phase.paused():
             self.add_validation(self._update(epoch.number, epoch.step), result, self.state["scorer"])
             metrics.gather(self.world)
-            self.save(epoch.number, epoch.step, **self.state)
+            self.save(epoch.number, epoch.step)
 
     def add_validation(self, update, result, scorer):
         """Take down what `validate` found at `update`, and keep the weights: as the last, and as the best if they are.

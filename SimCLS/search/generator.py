@@ -281,11 +281,11 @@ class CandidateGenerator:
         parts = [self.read(search(*documents, encoded)) for search in self.searches]
         return [list(itertools.chain(*some)) for some in zip(*parts, strict=True)]
 
-    def candidates(self, texts, batch_size, shown=iter):
-        """Candidates of documents, as from `generate`, in their order. shown: what yields the batches of a list, and
-        may show how far they are."""
+    def candidates(self, texts, batch_size, label=None):
+        """Candidates of documents, as from `generate`, in their order. label: of a bar that shows how far they are."""
         sources, found = self.tokenize(texts), [None] * len(texts)
-        for places in shown(length_batches(sources, batch_size)):
+        batches = length_batches(sources, batch_size)
+        for places in progress(batches, len(batches), label) if label else batches:
             for place, some in zip(places, self.generate([sources[place] for place in places]), strict=True):
                 found[place] = some
         return found
@@ -379,11 +379,8 @@ def generate_samples(generator, documents, batch_size, rouge_tokens="standard", 
 
     split: text -> list of sentences; by default a SentenceSplitter's that learns from these documents.
     """
-
-    def shown(batches):
-        return progress(batches, len(batches), "candidates, in batches")
-
-    candidates = generator.candidates([document.text for document in documents], batch_size, shown)
+    texts = [document.text for document in documents]
+    candidates = generator.candidates(texts, batch_size, "candidates, in batches")
     split = split or SentenceSplitter(document.text for document in documents).split
     return [
         as_sample(

@@ -17,11 +17,11 @@ from harness.files import publish, staging
 from harness.timing import nvtx_range
 from scorer.metrics import mean_rouge
 from search.generator import CandidateGenerator, generate_samples, search_settings
-from texts.documents import Document
+from texts.samples import as_document
 from texts.sentences import SentenceSplitter
 
 NO_TOKEN = -100  # What transformers takes for padding of labels.
-NOT_RESULTS = ("resume", "restart", "max_steps", "save_dir", "num_workers", "device", "threads", "trace")
+NOT_RESULTS = (*runs.NOT_RESULTS, "max_steps", "save_dir", "num_workers")
 VALIDATED_TOGETHER = 32  # Documents.
 
 
@@ -145,7 +145,7 @@ def validate(ranked, samples, args, world, stop):
     """
     if stop:
         return None
-    documents = [Document(" ".join(each["article_untok"]), " ".join(each["abstract_untok"])) for each in samples]
+    documents = [as_document(sample) for sample in samples]
     settings = {"num_cands": args.num_cands, "num_groups": 1, "diversity_penalty": 0.0, "decoder_max_len": None}
     settings = search_settings(argparse.Namespace(**settings), ranked.model.generation_config)
     ranked.eval()

@@ -13,6 +13,7 @@ from harness.endings import UserError
 from reporting.shapes import NUMBER, WHOLE, each, fault, maybe
 from texts import provenance
 from texts.candidate_files import Lines
+from texts.documents import Document
 from texts.scoring import mean_score, score
 from texts.sentences import ptb_tokenize
 
@@ -70,6 +71,11 @@ def read_sample(path):
     if problem:
         raise UserError(f"{path} is no sample: {problem}; make it again with preprocess.py")
     return sample
+
+
+def as_document(sample):
+    """The Document of a sample."""
+    return Document(" ".join(sample["article_untok"]), " ".join(sample["abstract_untok"]))
 
 
 def _wrong_counts(sample):
