@@ -68,8 +68,8 @@ def get_args_parser():
     tracing.add_argument(training)
     training.add_argument("--batch_size", type=integer, default=16, help="documents a step, over all processes")
     training.add_argument("--lr", type=arguments.learning_rate, default=3e-4, help="peak learning rate of AdamW")
-    training.add_argument("--warmup", type=arguments.fraction, default=0.05, help="share of the updates in which the "
-                          "rate rises to its peak, from which it falls to 0")  # fmt: skip
+    training.add_argument("--warmup", type=arguments.positive_share, default=0.05,
+        help="share of the updates in which the rate rises to its peak, from which it falls to 0")  # fmt: skip
     training.add_argument("--label_smoothing", type=arguments.share_below_one, default=0.1,
                           help="weight of the uniform distribution in the target")  # fmt: skip
     training.add_argument("--dropout", type=arguments.share_below_one, help="default: the generator's own")

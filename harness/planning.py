@@ -26,7 +26,7 @@ from harness.memory import LiveBytes, in_mib, reset_peak_memory
 # of the same FLOPs.
 FLOPS_PER_BYTE = 1e-3
 COSTS = {"seconds": lambda step: step.seconds, "flops": lambda step: step.flops + FLOPS_PER_BYTE * step.moved}
-NONE = float("-inf")  # The highest of no bytes.
+NO_PEAK = float("-inf")  # The highest of no bytes.
 
 
 class Plan(NamedTuple):
@@ -275,7 +275,7 @@ def _options(group, steps, cost, is_last):
 def _option(group, steps, redo, cost, is_last):
     kept = [step.name for step in group.steps if step.name not in redo]
     ahead = _Walk(steps, redo)
-    alone = with_input = NONE
+    alone = with_input = NO_PEAK
     input_bytes = steps[group.entry].bytes if group.entry else 0
     for event in group.forward:
         ahead.follow(event)
@@ -316,7 +316,7 @@ class _Walk:
         self._steps, self._redo, self._entry = steps, redo, entry
         self.there = set(kept)
         self.bytes = sum(steps[name].bytes for name in self.there if name != entry)
-        self.peaks = (NONE, NONE, NONE)
+        self.peaks = (NO_PEAK, NO_PEAK, NO_PEAK)
 
     def follow(self, event):
         if event.kind == "live":

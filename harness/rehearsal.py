@@ -6,6 +6,8 @@ step's output is made, is left by forward, is needed by backward, is done with; 
 Then the true batch goes through forward once, to see how long redoing each step takes.
 """
 
+import dataclasses
+import functools
 import time
 import weakref
 from typing import NamedTuple
@@ -58,14 +60,15 @@ class Group(NamedTuple):
     backward: list
 
 
-class Timeline(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Timeline:
     """A training step: its groups in forward's order, the last of which has what follows the last step. fixed: bytes
     that are held for backward whatever is redone."""
 
     groups: list
     fixed: int
 
-    @property
+    @functools.cached_property
     def steps(self):
         """{name: Step}"""
         return {step.name: step for group in self.groups for step in group.steps}

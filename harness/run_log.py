@@ -6,7 +6,7 @@
 from pathlib import Path
 
 from harness.endings import UserError
-from harness.files import is_text, make_folder
+from harness.files import is_utf8, make_folder
 from harness.timing import phase_times
 
 
@@ -24,7 +24,7 @@ class RunLog:
 
     def __init__(self, folder):
         self._folder = folder and Path(folder)
-        if folder and not is_text(folder):
+        if folder and not is_utf8(folder):
             raise UserError(f"-l: TensorBoard cannot write to {folder}, whose name is not UTF-8; leave -l out")
         self._bytes, self._last_step = 0, None  # Of what a resumed run goes on from.
         self._is_begun = False

@@ -38,15 +38,15 @@ class Run:
     and how a process runs, and not what it computes. facts: what else the record says of the run; more may be put in
     while it goes. history: of the epochs that are done, one dict an epoch, as the record has it.
 
-    A subclass says how an epoch is taken down and shown, `add_epoch` and `line`, and what --dry_run says, `prospects`.
+    A subclass says how an epoch is recorded and shown, `add_epoch` and `line`, and what --dry_run says, `prospects`.
     """
 
     title = "training"  # The NVTX range around all epochs.
     unit = "samples"  # Of what the progress bar counts.
     elsewhere = "output folder"  # What to choose another of where a name is taken.
     saves_within_epochs = False  # Else after epochs alone.
-    only_of_records = ()  # Of `not_results`, what tells finished runs apart all the same.
-    weights = ()  # Paths of what no run replaces unasked where neither a state nor a record tells of it.
+    only_of_records = ()  # Of `not_results`, those that still make two finished runs different.
+    weights = ()  # Files that no run replaces unasked when neither a state nor a record explains them.
 
     def __init__(self, experiment, folder, name, args, world, not_results=(), fixed_length=None, **facts):
         """fixed_length: why a finished run cannot go on to a larger --num_epoch; None where it can."""
@@ -55,7 +55,7 @@ class Run:
         self.history, self.state = [], {}
         self.part = None  # Of an epoch that was stopped and resumed: the timing of its longest part.
         self._started, self._seconds_before = time.perf_counter(), 0.0
-        # Of that, over all processes that the run was resumed in: until its first step could begin, and writing files.
+        # Summed over resumed processes: start-up, and writing files.
         self.seconds = {"start_up_seconds": 0.0, "saving_seconds": 0.0}
         self._saved_at = self._started
         self.is_dry = vars(args).get("dry_run", False)
@@ -115,9 +115,9 @@ class Run:
         if asked.get("restart"):
             return
         saved = resume.read_state(self.path(".state"), mmap=True)
-        finished = resume.finished_arguments(self.path(".json"))
+        finished = resume.recorded_arguments(self.path(".json"))
         # A few steps' timings give way to those of a whole run, but not to those of another run's steps.
-        recorded = resume.finished_arguments(self.path(".json"), even_cut_short=bool(asked.get("max_steps")))
+        recorded = resume.recorded_arguments(self.path(".json"), whole=not asked.get("max_steps"))
         resume.refuse_unknown(self.path(".json"), () if saved else self.weights, self.elsewhere)
         own = {} if asked.get("resume") else {name: asked.get(name) for name in self.only_of_records}
         self._refuse_another(self.path(".state"), saved and saved["arguments"], self.arguments)
@@ -148,7 +148,7 @@ class Run:
 
     def is_done(self):
         """Whether --resume has nothing left to do, which is told."""
-        finished = self.args.resume and resume.finished_arguments(self.path(".json"))
+        finished = self.args.resume and resume.recorded_arguments(self.path(".json"))
         if not finished or finished["num_epoch"] != self.args.num_epoch:
             return False
         if resume.is_interrupted(resume.read_state(self.path(".state"), mmap=True), finished):
@@ -253,7 +253,7 @@ class Run:
         kept = f"; {self.path('.state')} is from before it" if self.path(".state").exists() else ""
         raise UserError(f"{what} in epoch {epoch.number + 1}{kept}. {advice}")
 
-    def take_down(self, epoch, evaluation_seconds, **figures):
+    def record_epoch(self, epoch, evaluation_seconds, **figures):
         """Append an Epoch to the history: its `figures`, and what is measured of any."""
         self.history.append(
             {
@@ -281,7 +281,7 @@ class Run:
         """The Path of this run's own state, or of the one of `other_states` that has got further."""
         own = self.path(".state")
         saved = resume.read_state(own, mmap=True)
-        finished = resume.finished_arguments(self.path(".json"))
+        finished = resume.recorded_arguments(self.path(".json"))
         if finished or (saved and resume.changes(saved["arguments"], self.arguments)):
             return own  # What is wrong with it, `load_state` says.
         found = {own: resume.place_of(saved)} if saved else {}
@@ -290,7 +290,7 @@ class Run:
         for path in self.other_states():
             with contextlib.suppress(*ignored):
                 saved = resume.read_state(path, mmap=True)
-                finished = resume.finished_arguments(path.with_suffix(".json"))
+                finished = resume.recorded_arguments(path.with_suffix(".json"))
                 if resume.is_interrupted(saved, finished) and not resume.changes(saved["arguments"], self.arguments):
                     found[path] = resume.place_of(saved)
         return max(found, key=found.get, default=own)  # Of equal ones the first, which is its own.
@@ -304,7 +304,7 @@ class Run:
         state = resume.load_state(path, self.arguments)
         self.world.check_equal(state is not None, f"whether {path} exists; the processes must share it")
         if state is None:
-            if resume.finished_arguments(self.path(".json")):
+            if resume.recorded_arguments(self.path(".json")):
                 raise UserError(f"{path}, from which a longer run would go on, is not there any more; --restart")
             self.world.say(f"no saved state {path}; starting from the beginning")
             return 0, 0

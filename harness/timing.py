@@ -24,7 +24,7 @@ except ModuleNotFoundError:
     from torch.cuda.nvtx import range_pop as pop_range
     from torch.cuda.nvtx import range_push as push_range
 
-watchers = []  # What takes part in each range, as a profiler does: callables, its name -> a context manager.
+watchers = []  # Callables, range name -> context manager, entered with every range; a profiler, say.
 WARMUP_STEPS = 5  # Of each process: allocator growth, cuDNN's choice of algorithm and worker start-up fall here.
 
 

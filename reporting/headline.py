@@ -270,7 +270,7 @@ def render(runs, page=None):
     if not found:
         return ""
     techniques = [*TECHNIQUES]
-    # Of a technique that machines disagree about, the one that it pays on comes first.
+    # Where machines disagree about a technique, show first the one where it pays.
     found.sort(key=lambda each: (techniques.index(each.kind), each.time[0] if each.time else 0))
     places = list(dict.fromkeys(each.where for each in found))
     everywhere = {each.hardware for each in found}

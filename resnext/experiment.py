@@ -229,7 +229,7 @@ class ImageRun(runs.Run):
         advice = "Use a smaller --lr, or bfloat16 or single precision instead of float16"
         self.check_finite(epoch, loss, advice)
         self.state["metrics"].totals.zero_()
-        self.take_down(epoch, evaluation_seconds, loss=loss, acc=acc, test_acc=test_acc)
+        self.record_epoch(epoch, evaluation_seconds, loss=loss, acc=acc, test_acc=test_acc)
         # Before the state is saved, so that a run that goes on from it keeps them.
         self.log.line(self.line())
         self.log.plot(self._figures(), epoch.number + 1)

@@ -147,7 +147,7 @@ def test_the_largest_batch_is_found(monkeypatch, limit, free_for):
             raise torch.OutOfMemoryError
         return SimpleNamespace(peak_bytes=1000 + 10 * batch_size)
 
-    monkeypatch.setattr(memory_steps, "TrainingSteps", steps)
+    monkeypatch.setattr(memory_steps, "AdamSteps", steps)
     monkeypatch.setattr(memory_steps.gc, "collect", lambda: None)  # It takes half a second here.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000 + 10 * free_for, 10**6))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)

@@ -148,7 +148,7 @@ def test_validations_within_an_epoch_are_no_training(clock, slow_device, tmp_pat
     assert training_seconds(on_host) == pytest.approx(0.12 - 2 * 0.01)
     assert training_seconds(on_device) == pytest.approx(0.12 - 2 * 0.03)
     run = runs.Run("x", tmp_path, "x", argparse.Namespace(num_epoch=1), World(0, 1, CPU))
-    run.take_down(SimpleNamespace(number=0, samples=30, timing=on_device), 0.0)
+    run.record_epoch(SimpleNamespace(number=0, samples=30, timing=on_device), 0.0)
     assert run.history[0]["samples_per_second"] == pytest.approx(30 / 0.06)
 
 

@@ -8,7 +8,7 @@ from model import ranking_loss, score_samples
 from harness.devices import widest_float
 from harness.timing import nvtx_range
 
-MOST_UPDATES_A_REPORT = 50  # Further apart, a collapse would be seen too late.
+MOST_UPDATES_A_REPORT = 50  # With reports further apart, a collapse would be noticed too late.
 
 
 def loss_of(args, scores, gold_scores, batch):

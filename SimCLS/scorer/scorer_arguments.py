@@ -45,7 +45,7 @@ def get_args_parser(description):
     how = group.add_mutually_exclusive_group()
     how.add_argument("--use_checkpoint", "--gradient_checkpointing", **arguments.FLAG,
         help="recompute the activations of each encoder layer in backward")  # fmt: skip
-    how.add_argument("--memory_budget", type=arguments.fraction, metavar="SHARE",
+    how.add_argument("--memory_budget", type=arguments.positive_share, metavar="SHARE",
         help="recompute of the encoder's layers what is cheapest, so that the peak is at most this share of the "
              "run's without. The peak: the most bytes of activations and their gradients at once")  # fmt: skip
     determinism.add_argument(group)
@@ -58,7 +58,7 @@ def get_args_parser(description):
     add("--lr", type=arguments.learning_rate,
         help="peak learning rate of Adam; by default 3e-5 for an encoder of width 768, "
              "more for a narrower one")  # fmt: skip
-    add("--warmup", type=arguments.fraction, default=0.1,
+    add("--warmup", type=arguments.positive_share, default=0.1,
         help="share of the updates in which the rate rises to its peak, from which it falls to 0")  # fmt: skip
     add("--dropout", type=arguments.share_below_one, default=0.0,
         help="of the encoder; it blurs differences as small as the margin")  # fmt: skip

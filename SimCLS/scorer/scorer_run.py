@@ -82,7 +82,7 @@ class ScorerRun(runs.Run):
         return place
 
     def describe(self, scorer, description, schedule, validated):
-        """Take down, before `epochs`, what is trained and how: in config.json, and in lines.
+        """Record, before `epochs`, what is trained and how: in config.json, and in lines.
 
         description: as from `load_scorer`. validated: how many documents a validation has.
         """
@@ -173,7 +173,7 @@ class ScorerRun(runs.Run):
         )
 
     def keep_within_epoch(self, epoch, result):
-        """Take down a validation before the step in hand, and save the state; UserError, with nothing written, when a
+        """Record a validation before the step in hand, and save the state; UserError, with nothing written, when a
         loss is not finite: the epoch's mean could not become so again. After a signal the script ends here.
 
         result: as from `validate`.
@@ -189,7 +189,7 @@ class ScorerRun(runs.Run):
             self.save(epoch.number, epoch.step)
 
     def add_validation(self, update, result, scorer):
-        """Take down what `validate` found at `update`, and keep the weights: as the last, and as the best if they are.
+        """Record what `validate` found at `update`, and keep the weights: as the last, and as the best if they are.
         UserError, with nothing written, when the validation loss is not finite."""
         self._check_loss(len(self.history), "validation loss", result["val_loss"])
         self.validations.append({"update": update, **result})
@@ -216,7 +216,7 @@ class ScorerRun(runs.Run):
         self.state["metrics"].gather(self.world)  # The state that is saved next is the main process's.
         self.add_validation(self._update(epoch.number, epoch.done), result, self.state["scorer"])
         figures = {"loss": loss, **result, "losses": self.losses, "validations": self.validations}
-        self.take_down(epoch, evaluation_seconds, **figures)
+        self.record_epoch(epoch, evaluation_seconds, **figures)
         self.validations, self.losses = [], []
         self.log.line(self.line())
         self.log.plot(timing_figures(epoch.timing), self._update(epoch.number, epoch.done))

@@ -45,8 +45,8 @@ def add_search_arguments(parser):
     search.add_argument("--num_cands", type=integer, default=CANDIDATES, help="candidates a document, of each search")
     search.add_argument("--num_groups", type=integer, help="groups of beams; by default one a candidate")
     search.add_argument("--diversity_penalty", type=number, default=1.0, help="of tokens that other groups have")
-    search.add_argument("--top_p", type=arguments.fraction, default=0.9, help="of --search sample: the probability of "
-        "the tokens that are drawn from")  # fmt: skip
+    search.add_argument("--top_p", type=arguments.positive_share, default=0.9,
+        help="of --search sample: the probability of the tokens that are drawn from")  # fmt: skip
     search.add_argument("--seed", type=arguments.seed, default=0, help="of --search sample")
     search.add_argument(
         "--length_penalty", type=arguments.exponent, help="exponent of the length that scores are divided by *"

@@ -62,9 +62,9 @@ class RankedSamples(torch.utils.data.Dataset):
         most = max(map(len, rouge))
         summaries = [self.summaries[number] + [[]] * (most - len(self.rouge[number])) for number in numbers]
         return RankedBatch(
-            padded([self.sources[number] for number in numbers], self.pad, torch.int64),
+            padded([self.sources[number] for number in numbers], self.pad, np.int64),
             torch.tensor([len(self.sources[number]) for number in numbers]),
-            padded(list(itertools.chain(*summaries)), NO_TOKEN, torch.int64),
+            padded(list(itertools.chain(*summaries)), NO_TOKEN, np.int64),
             torch.tensor([each + [0.0] * (most - len(each)) for each in rouge]),
             torch.tensor([[place < len(each) for place in range(most)] for each in rouge]),
         )
@@ -180,7 +180,7 @@ class BrioRun(runs.Run):
             refuse_to_replace(self.folder, ", or --restart to replace it")
 
     def begin(self, epoch, result):
-        """Take down what a validation of the generator as it was has found, before the first step."""
+        """Record what a validation of the generator as it was has found, before the first step."""
         if result is None:
             self.leave(epoch)
         self.facts["before"] = result
@@ -193,7 +193,7 @@ class BrioRun(runs.Run):
         means = self.state["means"].take(self.world)
         self.check_finite(epoch, means["loss"], "Use a smaller --lr")
         before = [mean_rouge(each) for each in self.history]
-        self.take_down(epoch, evaluation_seconds, **means, **result)
+        self.record_epoch(epoch, evaluation_seconds, **means, **result)
         if self.world.is_main and mean_rouge(result) > max(before, default=-1):
             self.state["ranked"].save(self.folder)
 

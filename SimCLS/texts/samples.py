@@ -25,11 +25,11 @@ def _pair(first, second):
     return lambda value: isinstance(value, list) and len(value) == 2 and first[1](value[0]) and second[1](value[1])
 
 
-def _is_text(value):
+def _are_sentences(value):
     return isinstance(value, list) and all(isinstance(sentence, str) for sentence in value)
 
 
-SENTENCES = ("a list of sentences", _is_text)
+SENTENCES = ("a list of sentences", _are_sentences)
 SAMPLE = dict.fromkeys(KEYS[:4], SENTENCES)
 SAMPLE |= dict.fromkeys(KEYS[4:], each(list, ("[sentences, score]", _pair(SENTENCES, NUMBER))))
 SAMPLE["likelihood"] = maybe(each(list, ("[log-probability, tokens]", _pair(NUMBER, WHOLE))))
