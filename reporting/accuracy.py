@@ -73,7 +73,7 @@ def render(runs, with_cpu_times=True):
             continue
         with_times = with_cpu_times or not race.baseline.row.runs[0].on_cpu
         rows = [_cells(way, race, goal, with_times) for way in race.ways]
-        line = f"Until {goal:.1f} % of the test pictures are right, which every run of the baseline reaches:"
+        line = f"To {goal:.1f} % test accuracy, which every run of the baseline reaches:"
         parts.append("\n\n".join([caption(race.group, [each.group for each in found]), line, markdown(rows)]))
     return "\n\n".join(parts)
 
@@ -83,7 +83,7 @@ def _cells(way, race, goal, with_times):
     base, everywhere = race.baseline.sample(race.baseline.seconds_to(goal)), way.sample(seconds)
     is_base = way is race.baseline
     return {
-        "Way": f"{way.row.arm.label} (baseline)" if is_base else way.row.arm.label,
+        "Set-up": f"{way.row.arm.label} (baseline)" if is_base else way.row.arm.label,
         "n": str(len(epochs)),
         "Reached by": f"{sum(each is not None for each in epochs)} of {len(epochs)}",
         "Epochs": quantity(way.sample(epochs), places=1),

@@ -16,13 +16,13 @@ SCRIPTS = Path(__file__).resolve().parent.parent / "benchmarks"
 WITH_TABLES = ("fast", "layout", "memory", "scaling", "searches")
 TITLES = {
     ("fast", "ablation"): "Training speed, technique by technique",
-    ("fast", "limits"): "What the hardware allows, against resnext_fast.py",
-    ("layout", "totals"): "The grouped convolutions by form and layout",
+    ("fast", "limits"): "Hardware limits against resnext_fast.py",
+    ("layout", "totals"): "Grouped convolutions by form and layout",
     ("memory", "rows"): "Activation memory and recomputation",
-    ("searches", "searches"): "Searches for candidates, in % of ROUGE (mean of ROUGE-1, -2 and -Lsum)",
-    ("memory", "annealing"): "Plans that a search by annealing finds",
+    ("searches", "searches"): "Searches for candidates, ROUGE in % (mean of ROUGE-1, -2 and -Lsum)",
+    ("memory", "annealing"): "The planner against simulated annealing",
     ("memory", "training"): "Training steps with recomputation",
-    ("scaling", "rows"): "What doubles when the work doubles, × the row before",
+    ("scaling", "rows"): "Time and memory as the work grows, × the row above",
 }
 MIB = 2**20
 RECORD = {
@@ -33,9 +33,9 @@ RECORD = {
 RATIO = {"median": NUMBER, "low": NUMBER, "high": NUMBER, "interval": maybe(PAIR)}
 COLUMNS = {  # What a record calls a figure -> its header with the unit, and the factor into that unit.
     "bytes": ("saved, MiB", 1 / MIB),
-    "share": ("of plain, %", 100),
+    "share": ("saved, % of plain", 100),
     "extra": ("FLOPs recomputed, %", 100),
-    "extra_found": ("by annealing, %", 100),
+    "extra_found": ("FLOPs recomputed by annealing's plan, %", 100),
     "peak_bytes": ("peak, MiB", 1 / MIB),
     "predicted_bytes": ("predicted saved, MiB", 1 / MIB),
     "predicted_peak_bytes": ("predicted peak, MiB", 1 / MIB),
@@ -47,14 +47,14 @@ COLUMNS = {  # What a record calls a figure -> its header with the unit, and the
     "peak_share": ("peak, % of plain", 100),
     "saved_share": ("saved, % of plain", 100),
     "reaches_goal": ("at most 60 % of the peak at 1.10 × the step", 1),
-    "pictures_per_second": ("pictures/s, median round", 1),
-    "times_original": ("× original, median of the rounds' ratios", 1),
+    "pictures_per_second": ("images/s, median round", 1),
+    "times_original": ("× original, median over rounds", 1),
     "times_original_low": ("lowest", 1),
     "times_original_high": ("highest", 1),
     "tflops_per_second": ("TFLOP/s", 1),
     "saved_mib": ("saved, MiB", 1),
     "peak_allocated_mib": ("peak allocated, MiB", 1),
-    "pflop_an_epoch": ("PFLOP an epoch", 1),
+    "pflop_an_epoch": ("PFLOP per epoch", 1),
     "matmul_tflops_per_second": ("matrix product, TFLOP/s", 1),
     "matmul_spread": ("product, lowest to highest", 1),
     "convolution_tflops_per_second": ("dense convolution, TFLOP/s", 1),
@@ -62,9 +62,9 @@ COLUMNS = {  # What a record calls a figure -> its header with the unit, and the
     "copy_gb_per_second": ("copy, GB/s", 1),
     "copy_spread": ("copy, lowest to highest", 1),
     "epoch_seconds": ("epoch, s", 1),
-    "arithmetic_floor_seconds": ("epoch by arithmetic alone, s", 1),
-    "bytes_floor_seconds": ("epoch by memory traffic alone, s", 1),
-    "times_the_larger_floor": ("epoch, × the larger of both", 1),
+    "arithmetic_floor_seconds": ("epoch at the arithmetic limit, s", 1),
+    "bytes_floor_seconds": ("epoch at the memory-traffic limit, s", 1),
+    "times_the_larger_floor": ("epoch, × the larger limit", 1),
     "forward_ms": ("forward, ms", 1),
     "backward_ms": ("backward, ms", 1),
     "flops_times": ("FLOPs, ×", 1),
@@ -74,8 +74,8 @@ COLUMNS = {  # What a record calls a figure -> its header with the unit, and the
     "memory_mib": ("memory, MiB", 1),
     "memory_times": ("memory, ×", 1),
     "predicted_step": ("predicted", 1),
-    "predicted_within_10_percent": ("within 10 % of it", 1),
-    "processor_ms_a_document": ("processor time a document, ms", 1),
+    "predicted_within_10_percent": ("within 10 % of predicted", 1),
+    "processor_ms_a_document": ("CPU time per document, ms", 1),
     "best_interval": ("best, 95 % interval", 1),
     "chosen": ("SimCLS", 1),
     "times_faster": ("speed, × groups in NCHW", 1),
@@ -113,7 +113,7 @@ def render(found):
     for hardware, records in found.items():
         rows = [row for record in records for row in _ratio_rows(record)]
         if rows:
-            parts += [f"{hardware}; both sides of a row took turns in one run, n rounds:", markdown(rows)]
+            parts += [f"{hardware}; the two sides of a row alternate for n rounds within one run:", markdown(rows)]
     return "\n\n".join(parts)
 
 
@@ -202,7 +202,7 @@ def _tables(record):
 def _caption(record, name, rows):
     """ "Activation memory: resnext29_4x64d, AMD EPYC, 2 cores, batch 4:"; what a column tells is left out."""
     title = TITLES.get((record["benchmark"], name), f"{record['benchmark']}, {name}")
-    facts = {"model": "{model}", "pictures": "{dataset} ({pictures:,} pictures)", "batch_size": "batch {batch_size}"}
+    facts = {"model": "{model}", "pictures": "{dataset} ({pictures:,} images)", "batch_size": "batch {batch_size}"}
     known = {"dataset": "data"} | record
     words = {key: text.format(**known) for key, text in facts.items() if record.get(key) and key not in rows[0]}
     words = [words.get("model"), words.get("pictures"), record["machine"]["hardware"], words.get("batch_size")]

@@ -14,7 +14,7 @@ from reporting.records import Record, read_folders
 from reporting.tables import hardware, markdown, one_a_seed, place, settings
 
 RESULTS = {"loss": "Training loss", "acc": "Training accuracy, %", "test_acc": "Test accuracy, %"}
-NOISE = {True: "within the noise", False: "more than the noise", None: "not known: too few runs"}
+NOISE = {True: "within the noise", False: "beyond the noise", None: "unknown: too few runs"}
 
 
 def read_side(path):
@@ -47,7 +47,7 @@ def names(sides):
 def render(sides):
     """Markdown: what the sides differ in, then their figures, the ratio, and whether the difference is noise."""
     rows = [dict(zip(("Setting", "A", "B"), cells, strict=True)) for cells in differing(sides)]
-    parts = ["  \n".join(names(sides)), markdown(rows) if rows else "No setting differs but the seed."]
+    parts = ["  \n".join(names(sides)), markdown(rows) if rows else "No setting except the seed differs."]
     if hardware(sides[0][0]) != hardware(sides[1][0]):
         parts.append("They ran on different hardware, threads or versions: compare their results, not their times.")
     return "\n\n".join([*parts, markdown([_cells(*row) for row in figures(sides)])])

@@ -159,7 +159,7 @@ def draw_curves(runs, study):
             draw_band(panel, np.arange(1, values.shape[1] + 1), values, colours[in_words(row.arm.label)], **style)
         equal.append(coincide(means, panel))
         smoothed = key == "loss" and any(run.arguments.get("label_smoothing") for row in group.rows for run in row.runs)
-        panel.set(xlabel="epoch", ylabel=title + " (of smoothed labels: higher)" * smoothed)
+        panel.set(xlabel="epoch", ylabel=title + " (higher with label smoothing)" * smoothed)
         panel.xaxis.set_major_locator(MaxNLocator(integer=True))
     title = figure_title(study.title, group, all(equal), banded=True)
     return finish(figure, arm_handles(colours) + _key_handles(styles, "linestyle"), title)
@@ -275,7 +275,7 @@ def draw_timeline(runs, studies):
     panel.set_xlabel(multiples if run.on_cpu else "time, ms")
     handles = [Patch(color=colour, label=name) for name, colour in colours.items()]
     title = f"One training step by phase: {run.arguments['model']}, {run.data}, batch {run.arguments['batch_size']}"
-    whiskers = "\nmeans over runs of their medians; whiskers: a standard deviation" * any(
+    whiskers = "\nmeans over runs of the median step; whiskers: standard deviation" * any(
         deviation for *_, deviation in bars
     )
     return finish(figure, handles, f"{title}\n{facts(hardware(run), [row.runs for _, row, _ in arms])}{whiskers}")
@@ -294,7 +294,7 @@ def _arms(runs, studies):
                     continue
                 where = on_cpu(group), run.arguments["model"], run.data, run.arguments["batch_size"], str(hardware(run))
                 arms = places.setdefault(where, {})
-                name = "the original's way" if row is base else in_words(row.arm.label)
+                name = "original" if row is base else in_words(row.arm.label)
                 arms.setdefault(name, (name, row, base))
     found = min(places, key=lambda where: (where[0], -len(places[where])), default=None)
     return sorted(places.get(found, {}).values(), key=lambda arm: arm[1] is not arm[2])
@@ -355,9 +355,9 @@ def draw_memory(runs):
         panel.plot(*zip(*of_policy, strict=True), color=colours[name], linewidth=1)
         panel.annotate(name, max(of_policy), xytext=(8, 6), textcoords="offset points")
     panel.margins(x=0.2)
-    panel.set_xlabel("step time, multiples of the plain run's at the same batch size")
+    panel.set_xlabel("step time, × the plain run at the same batch size")
     what = "activation memory saved for backward" if on_cpu(group) else "peak allocated GPU memory"
-    panel.set_ylabel(f"{what},\nmultiples of the plain run's")
+    panel.set_ylabel(f"{what},\n× the plain run")
     panel.set_ylim(0, max(1.1, panel.get_ylim()[1]))
     title = figure_title("Memory against time", group) + "\nwhiskers: 95 % intervals" * whiskers
     return finish(figure, _key_handles(markers, "marker"), title)

@@ -39,7 +39,7 @@ def draw(record):
     """The FLOPs recomputed against the memory that is saved, and against the peak; then the time of steps against
     theirs, from the lowest to the highest round. What the record does not know has no panel. Our plans stand where
     what their budget limits is drawn."""
-    redone, on_peak = "FLOPs recomputed, of those of forward and backward", "peak of activations and their gradients"
+    redone, on_peak = "FLOPs recomputed, % of forward and backward", "peak of activations and their gradients"
     trained = points(record, "training", "peak_share", "step_times_plain")
     allocated = any(row.get("peak_allocated_bytes") for row in record.get("training") or ())
     wanted = (
@@ -56,13 +56,13 @@ def draw(record):
         if y != redone:
             draw_spread(panel, record)
         draw_families(panel, kept)
-        panel.set(xlabel=f"{x}, share of plain", ylabel=y)
+        panel.set(xlabel=f"{x}, share of the plain run", ylabel=y)
         if y == redone:
             panel.yaxis.set_major_formatter(PercentFormatter(1.0))
         names |= dict(zip(*reversed(panel.get_legend_handles_labels()), strict=True))
     figure.legend(names.values(), names, loc="outside lower center", ncols=2)
     facts = "; ".join(filter(None, [record["machine"]["hardware"], provenance([record])]))
-    figure.suptitle(f"Memory against work: {record['model']}\n{facts}", fontsize=11)
+    figure.suptitle(f"Memory against recomputation: {record['model']}\n{facts}", fontsize=11)
     keep_names_apart(figure, panels[:, 0])
     return figure
 

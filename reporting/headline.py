@@ -9,62 +9,59 @@ from reporting.records import Record, provenance
 from reporting.studies import SIMCLS, STUDIES, test_accuracy, validation_rouge
 from reporting.tables import data_name, groups, is_toy, markdown, multiple, place
 
-CHECKPOINT = "`resnext_checkpoint.py`"
-MULTIPLIES_HALF = "on CPUs with bfloat16 instructions; on GPUs, as published"
+CHECKPOINT = "`resnext_checkpoint.py"  # Flags and the closing quote follow.
+MULTIPLIES_HALF = "on CPUs with bfloat16 instructions, and on GPUs (published)"
 HALF, SIMCLS_HALF = "Half precision: `--half_precision`", "SimCLS, half precision: `main.py --half_precision`"
 # Study, an arm's label or the words that it begins with -> the technique, the way to switch it on, and when it pays. In
 # the order of the table: what buys most comes first.
 TECHNIQUES = {
     ("together", "everything on"): (
-        "Everything on, and another recipe (the optimizer Muon, one cycle of the rate): `resnext_fast.py`",
-        "to train, rather than to compare",
+        "Everything on, with a new recipe (Muon, one-cycle learning rate): `resnext_fast.py`",
+        "to train; not to compare with the original recipe",
     ),
-    ("together", "everything on, but SGD"): (
-        "Everything on, with SGD for Muon: `resnext_fast.py` `--optimizer sgd`",
+    ("together", "everything on, with SGD"): (
+        "Everything on, with SGD instead of Muon: `resnext_fast.py --optimizer sgd`",
         "to compare with Muon",
     ),
     ("together", "freed memory kept"): (
-        "Freed memory stays with the process: `--keep_memory`",
-        "on a CPU; the process takes some more memory",
+        "Keeping freed memory in the process: `--keep_memory`",
+        "on a CPU; the process needs somewhat more memory",
     ),
     ("mixed-precision", "fp16"): (HALF, MULTIPLIES_HALF),
     ("mixed-precision", "bf16"): (HALF, MULTIPLIES_HALF),
     ("checkpointing", "chain"): (
-        f"Recomputing all but the convolutions: {CHECKPOINT}",
-        "when memory is short by up to a half",
+        f"Recomputing everything but convolutions: {CHECKPOINT}`",
+        "to save up to half of the memory",
     ),
-    ("checkpointing", "block"): (
-        f"Recomputing whole blocks: {CHECKPOINT} `--policy block`",
-        "when memory is short by more",
-    ),
+    ("checkpointing", "block"): (f"Recomputing whole blocks: {CHECKPOINT} --policy block`", "to save more memory"),
     ("checkpointing", "nested"): (
-        f"Recomputing stages of blocks, as the original study: {CHECKPOINT} `--policy nested`",
-        "never: the others cost less",
+        f"Recomputing whole stages, as in the original study: {CHECKPOINT} --policy nested`",
+        "never: the other policies cost less",
     ),
     ("checkpointing", "budget"): (
-        f"Recomputing so that the peak is at most a share: {CHECKPOINT} `--memory_budget`",
-        "when you know how much memory there is",
+        f"Recomputing within a budget for the peak: {CHECKPOINT} --memory_budget`",
+        "when you know how much memory you have",
     ),
     ("checkpointing", "held"): (
-        f"Recomputing so that at most a share is kept: {CHECKPOINT} `--budget_of held --memory_budget`",
+        f"Recomputing within a budget for what is held: {CHECKPOINT} --budget_of held --memory_budget`",
         "to compare with other planners",
     ),
     ("data-loader", "0 workers"): (
-        "No worker processes for loading: `--num_worker 0`",
-        "to debug; else let workers load",
+        "Loading without worker processes: `--num_worker 0`",
+        "to debug; otherwise use workers",
     ),
     ("data-loader", "device"): (
-        "Pictures kept and augmented on the GPU (or CPU) that trains: `--loader device`",
-        "when they fit there, and steps are short",
+        "Images stored and augmented on the training device: `--loader device`",
+        "when the images fit there and steps are short",
     ),
     ("simcls", "4 workers, recomputation"): (
         "SimCLS, recomputing the encoder's layers: `main.py --use_checkpoint`",
-        "when long documents do not fit",
+        "when long documents do not fit in memory",
     ),
     ("simcls", "4 workers, fp16"): (SIMCLS_HALF, MULTIPLIES_HALF),
     ("simcls", "4 workers, bf16"): (SIMCLS_HALF, MULTIPLIES_HALF),
 }
-FEW_UPDATES, SAME, UNKNOWN = 100, "none: the same numbers", "not known"
+FEW_UPDATES, SAME, UNKNOWN = 100, "none: identical numbers", "not known"
 PAGES = (*(study.name for study in STUDIES), "freed-memory")
 PUBLISHED = {  # Study -> the original study's figures, and which of them are of its baseline.
     "data-loader": (published.DATA_LOADER, "2 workers"),
@@ -112,7 +109,7 @@ class Effect:
         model, epochs = self.group.settings.get("model"), self.group.settings.get("num_epoch")
         length = f"{epochs} epoch{'' if epochs == 1 else 's'}" if epochs else None
         words = ", ".join(filter(None, [model, data_name(self.group), length]))
-        short = " (times: shorter runs in turn)" if self.timed is not self.row else ""
+        short = " (times: shorter, interleaved runs)" if self.timed is not self.row else ""
         return f"{words}{short}; {place(self.group.machine)}"
 
     def runs(self):
@@ -172,7 +169,7 @@ def effect(study, group, row, of_study):
         return None
     technique, when = TECHNIQUES[kind]
     if row.arm.label.startswith(("budget", "held")):
-        technique += f" {row.arm.label.split()[1]}"
+        technique = f"{technique[:-1]} {row.arm.label.split()[1]}`"  # Within the quotes.
     timed, timed_base = pace.timed(group, row, of_study)
     memory = Record.allocated_gb if base.runs[0].allocated_gb() else Record.saved_mib
     memory_ratio = multiple(row, base, memory)
@@ -220,10 +217,10 @@ def _result(study, row, base):
         return _change(new, old, unit)
     epochs = max(len(run.epochs) for run in (*row.runs, *base.runs))
     if epochs < pace.FEW_EPOCHS:
-        return f"too few epochs to tell: {epochs}"
+        return f"too few epochs ({epochs}) to tell"
     # At the original's constant rate the last epoch is a draw, which may be far below the best.
     best = (Sample.over(each.runs, lambda run: max(run.curve(curve), default=None)) for each in (row, base))
-    return f"{_change(*best, unit)}, best epoch against best (at the end {_change(new, old, unit)})"
+    return f"best epoch: {_change(*best, unit)}; last epoch: {_change(new, old, unit)}"
 
 
 def _change(new, old, unit):
@@ -279,25 +276,26 @@ def render(runs, page=None):
             "Technique": each.technique,
             "Time, ×": each.time and interval_text(*each.time),
             "Memory, ×": each.memory and interval_text(*each.memory),
-            "Change in the result": each.result,
-            "When to use it": each.when if page is None else None,
+            "Change in result": each.result,
+            "Use it": each.when if page is None else None,
             "n": str(each.n),
             "Measured on": ", ".join([data_name(each.group), *_own_words(each.hardware, everywhere)])
             + f" ({places.index(each.where) + 1})",
-            "As published, one A100, ×": each.published,
+            "Published (one A100), ×": each.published,
         }
         for each in found
     ]
     notes = []
     for number, where in enumerate(places, 1):
         made = provenance([run.record for each in found if each.where == where for run in each.runs()])
-        notes.append(f"({number}) {'; '.join(filter(None, [where, made]))}.")
-    return f"{markdown(rows)}\n\n{EXPLANATION} Measured on: {' '.join(notes)}"
+        notes.append(f"- ({number}) {'; '.join(filter(None, [where, made]))}.")
+    return "\n\n".join([markdown(rows), EXPLANATION, "Measured on:", "\n".join(notes)])
 
 
 EXPLANATION = (
-    "Time is that of an epoch's training steps. Memory is what the forward pass keeps for the backward pass; of a "
-    "`--memory_budget`, and on a GPU, the highest that there is at any time. Both are multiples of the run without the "
-    "technique and with the same random seed, for n seeds, with 95 % intervals where there are several. CPUs were "
-    "shared with other work."
+    "**Time**: the training steps of one epoch. **Memory**: what the forward pass keeps for the backward pass; in "
+    "rows with a budget for the peak, that peak (of activations and their gradients); on a GPU, the peak allocated "
+    "memory. Both are relative to the run without the technique and with the same random seed: means, with 95 % "
+    "intervals where there are several seeds. **n**: the number of seeds (of times or of results, whichever is "
+    "smaller). CPUs were shared with other work."
 )

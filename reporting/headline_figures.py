@@ -41,12 +41,12 @@ def draw(effects):
         title = row[0].annotate(line, (0, 1), xycoords=("figure fraction", "axes fraction"),
                                 xytext=(6, 5), textcoords="offset points", fontsize=9)  # fmt: skip
         title.set_in_layout(False)
-    for panel, title in zip(panels[-1], ("time of an epoch", "memory"), strict=True):
-        panel.set_xlabel(f"{title}, × that of the run without it")
+    for panel, title in zip(panels[-1], ("epoch time", "memory"), strict=True):
+        panel.set_xlabel(f"{title}, × the run without it")
         panel.set_xlim(0, 1.2 * max(1.0, panel.get_xlim()[1]))
     figure.suptitle(
-        "What each technique adds to time and memory: left of the line is saved, right is paid\n"
-        "bars: means over n runs with different seeds; whiskers: 95 % intervals, where n > 1", fontsize=11,
+        "Time and memory with each technique, relative to the run without it: left of the line is less, right is more\n"
+        "bars: means over seeds; whiskers: 95 % intervals where there are several", fontsize=11,
     )  # fmt: skip
     return figure
 
@@ -94,7 +94,7 @@ def draw_time_to_accuracy(runs):
     if goal is not None:
         style = {"color": "black", "linestyle": "--", "linewidth": 1}
         panel.axhline(goal, **style)
-        handles.append(Line2D([], [], label=f"{goal:.1f} %, which every run of the original's way reaches", **style))
-    panel.set(xlabel="minutes since the run's start, with evaluation and saving", ylabel="test accuracy, %")
+        handles.append(Line2D([], [], label=f"{goal:.1f} %, reached by every run of the original", **style))
+    panel.set(xlabel="minutes since the start of the run, including evaluation and saving", ylabel="test accuracy, %")
     panel.set_xlim(0, None)
     return finish(figure, handles, figure_title("Time to accuracy", race.group, banded=True))

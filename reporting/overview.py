@@ -176,32 +176,36 @@ def evaluations(records):
 
 
 def _evaluation(repeats):
-    """The table of one record, with intervals; or of several, with means and deviations, and the highest p-value."""
+    """The tables of one record, with intervals; or of several, with means and deviations, and the highest p-values."""
     first = repeats[0]
     rows = []
-    for name, metrics in first["systems"].items():
-        cells = {"Summary": name}
+    # A scorer whose other terms weigh nothing has no row of its own beside SimCLS.
+    for name, metrics in max((record["systems"] for record in repeats), key=len).items():
+        have_it = [record["systems"][name] for record in repeats if name in record["systems"]]
+        cells = {"Summary": name + _how_many(have_it, repeats)}
         for metric, interval in metrics.items():
             low, high = 100 * interval["low"], 100 * interval["high"]
-            has_it = [record["systems"][name] for record in repeats if metric in record["systems"].get(name, {})]
-            sample = Sample.of(100 * systems[metric]["mean"] for systems in has_it)
+            sample = Sample.of(100 * system[metric]["mean"] for system in have_it if metric in system)
             range_text = f" ({low:.2f} to {high:.2f})" if len(repeats) == 1 else ""
             cells[f"{METRICS.get(metric, metric)}, %"] = quantity(sample, places=2) + range_text
         if first.get("words"):
             sample = Sample.of((each.get("words") or {}).get(name) for each in repeats)
             cells["Words"] = quantity(sample, places=1)
         rows.append(cells)
-    rows += _p_rows(repeats)
-    meaning = "95 % intervals" if len(repeats) == 1 else f"mean ± deviation over {len(repeats)} scorers, highest p"
+    several = len(repeats) > 1
+    meaning = f"mean ± standard deviation over {len(repeats)} scorers" if several else "95 % intervals"
     machine = first["machine"]
     # Without the folders of the machine that made the record.
     command = ABSOLUTE_FOLDER.sub("", machine.get("command", "unknown command"))
-    where = f"`{command}`; {machine.get('hardware', 'unknown hardware')}"
-    made = provenance(repeats)
-    caption = [f"{first.get('documents', 'unknown')} documents, {meaning}", where, *filter(None, [made])]
-    below = [first["rouge"]] if first.get("rouge") else []
-    below += sorted({f"Warning: {line}." for record in repeats for line in record.get("warnings", ())})
-    return "\n\n".join([f"{'; '.join(caption)}:", markdown(rows), *below])
+    where = machine.get("hardware", "unknown hardware")
+    caption = [f"{first.get('documents', 'unknown')} documents, {meaning}", where, provenance(repeats)]
+    parts = [f"{'; '.join(filter(None, caption))}:", markdown(rows)]
+    if tests := _p_rows(repeats):
+        parts += [f"Paired permutation tests, p{' (the highest of the scorers)' * several}:", markdown(tests)]
+    notes = [f"Command{' of the first scorer' * several}: `{command}`"]
+    notes += [first["rouge"]] if first.get("rouge") else []
+    notes += sorted({f"Warning: {line}." for record in repeats for line in record.get("warnings", ())})
+    return "\n\n".join([*parts, "\n".join(f"- {note}" for note in notes)])
 
 
 def _p_rows(repeats):
@@ -214,7 +218,11 @@ def _p_rows(repeats):
             worst = {
                 METRICS.get(metric, metric): max(each[metric] for each in same if metric in each) for metric in same[0]
             }
-            strongest = ", the strongest" if name == repeats[0].get("strongest") else ""
-            cells = {f"{metric}, %": f"{p:.2g}" for metric, p in worst.items()}
-            rows.append({"Summary": f"p, {whose} against the {name}{strongest}"} | cells)
+            strongest = " (the strongest)" if name == repeats[0].get("strongest") else ""
+            cells = {metric: f"{p:.2g}" for metric, p in worst.items()}
+            rows.append({"Test": f"{whose} against {name}{strongest}{_how_many(same, repeats)}"} | cells)
     return rows
+
+
+def _how_many(have_it, repeats):
+    return "" if len(have_it) == len(repeats) else f" ({len(have_it)} of {len(repeats)} scorers)"

@@ -33,9 +33,9 @@ def _loading(effects):
     sample = Sample.of(run.load_percent() for run in bases[0]) if bases else None
     if sample is None:
         return None
-    text = f"with two worker processes a step waits {sample.mean:.1f} % of its time for pictures"
+    text = f"with two worker processes, {sample.mean:.1f} % of the step time is spent waiting for images"
     if without:
-        text += f", and without them an epoch takes {interval_text(*without[0].time)} × the time"
+        text += f"; without workers, an epoch takes {interval_text(*without[0].time)} × as long"
     return f"**Loading**: {text} ([page]({PAGE}loading.md))."
 
 
@@ -47,7 +47,7 @@ def _by_hardware(effects, study, title, page):
             ratios.setdefault(each.hardware, each.time[0])
     if not ratios:
         return None
-    places = " and ".join(f"{ratio:.2f} × the time on {hardware}" for hardware, ratio in ratios.items())
+    places = "; ".join(f"{ratio:.2f} × as long on {hardware}" for hardware, ratio in ratios.items())
     return f"{title}: an epoch takes {places} ([page]({PAGE}{page}.md))."
 
 
@@ -57,7 +57,7 @@ def _recomputation(effects):
         return None
     least = min(found, key=lambda each: each.memory[0])
     text = f"{least.memory[0]:.2f} × the memory for {least.time[0]:.2f} × the time"
-    same = ", and the very same weights" if least.result == SAME else ""
+    same = ", with identical results" if least.result == SAME else ""
     return f"**Recomputing activations**: {text}{same} ([page]({PAGE}recomputation.md))."
 
 
@@ -65,8 +65,8 @@ def _everything(effects, runs):
     for race in accuracy.races(runs):
         ratio = accuracy.ratio_of(race, "everything on")
         if ratio:
-            text = f"{race.target:.1f} % test accuracy, which every run of the original's way (`resnext.py` as it is) "
-            text += f"reaches at some time, in {ratio} × its time{_furthest(runs)}"
+            text = f"reaches {race.target:.1f} % test accuracy, which every run of the original (`resnext.py` without "
+            text += f"options) reaches, in {ratio} × the time{_furthest(runs)}"
             return f"**Everything on**: {text} ([page]({PAGE}everything-on.md))."
     return _by_hardware(effects, "together", "**Everything on**", "everything-on")
 
@@ -90,8 +90,8 @@ def _re_ranking(evaluations):
         return None
     first, chosen, without, free, documents = min(gains, key=lambda each: each[1][0] - each[0][0])
     first, chosen, without = (" / ".join(f"{each:.1f}" for each in figures) for figures in (first, chosen, without))
-    text = f"ROUGE-1 / 2 / L of {documents} summaries from {first} to {chosen}, "
-    text += f"where the best rule without a scorer ({free}) has {without}"
+    text = f"on {documents} documents, ROUGE-1 / 2 / L goes from {first} to {chosen}; "
+    text += f"the best rule without a scorer ({free}) has {without}"
     return f"**Choosing among summaries** (SimCLS): {text} ([page](/docs/simcls.md#what-it-buys))."
 
 

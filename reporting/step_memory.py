@@ -16,7 +16,7 @@ RECORD = {
     "model": TEXT, "batch_size": COUNT, "weight_bytes": COUNT, "kinds": each(list, TEXT), "steps": each(dict, CURVE),
 }  # fmt: skip
 ADAM = 3  # Weights, and two moments of each.
-KINDS = {"passing": "passing, freed at once", "redone": "recomputed for backward"}  # What a legend calls them.
+KINDS = {"passing": "temporary, freed at once", "redone": "recomputed for backward"}  # What a legend calls them.
 
 
 def is_whole(record):
@@ -43,11 +43,11 @@ def draw(record):
     for panel in panels[:, 0]:
         panel.set_ylabel("memory, GiB")
     for panel in panels[-1]:
-        panel.set_xlabel("share of the step's operators that have run")
+        panel.set_xlabel("share of the step's operators executed")
     figure.legend(*panels.flat[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     parts = [record["machine"]["hardware"], provenance([record]), "dashed line: backward begins"]
     facts = "; ".join(filter(None, parts))
-    facts += "\na memory budget limits the peak of activations and their gradients, which stand above the weights"
-    title = f"The memory of one training step: {record['model']}, batch {record['batch_size']}"
+    facts += "\na memory budget limits the peak of activations and their gradients, stacked here on the weights"
+    title = f"Memory during one training step: {record['model']}, batch {record['batch_size']}"
     figure.suptitle(f"{title}\n{facts}", fontsize=11)
     return figure

@@ -33,8 +33,8 @@ def recomputation_label(run):
 
 IN_WORDS = {
     "0 workers": "loading without workers",
-    "device": "pictures kept where it trains",
-    "none": "nothing recomputed",
+    "device": "images on the training device",
+    "none": "no recomputation",
     "chain": "recomputing all but convolutions",
     "block": "recomputing whole blocks",
     "nested": "recomputing whole stages",
@@ -102,7 +102,7 @@ def together_arm(run):
     """Of all ResNeXt runs: what tells each from the original's way, which is resnext.py without any argument."""
     kept = ", freed memory kept" if run.arguments.get("keep_memory") else ""
     if run.experiment == "resnext_fast":
-        redone, sgd = recomputation_label(run), ", but SGD" * (run.arguments.get("optimizer") == "sgd")
+        redone, sgd = recomputation_label(run), ", with SGD" * (run.arguments.get("optimizer") == "sgd")
         label = f"everything on{sgd}" + ("" if redone == "none" else f", recomputing: {redone}")
         return Arm(label, (3, sgd, redone))
     if run.experiment == "resnext_checkpoint":
@@ -117,7 +117,7 @@ def together_arm(run):
     if loading == "2 workers" and not run.arguments.get("true_fp32"):
         asked = run.arguments
         changed = [asked.get("init"), asked.get("deterministic"), asked.get("lr") != published.LEARNING_RATE]
-        return Arm("the original's way", (0, batch_size, sum(map(bool, changed))), is_baseline=True)
+        return Arm("original", (0, batch_size, sum(map(bool, changed))), is_baseline=True)
     return Arm("no TF32" if run.arguments.get("true_fp32") else f"loading: {loading}", (1, batch_size))
 
 
@@ -156,7 +156,7 @@ A100_STEP = {"A100: step, ms": "step_ms", "A100: epoch, s": "epoch_s"}
 
 DATA_LOADER = Study(
     "data-loader",
-    "Loading pictures",
+    "Loading images",
     loading_arm,
     "Loading",
     "resnext.py with 2 workers",
@@ -227,7 +227,7 @@ TOGETHER = Study(
     "together",
     "Everything together",
     together_arm,
-    "Way",
+    "Set-up",
     "resnext.py with 2 workers and without --half_precision",
     (),
     (

@@ -18,12 +18,12 @@ NOT_SETTINGS = (
 
 NUMBER = re.compile(r"[+-]?[\d.]+( ± [\d.]+)?(, within the noise)?")
 CPU_NOTE = (
-    "On a CPU that was shared with other work: read the ratios, and those with care; `benchmarks/` interleaves its "
-    "sides."
+    "The CPU was shared with other work: rely on the ratios only, and with caution; `benchmarks/` interleaves what it "
+    "compares."
 )
-PUBLISHED_NOTE = f"The columns headed A100 are the original study's ({SETUP}), published; compare them with each other."
-PACE_NOTE = "Times are those of shorter runs of the same set-ups, taken in turn, where there are such."
-ONE_RUN_NOTE = "One run a row: the noise is not known."
+PUBLISHED_NOTE = f"Columns headed A100 are the original study's published figures ({SETUP}): not comparable with ours."
+PACE_NOTE = "Times are those of shorter, interleaved runs of the same set-ups, where there are any."
+ONE_RUN_NOTE = "One run per row: the noise is unknown."
 
 
 @dataclasses.dataclass(frozen=True)
@@ -216,7 +216,7 @@ def render(study, runs, with_cpu_times=True):
     for group in found:
         on_cpu = group.rows[0].runs[0].on_cpu
         rows = [_cells(study, group, row, found, with_cpu_times or not on_cpu) for row in group.rows]
-        notes = [CPU_NOTE] * on_cpu
+        notes = [CPU_NOTE] * (on_cpu and with_cpu_times)  # docs/results.md says it once for all its tables.
         if any(pace.timed(group, row, found)[0] is not row for row in group.rows):
             notes.append(PACE_NOTE)
         if all(len(row.runs) < 2 for row in group.rows):
@@ -235,7 +235,7 @@ def _without_baseline(study, group):
         return []
     keys = ", ".join(dict.fromkeys(f"{_words(name).lower()} {key}" for row in alone
                                    for name, key in zip(study.row_keys, row.keys, strict=True)))  # fmt: skip
-    return [f"No × {f'at {keys} ' if keys else ''}without a run of {study.baseline}, all else being the same."]
+    return [f"No ×{f' at {keys}' if keys else ''}: no run of {study.baseline} has otherwise equal settings."]
 
 
 def _cells(study, group, row, found, with_times):

@@ -248,9 +248,9 @@ def render(traces):
 
 
 EXPLANATION = (
-    "Means a step. Host: the time in the phase; GPU: the work that the phase launched; idle: the time in the phase in "
-    "which the device runs nothing (on a CPU: no operator but those of loading), so what it waits for. A trace slows "
-    "what it records: compare traces with each other."
+    "Means per step. Host: time in the phase. GPU: work that the phase launched. Idle: time in the phase during which "
+    "the device runs nothing (on a CPU: no operator except those of loading), that is, what the device waits for. "
+    "Tracing slows the run down: compare traces only with each other."
 )
 
 
@@ -267,12 +267,12 @@ def draw(traces, path):
         for panel, (letter, trace) in zip(panels[:, 0], lettered.items(), strict=True):
             _draw_lanes(panel, trace, colours)
             panel.set_title(line(letter, trace), fontsize=10, loc="left")
-        panels[-1, 0].set_xlabel("time from the step's begin, ms")
+        panels[-1, 0].set_xlabel("time since the start of the step, ms")
         panels[-1, 0].set_xlim(left=0)
         shown = {name for trace in traces for name, *_ in trace.phases + trace.work}
         handles = [Patch(color=colour, label=name) for name, colour in colours.items() if name in shown]
         handles.append(Patch(color=IDLE, label="the device is idle"))
-        finish(figure, handles, "Where a training step goes: one of median length")
+        finish(figure, handles, "Where the time of a step goes (the step of median length)")
     return save(figure, path)
 
 

@@ -235,7 +235,7 @@ def test_fast(fast_record, pictures):
     assert record["ratios"]["resnext_fast.py over the original"]["median"] == fast_row["times_original"]
     assert limits["times_the_larger_floor"] > 0
     text = benchmarks.render_tables({"here": [record]}, "fast")
-    assert f": resnext29_1x4d, {pictures.name} (44 pictures), " in text
+    assert f": resnext29_1x4d, {pictures.name} (44 images), " in text
     assert [row["technique"] for row in read_table(text)] == names
     assert float(read_table(text, 1)[0]["epoch, s"]) == pytest.approx(limits["epoch_seconds"], rel=0.01)
     assert "Training speed, technique by technique: resnext29_1x4d" in printed

@@ -100,9 +100,9 @@ def test_scaling(monkeypatch, tmp_path, capsys):
     more = 2**20 * (pictures["memory_mib"] - rows["pictures, an epoch", "8"]["memory_mib"])
     assert more == pytest.approx(8 * 2 * 3 * 40 * 40, rel=0.01)
     text = benchmarks.render_tables({"here": [record]}, "scaling")
-    assert text.startswith("What doubles when the work doubles, × the row before: resnext29_1x4d, ")
+    assert text.startswith("Time and memory as the work grows, × the row above: resnext29_1x4d, ")
     assert read_table(text)[1]["FLOPs, ×"] == "2.00"
-    assert "What doubles when the work doubles" in capsys.readouterr().out
+    assert "Time and memory as the work grows" in capsys.readouterr().out
 
 
 def test_allocator(run_script, tmp_path):

@@ -74,7 +74,7 @@ def test_the_whole_report(run_script, run_folder):
     result = run_script("report.py", run_folder, *options(run_folder))
     headings = re.findall(r"^## (.*)", result.stdout, flags=re.MULTILINE)
     assert headings == [
-        "Runs", "What each technique buys", "Loading pictures", "Half precision", "Recomputing activations",
+        "Runs", "What each technique buys", "Loading images", "Half precision", "Recomputing activations",
         "Everything together", "Phases of a step", "Benchmarks", "Benchmark memory", "The original study",
     ]  # fmt: skip
     assert re.search(r"`rouge` \| titles \| 12.3 \| 11.0 to 13.5 \|", result.stdout)
@@ -118,8 +118,8 @@ def test_a_deleted_record_takes_its_row_and_nothing_else(call_report, run_folder
     assert "half.json: not whole JSON" in after.err
     kept = [row for row in section(before, "Runs") if row["Loading"] != "0 workers" and row["Precision"] != "bf16"]
     assert section(after.out, "Runs") == kept
-    kept = [row for row in section(before, "Loading pictures") if row["Loading"] != "0 workers"]
-    assert section(after.out, "Loading pictures") == kept
+    kept = [row for row in section(before, "Loading images") if row["Loading"] != "0 workers"]
+    assert section(after.out, "Loading images") == kept
     assert len(kept) == 2
     assert "## Half precision" not in after.out  # One arm alone is no comparison.
     assert section(after.out, "Recomputing activations") == section(before, "Recomputing activations")
@@ -127,7 +127,7 @@ def test_a_deleted_record_takes_its_row_and_nothing_else(call_report, run_folder
 
 def test_only_some_tables(call_report, run_folder):
     output = call_report(run_folder, "--only", "checkpointing", "data-loader").out
-    assert re.findall(r"^## (.*)", output, flags=re.MULTILINE) == ["Recomputing activations", "Loading pictures"]
+    assert re.findall(r"^## (.*)", output, flags=re.MULTILINE) == ["Recomputing activations", "Loading images"]
 
 
 def test_no_records_is_no_failure(call_report, tmp_path):

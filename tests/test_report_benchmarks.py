@@ -115,7 +115,7 @@ def test_the_memory_tables_have_units_and_their_batch_sizes(read):
     text = benchmarks.render_tables(read(record_of("memory", "cuda", **MEMORY, training=TRAINING)), "memory")
     assert "Activation memory and recomputation: resnext29_4x64d, NVIDIA H100, batch 4:\n" in text
     assert read_table(text)[1] == {
-        "policy": "budget 0.5", "saved, MiB": "100", "of plain, %": "49.6", "FLOPs recomputed, %": "1.32",
+        "policy": "budget 0.5", "saved, MiB": "100", "saved, % of plain": "49.6", "FLOPs recomputed, %": "1.32",
         "peak, MiB": "–", "predicted saved, MiB": "99.0", "predicted peak, MiB": "115",
     }  # fmt: skip
     assert "Training steps with recomputation: resnext29_4x64d, NVIDIA H100:\n" in text  # The batch is a column.
@@ -130,8 +130,8 @@ def test_all_shares_of_the_memory_tables_are_percents(read):
     training = [row | {"saved_share": 0.25} for row in TRAINING]
     record = record_of("memory", **MEMORY, annealing=found, training=training, rounds=9)
     text = benchmarks.render_tables(read(record), "memory")
-    assert "Plans that a search by annealing finds: " in text
-    assert read_table(text, 1)[0]["by annealing, %"] == "7.01"
+    assert "The planner against simulated annealing: " in text
+    assert read_table(text, 1)[0]["FLOPs recomputed by annealing's plan, %"] == "7.01"
     assert read_table(text, 2)[0]["saved, % of plain"] == "25.0"
     assert text.count("n = 9 rounds") == 1  # Only steps were timed.
 
@@ -140,7 +140,7 @@ def test_the_limits_of_fast_are_a_table(read):
     limits = {"pflop_an_epoch": 1.27, "matmul_tflops_per_second": 390.5, "epoch_seconds": 9.25}
     text = benchmarks.render_tables(read(record_of("fast", model="resnext29_4x64d", limits=[limits])), "fast")
     assert read_table(text) == [
-        {"PFLOP an epoch": "1.27", "matrix product, TFLOP/s": "390", "epoch, s": "9.25"},
+        {"PFLOP per epoch": "1.27", "matrix product, TFLOP/s": "390", "epoch, s": "9.25"},
     ]  # fmt: skip
 
 

@@ -39,7 +39,7 @@ def test_two_folders_of_seeds_side_by_side(run_script, folders):
     ]
     rows = {row["Figure"]: row for row in read_table(result.stdout, 1)}
     assert rows["Step, ms"]["B / A"].startswith("1.50 (")  # Of the two seeds that both have.
-    assert rows["Step, ms"]["Difference"] == "more than the noise"
+    assert rows["Step, ms"]["Difference"] == "beyond the noise"
     assert rows["Saved for backward, MiB"]["B / A"] == "0.25"
     assert rows["Test accuracy, %"]["Difference"] == "within the noise"
     assert rows["Training loss"]["Difference"] == "none"
@@ -50,8 +50,8 @@ def test_a_run_may_be_named_by_its_weights_and_has_no_noise(folders):
     (folders / "a" / "a0.pt").touch()
     sides = [compare.read_side(folders / "a" / "a0.pt"), compare.read_side(folders / "a" / "a1.json")]
     rows = {row["Figure"]: row for row in read_table(compare.render(sides))}
-    assert rows["Step, ms"]["Difference"] == "not known: too few runs"
-    assert "No setting differs" in compare.render(sides)
+    assert rows["Step, ms"]["Difference"] == "unknown: too few runs"
+    assert "No setting except the seed differs" in compare.render(sides)
 
 
 def test_of_a_seed_that_was_run_again_the_latest_is_compared(folders):
@@ -130,11 +130,11 @@ def test_every_argument_that_tells_runs_apart_has_a_column():
 def test_rows_without_a_baseline_say_why():
     runs = [make_run(), make_run(experiment="resnext_checkpoint", policy="chain")]
     alone = make_run(experiment="resnext_checkpoint", policy="chain", batch_size=512)
-    note = "No × at batch size 512 without a run of resnext.py, all else being the same."
+    note = "No × at batch size 512: no run of resnext.py has otherwise equal settings."
     assert note in tables.render(CHECKPOINTING, [*runs, alone])
     assert "No ×" not in tables.render(CHECKPOINTING, runs)
     alone = [make_run(num_worker=0), make_run(num_worker=1)]
-    assert "No × without a run of resnext.py with 2 workers" in tables.render(DATA_LOADER, alone)
+    assert "No ×: no run of resnext.py with 2 workers" in tables.render(DATA_LOADER, alone)
 
 
 def test_two_sides_of_one_name_are_told_by_their_folders(tmp_path):

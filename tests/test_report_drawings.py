@@ -10,7 +10,7 @@ from reporting import figures, tables
 from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, TOGETHER
 
 POLICIES = [
-    "nothing recomputed",
+    "no recomputation",
     *(f"recomputing {what}" for what in ("all but convolutions", "whole blocks", "whole stages")),
 ]
 CHECKPOINT = {"experiment": "resnext_checkpoint", "memory_budget": None}
@@ -148,7 +148,7 @@ def test_the_time_line_of_a_gpu_names_arms_and_clocks():
     _, names = bars([make_run(), make_run(loader="device"), make_run(policy="chain", **CHECKPOINT)])
     assert names == [
         f"{name}, {side} time"
-        for name in ("the original's way", "pictures kept where it trains", "recomputing all but convolutions")
+        for name in ("original", "images on the training device", "recomputing all but convolutions")
         for side in ("host", "GPU")
     ]  # fmt: skip
 
@@ -160,7 +160,7 @@ def test_on_a_cpu_each_bar_is_scaled_by_the_baseline_of_its_own_group():
     runs = [make_run(1.0, num_epoch=2, **cpu), make_run(1.5, num_epoch=2, num_worker=0, **cpu)]
     runs += [make_run(2.0, num_epoch=6, **cpu), make_run(1.6, num_epoch=6, **half)]
     figure, names = bars(runs)
-    assert names == ["the original's way", "loading without workers", "half precision (bf16)"]
+    assert names == ["original", "loading without workers", "half precision (bf16)"]
     lengths = {}
     for bar in figure.axes[0].patches:
         position = round(bar.get_y() + bar.get_height() / 2)

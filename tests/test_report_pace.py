@@ -18,18 +18,18 @@ def test_time_to_accuracy():
     ]
     fast = [timed(make_run(experiment="resnext_fast", seed=seed), (2, 60), (4, 74), (6, 80)) for seed in (0, 1)]
     slow = [timed(make_run(num_worker=0, seed=0), (9, 50), (19, 60), (29, 74.9))]
-    rows = {row["Way"]: row for row in read_table(accuracy.render(base + fast + slow))}
+    rows = {row["Set-up"]: row for row in read_table(accuracy.render(base + fast + slow))}
     # All of the baseline reach 75 %: after 20 and 36 s.
-    assert rows["the original's way (baseline)"]["Seconds"].startswith("28.0")
+    assert rows["original (baseline)"]["Seconds"].startswith("28.0")
     assert rows["everything on"]["Reached by"] == "2 of 2"
     assert rows["everything on"]["Time, × (95 % interval)"].startswith("0.21 (")
     assert rows["loading: 0 workers"]["Reached by"] == "0 of 1"
     assert rows["loading: 0 workers"]["Seconds"] == "–"
-    assert "Until 75.0 %" in accuracy.render(base + fast)
+    assert "To 75.0 %" in accuracy.render(base + fast)
     wide = timed(make_run(experiment="resnext_fast", model="resnext29_2x8d"), (9, 70), (19, 75), (29, 81.2))
     toy = timed(make_run(experiment="resnext_fast", dataset="digits"), (9, 70), (19, 75), (29, 99))
     assert "in 0.21 (" in sentences.bullets(base + fast, [])
-    assert "× its time; resnext29_2x8d reached 81.2 % in 3 epochs" in sentences.bullets([*base, *fast, wide, toy], [])
+    assert "× the time; resnext29_2x8d reached 81.2 % in 3 epochs" in sentences.bullets([*base, *fast, wide, toy], [])
     del fast[0].epochs[1]["elapsed_seconds"]
     assert accuracy.races(base + fast)[0].baseline.seconds_to(75) == [20, 36]
     assert fast[0].accuracy_by_seconds() == []
@@ -40,7 +40,7 @@ def test_of_a_way_that_not_every_run_of_reached_the_target_no_mean_is_told():
     runs = [timed(make_run(seed=seed), (10, 50), (20, 80), (30, 75)) for seed in (0, 1)]
     fast = {"experiment": "resnext_fast", "lr": 0.1}
     runs += [timed(make_run(seed=seed, **fast), (2, 60), (4, 79), (6, best)) for seed, best in enumerate((82, 79))]
-    row = next(row for row in read_table(accuracy.render(runs)) if row["Way"] == "everything on")
+    row = next(row for row in read_table(accuracy.render(runs)) if row["Set-up"] == "everything on")
     assert row["Reached by"] == "1 of 2"
     assert (row["Epochs"], row["Seconds"], row["Time, × (95 % interval)"]) == ("–", "–", "–")
     (race,) = accuracy.races(runs)
@@ -69,27 +69,27 @@ def test_long_runs_are_timed_by_short_ones_that_were_run_in_turn():
     (row,) = read_table(headline.render(long + short))
     assert row["Time, ×"] == "0.21 (0.19 to 0.24)"
     assert row["n"] == "3"
-    assert "at the end" in row["Change in the result"]
-    assert "(times: shorter runs in turn)" in headline.render(long + short)
-    rows = {row["Way"]: row for row in read_table(accuracy.render(long + short))}
-    assert rows["the original's way (baseline)"]["Epochs"] == "3.0"
-    assert rows["the original's way (baseline)"]["Seconds"] == "304"
+    assert "last epoch" in row["Change in result"]
+    assert "(times: shorter, interleaved runs)" in headline.render(long + short)
+    rows = {row["Set-up"]: row for row in read_table(accuracy.render(long + short))}
+    assert rows["original (baseline)"]["Epochs"] == "3.0"
+    assert rows["original (baseline)"]["Seconds"] == "304"
     assert rows["everything on"]["Seconds"].startswith("46.0")  # Start-up once, and two epochs.
     # Of two rounds for three seeds, and for another machine or batch size, nothing is taken.
-    assert "in turn" not in headline.render(long + short[:4])
+    assert "interleaved" not in headline.render(long + short[:4])
     for run in short:
         run.machine["hardware"] = "another"
-    assert "in turn" not in headline.render(long + short)
+    assert "interleaved" not in headline.render(long + short)
     # Nor where the short runs of the baseline are missing.
     for run in short:
         run.machine["hardware"] = long[0].machine["hardware"]
-    assert "in turn" not in headline.render(long + short[1::2] + [paced(30, 50, num_worker=0)])
+    assert "interleaved" not in headline.render(long + short[1::2] + [paced(30, 50, num_worker=0)])
     # An arm that was not run in short, or with another batch size, says how many epochs it takes, and not how many
     # seconds.
     more = [paced(80, 60, 70, 72, half_precision="bfloat16", precision="bf16")]
     block = {"experiment": "resnext_checkpoint", "policy": "block"}
     more += [paced(90, 60, 70, 72, batch_size=512, **block), paced(10, 60, **block)]
-    rows = {row["Way"]: row for row in read_table(accuracy.render(long + short + more))}
+    rows = {row["Set-up"]: row for row in read_table(accuracy.render(long + short + more))}
     for name in ("half precision (bf16)", "recomputing: block, batch 512"):
         assert (rows[name]["Epochs"], rows[name]["Seconds"]) == ("2.0", "–")
 
@@ -100,9 +100,9 @@ def test_runs_of_other_settings_and_long_ones_time_no_others():
         return [paced(100, *[50] * number, **more), fast]
 
     long = pair(4)
-    assert "in turn" in headline.render(long + pair(2))
-    assert "in turn" not in headline.render(long + pair(3))  # These show a result of their own.
-    assert "in turn" not in headline.render(long + pair(2, model="resnext29_2x64d"))
+    assert "interleaved" in headline.render(long + pair(2))
+    assert "interleaved" not in headline.render(long + pair(3))  # These show a result of their own.
+    assert "interleaved" not in headline.render(long + pair(2, model="resnext29_2x64d"))
     # Two epochs, as a scorer is trained for, are timed by one, and one by no other.
-    assert "in turn" in headline.render(pair(2) + pair(1))
-    assert "in turn" not in headline.render(pair(1))
+    assert "interleaved" in headline.render(pair(2) + pair(1))
+    assert "interleaved" not in headline.render(pair(1))

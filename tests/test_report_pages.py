@@ -72,7 +72,7 @@ def prose(page):
     return re.sub(r"95 % (bootstrap )?interval|5 % level|LIMIT=\d+", "", text)
 
 
-MEASURED = re.compile(r"\d\s?(×|%|points|[MG]i?B\b|ms\b|pictures/s|TFLOP)|\d (times|x) as (fast|slow)")
+MEASURED = re.compile(r"\d\s?(×|%|points|[MG]i?B\b|ms\b|(images|pictures)/s|TFLOP)|\d (times|x) as (fast|slow)")
 BY_HAND = ("docs/log.md", "docs/original-study.md", "docs/glossary.md", "docs/techniques/loading.md")
 
 
@@ -109,14 +109,14 @@ def test_the_headline_has_a_row_for_each_technique_with_its_interval_and_what_wa
     runs = runs_of((1.0, 1.1, 0.9)) + runs_of((0.5, 0.52, 0.48), precision="fp16", half_precision="float16", acc=91.0)
     runs += runs_of((2.0,), num_worker=0) + [make_run(num_worker=4)]
     half, none = read_table(headline.render(runs))
-    assert none["Technique"].startswith("No worker processes")
-    assert none["Change in the result"] == "none: the same numbers"
-    assert none["As published, one A100, ×"] == "time 1.52"
+    assert none["Technique"].startswith("Loading without worker processes")
+    assert none["Change in result"] == "none: identical numbers"
+    assert none["Published (one A100), ×"] == "time 1.52"
     # 0.5, 0.473 and 0.533 of the run with the same seed: the logarithms scatter by 0.0604, and t is 4.30.
     assert half["Time, ×"] == "0.50 (0.43 to 0.58)"
-    assert half["Change in the result"] == "+1.0 points, best epoch against best (at the end +1.0 points)"
+    assert half["Change in result"] == "best epoch: +1.0 points; last epoch: +1.0 points"
     assert (half["n"], half["Memory, ×"]) == ("3", "1.00")
-    assert half["As published, one A100, ×"] == "time 0.76"
+    assert half["Published (one A100), ×"] == "time 0.76"
 
 
 def test_real_pictures_are_shown_before_digits_and_instead_of_them():
@@ -131,9 +131,9 @@ def test_real_pictures_are_shown_before_digits_and_instead_of_them():
         return [(row["Technique"].partition(":")[0], row["Time, ×"], row["Measured on"]) for row in rows]
 
     expected = [
-        ("Everything on, and another recipe (the optimizer Muon, one cycle of the rate)", "0.30", "CIFAR-10 (1)"),
+        ("Everything on, with a new recipe (Muon, one-cycle learning rate)", "0.30", "CIFAR-10 (1)"),
         ("Half precision", "0.70", "CIFAR-10 (1)"),
-        ("No worker processes for loading", "1.50", "handwritten digits (2)"),
+        ("Loading without worker processes", "1.50", "handwritten digits (2)"),
     ]
     for run in digits:
         run.machine["hardware"] = real[0].machine["hardware"]
@@ -149,9 +149,9 @@ def test_real_pictures_are_shown_before_digits_and_instead_of_them():
     for run in real:
         for epoch in run.epochs:
             epoch["timing"]["phases"]["data load"]["device_ms"]["total"] *= 2
-    assert "a step waits 8.0 % of its time" in sentences.bullets(real, [])
+    assert "8.0 % of the step time is spent waiting" in sentences.bullets(real, [])
     # Both numbers of the sentence are of one group.
-    assert "a step waits 4.0 % of its time for pictures, and without them" in sentences.bullets(digits + real, [])
+    assert "4.0 % of the step time is spent waiting for images; without workers" in sentences.bullets(digits + real, [])
 
 
 def test_another_machine_has_a_row_of_its_own_where_it_says_something_else():
@@ -165,7 +165,7 @@ def test_another_machine_has_a_row_of_its_own_where_it_says_something_else():
     runs = measured("AMD EPYC, AVX-512", 0.5, 0.52, 0.48) + measured("AMD EPYC, AVX2", 2.0, 2.1, 1.9)
     runs += measured("AMD EPYC, SSE", 0.52, 0.54, 0.5)
     shown = [row["Technique"].partition(":")[0] for row in read_table(headline.render(runs))]
-    assert shown == ["Half precision", "Half precision", "No worker processes for loading"]
+    assert shown == ["Half precision", "Half precision", "Loading without worker processes"]
     assert len(read_table(headline.render(runs, "mixed-precision"))) == 3
     # Of single runs nothing is known to be the same.
     singles = [make_run(), make_run(0.5, precision="fp16", half_precision="float16", num_worker=2)]
@@ -188,7 +188,7 @@ def test_of_several_evaluations_the_smallest_gain_is_told():
 
     line = sentences.bullets([], [evaluation(0.36), evaluation(0.34), evaluation(0.38)])
     expected = (
-        "from {0} / {0} / {0} to {1} / {1} / {1}, where the best rule without a scorer (Bayes risk) has {2} / {2} / {2}"
+        "from {0} / {0} / {0} to {1} / {1} / {1}; the best rule without a scorer (Bayes risk) has {2} / {2} / {2}"
     )
     assert expected.format("30.0", "34.0", "32.0") in line
 
@@ -222,8 +222,8 @@ def test_only_half_precision_is_called_so():
     assert row["Time, ×"] == "0.80"
     kept = [make_run(device="cpu"), make_run(0.6, device="cpu", keep_memory=True)]
     (row,) = read_table(headline.render(kept))
-    assert row["Technique"].startswith("Freed memory stays")
-    assert row["Change in the result"] == headline.SAME
+    assert row["Technique"].startswith("Keeping freed memory")
+    assert row["Change in result"] == headline.SAME
 
 
 def test_two_machines_of_one_kind_share_no_row(tmp_path):
@@ -242,7 +242,7 @@ def test_flags_that_tell_rows_apart_stand_in_order():
     """Not as a set has them, which is another in every process."""
     fast = {"experiment": "resnext_fast", "half_precision": "bfloat16"}
     runs = [make_run(), make_run(**fast), make_run(**fast, d=1, a=2, c=3, b=4)]
-    labels = [row["Way"] for row in read_table(tables.render(studies.TOGETHER, runs))]
+    labels = [row["Set-up"] for row in read_table(tables.render(studies.TOGETHER, runs))]
     assert "everything on (--a 2, --b 4, --c 3, --d 1)" in labels
 
 
@@ -292,17 +292,14 @@ def test_another_recipe_is_compared_by_the_best_epochs():
     runs = trained("resnext", (67.0, 60.0), (68.0, 67.0))  # The last epochs are a draw.
     runs += trained("resnext_fast", (82.5, 82.5), (83.0, 83.0), (82.8, 82.8), loader="device", lr=0.1, save_every=1.0)
     (row,) = read_table(headline.render(runs))
-    assert (
-        row["Change in the result"]
-        == "+15.2 points, best epoch against best (at the end +19.2 points, within the noise)"
-    )
+    assert row["Change in result"] == "best epoch: +15.2 points; last epoch: +19.2 points, within the noise"
 
 
 def test_results_are_the_same_where_each_seed_s_are():
     runs = [make_run(seed=seed, acc=80.0 + seed) for seed in (0, 1)]
     runs += [make_run(seed=seed, acc=81.0 - seed, num_worker=0) for seed in (0, 1)]
     (row,) = read_table(headline.render(runs))
-    assert row["Change in the result"].startswith("+0.0 points")
+    assert row["Change in result"].startswith("best epoch: +0.0 points")
 
 
 def test_a_scorer_of_few_updates_shows_no_result():
@@ -312,7 +309,7 @@ def test_a_scorer_of_few_updates_shows_no_result():
         for run in runs:
             run.epochs[-1] |= {"losses": [[updates, 0.5]], "val_loss": 0.5}
         (row,) = read_table(headline.render(runs, "simcls"))
-        assert row["Change in the result"] == told
+        assert row["Change in result"] == told
     runs[1].epochs[-1]["losses"] = [[99, 0.5]]
     assert headline.render(runs) == ""  # The page of all shows what is known.
 
@@ -320,4 +317,4 @@ def test_a_scorer_of_few_updates_shows_no_result():
 def test_published_times_and_memory_stand_beside_ours_and_n_is_of_the_smaller_side():
     runs = runs_of((1.0, 1.1)) + runs_of((1.4,), experiment="resnext_checkpoint", policy="nested")
     (row,) = read_table(headline.render(runs))
-    assert (row["n"], row["As published, one A100, ×"]) == ("1", "time 1.43, memory 0.65")
+    assert (row["n"], row["Published (one A100), ×"]) == ("1", "time 1.43, memory 0.65")

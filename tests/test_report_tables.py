@@ -172,26 +172,31 @@ def test_evaluation_table():
         "p_values": {"generator": {"rouge1": 0.00412, "rougeL": 1}},
     }  # fmt: skip
     text = overview.evaluations([record])
-    assert "50 documents, 95 % intervals; `evaluate_model.py --samples test`; AMD EPYC, 2 cores:" in text
-    generator, p_value = read_table(text)
+    assert "50 documents, 95 % intervals; AMD EPYC, 2 cores:" in text
+    assert "Command: `evaluate_model.py --samples test`" in text
+    (generator,), (p_value,) = read_table(text), read_table(text, 1)
     assert generator == {
         "Summary": "generator", "ROUGE-1, %": "30.00 (28.10 to 32.49)", "ROUGE-L, %": "30.00 (28.10 to 32.49)",
     }  # fmt: skip
-    assert (p_value["ROUGE-1, %"], p_value["ROUGE-L, %"]) == ("0.0041", "1")
+    assert (p_value["ROUGE-1"], p_value["ROUGE-L"]) == ("0.0041", "1")
 
     other = copy.deepcopy(record)
     other["arguments"] |= {"scorer_path": "b", "output": "b"}
     other["systems"]["generator"]["rouge1"]["mean"] = 0.4
     other["p_values"]["generator"]["rouge1"] = 0.5
     text = overview.evaluations([record, other])
-    assert "mean ± deviation over 2 scorers" in text
-    generator, p_value = read_table(text)
+    assert "mean ± standard deviation over 2 scorers" in text
+    (generator,), (p_value,) = read_table(text), read_table(text, 1)
     assert generator["ROUGE-1, %"] == "35.00 ± 7.07"
-    assert p_value["ROUGE-1, %"] == "0.5"
+    assert p_value["ROUGE-1"] == "0.5"
+    # What one of the scorers alone has is told as that.
+    other["systems"]["scorer alone"] = {"rouge1": interval}
     other["p_values_alone"] = {"generator": {"rouge1": 0.2}}
-    assert read_table(overview.evaluations([record, other]))[1:] == [
-        {"Summary": "p, SimCLS against the generator", "ROUGE-1, %": "0.5", "ROUGE-L, %": "1"},
-        {"Summary": "p, scorer alone against the generator", "ROUGE-1, %": "0.2", "ROUGE-L, %": "–"},
+    text = overview.evaluations([record, other])
+    assert read_table(text)[1] == {"Summary": "scorer alone (1 of 2 scorers)", "ROUGE-1, %": "30.00", "ROUGE-L, %": "–"}
+    assert read_table(text, 1) == [
+        {"Test": "SimCLS against generator", "ROUGE-1": "0.5", "ROUGE-L": "1"},
+        {"Test": "scorer alone against generator (1 of 2 scorers)", "ROUGE-1": "0.2", "ROUGE-L": "–"},
     ]
     renamed = copy.deepcopy(record)
     renamed["systems"]["generator"]["rouge9"] = renamed["systems"]["generator"].pop("rouge1")
@@ -239,7 +244,7 @@ def test_the_sentence_on_recomputation_is_of_what_saves_most():
     for run, share in zip(runs, (1, 0.5, 0.25), strict=True):
         for epoch in run.epochs:
             epoch["timing"]["peak_memory"]["allocated_bytes"] *= share
-    assert "0.25 × the memory for 1.30 × the time, and the very same weights (" in sentences.bullets(runs, [])
+    assert "0.25 × the memory for 1.30 × the time, with identical results (" in sentences.bullets(runs, [])
     runs[2].epochs[0]["test_acc"] += 0.5
     assert "0.25 × the memory for 1.30 × the time (" in sentences.bullets(runs, [])
 
