@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 
 from harness import arguments, endings
 from harness.endings import UserError
-from reporting import accuracy, benchmarks, headline, loops, overview, records, sentences, tables, terminal
+from reporting import accuracy, benchmarks, headline, loops, overview, records, sentences, studies, tables, terminal
 from reporting.pages import pages, rewrite
 
 FOLDERS = ("runs", "model_history", "resnext/model_history", "SimCLS/cache")
@@ -113,7 +113,7 @@ def sections(runs, evaluations, measured, with_cpu_times):
     """
     parts = {"runs": ("Runs", overview.every_run(runs, with_cpu_times))}
     parts["headline"] = ("What each technique buys", headline.render(runs))
-    for study in headline.STUDIES:
+    for study in studies.STUDIES:
         parts[study.name] = (study.title, tables.render(study, runs, with_cpu_times))
     parts["time-to-accuracy"] = ("Time to accuracy", accuracy.render(runs, with_cpu_times))
     parts["evaluation"] = ("SimCLS before and after", overview.evaluations(evaluations))

@@ -58,7 +58,7 @@ def get_args_parser():
     add("--batch_size", type=arguments.positive_int, default=4, help="documents a step, over all processes")
     add("--accumulate_step", type=arguments.positive_int, default=2, help="steps whose gradients make one update")
     add("--lr", type=arguments.learning_rate, default=1e-4, help="peak learning rate of Adam")
-    add("--warmup", type=arguments.fraction, default=0.1, help="share of the updates in which the rate rises")
+    add("--warmup", type=arguments.positive_share, default=0.1, help="share of the updates in which the rate rises")
     add("--grad_norm", type=arguments.non_negative_float, default=1.0, help="clip gradients to it; 0 does not clip")
     add("--rank_weight", type=arguments.non_negative_float, default=1.0, help="of the ranking loss")
     add("--mle_weight", type=arguments.non_negative_float, default=0.1, help="of the reference's cross-entropy")

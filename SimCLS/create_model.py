@@ -118,7 +118,6 @@ def create_t5(args, tokenizer):
 
 
 def create_bert(args, tokenizer):
-    """A BertModel with random weights."""
     config = transformers.BertConfig(
         vocab_size=len(tokenizer),
         hidden_size=args.d_model,

@@ -151,9 +151,9 @@ class SampleSet(torch.utils.data.Dataset):
             lengths,
             torch.from_numpy(row_of_text[documents]),
             torch.from_numpy(row_of_text[documents + 1]),
-            padded([row_of_text[each] for each in candidates], 0, torch.int64),
-            padded([self.figures("score", number) for number in numbers], 0, torch.float32),
-            padded([np.ones(len(each)) for each in candidates], 0, torch.bool),
+            padded([row_of_text[each] for each in candidates], 0, np.int64),
+            padded([self.figures("score", number) for number in numbers], 0, np.float32),
+            padded([np.ones(len(each)) for each in candidates], 0, bool),
         )
 
 
@@ -196,7 +196,7 @@ def _pad_groups(texts, pad, tokens_per_call):
     groups, lengths = [], []
     for start, end in itertools.pairwise([*starts, len(order)]):
         members = order[start:end]
-        groups.append(padded([texts[member] for member in members], pad, torch.int64))
+        groups.append(padded([texts[member] for member in members], pad, np.int64))
         even = sizes[members[0]] == sizes[members[-1]]
         lengths.append(None if even else torch.from_numpy(sizes[members]))
     row_of_text = np.empty(len(texts), dtype=np.int64)
@@ -205,8 +205,8 @@ def _pad_groups(texts, pad, tokens_per_call):
 
 
 def padded(rows, value, dtype):
-    """Lists or arrays of one dimension as one tensor [rows, the longest] of this dtype, `value` at their ends."""
-    array = np.full((len(rows), max(map(len, rows))), value, dtype=torch.empty(0, dtype=dtype).numpy().dtype)
+    """Lists or arrays of one dimension as one tensor [rows, the longest] of this NumPy dtype, `value` at their ends."""
+    array = np.full((len(rows), max(map(len, rows))), value, dtype)
     for place, row in zip(array, rows, strict=True):
         place[: len(row)] = row
     return torch.from_numpy(array)

@@ -62,19 +62,25 @@ from search.generator import (
     search_settings,
 )
 from texts import provenance
-from texts.documents import Document, add_dataset_arguments, find_dataset, read_splits
-from texts.samples import as_sample, read_sample, sample_files
+from texts.documents import add_dataset_arguments, find_dataset, read_splits
+from texts.samples import as_document, as_sample, read_sample, sample_files
 from texts.scoring import add_rouge_argument, check_references, mean_score, score, signature
 from texts.sentences import SentenceSplitter
 
 EXPERIMENT = "simcls_evaluation"
 SHOWN = 3
 # Settings of a search, and the arguments that name them.
-ASKED = {name: name for name in ("length_penalty", "min_length", "no_repeat_ngram_size", "max_source_length")}
-ASKED |= {"max_length": "decoder_max_len"}
+ASKED = {
+    "length_penalty": "length_penalty", "min_length": "min_length", "no_repeat_ngram_size": "no_repeat_ngram_size",
+    "max_source_length": "max_source_length", "max_length": "decoder_max_len",
+}  # fmt: skip
 # What a record says besides its arguments, and what it means that another one says something else.
-USED = {"places": "other folders of the same names", "precision": "another precision"}
-USED |= {"scorer_digest": "other weights of the scorer", "input_digest": "other contents under these names"}
+USED = {
+    "places": "other folders of the same names",
+    "precision": "another precision",
+    "scorer_digest": "other weights of the scorer",
+    "input_digest": "other contents under these names",
+}
 ORDER = (*FREE, "worst", "best", ALONE, "SimCLS")
 # Arguments that change no figures.
 NEUTRAL = ("output", "batch_size", "cand_gen_batch", "device", "threads")
@@ -111,13 +117,13 @@ def main():
     check_arguments(args)
     beside = args.summaries or args.scorer_path
     output = args.output or beside.with_name("evaluation.json")
-    arguments = {name: value for name, value in vars(args).items() if name not in NEUTRAL}
+    settings = {name: value for name, value in vars(args).items() if name not in NEUTRAL}
     with distributed.world(devices.choose(args)) as world:
         judge = None if args.summaries else load_judge(args, world)
-        used = {"places": places(arguments), "input_digest": digest_of_input(args)}
+        used = {"places": places(settings), "input_digest": digest_of_input(args)}
         if judge:
             used |= {"precision": judge.precision.label, "scorer_digest": judge.digest}
-        refuse_to_replace(output, portable(arguments), used)
+        refuse_to_replace(output, portable(settings), used)
         judged = judge_candidates(args, world, judge) if judge else judge_files(args)
         result = summarise(judged.systems) | judged.facts
         print_table(result)
@@ -226,7 +232,7 @@ def judge_candidates(args, world, judge):
     return Judged(systems, facts | {"weights": weights, "provenance": candidates.origin})
 
 
-class Candidates(NamedTuple):
+class JudgedCandidates(NamedTuple):
     samples: list  # Dicts as from `read_sample`, with "rouge".
     plain: list | None  # Samples whose first candidates are those of the generator's plain beam search.
     origin: dict | None  # The provenance of the candidates.
@@ -234,13 +240,12 @@ class Candidates(NamedTuple):
 
 
 def load_candidates(args, world, precision):
-    """The Candidates of --samples, or generated ones of the test documents, in their order."""
+    """The JudgedCandidates of --samples, or generated ones of the test documents, in their order."""
     if args.samples:
         found = read_samples(args)
         if found.plain or not args.generator_name:
             return found
-        texts = [(" ".join(each["article_untok"]), " ".join(each["abstract_untok"])) for each in found.samples]
-        documents = [Document(*each) for each in texts]
+        documents = [as_document(sample) for sample in found.samples]
         args = argparse.Namespace(**vars(args) | {"num_cands": len(found.samples[0]["candidates"])})
         generator = load_search(args, world, precision, "beam", found.origin)
         return found._replace(plain=generate_samples(generator, documents, args.cand_gen_batch, args.rouge_tokens))
@@ -253,7 +258,7 @@ def load_candidates(args, world, precision):
         beam = load_search(args, world, precision, "beam")
         plain = generate_samples(beam, documents, args.cand_gen_batch, args.rouge_tokens)
     splitter = SentenceSplitter(document.text for document in documents).kind
-    return Candidates(samples, plain, generator.origin(args.generator_name, path, every), splitter)
+    return JudgedCandidates(samples, plain, generator.origin(args.generator_name, path, every), splitter)
 
 
 def load_search(args, world, precision, search, origin=None):
@@ -289,7 +294,7 @@ def as_in_samples(settings, origin, args):
 
 
 def read_samples(args):
-    """The Candidates of --samples; a line where there can be no row of plain beam search."""
+    """The JudgedCandidates of --samples; a line where there can be no row of plain beam search."""
     samples = [read_sample(path) for path in sample_files(args.samples)]
     check_references((" ".join(sample["abstract"]) for sample in samples), args.rouge_tokens, args.samples)
     for sample in samples:
@@ -300,7 +305,7 @@ def read_samples(args):
     is_plain = origin is not None and begins_with_beam_search(origin["search"])
     if not is_plain and not args.generator_name:
         print("no row of plain beam search, which these samples have not; --generator_name beside --samples makes it")
-    return Candidates(samples, samples if is_plain else None, origin, made.get("sentences", "as in the samples"))
+    return JudgedCandidates(samples, samples if is_plain else None, origin, made.get("sentences", "as in the samples"))
 
 
 def compare(samples, chosen, plain=None):

@@ -31,7 +31,7 @@ import torch
 import transformers
 from pretrained import check_apart, check_lengths, half_precision_dtype, refuse_to_replace
 
-from harness import arguments, determinism, devices, endings, resume, torchvision_compat, tracing  # noqa: F401
+from harness import arguments, determinism, devices, endings, resume, runs, torchvision_compat, tracing  # noqa: F401
 from harness.distributed import read_job
 from harness.endings import UserError
 from harness.files import as_recorded, output_lock, places, publish, staging, write_json, write_record
@@ -45,7 +45,7 @@ from texts.documents import add_dataset_arguments, read_splits
 from texts.scoring import add_rouge_argument, check_references
 from texts.sentences import SentenceSplitter
 
-NOT_RESULTS = ("resume", "restart", "save_dir", "trace", "device", "threads")  # What a resumed run may change.
+NOT_RESULTS = (*runs.NOT_RESULTS, "save_dir")
 STATE_FILES = ("model*", "optimizer.pt", "scheduler.pt", "rng_state*")  # Of the Trainer, besides trainer_state.json.
 
 
@@ -68,8 +68,8 @@ def get_args_parser():
     tracing.add_argument(training)
     training.add_argument("--batch_size", type=integer, default=16, help="documents a step, over all processes")
     training.add_argument("--lr", type=arguments.learning_rate, default=3e-4, help="peak learning rate of AdamW")
-    training.add_argument("--warmup", type=arguments.fraction, default=0.05, help="share of the updates in which the "
-                          "rate rises to its peak, from which it falls to 0")  # fmt: skip
+    training.add_argument("--warmup", type=arguments.positive_share, default=0.05,
+        help="share of the updates in which the rate rises to its peak, from which it falls to 0")  # fmt: skip
     training.add_argument("--label_smoothing", type=arguments.share_below_one, default=0.1,
                           help="weight of the uniform distribution in the target")  # fmt: skip
     training.add_argument("--dropout", type=arguments.share_below_one, help="default: the generator's own")

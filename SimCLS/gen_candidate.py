@@ -78,7 +78,6 @@ def main():
 
 
 def candidate_files(generator, folder, split, documents, world):
-    """The CandidateFiles of one split."""
     settings = generator.settings | {
         "generator": generator.fingerprint,
         "documents": hashlib.sha256(json.dumps(documents).encode()).hexdigest(),

@@ -26,8 +26,7 @@ from harness.precision import choose_precision
 from harness.timing import PhaseTimer
 from scorer.combination import fit_best
 from scorer.layer_plan import plan_memory
-from scorer.losses import loss_of
-from scorer.metrics import Metrics, validate
+from scorer.metrics import Metrics, loss_of, validate
 from scorer.optimization import Schedule, clip_gradients, seed_step
 from scorer.scorer_arguments import cached_path, get_args_parser, starting_weights
 from scorer.scorer_run import ScorerRun

@@ -129,14 +129,9 @@ def ranking_loss(scores, gold_scores, rouge, present, margin=MARGIN, gold_margin
     missing = F.relu(scores[:, None, :] - scores[:, :, None] + margin * distance)
     # Without ties a difference of d occurs in (count - d) pairs.
     candidate_loss = torch.where(better, missing / (count[:, None, None] - distance).clamp(min=1), 0).sum((1, 2))
-    return (candidate_loss + gold_weight * gold_loss(scores, gold_scores, present, gold_margin)).mean()
-
-
-def gold_loss(scores, gold_scores, present, gold_margin=0.0):
-    """What is missing until the reference scores `gold_margin` above the candidates, in their mean: float [documents].
-    The arguments are as for `ranking_loss`."""
     missing = F.relu(scores - gold_scores[:, None] + gold_margin)
-    return torch.where(present, missing, 0).sum(1) / present.sum(1)
+    gold_loss = torch.where(present, missing, 0).sum(1) / count
+    return (candidate_loss + gold_weight * gold_loss).mean()
 
 
 @torch.inference_mode()

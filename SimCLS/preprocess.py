@@ -95,7 +95,6 @@ def main():
 
 
 def own_samples(folder):
-    """The Paths of the samples in `folder`."""
     return [path for path in folder.iterdir() if FILE_NAME.fullmatch(path.name)]
 
 

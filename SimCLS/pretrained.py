@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoTokenizer
 from transformers.utils import logging
 
 from harness.endings import UserError
-from harness.files import is_text
+from harness.files import is_utf8
 from reporting.shapes import WHOLE, fault, is_number
 
 HUB_TIMEOUT = 5  # seconds
@@ -137,7 +137,7 @@ def check_apart(folder, source):
 
 
 def _check_name(folder):
-    if not is_text(Path(folder).absolute()):
+    if not is_utf8(Path(folder).absolute()):
         raise UserError(f"--save_dir {folder}: the name of that place is not UTF-8, which tokenizers need")
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import Reference, check, finish, get_parser, interleaved, new_record, ratio_summary
+from common import CPU, Reference, check, finish, get_parser, interleaved, new_record, ratio_summary
 
 import torch
 from fast import ORIGINAL
@@ -28,7 +28,6 @@ from experiment import model_name
 from harness import arguments, endings
 from harness.memory import keep_freed_memory
 
-CPU = torch.device("cpu")
 WAYS = {"original": [*ORIGINAL.split(), "--num_worker", "0"], "resnext_fast.py": ["--channels_last", "True"]}
 SIDES = ("given back", "kept")
 TARGETS = {"cpu": {"resnext29_2x4d, original": ("at least", 1.2), "resnext29_2x4d, resnext_fast.py": ("at least", 1.1)}}

@@ -19,7 +19,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import ROOT, Reference, check, finish, get_parser, interleaved, new_record, ratio_summary
+from common import CPU, ROOT, Reference, check, finish, get_parser, interleaved, new_record, ratio_summary
 
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
@@ -36,7 +36,6 @@ from texts.documents import clean, find_dataset, read_documents, split_documents
 from texts.samples import as_sample
 from texts.sentences import SentenceSplitter
 
-CPU = torch.device("cpu")
 NEEDS = "ctranslate2 4.8, torch and transformers"
 SHAPE, DEMO = "t5-small shape", "demonstration"
 TIE = 1e-3  # Of scores, which are mean log-probabilities of a token.

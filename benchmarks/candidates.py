@@ -24,7 +24,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import Reference, check, finish, get_parser, interleaved, new_record, ratio_summary
+from common import CPU, Reference, check, finish, get_parser, interleaved, new_record, ratio_summary
 
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
@@ -41,7 +41,6 @@ from texts.documents import find_dataset, read_documents, split_documents
 LONGEST = 512
 PAD, END = 0, 1
 NEEDS = "torch and transformers 4.56.2"
-CPU = torch.device("cpu")
 TARGETS = {
     "cpu": {
         "t5-small shape, original": ("at least", 8.0),

@@ -24,6 +24,8 @@ from reporting import benchmarks, terminal
 from reporting.verdicts import median_interval
 
 HERE = Path(__file__).resolve().parent
+CPU, ON_CUDA = torch.device("cpu"), torch.cuda.is_available()
+DEVICE = torch.device("cuda") if ON_CUDA else CPU
 
 
 def get_parser(description, name, rounds=None):

@@ -22,7 +22,7 @@ from statistics import median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import ROOT, Reference, check, finish, get_parser, interleaved, new_record, ratio_summary
+from common import CPU, ROOT, Reference, check, finish, get_parser, interleaved, new_record, ratio_summary
 
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
@@ -46,7 +46,6 @@ CANDIDATES = 16
 LONGEST = 512
 BATCH = 16  # evaluate_model.py's default, of both its models.
 REFERENCE_BATCH = 4  # At which transformers is fastest on a CPU.
-CPU = torch.device("cpu")
 TARGETS = {"cpu": {"plain": ("at least", 5.0)}}
 
 

@@ -1,7 +1,7 @@
 """How many times as fast as in the original's way resnext_fast.py trains, technique by technique. Targets: TARGETS.
 
-    python3 benchmarks/fast.py                                                    digits, speed alone
-    python3 benchmarks/fast.py --dataset cifar10 --fast_epochs 30 --seeds 0 1 2   and accuracy over seeds
+    python3 benchmarks/fast.py
+    python3 benchmarks/fast.py --dataset cifar10
 
 From the original's way (Adam, 2 workers, contiguous, eager) to the fast one, a row a technique, each on top of those
 before it that resnext_fast.py has on by default on this device; the others are measured and not carried on. One row,
@@ -15,9 +15,6 @@ for the fastest algorithms is on in all rows, in favour of the original's.
 
 How far the script is from the hardware's limit, hardware_limits.py measures. On a CPU the script also keeps freed
 memory, which no row does here: one process cannot do both in turn. allocator.py measures it.
-
---fast_epochs trains resnext_fast.py over --seeds; what is trained already in --run_dir is not trained again, and what
-was interrupted goes on.
 """
 
 import dataclasses
@@ -28,11 +25,10 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import ROOT, finish, get_parser, interleaved_rounds, new_record, ratio_summary, save
+from common import DEVICE, ON_CUDA, ROOT, finish, get_parser, interleaved_rounds, new_record, ratio_summary, save
 
 import torch
 from exactness import Exact
-from fast_accuracy import accuracy
 from fast_steps import LongEpochs, TrainingSteps, fastest_layout
 from hardware_limits import distance, forward_work
 from resnext_fast import get_fast_args_parser
@@ -84,34 +80,27 @@ class Row:
 
 
 def get_args_parser():
-    on_cuda = torch.cuda.is_available()
-    parser = get_parser(__doc__, "fast", rounds=10 if on_cuda else 7)
+    parser = get_parser(__doc__, "fast", rounds=10 if ON_CUDA else 7)
     add = parser.add_argument
     add("--dataset", choices=("cifar10", "digits", "folder"), default="digits")
     add("--data_dir", default=str(ROOT / "resnext" / "data"))
-    add("--model", type=model_name, default="resnext29_4x64d" if on_cuda else "resnext29_2x16d")
-    add("--batch_size", type=arguments.positive_int, default=128 if on_cuda else 64)
-    add("--steps", type=arguments.positive_int, default=30 if on_cuda else 9, help="of a row in a round")
+    add("--model", type=model_name, default="resnext29_4x64d" if ON_CUDA else "resnext29_2x16d")
+    add("--batch_size", type=arguments.positive_int, default=128 if ON_CUDA else 64)
+    add("--steps", type=arguments.positive_int, default=30 if ON_CUDA else 9, help="of a row in a round")
     add("--techniques", nargs="*", choices=TECHNIQUES, default=list(TECHNIQUES), help="rows besides the original's")
-    add("--fast_epochs", type=arguments.non_negative_int, default=0)
-    add("--seeds", type=arguments.seed, nargs="+", default=[0])
-    add("--run_dir", type=Path, default=ROOT / "runs" / "fast", help="where the records of the training runs go")
     return parser
 
 
 def main():
     args = get_args_parser().parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
-    layout, milliseconds = fastest_layout(Row(FAST, common_flags(args)).args, device)
-    rows = make_rows(args, device, layout)
-    record = new_record("fast", device, layout_milliseconds=milliseconds)
+    layout, milliseconds = fastest_layout(Row(FAST, common_flags(args)).args, DEVICE)
+    rows = make_rows(args, DEVICE, layout)
+    record = new_record("fast", DEVICE, layout_milliseconds=milliseconds)
     record |= {name: getattr(args, name) for name in ("dataset", "model", "batch_size", "steps", "rounds")}
     if args.dataset == "folder":
         record["dataset"] = Path(args.data_dir).resolve().name
-    measure_speed(rows, record, functools.partial(save, record, args), args, device, layout)
-    row = own_row(args, layout)
-    record["accuracy"] = [{"technique": row.label} | accuracy(row, args)] if args.fast_epochs else []
+    measure_speed(rows, record, functools.partial(save, record, args), args, DEVICE, layout)
     finish(record, args)
 
 

@@ -11,13 +11,14 @@ from resnext_fast import compiled, make_optimizer
 from torch import nn
 from torch.utils.data import DataLoader
 
+from harness.devices import synchronize
 from harness.distributed import World
 from harness.loading import EpochBatches
 from harness.memory import SavedBytes, reset_peak_memory
 from harness.precision import choose_precision
 from image_loaders import training_loader
 from images import ImageData
-from layouts import Layout, candidates, fastest
+from layouts import Layout, fastest, open_layouts
 from models.resnext import ResNeXt, parse_name
 
 WARM_UP = 2  # Steps, besides the one that is checked.
@@ -90,8 +91,7 @@ class TrainingSteps:
         start = time.perf_counter()
         for _ in range(steps):
             self.step()
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(self.device)
         return time.perf_counter() - start
 
 
@@ -99,7 +99,7 @@ def fastest_layout(args, device):
     """(the Layout that resnext_fast.py chooses here with its arguments `args`, {layout: milliseconds a picture})"""
     precision = choose_precision(args.half_precision, device)
     model = ResNeXt(*parse_name(args.model)).to(device)
-    return fastest(model, candidates(None, None), precision, World(0, 1, device), args.batch_size, args.size)
+    return fastest(model, open_layouts(None, None), precision, World(0, 1, device), args.batch_size, args.size)
 
 
 def random_pictures(count, side):
@@ -129,7 +129,6 @@ class LongEpochs(EpochBatches):
 
 
 def endless(loader, batches):
-    """The batches of epoch after epoch."""
     for epoch in itertools.count():
         batches.start(epoch)
         yield from loader

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import check, finish, get_parser, interleaved, new_record, save
+from common import DEVICE, ON_CUDA, check, finish, get_parser, interleaved, new_record, save
 
 import torch
 
@@ -48,30 +48,28 @@ class Shape(NamedTuple):
 
 
 def get_args_parser():
-    on_cuda = torch.cuda.is_available()
     parser = get_parser(__doc__, "layout", rounds=10)
     add = parser.add_argument
     # The small model's convolutions would take a GPU no longer than launching them.
-    models = ["resnext29_4x64d"] if on_cuda else ["resnext29_4x64d", "resnext29_2x16d"]
+    models = ["resnext29_4x64d"] if ON_CUDA else ["resnext29_4x64d", "resnext29_2x16d"]
     add("--models", type=model_name, nargs="+", default=models)
-    add("--batch_size", type=arguments.positive_int, default=128 if on_cuda else 16)
-    known = [name for name in DTYPES if on_cuda or name != "tf32"]  # A CPU has none.
-    add("--precision", choices=known, nargs="+", default=["tf32", "bf16", "fp16"] if on_cuda else ["fp32", "bf16"])
-    add("--repeats", type=arguments.positive_int, default=20 if on_cuda else 1, help="calls of an arm in a round")
+    add("--batch_size", type=arguments.positive_int, default=128 if ON_CUDA else 16)
+    known = [name for name in DTYPES if ON_CUDA or name != "tf32"]  # A CPU has none.
+    add("--precision", choices=known, nargs="+", default=["tf32", "bf16", "fp16"] if ON_CUDA else ["fp32", "bf16"])
+    add("--repeats", type=arguments.positive_int, default=20 if ON_CUDA else 1, help="calls of an arm in a round")
     return parser
 
 
 def main():
     args = get_args_parser().parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
-    record = new_record("layout", device, totals=[], by_shape={"rows": []})
+    record = new_record("layout", DEVICE, totals=[], by_shape={"rows": []})
     record |= {name: getattr(args, name) for name in ("batch_size", "rounds", "repeats")}
     for model in args.models:
         rows = record["by_shape"]["rows"]
         for shape, count in count_shapes(model).items():
             facts = {"model": model, "shape": str(shape), "count": count}
-            rows += [facts | row for row in measure(shape, args, device)]
+            rows += [facts | row for row in measure(shape, args, DEVICE)]
             save(record, args)  # Already, since a lent GPU may be taken back.
         for precision in args.precision:
             record["totals"] += sum_up([row for row in rows if (row["model"], row["precision"]) == (model, precision)])

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import ROOT, check, finish, get_parser, interleaved_rounds, new_record, ratio_summary, save
+from common import DEVICE, ROOT, check, finish, get_parser, interleaved_rounds, new_record, ratio_summary, save
 
 import numpy as np
 import torch
@@ -53,10 +53,9 @@ def get_args_parser():
 
 def main():
     args = get_args_parser().parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     data = random_pictures(50_000, SIZE) if args.dataset == "random" else load_images(args.dataset, args.data_dir)
     torch.set_num_threads(1)  # As the original's loader has.
-    largest = largest_difference(data, args.batch_size, device)
+    largest = largest_difference(data, args.batch_size, DEVICE)
     print(f"{len(data.train_labels)} pictures; largest difference from torchvision's: {largest:.1e}", flush=True)
     check(largest <= TOLERANCE, f"the device loader is off by {largest:.1e}")
     check_evenly_spread()
@@ -66,11 +65,11 @@ def main():
     for threads in args.threads:
         for layout, memory_format in LAYOUTS.items():
             arms[f"device loader, {layout}, {threads} thread{'s' * (threads > 1)}"] = device_arm(
-                data, args.batch_size, device, memory_format, threads
+                data, args.batch_size, DEVICE, memory_format, threads
             )
     for arm in arms.values():
         arm()  # Warm up.
-    record = new_record("loading", device, dataset=args.dataset)
+    record = new_record("loading", DEVICE, dataset=args.dataset)
     record |= {"pictures": len(data.train_labels), "batch_size": args.batch_size, "largest_difference": largest}
     for seconds in interleaved_rounds(arms, args.rounds):
         rates = {name: len(data.train_labels) / statistics.median(values) for name, values in seconds.items()}

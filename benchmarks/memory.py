@@ -28,7 +28,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import finish, get_parser, new_record, save
+from common import DEVICE, ON_CUDA, finish, get_parser, new_record, save
 
 import torch
 import torch.nn.functional as F
@@ -67,16 +67,15 @@ ANNEALED = ("budget 0.394", "budget 0.36", "budget held 0.4", "budget held 0.25,
 
 
 def get_args_parser():
-    on_cuda = torch.cuda.is_available()
     parser = get_parser(__doc__, "memory", rounds=9)
     add, positive_int = parser.add_argument, arguments.positive_int
     backends = ("aot_eager", "inductor", "none")
     add("--model", type=model_name, default=CLAIMED)
     add("--batch_size", type=positive_int, default=4, help="of the pass that bytes and FLOPs are counted in")
     add("--policies", nargs="+", help="of these arms alone, and plain, as the table names them")
-    add("--compile_backend", choices=backends, default="inductor" if on_cuda else "aot_eager")
-    add("--steps", type=arguments.non_negative_int, default=5 if on_cuda else 2, help="training steps in a round")
-    add("--timed_batch_size", type=positive_int, default=128 if on_cuda else 4)
+    add("--compile_backend", choices=backends, default="inductor" if ON_CUDA else "aot_eager")
+    add("--steps", type=arguments.non_negative_int, default=5 if ON_CUDA else 2, help="training steps in a round")
+    add("--timed_batch_size", type=positive_int, default=128 if ON_CUDA else 4)
     add("--half_precision", type=half_precision_type, nargs="?", const="float16", help="of the timed steps")
     add("--annealing_tries", type=arguments.non_negative_int, default=40_000, help="plans that a search looks at")
     return parser
@@ -84,22 +83,21 @@ def get_args_parser():
 
 def main():
     args = get_args_parser().parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.manual_seed(0)
-    bench = Bench(ResNeXt(*parse_name(args.model)).to(device).train(), args, device)
+    bench = Bench(ResNeXt(*parse_name(args.model)).to(DEVICE).train(), args, DEVICE)
     arms = bench.arms()
     unknown = set(args.policies or ()) - arms.keys()
     if unknown:
         raise UserError(f"--policies: there is no {min(unknown)!r}; there are {', '.join(arms)}")
     arms = {name: arm for name, arm in arms.items() if name in ("plain", *(args.policies or arms))}
-    timed = {name: arm for name, arm in arms.items() if device.type == "cuda" or args.policies or name in TIMED}
-    targets = TIMED if device.type == "cpu" and args.model == CLAIMED else {}
+    timed = {name: arm for name, arm in arms.items() if DEVICE.type == "cuda" or args.policies or name in TIMED}
+    targets = TIMED if DEVICE.type == "cpu" and args.model == CLAIMED else {}
     settings = {name: getattr(args, name) for name in ("model", "batch_size", "compile_backend", "steps", "rounds")}
-    record = new_record("memory", device, **settings)
+    record = new_record("memory", DEVICE, **settings)
     tables = {
-        "rows": count_all(arms, args, device, bench.rows),
+        "rows": count_all(arms, args, DEVICE, bench.rows),
         "annealing": anneal_all(bench, args),
-        "training": train_all(timed, arms["plain"], args, device, bench.rows, targets) if args.steps else (),
+        "training": train_all(timed, arms["plain"], args, DEVICE, bench.rows, targets) if args.steps else (),
     }
     record |= {name: [] for name in tables}
     for name, rows in tables.items():

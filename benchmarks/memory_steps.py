@@ -35,8 +35,8 @@ def train_all(arms, make_plain, args, device, counted, targets):
     on_cuda = device.type == "cuda"
     for name, make in arms.items():
         try:
-            arm = TrainingSteps(make, args, device, args.timed_batch_size)
-            plain = TrainingSteps(make_plain, args, device, args.timed_batch_size)
+            arm = AdamSteps(make, args, device, args.timed_batch_size)
+            plain = AdamSteps(make_plain, args, device, args.timed_batch_size)
             seconds = interleaved({"plain": plain.run, "arm": arm.run}, args.rounds)
             precision, peak = arm.precision.label, arm.peak_bytes
             saved_share, peak_share = arm.saved_bytes / plain.saved_bytes, peak and peak / plain.peak_bytes
@@ -89,7 +89,7 @@ def failed(name, error):
     return {"policy": name, "missed": text.splitlines()[0]}
 
 
-class TrainingSteps:
+class AdamSteps:
     """Training steps of a model with Adam, as resnext.py's, on one batch.
 
     saved_bytes: saved for backward. peak_bytes: allocated at the peak of a step, weights and Adam's moments among them;
@@ -136,7 +136,7 @@ def largest_that_fits(make, args, device):
         gc.collect()  # What an exception that was caught here held may be held by itself.
         torch.cuda.empty_cache()
         try:
-            return TrainingSteps(make, args, device, batch_size).peak_bytes
+            return AdamSteps(make, args, device, batch_size).peak_bytes
         except RuntimeError as error:
             if not endings.is_out_of_gpu_memory(error):
                 raise

@@ -15,7 +15,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import check, finish, get_parser, interleaved, new_record, ratio_summary
+from common import DEVICE, ON_CUDA, check, finish, get_parser, interleaved, new_record, ratio_summary
 
 import torch
 from torch import nn
@@ -31,32 +31,30 @@ PHASES = ("data copy", "zero grad", "forward", "backward", "optimizer")
 
 def get_args_parser():
     parser = get_parser(__doc__, "phase_overhead", rounds=200)
-    on_cuda = torch.cuda.is_available()
     # The smallest model has the shortest steps, but on a GPU those would be of launches alone.
-    model = "resnext29_4x64d" if on_cuda else "resnext29_1x4d"
+    model = "resnext29_4x64d" if ON_CUDA else "resnext29_1x4d"
     parser.add_argument("--model", type=model_name, default=model)
-    parser.add_argument("--batch_size", type=arguments.positive_int, default=128 if on_cuda else 32)
+    parser.add_argument("--batch_size", type=arguments.positive_int, default=128 if ON_CUDA else 32)
     parser.add_argument("--steps", type=arguments.positive_int, default=1, help="steps of each side in a round")
     return parser
 
 
 def main():
     args = get_args_parser().parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    timers = {"on": PhaseTimer(device), "off": PhaseTimer(device, enabled=False)}
-    losses = {name: make_steps(args, device)(timer) for name, timer in timers.items()}
+    timers = {"on": PhaseTimer(DEVICE), "off": PhaseTimer(DEVICE, enabled=False)}
+    losses = {name: make_steps(args, DEVICE)(timer) for name, timer in timers.items()}
     check(losses["on"].equal(losses["off"]), f"phases change the loss: {losses}")
-    train = make_steps(args, device)
+    train = make_steps(args, DEVICE)
     arms = {name: functools.partial(train, timer) for name, timer in timers.items()}
     for arm in arms.values():
         arm()  # Warm up.
     seconds = interleaved(arms, args.rounds)
-    bare = bare_seconds(device) / (statistics.median(seconds["off"]) / args.steps)
+    bare = bare_seconds(DEVICE) / (statistics.median(seconds["off"]) / args.steps)
     print(f"{args.model}, batch {args.batch_size}: bare cost of the phases {100 * bare:.4f} % of a step")
     # The time with phases over that without: a cost, where the other benchmarks have a gain.
     found = {"seconds": seconds, "ratio": ratio_summary(seconds["on"], seconds["off"]), "bare_share": bare}
     settings = {name: getattr(args, name) for name in ("model", "batch_size", "steps", "rounds")}
-    finish(new_record("phase_overhead", device, settings=settings, results={"on over off": found}), args)
+    finish(new_record("phase_overhead", DEVICE, settings=settings, results={"on over off": found}), args)
 
 
 def make_steps(args, device):

@@ -17,10 +17,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import Reference, check, finish, get_parser, interleaved, new_record, ratio_summary
+from common import CPU, Reference, check, finish, get_parser, interleaved, new_record, ratio_summary
 
 import numpy as np
-import torch
 from rouge_score.rouge_scorer import RougeScorer
 from utils import map_in_order, progress
 
@@ -33,7 +32,6 @@ CANDIDATES = 16
 CHUNK = 64  # Documents that a process takes at a time.
 TOLERANCE = 1e-12
 TARGETS = {"cpu": {"titles": ("at least", 10.0), "paragraphs": ("at least", 10.0)}}
-CPU = torch.device("cpu")
 
 
 def get_args_parser():

@@ -21,7 +21,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import finish, get_parser, interleaved_rounds, new_record, ratio_summary, save
+from common import DEVICE, ON_CUDA, finish, get_parser, interleaved_rounds, new_record, ratio_summary, save
 
 import torch
 from exactness import Exact
@@ -54,11 +54,10 @@ class Point:
 
 
 def get_args_parser():
-    on_cuda = torch.cuda.is_available()
-    parser = get_parser(__doc__, "scaling", rounds=9 if on_cuda else 7)
+    parser = get_parser(__doc__, "scaling", rounds=9 if ON_CUDA else 7)
     add, positive_int = parser.add_argument, arguments.positive_int
     shapes, pictures = ("2x4", "2x8", "2x16"), [512, 1024, 2048]
-    if on_cuda:
+    if ON_CUDA:
         shapes, pictures = ("4x16", "4x32", "4x64"), [12_800, 25_600, 51_200]
     models = [f"resnext29_{shape}d" for shape in shapes]
     add("--model", type=model_name, default=models[1], help="the usual one")
@@ -72,17 +71,16 @@ def get_args_parser():
 
 def main():
     args = get_args_parser().parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.backends.cudnn.benchmark = True
-    axes = make_axes(args, device)
+    axes = make_axes(args, DEVICE)
     usual = get_fast_args_parser().parse_args(["--model", args.model, "--batch_size", str(args.batch_size)])
-    layout, _ = fastest_layout(usual, device)
+    layout, _ = fastest_layout(usual, DEVICE)
     print(f"{args.model}, batch {args.batch_size}, {layout}, {torch.get_num_threads()} threads", flush=True)
     steps, memory = {}, {}
     for point in (point for axis in axes.values() for point in axis.values()):
         if point not in steps:
-            steps[point], memory[point] = make_steps(point, layout, point.batch_size == args.batch_size, device)
-    record = new_record("scaling", device, model=args.model, batch_size=args.batch_size, layout=str(layout))
+            steps[point], memory[point] = make_steps(point, layout, point.batch_size == args.batch_size, DEVICE)
+    record = new_record("scaling", DEVICE, model=args.model, batch_size=args.batch_size, layout=str(layout))
     record["precision"] = steps[point].precision.label
     arms = {point: lambda point=point: timed(point, steps[point]) for point in steps}
     for seconds in interleaved_rounds(arms, args.rounds):  # Written after each, since a lent GPU may be taken back.

@@ -22,7 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import check, finish, get_parser, interleaved_rounds, new_record, ratio_summary, save
+from common import DEVICE, check, finish, get_parser, interleaved_rounds, new_record, ratio_summary, save
 
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
@@ -62,7 +62,6 @@ def get_args_parser():
 
 def main():
     args = get_args_parser().parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     documents = read_documents(find_dataset(args.data))
     documents = [document for document in documents if len(document.text.split()) >= 60][: args.updates * UPDATE]
     if len(documents) < args.updates * UPDATE:
@@ -76,16 +75,16 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         write_samples(Path(folder) / "train", documents)
         arms = {
-            "original": Original(args, folder, encoding, device, pad_to_longest=False),
-            "published": Original(args, folder, encoding, device, pad_to_longest=True),
-            "ours": Ours(args, folder, encoding, device),
+            "original": Original(args, folder, encoding, DEVICE, pad_to_longest=False),
+            "published": Original(args, folder, encoding, DEVICE, pad_to_longest=True),
+            "ours": Ours(args, folder, encoding, DEVICE),
         }
         difference = largest_difference(arms)
         print(f"largest difference between the losses of an update: {difference:.1e}", flush=True)
         check(difference <= TOLERANCE, "the arms' losses differ")
         encoder = args.model_type and Path(args.model_type).name
         settings = {"model": encoder, "settings": vars(args), "largest_difference": difference}
-        record, name = new_record("scorer_step", device, **settings), f"scorer_step_{encoder}" if encoder else None
+        record, name = new_record("scorer_step", DEVICE, **settings), f"scorer_step_{encoder}" if encoder else None
         for seconds in interleaved_rounds({name: arm.epoch for name, arm in arms.items()}, args.rounds):
             ratios = {name: ratio_summary(seconds[name], seconds["ours"]) for name in ("original", "published")}
             load_share = arms["ours"].waited / sum(seconds["ours"])
@@ -133,6 +132,8 @@ def make_scorer(args, encoding, device):
 class Ours:
     """The loop of main.py without its reports."""
 
+    steps_an_update = ACCUMULATE
+
     def __init__(self, args, folder, encoding, device):
         self.device = device
         self.scorer, self.optimizer = make_scorer(args, encoding, device)
@@ -154,15 +155,17 @@ class Ours:
             loss.backward()
             yield loss.detach()
 
-    def epoch(self, steps_an_update=ACCUMULATE):
+    def epoch(self):
         for number, _ in enumerate(self.losses(), 1):
-            if number % steps_an_update == 0:
+            if number % self.steps_an_update == 0:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
 
 
 class Original(Ours):
     """One document a step, as a plain user would write it."""
+
+    steps_an_update = UPDATE
 
     def __init__(self, args, folder, encoding, device, pad_to_longest):
         self.device, self.pad = device, encoding.pad
@@ -196,9 +199,6 @@ class Original(Ours):
         mask = (ids != self.pad).long()
         return self.scorer.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
 
-    def epoch(self):
-        super().epoch(steps_an_update=UPDATE)
-
 
 class TokenizingDataset(Dataset):
     """Reads, tokenizes and pads one sample at a time."""
@@ -226,9 +226,8 @@ def largest_difference(arms):
     for name, arm in arms.items():
         if name != "ours":
             arm.follow(arms["ours"].order)
-        steps = ACCUMULATE if name == "ours" else UPDATE
         losses = arm.losses()
-        found[name] = sum(float(next(losses)) for _ in range(steps))
+        found[name] = sum(float(next(losses)) for _ in range(arm.steps_an_update))
         losses.close()
         arm.optimizer.zero_grad()
     arms["ours"].waited = 0.0

@@ -17,7 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import ROOT, finish, get_parser, interleaved, new_record
+from common import CPU, ROOT, finish, get_parser, interleaved, new_record
 
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
@@ -42,7 +42,6 @@ from search.generator import (
 )
 from texts.documents import find_dataset, read_documents, split_documents
 
-CPU = torch.device("cpu")
 # (search, candidates of each, further arguments)
 SEARCHES = (
     ("beam", 8, ""),

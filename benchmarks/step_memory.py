@@ -13,7 +13,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import finish, get_parser, new_record, save
+from common import DEVICE, finish, get_parser, new_record, save
 
 import torch
 import torch.nn.functional as F
@@ -115,23 +115,22 @@ def main():
     parser = get_parser(__doc__, "step_memory")
     parser.add_argument("--model", type=model_name, default="resnext29_4x64d")
     parser.add_argument("--batch_size", type=arguments.positive_int, default=16)
-    parser.add_argument("--budget", type=arguments.fraction, default=0.5, help="peak of the plan, over plain's")
+    parser.add_argument("--budget", type=arguments.positive_share, default=0.5, help="peak of the plan, over plain's")
     args = parser.parse_args()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     shape = parse_name(args.model)
     torch.manual_seed(0)
-    images = torch.randn(args.batch_size, 3, 32, 32, device=device)
-    labels = torch.randint(10, (args.batch_size,), device=device)
-    planned = CheckpointResNeXt(*shape).to(device).train()
+    images = torch.randn(args.batch_size, 3, 32, 32, device=DEVICE)
+    labels = torch.randint(10, (args.batch_size,), device=DEVICE)
+    planned = CheckpointResNeXt(*shape).to(DEVICE).train()
     planned.policy = plan_recomputation(planned.rehearse(args.batch_size, timed=False), args.budget, cost="flops").redo
     models = {"plain": ResNeXt(*shape)}
     models |= {policy: CheckpointResNeXt(*shape, policy=policy) for policy in ("chain", "block")}
     models[f"budget {args.budget:g}"] = planned
     weights = sum(weight.nbytes for weight in planned.parameters())
     facts = {"model": args.model, "batch_size": args.batch_size, "weight_bytes": weights, "kinds": KINDS}
-    record = new_record("step_memory", device, **facts, steps={})
+    record = new_record("step_memory", DEVICE, **facts, steps={})
     for name, model in models.items():
-        lives, turn = follow_step(model.to(device).train(), images, labels)
+        lives, turn = follow_step(model.to(DEVICE).train(), images, labels)
         points, peak = curve(lives)
         held = sum(size for kind, size, *_ in lives.lives if kind == "kept for backward")
         record["steps"][name] = {"backward_begins": turn, "ends": lives.clock, "held_bytes": held, "points": points}

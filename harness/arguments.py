@@ -34,7 +34,7 @@ positive_float = _number(float, lambda value: 0 < value < math.inf, "a number ab
 non_negative_float = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
 # Of a length, beyond which float32 has no number for a score.
 exponent = _number(float, lambda value: -10 <= value <= 10, "a number from -10 to 10")
-fraction = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
+positive_share = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 deviation = _number(float, lambda value: LEAST_DEVIATION <= value <= 1,
                     f"a number from {LEAST_DEVIATION:g} to 1")  # fmt: skip
 share = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
@@ -46,7 +46,7 @@ learning_rate = _number(float, lambda value: 0 < value <= LARGEST_LEARNING_RATE,
 def _a_few(least):
     """An argparse type: a number of processes or threads, from `least` to 8 a usable core, or to 64 where that is more.
 
-    Far more are a slip of the pen, and would take the machine down before anything could be said about them.
+    A far larger number is a typo, and would bring the machine down first.
     """
 
     def read(text):

@@ -8,7 +8,6 @@ from harness.arguments import FLAG
 
 
 def add_argument(parser):
-    """Add `--deterministic` to an argument parser or group."""
     parser.add_argument("--deterministic", **FLAG,
         help="use algorithms alone that give the same bits in every run on this GPU; slower")  # fmt: skip
 

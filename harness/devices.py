@@ -32,6 +32,12 @@ def device_name(text):
     return text
 
 
+def synchronize(device):
+    """Wait until a GPU has done what it was asked to; a CPU has."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
 def kind(args):
     """ "cpu", "cuda" or "mps": what `--device` names, or where it names none what this machine has."""
     return args.device.partition(":")[0] if args.device else "cuda" if torch.cuda.is_available() else "cpu"

@@ -102,11 +102,9 @@ class World(NamedTuple):
                 with contextlib.suppress(RuntimeError):  # The others are gone: still, the reason is told.
                     self._all(False)
                 raise
-            if not self._all(True):
-                sys.exit(2)
-        else:
-            if not self._all(True):
-                sys.exit(2)
+        if not self._all(True):
+            sys.exit(2)
+        if not is_first:
             yield
 
     def _all(self, good):

@@ -13,7 +13,7 @@ import stat
 import sys
 import traceback
 
-# The second, which not every system has: its terminal has gone.
+# SIGHUP, not on every system: the terminal has closed.
 TERMINATING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
@@ -25,13 +25,9 @@ class Terminated(BaseException):
     """One of TERMINATING, `number`, arrived. Like KeyboardInterrupt, it is not an Exception, so that nothing swallows
     it by accident."""
 
-    number = signal.SIGTERM
-
-    @classmethod
-    def by(cls, number, *words):
-        error = cls(*words)
-        error.number = number
-        return error
+    def __init__(self, number, *words):
+        super().__init__(*words)
+        self.number = number
 
 
 def run(main):
@@ -82,7 +78,7 @@ def _print_what_can_be_printed():
 
 
 def _is_half_made_loader(told):
-    """Whether what sys.unraisablehook is told is that torch's loader, whose start has failed, cannot be taken down."""
+    """Whether this is torch's loader failing to shut down after its start failed."""
     return isinstance(told.exc_value, AttributeError) and "_MultiProcessingDataLoaderIter" in repr(told.object)
 
 
@@ -202,7 +198,7 @@ _DISK_ERRORS = {
 
 def _terminate(number, frame):
     leave_terminal(number)
-    raise Terminated.by(number)
+    raise Terminated(number)
 
 
 def leave_terminal(number):

@@ -16,7 +16,8 @@ from filelock import FileLock, Timeout
 from harness.endings import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-# Of file systems without locks: FUSE and older network ones, NFS without its daemon, and its folders.
+# errno values that mean: this file system has no locks. So say FUSE and older network ones, NFS without its daemon, and
+# its folders.
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL, errno.EBADF}
 
 
@@ -112,13 +113,12 @@ def places(arguments):
     return {name: place_digest(value) for name, value in paths.items() if portable(value) != str(value)}
 
 
-def is_text(path):
+def is_utf8(path):
     """Whether the name of a path, a str or a Path, is UTF-8: many libraries take no other."""
     return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
 
 
 def place_digest(path):
-    """A digest of where `path` is."""
     return hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:8]
 
 

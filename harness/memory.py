@@ -96,10 +96,12 @@ class LiveBytes(TorchDispatchMode):
     bytes, and their `peak`. For a CPU, whose allocator keeps no account.
 
     Tensors of the shapes of the model's weights are left out: they are gradients of weights, not of activations.
+    noticed() is called after each tensor that an operator has returned.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, noticed=lambda: None):
         super().__init__()
+        self._noticed = noticed
         self._shapes = {tuple(weight.shape) for weight in model.parameters()}
         self._live = {}
         self.now = self.peak = 0
@@ -111,6 +113,7 @@ class LiveBytes(TorchDispatchMode):
         for tensor in tree_leaves(result):
             if _is_tensor(tensor) and tensor.untyped_storage()._cdata not in given:  # Else a view, or in place.
                 self.follow(tensor)
+                self._noticed()
         return result
 
     def follow(self, tensor):
@@ -148,6 +151,11 @@ def keep_freed_memory():
         return
     mallopt(M_MMAP_MAX, 0)
     mallopt(M_TRIM_THRESHOLD, -1)  # The largest size: nothing is trimmed.
+
+
+def in_mib(size):
+    """`size` bytes in MiB, in words: "12.3"."""
+    return f"{size / 2**20:.1f}"
 
 
 def reset_peak_memory(device):

@@ -20,13 +20,13 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness.endings import UserError
-from harness.memory import LiveBytes, reset_peak_memory
+from harness.memory import LiveBytes, in_mib, reset_peak_memory
 
 # What moving a byte adds to the cost where that is counted in FLOPs: next to nothing, so that it decides between plans
 # of the same FLOPs.
 FLOPS_PER_BYTE = 1e-3
 COSTS = {"seconds": lambda step: step.seconds, "flops": lambda step: step.flops + FLOPS_PER_BYTE * step.moved}
-NONE = float("-inf")  # The highest of no bytes.
+NO_PEAK = float("-inf")  # The highest of no bytes.
 
 
 class Plan(NamedTuple):
@@ -43,10 +43,8 @@ class Plan(NamedTuple):
     extra_seconds: float
 
     def __str__(self):
-        held, plain, peak, plain_peak = (
-            f"{size / 2**20:.1f}"
-            for size in (self.held_bytes, self.plain_bytes, self.peak_bytes, self.plain_peak_bytes)
-        )
+        sizes = self.held_bytes, self.plain_bytes, self.peak_bytes, self.plain_peak_bytes
+        held, plain, peak, plain_peak = map(in_mib, sizes)
         return (
             f"peak {peak} of {plain_peak} MiB ({self.peak_bytes / self.plain_peak_bytes:.3f}), held after "
             f"forward {held} of {plain} MiB ({self.held_bytes / self.plain_bytes:.3f}), redoing {len(self.redo)} "
@@ -56,7 +54,7 @@ class Plan(NamedTuple):
     def compared_with(self, held_bytes, peak_bytes, extra_flops):
         """The measured bytes and FLOPs of a training step in words, each beside what was planned; None is left out."""
         parts = [
-            f"{what} {measured / 2**20:.1f} MiB (planned {planned / 2**20:.1f})"
+            f"{what} {in_mib(measured)} MiB (planned {in_mib(planned)})"
             for what, measured, planned in (
                 ("peak", peak_bytes, self.peak_bytes),
                 ("held", held_bytes, self.held_bytes),
@@ -277,7 +275,7 @@ def _options(group, steps, cost, is_last):
 def _option(group, steps, redo, cost, is_last):
     kept = [step.name for step in group.steps if step.name not in redo]
     ahead = _Walk(steps, redo)
-    alone = with_input = NONE
+    alone = with_input = NO_PEAK
     input_bytes = steps[group.entry].bytes if group.entry else 0
     for event in group.forward:
         ahead.follow(event)
@@ -318,7 +316,7 @@ class _Walk:
         self._steps, self._redo, self._entry = steps, redo, entry
         self.there = set(kept)
         self.bytes = sum(steps[name].bytes for name in self.there if name != entry)
-        self.peaks = (NONE, NONE, NONE)
+        self.peaks = (NO_PEAK, NO_PEAK, NO_PEAK)
 
     def follow(self, event):
         if event.kind == "live":

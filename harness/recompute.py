@@ -58,7 +58,7 @@ class Tape:
                 # What needs no gradient is the model's own input, and there anyway.
                 if tensor.requires_grad and not hasattr(tensor, "_step"):
                     count_saved(tensor)
-            output._step = _Step(self, name, function, operands, self._statistics)
+            output._step = _Step(self, name, function, operands, self._statistics, output.device.type)
             self._last = [(output, output._step)]
         self._settle(redone + self._last)
         return output
@@ -117,7 +117,7 @@ class _Saved:
     def settle(self, redone):
         """Let go of the tensor if it is one of `redone`, pairs of (tensor, step)."""
         for tensor, step in redone:
-            if _same_memory(self.tensor, tensor):
+            if self.tensor.dtype == tensor.dtype and self.tensor.is_set_to(tensor):  # The same memory, read alike.
                 self.tensor, self.step = None, step
                 step.uses += 1
                 return
@@ -127,13 +127,13 @@ class _Saved:
 class _Step:
     """How to get a forgotten tensor back. Its operands are tensors, or the steps of forgotten ones."""
 
-    def __init__(self, tape, name, function, operands, statistics):
+    def __init__(self, tape, name, function, operands, statistics, device):
         self.name, self.function, self.statistics = name, function, statistics
         self.uses = 0  # How often backward will ask for the result; after that it is forgotten again.
         self._tape, self._operands = tape, operands
         self._result = None
         self.autocast = {
-            "device_type": (device := _device_type(operands)),
+            "device_type": device,
             "enabled": torch.is_autocast_enabled(device),
             "dtype": torch.get_autocast_dtype(device),
             "cache_enabled": False,
@@ -151,19 +151,3 @@ class _Step:
             inputs = [operand.value() if isinstance(operand, _Step) else operand for operand in self._operands]
             self._result = self._tape.redo(self, inputs)
         return self._result
-
-
-def _device_type(operands):
-    tensor = operands[0]
-    while isinstance(tensor, _Step):
-        tensor = tensor._operands[0]
-    return tensor.device.type
-
-
-def _same_memory(one, other):
-    return (
-        one.data_ptr() == other.data_ptr()
-        and one.shape == other.shape
-        and one.stride() == other.stride()
-        and one.dtype == other.dtype
-    )

@@ -6,7 +6,8 @@ step's output is made, is left by forward, is needed by backward, is done with; 
 Then the true batch goes through forward once, to see how long redoing each step takes.
 """
 
-import contextlib
+import dataclasses
+import functools
 import time
 import weakref
 from typing import NamedTuple
@@ -14,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from harness.devices import synchronize
 from harness.memory import LiveBytes, SavedBytes
 from harness.recompute import Tape
 
@@ -58,14 +60,15 @@ class Group(NamedTuple):
     backward: list
 
 
-class Timeline(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class Timeline:
     """A training step: its groups in forward's order, the last of which has what follows the last step. fixed: bytes
     that are held for backward whatever is redone."""
 
     groups: list
     fixed: int
 
-    @property
+    @functools.cached_property
     def steps(self):
         """{name: Step}"""
         return {step.name: step for group in self.groups for step in group.steps}
@@ -117,18 +120,6 @@ def _rehearse_part(model, forward, batch):
     return Timeline(tape.groups, saved.bytes)
 
 
-class _Watch(LiveBytes):
-    """LiveBytes that calls `noticed` when there is a new tensor."""
-
-    def __init__(self, model, noticed):
-        super().__init__(model)
-        self._noticed = noticed
-
-    def follow(self, tensor):
-        super().follow(tensor)
-        self._noticed()
-
-
 class _Rehearsal(Tape):
     """A Tape that redoes every step and notes, while `live` is entered, what happens in `groups`.
 
@@ -139,7 +130,7 @@ class _Rehearsal(Tape):
     def __init__(self, model):
         super().__init__(redo=lambda name: True)
         self.groups = [Group(None, [], [], [])]
-        self.live = _Watch(model, self._notice)
+        self.live = LiveBytes(model, self._notice)
         self._bytes_of_outputs = 0
         self._is_running = self._is_backward = False
         self._group = 0  # In backward, of the operation that saved what was unpacked last.
@@ -228,13 +219,12 @@ class _Stopwatch(Tape):
 
     def run(self, name, function, *inputs):
         output = super().run(name, function, *inputs)
-        wait = torch.cuda.synchronize if output.is_cuda else contextlib.nullcontext
         times = []
         while len(times) < REPETITIONS and sum(times) < ENOUGH_SECONDS:  # Forward has warmed up.
-            wait()
+            synchronize(output.device)
             start = time.perf_counter()
             again = self.redo(output._step, inputs)
-            wait()
+            synchronize(output.device)
             times.append(time.perf_counter() - start)
             del again
         self.seconds[name] = min(times)

@@ -58,9 +58,9 @@ def read_state(path, **how):
     return state
 
 
-def finished_arguments(path, even_cut_short=False):
-    """The arguments in the record of a run at `path`, a dict; None when there is no record, and, unless
-    `even_cut_short`, when --max_steps cut its run short."""
+def recorded_arguments(path, whole=True):
+    """The arguments in the record of a run at `path`, a dict; None when there is no record, and, where `whole`, when
+    --max_steps cut its run short."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         arguments = {"num_epoch": None} | record["arguments"] | {"precision": record.get("precision")}
@@ -69,13 +69,13 @@ def finished_arguments(path, even_cut_short=False):
         cut_short = arguments.get("max_steps") and "loss" not in record["epochs"][-1]
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return None
-    return None if cut_short and not even_cut_short else arguments
+    return None if cut_short and whole else arguments
 
 
 def refuse_unknown(record, weights, elsewhere):
     """UserError where the file `record` is no record of a run, or is not there while one of the files `weights` is."""
     if record.exists():
-        unknown = [record] if finished_arguments(record, even_cut_short=True) is None else []
+        unknown = [record] if recorded_arguments(record, whole=False) is None else []
     else:
         unknown = [path for path in weights if path.exists()]
     if unknown:
@@ -86,7 +86,7 @@ def refuse_unknown(record, weights, elsewhere):
 
 
 def is_interrupted(saved, finished):
-    """Whether a state, as from `read_state`, is not that of the end of the run with the `finished_arguments`."""
+    """Whether a state, as from `read_state`, is not that of the end of the run with the arguments `finished`."""
     return saved is not None and not (finished and saved["parts"].get("epoch") == finished["num_epoch"])
 
 
@@ -144,7 +144,7 @@ class StopRequest:
 
     def leave(self, *words):
         """End the script as the signal would have, with exit code 130, 143 or 129; `words` say how to go on."""
-        raise KeyboardInterrupt(*words) if self.signal == signal.SIGINT else Terminated.by(self.signal, *words)
+        raise KeyboardInterrupt(*words) if self.signal == signal.SIGINT else Terminated(self.signal, *words)
 
 
 @contextlib.contextmanager
@@ -161,7 +161,7 @@ def stop_requests(enabled=True):
         return
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, *TERMINATING)}
-    # What is ignored stays so: SIGINT is, in a script's background jobs, which are not meant when Ctrl-C ends another.
+    # Ignored signals stay ignored: a script's background jobs ignore SIGINT.
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
     process = os.getpid()
 

@@ -6,11 +6,11 @@
 from pathlib import Path
 
 from harness.endings import UserError
-from harness.files import is_text, make_folder
+from harness.files import is_utf8, make_folder
+from harness.timing import phase_times
 
 
 def add_argument(parser):
-    """Add `-l` to an argument parser or group."""
     parser.add_argument("-l", "--log", action="store_true",
         help="write log.txt and TensorBoard events to a folder of the run's name")  # fmt: skip
 
@@ -24,7 +24,7 @@ class RunLog:
 
     def __init__(self, folder):
         self._folder = folder and Path(folder)
-        if folder and not is_text(folder):
+        if folder and not is_utf8(folder):
             raise UserError(f"-l: TensorBoard cannot write to {folder}, whose name is not UTF-8; leave -l out")
         self._bytes, self._last_step = 0, None  # Of what a resumed run goes on from.
         self._is_begun = False
@@ -41,7 +41,6 @@ class RunLog:
         return {"bytes": self._bytes}
 
     def line(self, text):
-        """Add a line to log.txt."""
         if self._folder is None:
             return
         self._begin()
@@ -96,7 +95,7 @@ def timing_figures(timing):
     of the device where it was timed), and the allocator's peak in MiB on CUDA."""
     figures = {}
     for name, phase in timing["phases"].items():
-        median = (phase["device_ms"] or phase["host_ms"])["median"]
+        median = phase_times(phase)["median"]
         if median is not None:  # Else all was warm-up.
             figures[f"milliseconds/{name}"] = median
     if timing["peak_memory"]:

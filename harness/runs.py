@@ -10,32 +10,23 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+from harness import resume
 from harness.endings import UserError, is_out_of_gpu_memory
 from harness.epochs import Epoch
 from harness.files import as_recorded, output_lock, places, write_record
 from harness.machine import describe_machine
-from harness.resume import (
-    changes,
-    finished_arguments,
-    is_interrupted,
-    load_state,
-    no_state,
-    place_of,
-    read_state,
-    refuse_unknown,
-    save_state,
-    stop_requests,
-)
 from harness.run_log import RunLog
-from harness.timing import nvtx_range
+from harness.timing import nvtx_range, training_seconds
 from harness.tracing import trace
 
 FORMAT = 1
+# Arguments that choose where and how a process runs, not what it computes: a resumed run may change them. Each script
+# adds its own.
+NOT_RESULTS = ("resume", "restart", "trace", "device", "threads", "dry_run", "log")
 DRY_STEPS = 4  # Of --dry_run: the first, which warms up, and three whose times count.
 
 
 def add_dry_run(parser):
-    """Add `--dry_run` to an argument parser or group."""
     parser.add_argument("--dry_run", action="store_true",
         help=f"train {DRY_STEPS} steps, say what the run would take in time and memory, and write nothing")  # fmt: skip
 
@@ -47,27 +38,29 @@ class Run:
     and how a process runs, and not what it computes. facts: what else the record says of the run; more may be put in
     while it goes. history: of the epochs that are done, one dict an epoch, as the record has it.
 
-    A subclass says how an epoch is taken down and shown, `add_epoch` and `line`, and what --dry_run says, `prospects`.
+    A subclass says how an epoch is recorded and shown, `add_epoch` and `line`, and what --dry_run says, `prospects`.
     """
 
     title = "training"  # The NVTX range around all epochs.
     unit = "samples"  # Of what the progress bar counts.
     elsewhere = "output folder"  # What to choose another of where a name is taken.
     saves_within_epochs = False  # Else after epochs alone.
-    only_of_records = ()  # Of `not_results`, what tells finished runs apart all the same.
-    weights = ()  # Paths of what no run replaces unasked where neither a state nor a record tells of it.
+    only_of_records = ()  # Of `not_results`, those that still make two finished runs different.
+    weights = ()  # Files that no run replaces unasked when neither a state nor a record explains them.
 
     def __init__(self, experiment, folder, name, args, world, not_results=(), fixed_length=None, **facts):
         """fixed_length: why a finished run cannot go on to a larger --num_epoch; None where it can."""
         self.experiment, self.folder, self.name = experiment, Path(folder), name
         self.args, self.world, self.facts, self.fixed_length = args, world, facts, fixed_length
-        self.history = []
+        self.history, self.state = [], {}
         self.part = None  # Of an epoch that was stopped and resumed: the timing of its longest part.
         self._started, self._seconds_before = time.perf_counter(), 0.0
-        # Of that, over all processes that the run was resumed in: until its first step could begin, and writing files.
+        # Summed over resumed processes: start-up, and writing files.
         self.seconds = {"start_up_seconds": 0.0, "saving_seconds": 0.0}
         self._saved_at = self._started
-        self.is_dry = vars(args).get("dry_run", False)  # Nothing is resumed or written.
+        self.is_dry = vars(args).get("dry_run", False)
+        if self.is_dry:  # Nothing is resumed or written.
+            args.resume = False
         logs = vars(args).get("log") and world.is_main and not self.is_dry
         self.log = RunLog(self.log_folder() if logs else None)
         if fixed_length is None:
@@ -121,16 +114,17 @@ class Run:
                 raise UserError(f"{path} is a folder; move it away, or choose another {self.elsewhere}")
         if asked.get("restart"):
             return
-        saved, finished = read_state(self.path(".state"), mmap=True), finished_arguments(self.path(".json"))
+        saved = resume.read_state(self.path(".state"), mmap=True)
+        finished = resume.recorded_arguments(self.path(".json"))
         # A few steps' timings give way to those of a whole run, but not to those of another run's steps.
-        recorded = finished_arguments(self.path(".json"), even_cut_short=bool(asked.get("max_steps")))
-        refuse_unknown(self.path(".json"), () if saved else self.weights, self.elsewhere)
+        recorded = resume.recorded_arguments(self.path(".json"), whole=not asked.get("max_steps"))
+        resume.refuse_unknown(self.path(".json"), () if saved else self.weights, self.elsewhere)
         own = {} if asked.get("resume") else {name: asked.get(name) for name in self.only_of_records}
         self._refuse_another(self.path(".state"), saved and saved["arguments"], self.arguments)
         self._refuse_another(self.path(".json"), recorded, as_recorded(self.arguments | own))
         if asked.get("resume"):
             return
-        if is_interrupted(saved, finished):
+        if resume.is_interrupted(saved, finished):
             done = f"{saved['parts'].get('epoch')} of {asked.get('num_epoch')} epochs done"
             ways = "--resume goes on with it, --restart begins anew"
             raise UserError(f"{self.path('.state')} holds an interrupted run ({done}); {ways}")
@@ -140,7 +134,7 @@ class Run:
 
     def _refuse_another(self, path, theirs, ours):
         """UserError when the file `path` is of a run with other arguments than `ours`."""
-        was = theirs and changes({name: theirs.get(name) for name in ours}, ours)
+        was = theirs and resume.changes({name: theirs.get(name) for name in ours}, ours)
         if was:
             longer = self.fixed_length and "--num_epoch" in was
             why = f"{self.fixed_length}, so that no other length goes on from it; " if longer else ""
@@ -154,10 +148,10 @@ class Run:
 
     def is_done(self):
         """Whether --resume has nothing left to do, which is told."""
-        finished = self.args.resume and not self.is_dry and finished_arguments(self.path(".json"))
+        finished = self.args.resume and resume.recorded_arguments(self.path(".json"))
         if not finished or finished["num_epoch"] != self.args.num_epoch:
             return False
-        if is_interrupted(read_state(self.path(".state"), mmap=True), finished):
+        if resume.is_interrupted(resume.read_state(self.path(".state"), mmap=True), finished):
             return False
         self.world.say(f"{self.path('.json')} is finished; nothing to resume")
         return True
@@ -172,7 +166,7 @@ class Run:
         state_dict and load_state_dict, all that a resumed run needs.
         """
         self.phase, self.batches, self.state = phase, batches, state
-        first, done = self.resume(**state) if self.args.resume and not self.is_dry else (0, 0)
+        first, done = self.resume() if self.args.resume else (0, 0)
         self.step_limit = self.args.max_steps
         if self.is_dry:
             self.step_limit, phase.warmup_steps = min(DRY_STEPS, self.args.num_epoch * len(batches)), 1
@@ -186,7 +180,7 @@ class Run:
             nvtx_range(self.title),
             traced,
             contextlib.closing(self.log),
-            stop_requests(enabled=self.world.size == 1) as self.stop,
+            resume.stop_requests(enabled=self.world.size == 1) as self.stop,
         ):
             for number in range(first, self.args.num_epoch):
                 yield Epoch(self, number, done)
@@ -224,12 +218,12 @@ class Run:
         if time.perf_counter() - self._saved_at >= 60 * minutes:
             with self.phase.paused():
                 if self.may_go_on():
-                    self.save(epoch, step, **self.state)
+                    self.save(epoch, step)
 
     def leave(self, epoch):
         """Save the state in the middle of `epoch`, unless no run could go on from it, and end the script."""
         if self.may_go_on():
-            self.save(epoch.number, epoch.done, **self.state)
+            self.save(epoch.number, epoch.done)
         state = self.path(".state")
         self.stop.leave(*[f"the same command with --resume goes on ({state})"] * state.exists())
 
@@ -259,15 +253,13 @@ class Run:
         kept = f"; {self.path('.state')} is from before it" if self.path(".state").exists() else ""
         raise UserError(f"{what} in epoch {epoch.number + 1}{kept}. {advice}")
 
-    def take_down(self, epoch, evaluation_seconds, **figures):
+    def record_epoch(self, epoch, evaluation_seconds, **figures):
         """Append an Epoch to the history: its `figures`, and what is measured of any."""
-        within = epoch.timing["phases"].get("validation")
-        seconds = epoch.timing["seconds"] - (within["host_ms"]["total"] / 1e3 if within else 0)
         self.history.append(
             {
                 "epoch": epoch.number + 1,
                 **figures,
-                "samples_per_second": epoch.samples / seconds,
+                "samples_per_second": epoch.samples / training_seconds(epoch.timing),
                 "peak_memory": epoch.timing["peak_memory"],
                 # Until the epoch's figures were known: what it takes to reach an accuracy.
                 "elapsed_seconds": self.elapsed_seconds(),
@@ -288,35 +280,36 @@ class Run:
     def _state_to_resume(self):
         """The Path of this run's own state, or of the one of `other_states` that has got further."""
         own = self.path(".state")
-        saved = read_state(own, mmap=True)
-        if finished_arguments(self.path(".json")) or (saved and changes(saved["arguments"], self.arguments)):
+        saved = resume.read_state(own, mmap=True)
+        finished = resume.recorded_arguments(self.path(".json"))
+        if finished or (saved and resume.changes(saved["arguments"], self.arguments)):
             return own  # What is wrong with it, `load_state` says.
-        found = {own: place_of(saved)} if saved else {}
+        found = {own: resume.place_of(saved)} if saved else {}
         # Where it has a state of its own, it is no matter that another's cannot be read.
         ignored = [UserError] if saved else []
         for path in self.other_states():
             with contextlib.suppress(*ignored):
-                saved = read_state(path, mmap=True)
-                finished = finished_arguments(path.with_suffix(".json"))
-                if is_interrupted(saved, finished) and not changes(saved["arguments"], self.arguments):
-                    found[path] = place_of(saved)
+                saved = resume.read_state(path, mmap=True)
+                finished = resume.recorded_arguments(path.with_suffix(".json"))
+                if resume.is_interrupted(saved, finished) and not resume.changes(saved["arguments"], self.arguments):
+                    found[path] = resume.place_of(saved)
         return max(found, key=found.get, default=own)  # Of equal ones the first, which is its own.
 
-    def resume(self, **parts):
-        """Load the saved state into `parts`, name -> object with load_state_dict.
+    def resume(self):
+        """Load the saved state into the parts of `epochs`.
 
         Returns (epoch, step) to go on from, both from 0; (0, 0) without a saved state. UserError as for load_state.
         """
         path = self._state_to_resume()
-        state = load_state(path, self.arguments)
+        state = resume.load_state(path, self.arguments)
         self.world.check_equal(state is not None, f"whether {path} exists; the processes must share it")
         if state is None:
-            if finished_arguments(self.path(".json")):
+            if resume.recorded_arguments(self.path(".json")):
                 raise UserError(f"{path}, from which a longer run would go on, is not there any more; --restart")
             self.world.say(f"no saved state {path}; starting from the beginning")
             return 0, 0
         try:
-            for name, part in parts.items():
+            for name, part in self.state.items():
                 part.load_state_dict(state[name])
             self.history, self.part = state["history"], state["part"]
             self._seconds_before, self.seconds = state["elapsed_seconds"], state["seconds"]
@@ -325,7 +318,7 @@ class Run:
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             if is_out_of_gpu_memory(error):  # Of others, perhaps, that use it, too: the state is good.
                 raise
-            raise no_state(path) from None
+            raise resume.no_state(path) from None
         if (epoch, step) > (self.args.num_epoch, 0):
             there = f"{epoch} epochs" + f" and {step} steps" * (step > 0)
             raise UserError(f"{path} is of {there}, more than --num_epoch {self.args.num_epoch}; name a larger one")
@@ -337,12 +330,12 @@ class Run:
         self.world.say(f"going on from {path}: epoch {epoch + 1}, step {step + 1}")
         return epoch, step
 
-    def save(self, epoch, step, **parts):
-        """Save the state of `parts` before step `step` of `epoch`."""
+    def save(self, epoch, step):
+        """Save the state before step `step` of `epoch`."""
         if self.world.is_main and not self.is_dry:
-            states = {name: part.state_dict() for name, part in parts.items()}
+            states = {name: part.state_dict() for name, part in self.state.items()}
             with self.writing():
-                save_state(
+                resume.save_state(
                     self.path(".state"),
                     self.arguments,
                     epoch=epoch,
@@ -366,7 +359,7 @@ class Run:
 
     def saved_facts(self):
         """The `facts` of the state that --resume is about to go on from; empty where there is none."""
-        state = read_state(self._state_to_resume(), mmap=True) if self.args.resume and not self.is_dry else None
+        state = resume.read_state(self._state_to_resume(), mmap=True) if self.args.resume else None
         facts = state and state["parts"].get("facts")
         return facts if isinstance(facts, dict) else {}
 
@@ -392,6 +385,5 @@ class Run:
             write_record(self.path(".json"), record)
 
     def drop_state(self):
-        """Forget the saved state."""
         if self.world.is_main:
             self.path(".state").unlink(missing_ok=True)

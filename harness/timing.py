@@ -12,6 +12,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 
+from harness.devices import synchronize
 from harness.memory import peak_memory, reset_peak_memory
 
 try:
@@ -23,7 +24,7 @@ except ModuleNotFoundError:
     from torch.cuda.nvtx import range_pop as pop_range
     from torch.cuda.nvtx import range_push as push_range
 
-watchers = []  # What takes part in each range, as a profiler does: callables, its name -> a context manager.
+watchers = []  # Callables, range name -> context manager, entered with every range; a profiler, say.
 WARMUP_STEPS = 5  # Of each process: allocator growth, cuDNN's choice of algorithm and worker start-up fall here.
 
 
@@ -63,7 +64,6 @@ class PhaseTimer:
         self._phases = {}
         self._host = defaultdict(list)  # name -> nanoseconds, one an occurrence
         self._events = defaultdict(list)  # name -> (start, end, milliseconds that it was paused)
-        self._spare_events = []
         self.steps_done = 0  # In this process.
         self._epoch_warmup = 0
         self._warmup_samples = {}  # name -> how many of the epoch's first samples fell in warm-up steps
@@ -79,11 +79,11 @@ class PhaseTimer:
 
     def start_epoch(self):
         self._host.clear()
-        self._spare(self._events)  # Of an epoch that was not summarised.
+        self._events.clear()  # Of an epoch that was not summarised.
         self._epoch_warmup = 0
         self._warmup_samples.clear()
         reset_peak_memory(self._device)
-        self._wait_for_device()
+        synchronize(self._device)
         self._epoch_start = time.perf_counter()
 
     def steps(self, batches, label, first=0, limit=None):
@@ -120,10 +120,10 @@ class PhaseTimer:
     def paused(self):
         """Within the block the clock of the epoch, and of a phase that is open, such as the step, stands still: what is
         done there is no training."""
-        self._wait_for_device()  # What it still has to do is.
+        synchronize(self._device)  # What it still has to do is.
         started = time.perf_counter_ns()
         yield
-        self._wait_for_device()  # Else what the block has asked for would be done within the phase.
+        synchronize(self._device)  # Else what the block has asked for would be done within the phase.
         paused = time.perf_counter_ns() - started
         self._epoch_start += paused / 1e9
         for phase in self._phases.values() if self.enabled else ():
@@ -138,7 +138,7 @@ class PhaseTimer:
         "p95", "total"}. Warm-up steps count in totals and shares, and in nothing else. Shares and the time in no phase
         are of the device's time where it was taken: there the host may be many launches ahead of the work.
         """
-        self._wait_for_device()
+        synchronize(self._device)
         seconds = time.perf_counter() - self._epoch_start
         device = self._resolve_events()
         samples = {
@@ -148,28 +148,20 @@ class PhaseTimer:
         self._host.clear()
         return describe_epoch(seconds, samples, self._epoch_warmup) | {"peak_memory": peak_memory(self._device)}
 
-    def _wait_for_device(self):
-        if self._on_cuda:
-            torch.cuda.synchronize(self._device)
-
     def _resolve_events(self):
         """Milliseconds of every phase by name. Call after a synchronize."""
         milliseconds = {
             name: np.array([start.elapsed_time(end) - paused for start, end, paused in occurrences])
             for name, occurrences in self._events.items()
         }
-        self._spare(self._events)
+        self._events.clear()
         return milliseconds
 
-    def _spare(self, events):
-        """Put the events of `events` back to be recorded again, and empty it."""
-        self._spare_events.extend(event for pairs in events.values() for pair in pairs for event in pair[:2])
-        events.clear()
 
-    def _record_event(self):
-        event = self._spare_events.pop() if self._spare_events else torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
+def _recorded_event():
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
 
 
 class _Phase:
@@ -189,7 +181,7 @@ class _Phase:
             if self._timer._epoch_start is not None:  # One may write a trace, which takes seconds, and is no training.
                 self._timer._epoch_start += time.perf_counter() - started
         if self._timer._on_cuda:
-            self._event = self._timer._record_event()
+            self._event = _recorded_event()
         self.paused = 0
         self._start = time.perf_counter_ns()
 
@@ -198,7 +190,7 @@ class _Phase:
         if error in (None, GeneratorExit):  # The second is of a `break` after the phase.
             self._timer._host[self._name].append(elapsed)
             if self._timer._on_cuda:
-                self._timer._events[self._name].append((self._event, self._timer._record_event(), self.paused / 1e6))
+                self._timer._events[self._name].append((self._event, _recorded_event(), self.paused / 1e6))
         if self._watched:
             self._watched.close()
         pop_range()
@@ -224,10 +216,22 @@ def describe_epoch(seconds, samples, warmup_steps):
     }
 
 
+def phase_times(phase):
+    """A phase's "median", "p95" and "total" in ms: on the device where it was timed there, else on the host."""
+    return phase["device_ms"] or phase["host_ms"]
+
+
+def training_seconds(timing):
+    """Seconds of an epoch's training steps, of its timing as from PhaseTimer.end_epoch: without the validations within
+    it. A scorer's may come between its steps, which begin and end around them."""
+    validation = timing["phases"].get("validation")
+    return timing["seconds"] - (phase_times(validation)["total"] / 1e3 if validation else 0.0)
+
+
 def typical_milliseconds(phase):
     """Of one occurrence of a phase, as PhaseTimer.end_epoch has it, on the device where it was timed: the median, or
     the total of the one occurrence where all was warm-up."""
-    found = phase["device_ms"] or phase["host_ms"]
+    found = phase_times(phase)
     return found["total"] if found["median"] is None else found["median"]
 
 

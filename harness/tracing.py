@@ -20,6 +20,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from harness import timing
+from harness.devices import synchronize
 from harness.endings import UserError
 from harness.files import atomic_write, make_folder
 
@@ -32,7 +33,6 @@ SUFFIXES = (".json", ".json.gz")
 
 
 def add_argument(parser):
-    """Add `--trace` to an argument parser or group."""
     parser.add_argument("--trace", type=_trace_file, metavar="FILE.json.gz",
         help=f"write what {STEPS} steps after warm-up do, operator by operator, to this file, and print what cost "
              "most; these steps are slower")  # fmt: skip
@@ -130,8 +130,7 @@ class _Tracer:
         if self._profile is None:
             self._say(f"no trace: the run has no {timing.WARMUP_STEPS + 1} steps")
             return
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        synchronize(self._device)
         self._profile.stop()
         steps = min(STEPS, self._steps - timing.WARMUP_STEPS)  # Fewer where the run has ended.
         try:

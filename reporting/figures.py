@@ -34,7 +34,7 @@ LINES = ("-", "--", ":", "-.")
 LINE_WIDTH = 0.01  # Of a panel's height.
 TITLE_WIDTH = 110  # Characters.
 LEGEND_WIDTH = 150  # Characters of a line of a legend, those of its marks with them.
-SMOOTH = 20  # Losses of single updates are shown as running means of a SMOOTH-th of them, from 2 * SMOOTH on.
+SMOOTH = 20  # From 2 * SMOOTH losses on, a running mean over 1 / SMOOTH of them is drawn.
 SIDES = {"host": "host time", "device": "GPU time"}
 
 
@@ -340,10 +340,7 @@ def draw_memory(runs):
     points, whiskers = {}, False
     for row in group.rows:
         base = group.baseline(row)
-        multiples = base and [
-            multiple(*pace.timed(group, row, found), Record.step_ms),
-            multiple(row, base, memory),
-        ]
+        multiples = base and [multiple(*pace.timed(group, row, found), Record.step_ms), multiple(row, base, memory)]
         if multiples and all(multiples):
             name, ((x, low, high), (y, *_)) = in_words(row.arm.label), multiples
             points.setdefault(name, []).append((x, y))

@@ -4,9 +4,10 @@ import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
+from reporting import shapes
 from reporting.figures import MARKERS, WIDTH
 from reporting.records import provenance
-from reporting.shapes import is_number
+from reporting.shapes import TEXT, each, is_number, maybe
 
 # The start of a policy's name -> what the legend calls its family. Those with a line go on from budget to budget.
 FAMILIES = {
@@ -19,18 +20,18 @@ FAMILIES = {
 }
 WITH_LINE = ("budget held", "budget", "compile")
 AS_COMPILE = "as compile"  # Our plans at what one of torch.compile's holds, or peaks at; its name stands beside that.
+RECORD = {"model": TEXT, "rows": each(list, {}), "training": maybe(each(list, {}))}
 GAP = 10  # Points that a name is moved up by, where it would cover another.
 
 
 def is_whole(record):
     """Whether a record has what the figure shows."""
-    return "model" in record and len(points(record, "rows", "share", "extra")) > 1
+    return shapes.fault(record, RECORD) is None and len(points(record, "rows", "share", "extra")) > 1
 
 
 def points(record, table, x, y):
     """The rows of a record's `table`, a list of dicts, that have a policy and both figures: [(policy, x, y), ...]."""
-    rows = record[table] if isinstance(record.get(table), list) else []
-    found = [(row.get("policy"), row.get(x), row.get(y)) for row in rows if isinstance(row, dict)]
+    found = [(row.get("policy"), row.get(x), row.get(y)) for row in record.get(table) or ()]
     return [point for point in found if isinstance(point[0], str) and all(map(is_number, point[1:]))]
 
 
@@ -40,7 +41,7 @@ def draw(record):
     what their budget limits is drawn."""
     redone, on_peak = "FLOPs recomputed, % of forward and backward", "peak of activations and their gradients"
     trained = points(record, "training", "peak_share", "step_times_plain")
-    allocated = any(row.get("peak_allocated_bytes") for row in record.get("training") or [] if isinstance(row, dict))
+    allocated = any(row.get("peak_allocated_bytes") for row in record.get("training") or ())
     wanted = (
         (points(record, "rows", "share", "extra"), "budget", "activation memory saved for backward", redone),
         (peaks(record), "budget held", on_peak, redone),
@@ -94,7 +95,7 @@ def draw_families(panel, rows):
 
 def draw_spread(panel, record):
     """Whiskers from the lowest to the highest round, of the arms whose steps were timed."""
-    for row in filter(lambda row: isinstance(row, dict), record["training"]):
+    for row in record["training"]:
         figures = [row.get(name) for name in ("peak_share", "step_low", "step_high")]
         if all(map(is_number, figures)):
             x, low, high = figures

@@ -6,15 +6,7 @@ from harness.machine import BFLOAT16, VECTOR_INSTRUCTIONS
 from reporting import pace, published
 from reporting.comparison import Sample, interval_text, paired, signed, within_noise
 from reporting.records import Record, provenance
-from reporting.studies import (
-    CHECKPOINTING,
-    DATA_LOADER,
-    MIXED_PRECISION,
-    SIMCLS,
-    TOGETHER,
-    test_accuracy,
-    validation_rouge,
-)
+from reporting.studies import SIMCLS, STUDIES, test_accuracy, validation_rouge
 from reporting.tables import data_name, groups, is_toy, markdown, multiple, place
 
 CHECKPOINT = "`resnext_checkpoint.py"  # Flags and the closing quote follow.
@@ -41,10 +33,7 @@ TECHNIQUES = {
         f"Recomputing everything but convolutions: {CHECKPOINT}`",
         "to save up to half of the memory",
     ),
-    ("checkpointing", "block"): (
-        f"Recomputing whole blocks: {CHECKPOINT} --policy block`",
-        "to save more memory",
-    ),
+    ("checkpointing", "block"): (f"Recomputing whole blocks: {CHECKPOINT} --policy block`", "to save more memory"),
     ("checkpointing", "nested"): (
         f"Recomputing whole stages, as in the original study: {CHECKPOINT} --policy nested`",
         "never: the other policies cost less",
@@ -73,7 +62,6 @@ TECHNIQUES = {
     ("simcls", "4 workers, bf16"): (SIMCLS_HALF, MULTIPLIES_HALF),
 }
 FEW_UPDATES, SAME, UNKNOWN = 100, "none: identical numbers", "not known"
-STUDIES = (DATA_LOADER, MIXED_PRECISION, CHECKPOINTING, TOGETHER, SIMCLS)
 PAGES = (*(study.name for study in STUDIES), "freed-memory")
 PUBLISHED = {  # Study -> the original study's figures, and which of them are of its baseline.
     "data-loader": (published.DATA_LOADER, "2 workers"),
@@ -279,7 +267,7 @@ def render(runs, page=None):
     if not found:
         return ""
     techniques = [*TECHNIQUES]
-    # Of a technique that machines disagree about, the one that it pays on comes first.
+    # Where machines disagree about a technique, show first the one where it pays.
     found.sort(key=lambda each: (techniques.index(each.kind), each.time[0] if each.time else 0))
     places = list(dict.fromkeys(each.where for each in found))
     everywhere = {each.hardware for each in found}

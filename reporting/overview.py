@@ -143,7 +143,6 @@ def _number(figure, scale=1.0):
 
 
 def original_study():
-    """The figures of the original study as a table."""
     headers = {
         "load_ms": "Load, ms",
         "optimizer_ms": "Optimizer, ms",

@@ -15,7 +15,7 @@ def timed(group, row, found):
     base = group.baseline(row)
     needed = min(len(each.runs) for each in (row, base or row))
     for other in found:
-        alike = next((each for each in other.rows if _place(each) == _place(row)), None)
+        alike = next((each for each in other.rows if _key(each) == _key(row)), None)
         short = [alike, alike and other.baseline(alike)]
         if None not in short and _stands_for(other, group) and min(len(each.runs) for each in short) >= needed:
             return tuple(short)
@@ -25,15 +25,15 @@ def timed(group, row, found):
 def _stands_for(short, group):
     lengths = {"num_epoch": None}
     same = short.machine == group.machine and short.settings | lengths == group.settings | lengths
-    shared = _labels(short) & _labels(group)
+    shared = _keys(short) & _keys(group)
     return same and len(shared) > 1 and epochs(short) < min(FEW_EPOCHS, epochs(group))
 
 
-def _labels(group):
-    return {_place(row) for row in group.rows}
+def _keys(group):
+    return {_key(row) for row in group.rows}
 
 
-def _place(row):
+def _key(row):
     """What a Row of long runs and one of short runs of the same set-up share."""
     return row.arm.label, row.keys, row.flags.get("batch_size")
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from harness.endings import UserError
 from harness.runs import FORMAT
+from harness.timing import phase_times, training_seconds
 from reporting import shapes
 from reporting.shapes import ANY, COUNT, NUMBER, PAIR, PERCENT, POSITIVE, TEXT, WHOLE, each, maybe, or_null
 
@@ -250,7 +251,7 @@ class Record:
     @staticmethod
     def _phase(timing, name):
         phase = timing["phases"].get(name)
-        return phase and (phase["device_ms"] or phase["host_ms"])
+        return phase and phase_times(phase)
 
     load_ms = functools.partialmethod(phase_ms, "data load")
     step_ms = functools.partialmethod(phase_ms, "step")
@@ -259,8 +260,8 @@ class Record:
     def load_percent(self):
         """The load's time in percent of the steps'. In all: workers deliver in bursts, which a median does not see."""
         timing = self.timing()
-        load, step = (timing and self._phase(timing, name) for name in ("data load", "step"))
-        total = step and step["total"] - 1e3 * _validation_seconds(timing)
+        load, step, validation = (timing and self._phase(timing, name) for name in ("data load", "step", "validation"))
+        total = step and step["total"] - (validation["total"] if validation else 0.0)
         return 100 * load["total"] / total if load and total else None
 
     def _whole_epochs(self):
@@ -273,14 +274,13 @@ class Record:
 
     def epoch_seconds(self):
         """Median time of an epoch's training steps, without the first epoch where there are more."""
-        seconds = [timing["seconds"] - _validation_seconds(timing) for timing in self._whole_epochs()]
+        seconds = [training_seconds(timing) for timing in self._whole_epochs()]
         return float(np.median(seconds[1:] or seconds)) if seconds else None
 
     def overall_seconds(self):
         """Time of all epochs' training steps; None for a run that was cut off or resumed."""
         whole = self._whole_epochs()
-        seconds = [timing["seconds"] - _validation_seconds(timing) for timing in whole]
-        return sum(seconds) if whole and len(whole) == len(self.epochs) else None
+        return sum(map(training_seconds, whole)) if whole and len(whole) == len(self.epochs) else None
 
     def samples_per_second(self):
         values = [epoch["samples_per_second"] for epoch in self.epochs if epoch.get("samples_per_second")]
@@ -339,13 +339,6 @@ class Record:
         """[[update, loss], ...] of a SimCLS run, in order; of an image run [[epoch, loss], ...]."""
         within = [point for epoch in self.epochs for point in epoch.get("losses") or ()]
         return within or [[epoch["epoch"], epoch["loss"]] for epoch in self.epochs if epoch.get("loss") is not None]
-
-
-def _validation_seconds(timing):
-    """What validations within an epoch took of its time: a scorer's may come between its steps, which begin and end
-    around them."""
-    phase = timing["phases"].get("validation")
-    return (phase["device_ms"] or phase["host_ms"])["total"] / 1e3 if phase else 0.0
 
 
 def combine(timings):

@@ -137,10 +137,7 @@ def _published(run, figures, key):
     return figures.get(key, {}) if is_same else {}
 
 
-LOAD = (
-    time("Load, ms", Record.load_ms, timed=True),
-    percent("Load, % of step", Record.load_percent),
-)
+LOAD = (time("Load, ms", Record.load_ms, timed=True), percent("Load, % of step", Record.load_percent))
 STEP_AND_EPOCH = (
     time("Step, ms", Record.step_ms, timed=True),
     Column("Step, ×", Record.step_ms, show=ratio_with_interval, timed=True),
@@ -164,11 +161,7 @@ DATA_LOADER = Study(
     "Loading",
     "resnext.py with 2 workers",
     LOADING,
-    (
-        *LOAD,
-        *STEP_AND_EPOCH,
-        percent("Test accuracy, %", test_accuracy),
-    ),
+    (*LOAD, *STEP_AND_EPOCH, percent("Test accuracy, %", test_accuracy)),
     published={"A100: load, ms": "load_ms", **A100_STEP},
 )
 MIXED_PRECISION = Study(
@@ -249,3 +242,4 @@ TOGETHER = Study(
     ),
     same=("model", "dataset", "size", "init", "num_epoch", "max_steps", "processes"),
 )
+STUDIES = (DATA_LOADER, MIXED_PRECISION, CHECKPOINTING, TOGETHER, SIMCLS)

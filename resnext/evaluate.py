@@ -67,7 +67,7 @@ def main():
     device = devices.choose(args)
     model, record = load_model(args.run), read_record(args.run)
     on_test_pictures = not (args.pictures or args.export)
-    data = load_data(args, record) if on_test_pictures or untold(args, record) else None
+    data = load_data(args, record) if on_test_pictures or missing_facts(args, record) else None
     if data is None and (args.dataset or args.data_dir):
         raise UserError("--dataset and --data_dir are of test pictures, of which --pictures and --export take none")
     known = gather(args, record, data, len(model.linear.weight))
@@ -84,13 +84,13 @@ def main():
         data.statistics = known.mean, known.std
         judged = what_is_judged(args, data, known)
         batches = evaluation_batches(data, args.batch_size or settings.get("batch_size", 128), device)
-        tell(args, record, data, judged, predict(model, batches, precision, layout))
+        print_and_write(args, record, data, judged, predict(model, batches, precision, layout))
 
 
 # ----------------------------------------------------------------------------------- what the weights alone do not say
 
 
-def untold(args, record):
+def missing_facts(args, record):
     """The names of what neither the arguments nor the record tell."""
     facts = record.get("data", {})
     return [name for name in ("classes", "mean", "std") if getattr(args, name, None) is None and name not in facts]
@@ -101,7 +101,7 @@ def load_data(args, record):
     settings = record.get("arguments", {})
     dataset = args.dataset or settings.get("dataset")
     if dataset is None:
-        lacks = f", the record that would tell {', '.join(untold(args, record))}, is not there"
+        lacks = f", the record that would tell {', '.join(missing_facts(args, record))}, is not there"
         raise UserError(
             f"{args.run.with_suffix('.json')}{lacks}; name the data that the weights were trained on by --dataset and "
             "--data_dir"
@@ -125,7 +125,7 @@ def recorded_folder(name, dataset):
 
 def gather(args, record, data, num_classes):
     """The Known of arguments and record, and what they do not tell of the ImageData `data`, which a line says."""
-    facts, lacks = record.get("data", {}), untold(args, record)
+    facts, lacks = record.get("data", {}), missing_facts(args, record)
     if lacks:
         mean, std = data.statistics
         facts = {"classes": data.classes, "mean": mean, "std": std, "size": data.size} | facts
@@ -201,7 +201,7 @@ def what_is_judged(args, data, known):
     return judged
 
 
-def tell(args, record, data, judged, predictions):
+def print_and_write(args, record, data, judged, predictions):
     """Print what the predictions for the test pictures of `data` show, and write it as figures and JSON."""
     matrix = predictions.confusion(len(data.classes))
     mistakes = predictions.surest_mistakes()
@@ -249,13 +249,13 @@ def beside_record(record, judged, predictions):
     facts = record.get("data", {})
     if any(facts.get(name, value) != value for name, value in judged.items()):
         return ""
-    told = [epoch["test_acc"] for epoch in record.get("epochs", []) if "test_acc" in epoch]
-    if not told:
+    recorded = [epoch["test_acc"] for epoch in record.get("epochs", []) if "test_acc" in epoch]
+    if not recorded:
         return ""
-    if told[-1] == predictions.accuracy():
+    if recorded[-1] == predictions.accuracy():
         return ", as the run's record says"
     where = record.get("machine", {}).get("hardware", "unknown hardware")
-    return f"; the run's record says {told[-1]:.2f} %, of {record.get('precision', 'unknown precision')} on {where}"
+    return f"; the run's record says {recorded[-1]:.2f} %, of {record.get('precision', 'unknown precision')} on {where}"
 
 
 if __name__ == "__main__":

@@ -9,17 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from harness import determinism, devices, distributed, resume, run_log, runs, tracing
-from harness.arguments import (
-    FLAG,
-    OneLineParser,
-    default_workers,
-    learning_rate,
-    non_negative_float,
-    positive_int,
-    seed,
-    workers,
-)
+from harness import arguments, determinism, devices, distributed, resume, run_log, runs, tracing
 from harness.endings import UserError
 from harness.files import atomic_write
 from harness.loading import EpochBatches
@@ -36,24 +26,21 @@ from weights import start_from
 LARGEST = 4096  # Sides of a picture, in pixels: all pictures are kept in memory.
 SECONDS_BETWEEN_READS = 2.0  # Of the running loss, which is on the device.
 
-# They choose where and how a process runs, not what it computes: a resumed run may change them.
-NOT_RESULTS = (
-    "resume", "restart", "output_dir", "data_dir", "num_worker", "loader", "save_every", "trace", "device", "threads",
-    "dry_run", "log", "keep_memory",
-)  # fmt: skip
+NOT_RESULTS = (*runs.NOT_RESULTS, "output_dir", "data_dir", "num_worker", "loader", "save_every", "keep_memory")
 
 
-def get_args_parser(description, kind=OneLineParser):
+def get_args_parser(description, kind=arguments.OneLineParser):
     parser = kind(description=description)
     add = parser.add_argument
-    add("--num_workers", "--num_worker", dest="num_worker", type=workers, default=default_workers(2),
+    add("--num_workers", "--num_worker", dest="num_worker", type=arguments.workers,
+        default=arguments.default_workers(2),
         help="processes that load pictures; 0 loads in this one. Never more by default than there are cores"
     )  # fmt: skip
     add_half_precision(parser, "autocast, in float16 with loss scaling when no type is named; on a CPU always in "
                        "bfloat16")  # fmt: skip
-    add("--num_epoch", type=positive_int, default=200, help="passes over the training pictures")
-    add("--batch_size", type=positive_int, default=128, help="pictures a step, over all processes")
-    add("--lr", type=learning_rate, default=0.01, help="learning rate")
+    add("--num_epoch", type=arguments.positive_int, default=200, help="passes over the training pictures")
+    add("--batch_size", type=arguments.positive_int, default=128, help="pictures a step, over all processes")
+    add("--lr", type=arguments.learning_rate, default=0.01, help="learning rate")
     add("--size", type=picture_size, default=SIZE, help="sides that the pictures of a folder are resized to")
     add("--model", type=model_name, default="resnext29_4x64d", help="resnext29_{cardinality}x{width}d")
     add("--dataset", choices=("cifar10", "digits", "folder"), default="cifar10",
@@ -62,21 +49,21 @@ def get_args_parser(description, kind=OneLineParser):
     add("--data_dir", default=str(Path(__file__).resolve().parent / "data"), help="where the pictures are")
     add("--loader", choices=("workers", "device"), default="workers",
         help="load by worker processes, or augment whole batches where the model is")  # fmt: skip
-    add("--true_fp32", **FLAG,
+    add("--true_fp32", **arguments.FLAG,
         help="no TensorFloat-32, which GPUs since Ampere use for single precision")  # fmt: skip
-    add("--seed", type=seed, default=0, help="of the weights, the order and the augmentation")
+    add("--seed", type=arguments.seed, default=0, help="of the weights, the order and the augmentation")
     add("--init", metavar="RUN.pt", help="begin with these trained weights instead of random ones")
-    add("--keep_memory", **FLAG,
+    add("--keep_memory", **arguments.FLAG,
         help="let memory that is freed on a CPU stay with the process; else the system clears it for each large tensor"
     )  # fmt: skip
     determinism.add_argument(parser)
     devices.add_arguments(parser)
     add("--output_dir", default="model_history", help="where the run's files go")
     resume.add_arguments(parser)
-    add("--save_every", type=non_negative_float, default=5.0, metavar="MINUTES",
+    add("--save_every", type=arguments.non_negative_float, default=5.0, metavar="MINUTES",
         help="how often to save what --resume needs; a stop by Ctrl-C or SIGTERM saves it too. Several processes save "
              "after epochs alone")  # fmt: skip
-    add("--max_steps", type=positive_int,
+    add("--max_steps", type=arguments.positive_int,
         help="stop after so many steps, for profiling; a run stopped so writes its timings alone")  # fmt: skip
     tracing.add_argument(parser)
     runs.add_dry_run(parser)
@@ -94,7 +81,7 @@ def model_name(text):
 
 def picture_size(text):
     """An argparse type: the length of a picture's sides, an int that the model halves three times."""
-    size = positive_int(text)
+    size = arguments.positive_int(text)
     if size % 8 or size > LARGEST:
         raise argparse.ArgumentTypeError(f"{text!r} is no multiple of 8 up to {LARGEST}")
     return size
@@ -109,26 +96,19 @@ def run_name(args, suffix=""):
 
     resnext_2_worker_128, resnext_0_worker_128_fp16, resnext_device_512_digits_checkpoint, ...
     """
-    parts = [f"resnext_{loading_name(args)}_{args.batch_size}"]
-    if args.model != "resnext29_4x64d":
-        parts.append(args.model)
-    if args.dataset != "cifar10":
-        parts.append(args.dataset)
-    if args.size != SIZE:
-        parts.append(f"{args.size}px")
-    if args.init:
-        parts.append("init")
-    if args.half_precision:
-        parts.append({"float16": "fp16", "bfloat16": "bf16"}[args.half_precision])
-    if args.true_fp32:
-        parts.append("fp32")
-    if args.seed:
-        parts.append(f"seed{args.seed}")
-    if args.deterministic:
-        parts.append("deterministic")
-    if args.max_steps:
-        parts.append(f"{args.max_steps}_steps")
-    return "_".join(parts) + suffix
+    parts = [
+        f"resnext_{loading_name(args)}_{args.batch_size}",
+        args.model if args.model != "resnext29_4x64d" else None,
+        args.dataset if args.dataset != "cifar10" else None,
+        f"{args.size}px" if args.size != SIZE else None,
+        "init" if args.init else None,
+        {"float16": "fp16", "bfloat16": "bf16"}.get(args.half_precision),
+        "fp32" if args.true_fp32 else None,
+        f"seed{args.seed}" if args.seed else None,
+        "deterministic" if args.deterministic else None,
+        f"{args.max_steps}_steps" if args.max_steps else None,
+    ]
+    return "_".join(filter(None, parts)) + suffix
 
 
 def load_parts(args, world, run, kind, **more):
@@ -229,6 +209,7 @@ class ImageRun(runs.Run):
     title = "training resnext"
     unit = "pictures"
     elsewhere = "--output_dir"
+    opening, prospects = describe_run, describe_prospects
 
     def __init__(self, experiment, suffix, args, world, **more):
         if args.dataset == "folder":
@@ -238,9 +219,6 @@ class ImageRun(runs.Run):
         self.weights = self.path(".pt"), self.path(".npz")
         self._shown_at = 0.0  # When the bar's figures were last read.
         self.saves_within_epochs = world.size == 1  # Each process has sums of its own, until the epoch ends.
-
-    def opening(self):
-        return describe_run(self, len(self.batches))
 
     def other_states(self):
         """Those of runs that differ in how they load alone."""
@@ -254,7 +232,7 @@ class ImageRun(runs.Run):
         advice = "Use a smaller --lr, or bfloat16 or single precision instead of float16"
         self.check_finite(epoch, loss, advice)
         self.state["metrics"].totals.zero_()
-        self.take_down(epoch, evaluation_seconds, loss=loss, acc=acc, test_acc=test_acc)
+        self.record_epoch(epoch, evaluation_seconds, loss=loss, acc=acc, test_acc=test_acc)
         # Before the state is saved, so that a run that goes on from it keeps them.
         self.log.line(self.line())
         self.log.plot(self._figures(), epoch.number + 1)
@@ -275,7 +253,7 @@ class ImageRun(runs.Run):
             return
         # A state tells a later run, should this one be killed before it has a record, that the weights are its own.
         if not (self.fixed_length and self.path(".state").exists()):
-            self.save(self.args.num_epoch, 0, **self.state)
+            self.save(self.args.num_epoch, 0)
         curves = {key: np.array([epoch[key] for epoch in self.history]) for key in ("loss", "acc", "test_acc")}
         with self.writing():
             with atomic_write(self.path(".pt")) as file:
@@ -293,9 +271,6 @@ class ImageRun(runs.Run):
         if effect:
             self.say(effect)
         self.log.close()
-
-    def prospects(self, timing):
-        return describe_prospects(self, timing)
 
     def progress_bar(self, epoch):
         """A bar that begins with the last epoch's test accuracy."""

@@ -11,12 +11,13 @@ from typing import NamedTuple
 
 import torch
 
+from harness.devices import synchronize
 from harness.endings import is_out_of_gpu_memory
 from harness.loading import largest_batch
 from models.grouped_convolution import FORMS, set_form
 
 SECONDS = 1.0  # What the choice may take, about: a large model needs more for one step of each.
-CLOSE = 1.2  # What was slower than the best by more is not measured again.
+RACE_MARGIN = 1.2  # What was slower than the best by more is not measured again.
 
 
 class Layout(NamedTuple):
@@ -38,7 +39,7 @@ class Layout(NamedTuple):
         return f"{'channels last' if self.channels_last else 'contiguous'}, {self.form}"
 
 
-def candidates(channels_last, form):
+def open_layouts(channels_last, form):
     """The Layouts that the arguments leave open; None leaves one open."""
     layouts = (True, False) if channels_last is None else (channels_last,)
     return [Layout(*each) for each in itertools.product(layouts, FORMS if form is None else (form,))]
@@ -49,7 +50,7 @@ def choose_layout(model, data, args, world, precision, run):
 
     data: the ImageData. What is measured is told, and stands in the record.
     """
-    options = candidates(args.channels_last, args.grouped_convolution)
+    options = open_layouts(args.channels_last, args.grouped_convolution)
     kept = run.saved_facts().get("layout")
     if kept:
         layout = Layout(kept["channels_last"], kept["form"])
@@ -76,22 +77,18 @@ def fastest(model, layouts, precision, world, batch_size, size):
     copies = {channels_last: each.apply(copy.deepcopy(model)) for channels_last, each in one_each.items()}
     random = torch.Generator(world.device).manual_seed(0)
 
-    def wait():
-        if world.device.type == "cuda":
-            torch.cuda.synchronize(world.device)
-
     def step(layout, pictures):
         trial = copies[layout.channels_last]
         set_form(trial, layout.form)
         images = torch.rand(pictures, 3, size, size, device=world.device, generator=random)
         images = images.to(precision.dtype or torch.float32, memory_format=layout.memory_format)
-        wait()
+        synchronize(world.device)
         started = time.perf_counter()
         with precision.autocast():
             output = trial(images)
         output.float().square().mean().backward()
         trial.zero_grad(set_to_none=True)
-        wait()
+        synchronize(world.device)
         return time.perf_counter() - started
 
     def race(most):
@@ -130,6 +127,6 @@ def _race(arms, measure):
     while True:
         for arm in left:
             least[arm] = min(least[arm], measure(arm))
-        left = [arm for arm in arms if least[arm] < CLOSE * min(least.values())]
+        left = [arm for arm in arms if least[arm] < RACE_MARGIN * min(least.values())]
         if len(left) == 1 or time.perf_counter() > deadline:
             return least

@@ -16,7 +16,7 @@ def add_budget_arguments(parser, policy):
     """Add --policy, by default `policy`, --memory_budget and --budget_of to `parser`."""
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--policy", choices=[*POLICIES, "nested"], default=policy, help="what backward redoes")
-    how.add_argument("--memory_budget", type=arguments.fraction, metavar="SHARE", help=HELP)
+    how.add_argument("--memory_budget", type=arguments.positive_share, metavar="SHARE", help=HELP)
     parser.add_argument("--budget_of", choices=("peak", "held"), default="peak", help=HELP_OF)
 
 

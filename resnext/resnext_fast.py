@@ -43,8 +43,9 @@ from muon import Muon
 
 WARMUP = 0.2  # The share of training in which the learning rate rises.
 LEARNING_RATES = {"muon": 0.1, "sgd": 0.1, "adam": 0.01}  # Where --lr names none.
-SWITCHES = ("channels_last", "grouped_convolution", "compile", "cuda_graphs", "optimizer", "label_smoothing")
-SWITCHES += ("keep_memory",)
+SWITCHES = (
+    "channels_last", "grouped_convolution", "compile", "cuda_graphs", "optimizer", "label_smoothing", "keep_memory",
+)  # fmt: skip
 
 
 class FastParser(OneLineParser):
@@ -179,10 +180,11 @@ def for_full_batches(model, data, args, precision, run, layout):
 
 def load_laid_out(args, world, precision, run):
     """(the ImageData, the model on this process's device, memory_format and dtype of pictures in it)"""
-    # A budget's plan is made for the layout: until then nothing is redone.
-    policy = {"policy": args.policy or frozenset()}
-    kind, redone = (CheckpointResNeXt, policy) if policy_label(args) else (ResNeXt, {})
-    data, model = load_parts(args, world, run, kind, **redone)
+    if policy_label(args):
+        # A budget's plan is made for the layout: until then nothing is redone.
+        data, model = load_parts(args, world, run, CheckpointResNeXt, policy=args.policy or frozenset())
+    else:
+        data, model = load_parts(args, world, run, ResNeXt)
     chosen = choose_layout(model, data, args, world, precision, run)
     chosen.apply(model)
     return data, model, {"memory_format": chosen.memory_format, "dtype": precision.dtype or torch.float32}

@@ -7,6 +7,7 @@ import torch
 
 from harness.loading import largest_batch
 from harness.machine import hardware_name
+from harness.memory import in_mib
 from harness.planning import describe
 from harness.precision import HALF, explain_half_precision
 from harness.timing import typical_milliseconds
@@ -15,8 +16,8 @@ from models.resnext import parse_name
 from models.resnext_checkpoint import CheckpointResNeXt
 
 
-def describe_run(run, steps):
-    """The two lines that an ImageRun begins with. steps: of an epoch."""
+def describe_run(run):
+    """The two lines that an ImageRun begins with."""
     args, facts, device = run.args, run.facts, run.world.device
     layout = "channels last" if facts.get("layout", {}).get("channels_last") else "contiguous"
     form = facts.get("layout", {}).get("form", "groups")  # Of models.grouped_convolution.FORMS.
@@ -25,7 +26,7 @@ def describe_run(run, steps):
     half_precision = explain_half_precision(facts["precision"], device)
     return (
         f"{args.model}, {facts['parameters']:,} parameters, {facts['precision']}, {layout} (convolutions: {form}), "
-        f"{compiled}, on {device} ({hardware_name(device)}{processes}); {steps} steps of "
+        f"{compiled}, on {device} ({hardware_name(device)}{processes}); {len(run.batches)} steps of "
         f"{args.batch_size} pictures an epoch",
         "; ".join([_loading(run), half_precision, _recomputation(run), *_fast(run)]),
     )
@@ -96,23 +97,23 @@ def describe_effect(run):
     facts, kept = run.facts, run.facts.get("saved_activation_bytes")
     if kept is None:
         return None
-    text = f"kept from forward to backward: {_mib(kept)} MiB"
+    text = f"kept from forward to backward: {in_mib(kept)} MiB"
     changes = ["compiling"] * bool(getattr(run.args, "compile", False))
     changes += ["recomputation"] * bool(facts.get("policy")) + ["half precision"] * (facts["precision"] in HALF)
     if not changes:
         return text
     plain, plan = plan_of(run), facts.get("plan")
     if plan:
-        text += f" (planned {_mib(plan['held_bytes'])})"
-    text += f", without {' and '.join(changes)} {_mib(plain.plain_bytes)} ({kept / plain.plain_bytes:.2f} x)"
+        text += f" (planned {in_mib(plan['held_bytes'])})"
+    text += f", without {' and '.join(changes)} {in_mib(plain.plain_bytes)} ({kept / plain.plain_bytes:.2f} x)"
     peak = facts.get("measured", {}).get("peak_bytes")  # None where compiled code hides it.
     if plan and peak is not None:
         before = plan["plain_peak_bytes"]
         # On CUDA the peak has the gradients of the weights in it, and what cuDNN works in, which no plan knows of.
         share = "" if run.world.device.type == "cuda" else f" ({peak / before:.2f} x)"
         text += (
-            f"; peak {_mib(peak)} (planned {_mib(plan['peak_bytes'])}), without recomputation {_mib(before)}{share}, "
-            f"by redoing {len(plan['redo'])} operations"
+            f"; peak {in_mib(peak)} (planned {in_mib(plan['peak_bytes'])}), without recomputation {in_mib(before)}"
+            f"{share}, by redoing {len(plan['redo'])} operations"
         )
     return text
 
@@ -138,23 +139,19 @@ def describe_prospects(run, timing):
     classifier = 6 * batch // world.size * run.state["model"].linear.weight.numel()  # What follows the plan's steps.
     flops = plan.plain_flops + plan.extra_flops + classifier
     memory = (
-        f"predicted: {_mib(plan.held_bytes)} MiB kept from forward to backward, {_mib(plan.peak_bytes)} at the peak"
+        f"predicted: {in_mib(plan.held_bytes)} MiB kept from forward to backward, {in_mib(plan.peak_bytes)} at the peak"
     )
     least = "about"
     if asked == "nested":  # Which no plan tells of: these are the operations of a step that redoes none.
         least, memory = "at least", "what the policy nested holds is not predicted"
     peak = timing["peak_memory"]
-    allocated = f"; the allocator's peak was {_mib(peak['allocated_bytes'])}" if peak else ""
+    allocated = f"; the allocator's peak was {in_mib(peak['allocated_bytes'])}" if peak else ""
     steps = -(-pictures // args.batch_size)
     return (
         f"{run.facts['parameters']:,} parameters; {least} {flops / 1e9:.4g} GFLOP a step, forward and backward"
         + f", in each of {world.size} processes" * (world.size > 1),
-        f"{memory}; {_mib(2 * weights + moments)} for weights, gradients and the optimizer{allocated}",
+        f"{memory}; {in_mib(2 * weights + moments)} for weights, gradients and the optimizer{allocated}",
         f"{steps} steps an epoch, {step:.4g} s each (the median of {timing['phases']['step']['count'] or 1}); "
         f"{args.num_epoch} epochs with evaluation would take about {seconds:.0f} s "
         f"({datetime.timedelta(seconds=round(seconds))})",
     )
-
-
-def _mib(size):
-    return f"{size / 2**20:.1f}"

@@ -324,10 +324,7 @@ def two_machines(trial):
     check(snapshot(folders[0]) == snapshot(folders[1]), "the files differ from those of one machine")
 
 
-KILLS = {
-    "SIGKILL at a random moment": kill_at_a_random_moment,
-    "SIGKILL while files change": kill_while_files_change,
-}
+KILLS = {"SIGKILL at a random moment": kill_at_a_random_moment, "SIGKILL while files change": kill_while_files_change}
 OTHERS = {
     "SIGINT, SIGTERM or SIGHUP": signals,
     "full disk": full_disk,

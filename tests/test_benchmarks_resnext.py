@@ -147,7 +147,7 @@ def test_the_largest_batch_is_found(monkeypatch, limit, free_for):
             raise torch.OutOfMemoryError
         return SimpleNamespace(peak_bytes=1000 + 10 * batch_size)
 
-    monkeypatch.setattr(memory_steps, "TrainingSteps", steps)
+    monkeypatch.setattr(memory_steps, "AdamSteps", steps)
     monkeypatch.setattr(memory_steps.gc, "collect", lambda: None)  # It takes half a second here.
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1000 + 10 * free_for, 10**6))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 0)
@@ -214,7 +214,7 @@ def test_an_arm_that_is_wrong_or_fails_says_so_and_costs_no_other():
 def fast_record(run_script, pictures, tmp_path_factory):
     folder = tmp_path_factory.mktemp("fast")
     args = ["--dataset", "folder", "--data_dir", pictures, "--model", "resnext29_1x4d", "--batch_size", 4, "--steps", 9,
-            "--rounds", 1, "--fast_epochs", 1, "--seeds", 0, 1, "--run_dir", folder / "runs"]  # fmt: skip
+            "--rounds", 1]  # fmt: skip
     techniques = ["--techniques", "loading on the device", "channels last", "dense convolutions"]
     return record_of(run_script, "fast", folder / "record.json", *args, *techniques)
 
@@ -238,10 +238,6 @@ def test_fast(fast_record, pictures):
     assert f": resnext29_1x4d, {pictures.name} (44 images), " in text
     assert [row["technique"] for row in read_table(text)] == names
     assert float(read_table(text, 1)[0]["epoch, s"]) == pytest.approx(limits["epoch_seconds"], rel=0.01)
-    (accuracy,) = record["accuracy"]
-    assert accuracy["seeds"] == 2
-    assert accuracy["test_acc_deviation"] is not None
-    assert accuracy["training_seconds"] > 0
     assert "Training speed, technique by technique: resnext29_1x4d" in printed
 
 

@@ -9,13 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
-from run_records import make_run, read_table
+from run_records import read_table
 
 sys.path.append(str(ROOT / "benchmarks"))
 
 import exactness
 import fast
-import fast_accuracy
 import fast_steps
 import scaling
 
@@ -117,18 +116,3 @@ def test_allocator(run_script, tmp_path):
         assert f"{way}: given back and kept: page faults a step" in printed
     table = read_table(benchmarks.render({"here": [record]}))
     assert [row["Case"] for row in table] == ["resnext29_1x4d, original", "resnext29_1x4d, resnext_fast.py"]
-
-
-def test_what_training_took_is_not_known_of_a_run_that_was_resumed():
-    run = make_run(acc=95.0)  # 93, 94 and 95 % of the test pictures, after 50, 40 and 40 s.
-    found = fast_accuracy.summarise([run, run])
-    assert (found["test_acc_mean"], found["test_acc_deviation"]) == (95.0, 0.0)
-    assert (found["training_seconds"], found["seconds_to_94_percent"]) == (130.0, 90.0)
-    assert found["load_share_of_step"] == pytest.approx(0.04)  # Of all the time: workers deliver in bursts.
-    assert fast_accuracy.summarise([run, make_run(acc=94.0)])["seconds_to_94_percent"] == 110.0
-    assert fast_accuracy.summarise([run, make_run(acc=90.0)])["seconds_to_94_percent"] is None
-    alone = make_run(acc=97.0)
-    alone.record["epochs"] = alone.epochs[:1]
-    alone.record["data"] = {"train_pictures": 50_000}  # 391 steps, of which the record has 390.
-    found = fast_accuracy.summarise([alone])
-    assert found["test_acc_deviation"] is found["training_seconds"] is found["seconds_to_94_percent"] is None

@@ -123,10 +123,7 @@ def test_one_group_is_plain_beam_search():
 @pytest.mark.parametrize("name", tiny_seq2seq.MODELS)
 @pytest.mark.parametrize(
     "settings",
-    [
-        {"num_beams": 6, "num_groups": 3, "no_repeat_ngram_size": 1, "min_length": 5},
-        {"num_beams": 5, "num_groups": 1},
-    ],
+    [{"num_beams": 6, "num_groups": 3, "no_repeat_ngram_size": 1, "min_length": 5}, {"num_beams": 5, "num_groups": 1}],
 )
 def test_log_probabilities_are_those_of_the_model_alone(name, settings):
     """Whatever was penalised, forbidden or forced: those of a teacher-forced forward, over the counted tokens."""

@@ -120,10 +120,7 @@ def raised_again(error):
         (MemoryError(), "the machine is out of memory"),
         (np._core._exceptions._ArrayMemoryError((9, 9), np.dtype("float64")), "the machine is out of memory"),
         (RuntimeError("can't start new thread"), "no more processes or threads can be started"),
-        (
-            RuntimeError("unable to allocate shared memory(shm) for file </torch_9_1>: Success"),
-            "no room for batches",
-        ),
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_9_1>: Success"), "no room for batches"),
         (RuntimeError("unable to write to file </torch_9_1_0>: No space left on device (28)"), "no room for batches"),
         (RuntimeError("received 0 items of ancdata"), "no room for batches"),
         (OSError(errno.EMFILE, "Too many open files"), "no room for batches"),

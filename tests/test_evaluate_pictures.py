@@ -128,7 +128,7 @@ def test_pictures_of_mistakes_go_where_there_are_none(tmp_path):
     args = evaluate_script.get_args_parser().parse_args(["run.pt", "--output_dir", str(tmp_path)])
     data = SimpleNamespace(classes=["a", "b"], test_labels=[0, 1], test_files=None, test_images=None)
     predictions = Predictions(np.array([0, 1]), np.array([0, 1]), np.array([0.9, 0.8]))
-    evaluate_script.tell(args, {}, data, {}, predictions)
+    evaluate_script.print_and_write(args, {}, data, {}, predictions)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run.confusion.png", "run.evaluation.json"]
 
 

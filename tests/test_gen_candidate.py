@@ -273,10 +273,7 @@ def test_half_precision_that_names_no_type_is_bfloat16_for_the_t5_family():
     from transformers import BartConfig
 
     on_cuda = Precision("fp16", torch.float16, None, "cuda")
-    for value, t5, bart in (
-        ("auto", torch.bfloat16, torch.float16),
-        ("float16", torch.float16, torch.float16),
-    ):
+    for value, t5, bart in (("auto", torch.bfloat16, torch.float16), ("float16", torch.float16, torch.float16)):
         dtype = generator_dtype(value, on_cuda)
         assert (dtype(T5Config()), dtype(BartConfig())) == (t5, bart)
     assert generator_dtype(None, Precision("fp32", None, None, "cuda"))(T5Config()) == torch.float32

@@ -9,14 +9,7 @@ from torchvision.transforms.v2 import functional
 
 from harness.endings import UserError
 from harness.loading import EpochBatches, largest_batch
-from image_loaders import (
-    PADDING,
-    AugmentedImages,
-    DeviceImages,
-    augmentation,
-    evaluation_batches,
-    training_loader,
-)
+from image_loaders import PADDING, AugmentedImages, DeviceImages, augmentation, evaluation_batches, training_loader
 from images import SIZE, ImageData, load_images
 
 CPU = torch.device("cpu")

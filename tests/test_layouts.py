@@ -10,7 +10,7 @@ import torch
 import layouts
 from harness.distributed import World
 from harness.precision import choose_precision
-from layouts import Layout, candidates, choose_layout, fastest
+from layouts import Layout, choose_layout, fastest, open_layouts
 from models.resnext import ResNeXt
 
 CPU = torch.device("cpu")
@@ -19,9 +19,9 @@ pytestmark = pytest.mark.quick
 
 
 def test_what_the_arguments_name_is_not_open():
-    assert len(candidates(None, None)) == 6
-    assert candidates(True, None) == [Layout(True, form) for form in ("groups", "separate", "dense")]
-    assert candidates(False, "dense") == [Layout(False, "dense")]
+    assert len(open_layouts(None, None)) == 6
+    assert open_layouts(True, None) == [Layout(True, form) for form in ("groups", "separate", "dense")]
+    assert open_layouts(False, "dense") == [Layout(False, "dense")]
 
 
 def test_the_race_is_won_by_the_least_and_left_by_those_far_behind():
@@ -42,7 +42,7 @@ def test_measuring_leaves_the_model_and_the_random_state_alone():
     torch.manual_seed(0)
     model = ResNeXt(2, 4)
     before, random = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-    options = candidates(None, None)
+    options = open_layouts(None, None)
     best, taken = fastest(model, options, choose_precision(None, CPU), WORLD, batch_size=2, size=32)
     assert set(taken) == {str(each) for each in options}
     assert taken[str(best)] == min(taken.values())
@@ -71,7 +71,7 @@ def test_a_gpu_is_measured_with_the_batch_or_what_of_it_fits_into_memory(monkeyp
     monkeypatch.setattr(torch, "rand", lambda *shape, device, generator: torch.ones(shape))
     monkeypatch.setattr(torch, "Generator", lambda device: SimpleNamespace(manual_seed=lambda seed: None))
     world.device, precision = Gpu("cpu"), choose_precision(None, CPU)
-    fastest(ResNeXt(1, 4), candidates(True, None), precision, world, batch_size=16, size=32)
+    fastest(ResNeXt(1, 4), open_layouts(True, None), precision, world, batch_size=16, size=32)
     assert seen == [16, 8, 4, 4, 4, 4, 4]
 
 

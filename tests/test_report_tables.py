@@ -120,8 +120,7 @@ def test_checkpointing_table_has_a_baseline_for_each_batch_size():
 
 
 @pytest.mark.parametrize(
-    "changes",
-    [{"device": "cpu"}, {"model": "resnext29_2x16d"}, {"dataset": "digits"}, {"batch_size": 64}, {"lr": 0.1}],
+    "changes", [{"device": "cpu"}, {"model": "resnext29_2x16d"}, {"dataset": "digits"}, {"batch_size": 64}, {"lr": 0.1}]
 )
 def test_what_differs_elsewhere_is_not_compared(changes):
     """A slow run on other hardware, or of another model, data, batch or setting, is no baseline and no arm."""

@@ -13,7 +13,6 @@ from pretrained import half_precision_name
 from harness.distributed import World
 from harness.precision import choose_precision
 from scorer import metrics
-from scorer.losses import loss_of
 from scorer.metrics import CollapseWatch, Metrics, validate
 from scorer.optimization import Schedule, seed_step
 from scorer.scorer_arguments import get_args_parser, run_name
@@ -109,32 +108,6 @@ def test_candidates_that_tie_are_not_pushed_apart_and_their_order_does_not_matte
     assert torch.autograd.grad(all_tie, scores)[0].abs().max() == 0
 
 
-@pytest.mark.parametrize(
-    ("words", "expected"),
-    [
-        # Of its pairs the first lacks 0.4 - 0.2 + 0.1, the second 0.3 - 0.2 + 0.2, and the third nothing.
-        ("--loss margin --margin 0.01", (0.3 + 0.3 + 0.0) / 3),
-        # softmax(4, 3, 2) is 0.6652, 0.2447, 0.0900, and softmax(2, 4, 3) is 0.0900, 0.6652, 0.2447.
-        ("--loss listwise --temperature 0.1", 0.6652 * 2 - 0.2447 - 0.0900),
-    ],
-)
-def test_other_losses_ask_for_differences_of_scores_that_are_those_of_rouge(words, expected):
-    args = get_args_parser("").parse_args([*words.split(), "--gold_weight", "0"])
-
-    class Batch:
-        rouge = torch.tensor([[0.4, 0.3, 0.2, 0.9]])
-        present = torch.tensor([[True, True, True, False]])
-
-    wrong = torch.tensor([[0.2, 0.4, 0.3, 5.0]], requires_grad=True)
-    loss = loss_of(args, wrong, torch.zeros(1), Batch)
-    assert loss.item() == pytest.approx(expected, abs=1e-3)
-    (gradient,) = torch.autograd.grad(loss, wrong)
-    assert gradient.isfinite().all()
-    assert gradient[0, 0] < 0
-    assert gradient[0, 3] == 0
-    assert loss_of(args, Batch.rouge - 0.5, torch.zeros(1), Batch).item() == pytest.approx(0, abs=1e-6)
-
-
 # ------------------------------------------------------------------------------------- learning and validation
 
 
@@ -191,7 +164,7 @@ def test_each_step_of_each_process_has_its_own_dropout_and_has_it_again():
 
 @pytest.mark.parametrize(
     ("words", "name"),
-    [("", ""), ("--half_precision bfloat16", "_bf16"), ("--loss margin", "_margin"), ("--frozen_layers 2", "_frozen2"),
+    [("", ""), ("--half_precision bfloat16", "_bf16"), ("--frozen_layers 2", "_frozen2"),
      ("--use_checkpoint", "_checkpoint"), ("--memory_budget 0.5", "_budget0.5"), ("--seed 3", "_seed3"),
      ("--deterministic", "_deterministic")],
 )  # fmt: skip

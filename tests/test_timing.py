@@ -10,7 +10,7 @@ import torch
 from harness import runs, timing
 from harness.distributed import World
 from harness.loading import EpochBatches
-from harness.timing import WARMUP_STEPS, PhaseTimer, summarise
+from harness.timing import WARMUP_STEPS, PhaseTimer, summarise, training_seconds
 
 CPU = torch.device("cpu")
 
@@ -121,7 +121,6 @@ def slow_device(clock, monkeypatch):
     timer = PhaseTimer(CPU)
     monkeypatch.setattr(timer, "_on_cuda", True)
     monkeypatch.setattr(torch.cuda, "Event", lambda enable_timing: Event())
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: clock.pass_ms(0))
     return timer
 
 
@@ -131,6 +130,26 @@ def test_device_times_of_events(clock, slow_device):
     assert forward["host_ms"]["median"] == pytest.approx(10)
     assert forward["device_ms"]["median"] == pytest.approx(30)
     assert forward["share"] == pytest.approx(3 * 8 * 10 / (8 * (2 + 10 + 13.5 + 1)))
+
+
+def test_validations_within_an_epoch_are_no_training(clock, slow_device, tmp_path):
+    """By the device's time, where there is one: the host's begins while the device is still at the steps before it."""
+
+    def epoch_of(timer):
+        timer.start_epoch()
+        for _ in timer.steps(Batches(clock, 2, 5), "epoch 1"):
+            with timer("forward"):
+                clock.pass_ms(45)
+            with timer("validation"):
+                clock.pass_ms(10)
+        return timer.end_epoch()
+
+    on_host, on_device = epoch_of(PhaseTimer(CPU)), epoch_of(slow_device)
+    assert training_seconds(on_host) == pytest.approx(0.12 - 2 * 0.01)
+    assert training_seconds(on_device) == pytest.approx(0.12 - 2 * 0.03)
+    run = runs.Run("x", tmp_path, "x", argparse.Namespace(num_epoch=1), World(0, 1, CPU))
+    run.record_epoch(SimpleNamespace(number=0, samples=30, timing=on_device), 0.0)
+    assert run.history[0]["samples_per_second"] == pytest.approx(30 / 0.06)
 
 
 @pytest.mark.parametrize(("every", "steps"), [(0, [1, 2, 3, 4, 5, 6, 7, 8]), (0.04 / 60, [4, 8]), (0.09 / 60, [])])

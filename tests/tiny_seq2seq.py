@@ -58,18 +58,8 @@ MODELS = {
         0,
     ),
     "mt5": (MT5ForConditionalGeneration, MT5Config(vocab_size=41, **T5), 0.8, 0),
-    "bart": (
-        BartForConditionalGeneration,
-        BartConfig(vocab_size=41, **BART),
-        0.3,
-        12,
-    ),
-    "pegasus": (
-        PegasusForConditionalGeneration,
-        PegasusConfig(vocab_size=41, **BART),
-        0.45,
-        10,
-    ),
+    "bart": (BartForConditionalGeneration, BartConfig(vocab_size=41, **BART), 0.3, 12),
+    "pegasus": (PegasusForConditionalGeneration, PegasusConfig(vocab_size=41, **BART), 0.45, 10),
 }
 
 

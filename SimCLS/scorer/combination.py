@@ -15,7 +15,7 @@ from texts.scoring import mean_score
 
 TERMS = ("likelihood", "agreement")  # Beside the score.
 POWERS = (1.0, 0.5, 0.0)
-MOST = 100.0  # A weight with which the scorer hardly counts any more.
+LARGEST_WEIGHT = 100.0  # A weight with which the scorer hardly counts any more.
 
 
 def combine(scores, likelihood, agreement, weights):
@@ -89,7 +89,7 @@ def regress(judged, total=lambda sums: sums):
     errors = np.sqrt(np.diag(inverse @ total(residuals.T @ residuals) @ inverse))
     kept = [0, *(place for place in range(1, size) if slopes[place] > errors[place])]
     by_score, *by_terms = _slopes(sums[best], kept).clip(min=0)
-    scale = max(by_score, max(by_terms) / MOST) or 1.0
+    scale = max(by_score, max(by_terms) / LARGEST_WEIGHT) or 1.0
     weights = {name: float(slope / scale) for name, slope in zip(TERMS, by_terms, strict=True)}
     weights["power"] = POWERS[best]
     gains = [

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from harness.devices import synchronize
 from harness.endings import UserError
 from harness.memory import LiveBytes, SavedBytes
 from harness.planning import plan_recomputation
@@ -145,11 +146,10 @@ def _seconds(scorer, layers, texts, lengths, precision, world):
     def timed(kind, method):
         @functools.wraps(method)
         def run(*args, **kwargs):
-            wait = torch.cuda.synchronize if texts.is_cuda else int
-            wait()
+            synchronize(texts.device)
             start = time.perf_counter()
             output = method(*args, **kwargs)
-            wait()
+            synchronize(texts.device)
             seconds[kind] = min(seconds[kind], time.perf_counter() - start)
             return output
 

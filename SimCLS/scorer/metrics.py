@@ -3,13 +3,18 @@
 import numpy as np
 import torch
 from data_utils import ROUGE
-from model import score_samples
+from model import ranking_loss, score_samples
 
 from harness.devices import widest_float
 from harness.timing import nvtx_range
-from scorer.losses import loss_of
 
-MOST_UPDATES_A_REPORT = 50  # Further apart, a collapse would be seen too late.
+MOST_UPDATES_A_REPORT = 50  # With reports further apart, a collapse would be noticed too late.
+
+
+def loss_of(args, scores, gold_scores, batch):
+    """The mean loss of a batch's documents by the loss arguments of the run. scores, gold_scores: of a Scorer."""
+    settings = args.margin, args.gold_margin, args.gold_weight
+    return ranking_loss(scores, gold_scores, batch.rouge, batch.present, *settings)
 
 
 class Metrics(torch.nn.Module):

@@ -5,31 +5,16 @@ from pathlib import Path
 
 from model import MARGIN, MAX_LEN, TOTAL_LEN
 
-from harness import determinism, devices, resume, run_log, runs, tracing
-from harness.arguments import (
-    FLAG,
-    OneLineParser,
-    default_workers,
-    fraction,
-    learning_rate,
-    non_negative_float,
-    non_negative_int,
-    positive_float,
-    positive_int,
-    seed,
-    share_below_one,
-    workers,
-)
+from harness import arguments, determinism, devices, resume, run_log, runs, tracing
 from harness.endings import UserError
 from harness.precision import add_half_precision
-from scorer.losses import LOSSES
 from texts.scoring import add_rouge_argument
 
 CACHE = Path("cache")
 
 
 def get_args_parser(description):
-    parser = OneLineParser(description=description)
+    parser = arguments.OneLineParser(description=description)
     add = parser.add_argument
     add("--dataset", default="samples", help="folder with the sample folders train, val and test")
     add("--model_type", help="encoder to start from: a folder, a name on the hub, or minilm (of "
@@ -39,68 +24,72 @@ def get_args_parser(description):
     run_log.add_argument(parser)
     add("--run_name", type=run_name_type, help="folder below ./cache; by default named by the settings")
     resume.add_arguments(parser)
-    add("--max_steps", type=positive_int, help="stop after so many steps, for profiling; writes the timings alone, "
-        "below a name that ends with _{max_steps}_steps")  # fmt: skip
+    add("--max_steps", type=arguments.positive_int,
+        help="stop after so many steps, for profiling; writes the timings alone, "
+             "below a name that ends with _{max_steps}_steps")  # fmt: skip
     tracing.add_argument(parser)
     runs.add_dry_run(parser)
-    add("--seed", type=seed, default=0, help="of the weights, the order and dropout")
+    add("--seed", type=arguments.seed, default=0, help="of the weights, the order and dropout")
 
     group = parser.add_argument_group("machine")
     add = group.add_argument
     add("--cuda", action="store_true", help="train on GPUs")
-    add("--gpuid", type=non_negative_int, nargs="+", default=[0],
+    add("--gpuid", type=arguments.non_negative_int, nargs="+", default=[0],
         help="numbers of the GPUs, one process each; without --cuda as many processes on the CPU")  # fmt: skip
     add("-p", "--port", type=port_type, help="TCP port at which the processes meet; by default a free one")
-    add("--num_workers", "--num_worker", type=workers, default=default_workers(4),
+    add("--num_workers", "--num_worker", type=arguments.workers, default=arguments.default_workers(4),
         help="processes that make batches; 0 makes them in this one. By default 4, or as many as there are cores where "
              "they are fewer, which the run's name then tells")  # fmt: skip
     add_half_precision(group, "autocast, in float16 with loss scaling when no type is named; on a CPU, and for an "
                        "encoder of the T5 family, in bfloat16", unnamed="auto")  # fmt: skip
     how = group.add_mutually_exclusive_group()
-    how.add_argument("--use_checkpoint", "--gradient_checkpointing", **FLAG, help="recompute the activations of each "
-        "encoder layer in backward")  # fmt: skip
-    how.add_argument("--memory_budget", type=fraction, metavar="SHARE",
+    how.add_argument("--use_checkpoint", "--gradient_checkpointing", **arguments.FLAG,
+        help="recompute the activations of each encoder layer in backward")  # fmt: skip
+    how.add_argument("--memory_budget", type=arguments.positive_share, metavar="SHARE",
         help="recompute of the encoder's layers what is cheapest, so that the peak is at most this share of the "
              "run's without. The peak: the most bytes of activations and their gradients at once")  # fmt: skip
     determinism.add_argument(group)
     devices.add_arguments(group, default="the CPU, or with --cuda the GPUs of --gpuid")
 
     add = parser.add_argument_group("learning").add_argument
-    add("--num_epoch", type=positive_int, default=5, help="passes over the training documents")
-    add("--batch_size", type=positive_int, default=8, help="documents a step, over all processes")
-    add("--accumulate_step", type=positive_int, default=2, help="steps whose gradients make one update")
-    add("--lr", type=learning_rate, help="peak learning rate of Adam; by default 3e-5 for an encoder of width 768, "
-        "more for a narrower one")  # fmt: skip
-    add("--warmup", type=fraction, default=0.1, help="share of the updates in which the rate rises to its peak, from "
-        "which it falls to 0")  # fmt: skip
-    add("--dropout", type=share_below_one, default=0.0,
+    add("--num_epoch", type=arguments.positive_int, default=5, help="passes over the training documents")
+    add("--batch_size", type=arguments.positive_int, default=8, help="documents a step, over all processes")
+    add("--accumulate_step", type=arguments.positive_int, default=2, help="steps whose gradients make one update")
+    add("--lr", type=arguments.learning_rate,
+        help="peak learning rate of Adam; by default 3e-5 for an encoder of width 768, "
+             "more for a narrower one")  # fmt: skip
+    add("--warmup", type=arguments.positive_share, default=0.1,
+        help="share of the updates in which the rate rises to its peak, from which it falls to 0")  # fmt: skip
+    add("--dropout", type=arguments.share_below_one, default=0.0,
         help="of the encoder; it blurs differences as small as the margin")  # fmt: skip
-    add("--frozen_layers", type=non_negative_int, default=0, help="lowest layers of the encoder that keep their "
-        "weights, and its embeddings with them: steps are shorter, and less is kept for backward")  # fmt: skip
-    add("--grad_norm", type=non_negative_float, default=1.0, help="clip gradients to this norm; 0 does not clip")
+    add("--frozen_layers", type=arguments.non_negative_int, default=0,
+        help="lowest layers of the encoder that keep their "
+             "weights, and its embeddings with them: steps are shorter, and less is kept for backward")  # fmt: skip
+    add("--grad_norm", type=arguments.non_negative_float, default=1.0,
+        help="clip gradients to this norm; 0 does not clip")  # fmt: skip
 
     add = parser.add_argument_group("loss").add_argument
-    add("--loss", choices=LOSSES, default="ranking", help="of the candidates: the published one by their ranks; a "
-        "margin that grows with the difference in ROUGE; or listwise, scores that differ as ROUGE does")  # fmt: skip
-    add("--margin", type=positive_float, default=MARGIN, help="score difference of candidates that are neighbours in "
-        "ROUGE; with --loss margin, of candidates a hundredth of ROUGE apart")  # fmt: skip
-    add("--temperature", type=positive_float, default=0.05, help="of --loss listwise: by which scores and ROUGE are "
-        "divided before their softmax")  # fmt: skip
-    add("--gold_margin", type=non_negative_float, default=0.0, help="how far the reference has to score above "
-        "candidates")  # fmt: skip
-    add("--gold_weight", type=non_negative_float, default=1.0, help="weight of the reference's part")
+    add("--margin", type=arguments.positive_float, default=MARGIN,
+        help="score difference of candidates that are neighbours in ROUGE")  # fmt: skip
+    add("--gold_margin", type=arguments.non_negative_float, default=0.0,
+        help="how far the reference has to score above candidates")  # fmt: skip
+    add("--gold_weight", type=arguments.non_negative_float, default=1.0, help="weight of the reference's part")
 
     group = parser.add_argument_group("lengths, in tokens, and counts")
     add = group.add_argument
-    add("--total_len", type=positive_int, help="of a document; longer ones are cut; by default as in the training of "
-        f"--model_pt, else {TOTAL_LEN}")  # fmt: skip
-    add("--max_len", type=positive_int, help="of a candidate or a reference; longer ones are cut; by default as in the "
-        f"training of --model_pt, else {MAX_LEN}")  # fmt: skip
-    add("--max_num", type=positive_int, default=16, help="candidates a document that training uses, the first ones")
+    add("--total_len", type=arguments.positive_int,
+        help="of a document; longer ones are cut; by default as in the training of "
+             f"--model_pt, else {TOTAL_LEN}")  # fmt: skip
+    add("--max_len", type=arguments.positive_int,
+        help="of a candidate or a reference; longer ones are cut; by default as in the "
+             f"training of --model_pt, else {MAX_LEN}")  # fmt: skip
+    add("--max_num", type=arguments.positive_int, default=16,
+        help="candidates a document that training uses, the first ones")  # fmt: skip
     add_rouge_argument(group)
 
     add = parser.add_argument_group("progress").add_argument
-    add("--eval_freq", type=positive_int, default=1000, help="updates between validations, besides each epoch's end")
+    add("--eval_freq", type=arguments.positive_int, default=1000,
+        help="updates between validations, besides each epoch's end")  # fmt: skip
     return parser
 
 
@@ -122,25 +111,17 @@ def run_name(args):
 
     simcls_4_worker, simcls_0_worker_fp16_checkpoint, mine_100_steps, ...
     """
-    cut_short = [f"{args.max_steps}_steps"] * bool(args.max_steps)
-    if args.run_name:
-        return "_".join([args.run_name, *cut_short])
-    parts = [f"simcls_{args.num_workers}_worker"]
-    if args.half_precision:
-        parts.append({"auto": "fp16", "float16": "fp16", "bfloat16": "bf16"}[args.half_precision])
-    if args.loss != "ranking":
-        parts.append(args.loss)
-    if args.frozen_layers:
-        parts.append(f"frozen{args.frozen_layers}")
-    if args.use_checkpoint:
-        parts.append("checkpoint")
-    if args.memory_budget:
-        parts.append(f"budget{args.memory_budget:g}")
-    if args.seed:
-        parts.append(f"seed{args.seed}")
-    if args.deterministic:
-        parts.append("deterministic")
-    return "_".join([*parts, *cut_short])
+    parts = [
+        f"simcls_{args.num_workers}_worker",
+        {"auto": "fp16", "float16": "fp16", "bfloat16": "bf16"}.get(args.half_precision),
+        f"frozen{args.frozen_layers}" if args.frozen_layers else None,
+        "checkpoint" if args.use_checkpoint else None,
+        f"budget{args.memory_budget:g}" if args.memory_budget else None,
+        f"seed{args.seed}" if args.seed else None,
+        "deterministic" if args.deterministic else None,
+    ]
+    cut_short = f"{args.max_steps}_steps" if args.max_steps else None
+    return "_".join(filter(None, [*([args.run_name] if args.run_name else parts), cut_short]))
 
 
 def starting_weights(args):

@@ -10,26 +10,25 @@ from data_utils import ROUGE
 from model import save_scorer
 from torch.utils.flop_counter import FlopCounterMode
 
+from harness import runs
 from harness.endings import UserError
 from harness.files import atomic_write, write_json
 from harness.machine import hardware_name
+from harness.memory import in_mib
 from harness.precision import HALF, explain_half_precision
 from harness.run_log import timing_figures
-from harness.runs import Run
 from harness.timing import typical_milliseconds
 from scorer.metrics import MOST_UPDATES_A_REPORT, CollapseWatch, mean_rouge
 from scorer.scorer_arguments import CACHE, run_name
 
-# They choose where and how long a process runs, not what it computes: a resumed run may change them.
-NOT_RESULTS = ("resume", "restart", "max_steps", "log", "port", "evaluate", "run_name", "trace")
-NOT_RESULTS += ("cuda", "gpuid", "device", "threads", "num_workers", "dry_run")
+NOT_RESULTS = (*runs.NOT_RESULTS, "max_steps", "port", "evaluate", "run_name", "cuda", "gpuid", "num_workers")
 WEIGHTS = ("scorer.bin", "model.bin")  # The best, and the last.
 FIXED_LENGTH = "the learning rate falls to zero over all updates"
 POINTS_PER_EPOCH = 200  # Of the loss curve in the record.
 REPORTS = 100  # Lines about the loss in a whole run, unless MOST_UPDATES_A_REPORT asks for more.
 
 
-class ScorerRun(Run):
+class ScorerRun(runs.Run):
     """A Run in ./cache/<name>/: the best weights (scorer.bin), the last (model.bin), scorer.json that says what they
     are for, config.json, the record, and on `-l` log.txt and TensorBoard events.
 
@@ -76,14 +75,14 @@ class ScorerRun(Run):
         if state["collapsed"]:
             self.facts["collapsed"] = state["collapsed"]
 
-    def resume(self, **parts):
-        place = super().resume(**parts)
+    def resume(self):
+        place = super().resume()
         if not self.world.is_main:
-            parts["metrics"].totals.zero_()  # The first process has resumed the sums of all.
+            self.state["metrics"].totals.zero_()  # The first process has resumed the sums of all.
         return place
 
     def describe(self, scorer, description, schedule, validated):
-        """Take down, before `epochs`, what is trained and how: in config.json, and in lines.
+        """Record, before `epochs`, what is trained and how: in config.json, and in lines.
 
         description: as from `load_scorer`. validated: how many documents a validation has.
         """
@@ -174,7 +173,7 @@ class ScorerRun(Run):
         )
 
     def keep_within_epoch(self, epoch, result):
-        """Take down a validation before the step in hand, and save the state; UserError, with nothing written, when a
+        """Record a validation before the step in hand, and save the state; UserError, with nothing written, when a
         loss is not finite: the epoch's mean could not become so again. After a signal the script ends here.
 
         result: as from `validate`.
@@ -187,10 +186,10 @@ class ScorerRun(Run):
         with self.phase.paused():
             self.add_validation(self._update(epoch.number, epoch.step), result, self.state["scorer"])
             metrics.gather(self.world)
-            self.save(epoch.number, epoch.step, **self.state)
+            self.save(epoch.number, epoch.step)
 
     def add_validation(self, update, result, scorer):
-        """Take down what `validate` found at `update`, and keep the weights: as the last, and as the best if they are.
+        """Record what `validate` found at `update`, and keep the weights: as the last, and as the best if they are.
         UserError, with nothing written, when the validation loss is not finite."""
         self._check_loss(len(self.history), "validation loss", result["val_loss"])
         self.validations.append({"update": update, **result})
@@ -217,7 +216,7 @@ class ScorerRun(Run):
         self.state["metrics"].gather(self.world)  # The state that is saved next is the main process's.
         self.add_validation(self._update(epoch.number, epoch.done), result, self.state["scorer"])
         figures = {"loss": loss, **result, "losses": self.losses, "validations": self.validations}
-        self.take_down(epoch, evaluation_seconds, **figures)
+        self.record_epoch(epoch, evaluation_seconds, **figures)
         self.validations, self.losses = [], []
         self.log.line(self.line())
         self.log.plot(timing_figures(epoch.timing), self._update(epoch.number, epoch.done))
@@ -244,13 +243,13 @@ class ScorerRun(Run):
 
     def _effect(self):
         """What forward kept for backward in the first step, and what it would without the techniques, in words."""
-        kept = self.facts["saved_activation_bytes"] / 2**20
-        text = f"kept from forward to backward: {kept:.1f} MiB"
+        kept = self.facts["saved_activation_bytes"]
+        text = f"kept from forward to backward: {in_mib(kept)} MiB"
         techniques = ["recomputation"] * bool(self._recomputation())
         techniques += ["half precision"] * (self.facts["precision"] != "fp32")
         if not techniques:
             return text
-        text += f", without {' and '.join(techniques)} about {kept / self.kept_share:.1f} ({self.kept_share:.2f} x)"
+        text += f", without {' and '.join(techniques)} about {in_mib(kept / self.kept_share)} ({self.kept_share:.2f} x)"
         plan = self.facts.get("plan")
         if plan:
             text += f"; peak {plan['peak_share']:.2f} x (planned {plan['planned_peak_share']:.2f}), by redoing "
@@ -264,10 +263,10 @@ class ScorerRun(Run):
         validations = 1 + (self._updates_an_epoch - 1) // self.args.eval_freq
         seconds = self.args.num_epoch * (steps * step + validations * per_validation * forward)
         seconds += self.seconds["start_up_seconds"]
-        kept = self.facts["saved_activation_bytes"] / 2**20
+        kept = in_mib(self.facts["saved_activation_bytes"])
         return (
             f"{self.facts['parameters']:,} parameters; about {self._flops() / 1e9:.4g} GFLOP a step, forward and "
-            f"backward; {kept:.1f} MiB kept from forward to backward in the first step",
+            f"backward; {kept} MiB kept from forward to backward in the first step",
             f"{steps} steps and {self._updates_an_epoch} updates an epoch, {step:.4g} s a step (the median of "
             f"{timing['phases']['step']['count'] or 1}); {self.args.num_epoch} epochs with {validations} validations "
             f"each would take about {seconds:.0f} s ({datetime.timedelta(seconds=round(seconds))})",

@@ -213,8 +213,7 @@ class Beams:
             if penalty:
                 next_tokens = top_tokens.gather(1, nexts).masked_fill(self.done[:, group, None], search.pad_token)
                 taken = torch.cat([taken, next_tokens], dim=1)
-        tops, top_tokens, ends, places, nexts = (torch.stack(parts, dim=1) for parts in zip(*chosen, strict=True))
-        return tops, top_tokens, ends, places, nexts
+        return [torch.stack(parts, dim=1) for parts in zip(*chosen, strict=True)]
 
     def _cannot_improve(self, best, length):
         search = self.search

@@ -45,8 +45,8 @@ def add_search_arguments(parser):
     search.add_argument("--num_cands", type=integer, default=CANDIDATES, help="candidates a document, of each search")
     search.add_argument("--num_groups", type=integer, help="groups of beams; by default one a candidate")
     search.add_argument("--diversity_penalty", type=number, default=1.0, help="of tokens that other groups have")
-    search.add_argument("--top_p", type=arguments.fraction, default=0.9, help="of --search sample: the probability of "
-        "the tokens that are drawn from")  # fmt: skip
+    search.add_argument("--top_p", type=arguments.positive_share, default=0.9,
+        help="of --search sample: the probability of the tokens that are drawn from")  # fmt: skip
     search.add_argument("--seed", type=arguments.seed, default=0, help="of --search sample")
     search.add_argument(
         "--length_penalty", type=arguments.exponent, help="exponent of the length that scores are divided by *"
@@ -281,11 +281,11 @@ class CandidateGenerator:
         parts = [self.read(search(*documents, encoded)) for search in self.searches]
         return [list(itertools.chain(*some)) for some in zip(*parts, strict=True)]
 
-    def candidates(self, texts, batch_size, shown=iter):
-        """Candidates of documents, as from `generate`, in their order. shown: what yields the batches of a list, and
-        may show how far they are."""
+    def candidates(self, texts, batch_size, label=None):
+        """Candidates of documents, as from `generate`, in their order. label: of a bar that shows how far they are."""
         sources, found = self.tokenize(texts), [None] * len(texts)
-        for places in shown(length_batches(sources, batch_size)):
+        batches = length_batches(sources, batch_size)
+        for places in progress(batches, len(batches), label) if label else batches:
             for place, some in zip(places, self.generate([sources[place] for place in places]), strict=True):
                 found[place] = some
         return found
@@ -379,11 +379,8 @@ def generate_samples(generator, documents, batch_size, rouge_tokens="standard", 
 
     split: text -> list of sentences; by default a SentenceSplitter's that learns from these documents.
     """
-
-    def shown(batches):
-        return progress(batches, len(batches), "candidates, in batches")
-
-    candidates = generator.candidates([document.text for document in documents], batch_size, shown)
+    texts = [document.text for document in documents]
+    candidates = generator.candidates(texts, batch_size, "candidates, in batches")
     split = split or SentenceSplitter(document.text for document in documents).split
     return [
         as_sample(

@@ -17,11 +17,11 @@ from harness.files import publish, staging
 from harness.timing import nvtx_range
 from scorer.metrics import mean_rouge
 from search.generator import CandidateGenerator, generate_samples, search_settings
-from texts.documents import Document
+from texts.samples import as_document
 from texts.sentences import SentenceSplitter
 
 NO_TOKEN = -100  # What transformers takes for padding of labels.
-NOT_RESULTS = ("resume", "restart", "max_steps", "save_dir", "num_workers", "device", "threads", "trace")
+NOT_RESULTS = (*runs.NOT_RESULTS, "max_steps", "save_dir", "num_workers")
 VALIDATED_TOGETHER = 32  # Documents.
 
 
@@ -58,14 +58,13 @@ class RankedSamples(torch.utils.data.Dataset):
         return np.array([len(source) for source in self.sources])
 
     def batch(self, numbers):
-        """The RankedBatch of the samples `numbers`."""
         rouge = [self.rouge[number] for number in numbers]
         most = max(map(len, rouge))
         summaries = [self.summaries[number] + [[]] * (most - len(self.rouge[number])) for number in numbers]
         return RankedBatch(
-            padded([self.sources[number] for number in numbers], self.pad, torch.int64),
+            padded([self.sources[number] for number in numbers], self.pad, np.int64),
             torch.tensor([len(self.sources[number]) for number in numbers]),
-            padded(list(itertools.chain(*summaries)), NO_TOKEN, torch.int64),
+            padded(list(itertools.chain(*summaries)), NO_TOKEN, np.int64),
             torch.tensor([each + [0.0] * (most - len(each)) for each in rouge]),
             torch.tensor([[place < len(each) for place in range(most)] for each in rouge]),
         )
@@ -146,7 +145,7 @@ def validate(ranked, samples, args, world, stop):
     """
     if stop:
         return None
-    documents = [Document(" ".join(each["article_untok"]), " ".join(each["abstract_untok"])) for each in samples]
+    documents = [as_document(sample) for sample in samples]
     settings = {"num_cands": args.num_cands, "num_groups": 1, "diversity_penalty": 0.0, "decoder_max_len": None}
     settings = search_settings(argparse.Namespace(**settings), ranked.model.generation_config)
     ranked.eval()
@@ -181,7 +180,7 @@ class BrioRun(runs.Run):
             refuse_to_replace(self.folder, ", or --restart to replace it")
 
     def begin(self, epoch, result):
-        """Take down what a validation of the generator as it was has found, before the first step."""
+        """Record what a validation of the generator as it was has found, before the first step."""
         if result is None:
             self.leave(epoch)
         self.facts["before"] = result
@@ -194,7 +193,7 @@ class BrioRun(runs.Run):
         means = self.state["means"].take(self.world)
         self.check_finite(epoch, means["loss"], "Use a smaller --lr")
         before = [mean_rouge(each) for each in self.history]
-        self.take_down(epoch, evaluation_seconds, **means, **result)
+        self.record_epoch(epoch, evaluation_seconds, **means, **result)
         if self.world.is_main and mean_rouge(result) > max(before, default=-1):
             self.state["ranked"].save(self.folder)
 

@@ -11,6 +11,7 @@ import torch
 
 from harness.devices import widest_float
 from search.diverse_beam import Candidates
+from search.hypotheses import take
 from search.token_rules import TokenRules
 
 # Further settings of a generation config that would change what is drawn, and the values that leave it as it is; 50 of
@@ -101,6 +102,5 @@ class NucleusSampling(TokenRules):
         scores = (log_probs / lengths).view(shape)
         order = scores.argsort(dim=1, descending=True, stable=True)
         longest = min(int(lengths.max()) + 1, self.max_length)
-        tokens = tokens[:, :longest].view(*scores.shape, longest)
-        tokens = tokens.gather(1, order.unsqueeze(2).expand_as(tokens))
+        tokens = take(tokens[:, :longest].view(*scores.shape, longest), order)
         return Candidates(tokens, *(each.view(shape).gather(1, order) for each in (scores.float(), log_probs, lengths)))

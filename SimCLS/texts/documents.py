@@ -136,11 +136,7 @@ def split_documents(documents):
     """
     documents = sorted(documents, key=lambda document: _hash(document.text))
     first_cut, second_cut = len(documents) * 80 // 100, len(documents) * 90 // 100
-    return {
-        "train": documents[:first_cut],
-        "val": documents[first_cut:second_cut],
-        "test": documents[second_cut:],
-    }
+    return {"train": documents[:first_cut], "val": documents[first_cut:second_cut], "test": documents[second_cut:]}
 
 
 def take_percent(documents, percent):

@@ -13,6 +13,7 @@ from harness.endings import UserError
 from reporting.shapes import NUMBER, WHOLE, each, fault, maybe
 from texts import provenance
 from texts.candidate_files import Lines
+from texts.documents import Document
 from texts.scoring import mean_score, score
 from texts.sentences import ptb_tokenize
 
@@ -24,11 +25,11 @@ def _pair(first, second):
     return lambda value: isinstance(value, list) and len(value) == 2 and first[1](value[0]) and second[1](value[1])
 
 
-def _is_text(value):
+def _are_sentences(value):
     return isinstance(value, list) and all(isinstance(sentence, str) for sentence in value)
 
 
-SENTENCES = ("a list of sentences", _is_text)
+SENTENCES = ("a list of sentences", _are_sentences)
 SAMPLE = dict.fromkeys(KEYS[:4], SENTENCES)
 SAMPLE |= dict.fromkeys(KEYS[4:], each(list, ("[sentences, score]", _pair(SENTENCES, NUMBER))))
 SAMPLE["likelihood"] = maybe(each(list, ("[log-probability, tokens]", _pair(NUMBER, WHOLE))))
@@ -70,6 +71,11 @@ def read_sample(path):
     if problem:
         raise UserError(f"{path} is no sample: {problem}; make it again with preprocess.py")
     return sample
+
+
+def as_document(sample):
+    """The Document of a sample."""
+    return Document(" ".join(sample["article_untok"]), " ".join(sample["abstract_untok"]))
 
 
 def _wrong_counts(sample):

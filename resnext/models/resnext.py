@@ -49,10 +49,7 @@ class Block(nn.Module):
         self.bn3 = nn.BatchNorm2d(out_channels)
         self.shortcut = nn.Sequential()
         if stride != 1 or in_channels != out_channels:
-            self.shortcut = nn.Sequential(
-                Shortcut(in_channels, out_channels, stride),
-                nn.BatchNorm2d(out_channels),
-            )
+            self.shortcut = nn.Sequential(Shortcut(in_channels, out_channels, stride), nn.BatchNorm2d(out_channels))
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))

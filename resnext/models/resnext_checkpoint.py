@@ -24,10 +24,7 @@ from harness.recompute import Tape
 from harness.rehearsal import rehearse
 from models.resnext import Block, ResNeXt
 
-POLICIES = {
-    "chain": ("relu1", "relu2", "out"),
-    "block": ("conv1", "relu1", "conv2", "relu2", "conv3", "shortcut"),
-}
+POLICIES = {"chain": ("relu1", "relu2", "out"), "block": ("conv1", "relu1", "conv2", "relu2", "conv3", "shortcut")}
 DEFAULT_POLICY = "chain"
 
 
