@@ -1,10 +1,10 @@
-"""How many times as fast training on a CPU is when the process keeps the memory of freed tensors. Target: TARGETS.
+"""The speed-up of CPU training when the process keeps the memory of freed tensors. Targets: TARGETS.
 
     python3 benchmarks/allocator.py
 
-Two processes take training steps in turn, one of which keeps what is freed (harness.memory.keep_freed_memory), of the
-original's way and of resnext_fast.py. Both have to reach the same weights. Besides times: the page faults of a
-step, for each of which the system has cleared a page, and the most memory that each process had.
+Two processes take training steps in turn, as the original does and as resnext_fast.py does; one of the two keeps freed
+memory (harness.memory.keep_freed_memory). Both must reach the same weights. Besides the times, the record has the page
+faults per step (for each, the system clears a page) and the peak memory of each process.
 """
 
 import contextlib
@@ -38,9 +38,9 @@ def get_args_parser():
     add = parser.add_argument
     add("--model", type=model_name, default="resnext29_2x4d")
     add("--batch_size", type=arguments.positive_int, default=128)
-    add("--steps", type=arguments.positive_int, default=4, help="of each side in a round")
+    add("--steps", type=arguments.positive_int, default=4, help="training steps per side and round")
     add("--threads", type=arguments.positive_int, default=1)
-    add("--side", choices=SIDES, help="become this side of a comparison")
+    add("--side", choices=SIDES, help="run as this side of a comparison (internal)")
     return parser
 
 
@@ -57,14 +57,14 @@ def main():
 
 
 def compare(way, args):
-    """Time both sides of a way to train in turn; returns what is known of them, a dict."""
+    """Time both sides of a way to train in turn; returns their measurements, a dict."""
     command = ["--model", args.model, "--batch_size", args.batch_size, "--steps", args.steps, "--threads", args.threads]
     with contextlib.ExitStack() as processes:
         sides = {
             name: processes.enter_context(Reference(sys.executable, "allocator.py", *command, "--side", name))
             for name in SIDES
         }
-        answers = {name: side.ask(way) for name, side in sides.items()}  # Warms up, too.
+        answers = {name: side.ask(way) for name, side in sides.items()}  # Also warms up.
         check_equal(way, answers)
 
         def run(name):
@@ -81,13 +81,13 @@ def compare(way, args):
 
 
 def check_equal(way, answers):
-    """AssertionError unless both sides have the same weights."""
+    """Raise AssertionError unless both sides have the same weights."""
     one, other = (answers[name]["weights"] for name in SIDES)
     check(one == other, f"{way}: the weights of both sides differ")
 
 
 def take_steps(args):
-    """Take args.steps training steps for each line on stdin, the JSON of a name of WAYS, and answer with a line."""
+    """For each line on stdin (a name of WAYS, as JSON), take args.steps training steps and answer with a JSON line."""
     if args.side == "kept":
         keep_freed_memory()
     torch.set_num_threads(args.threads)
@@ -97,7 +97,7 @@ def take_steps(args):
         way = json.loads(line)
         if way not in made:
             words = ["--model", args.model, "--batch_size", str(args.batch_size), "--grouped_convolution", "groups"]
-            words += ["--device", "cpu"]  # Where the steps are taken: beside a GPU other techniques would be on.
+            words += ["--device", "cpu"]  # Else, on a machine with a GPU, other techniques are on by default.
             made[way] = TrainingSteps(get_fast_args_parser().parse_args([*words, *WAYS[way]]), data, CPU)
         before, started = resource.getrusage(resource.RUSAGE_SELF), time.perf_counter()
         made[way].run(args.steps)

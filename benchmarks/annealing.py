@@ -1,19 +1,19 @@
-"""A search that benchmarks/memory.py checks the planner by: simulated annealing over all plans."""
+"""Simulated annealing over all recomputation plans, by which benchmarks/memory.py checks the planner."""
 
 import math
 import random
 
 from harness.planning import describe, simulate
 
-HOTTEST, COLDEST = 0.03, 3e-5  # In FLOPs over those of the plain step.
+HOTTEST, COLDEST = 0.03, 3e-5  # Temperatures, as a share of the plain step's FLOPs.
 
 
 def anneal(timeline, limits, tries):
-    """The fewest FLOPs, over those of the plain step, that a plan within `limits` redoes, of those that were found;
-    infinite where none was.
+    """The fewest recomputed FLOPs, as a share of the plain step's, of any plan found within `limits`; infinity if none
+    was found.
 
-    Plans that differ in one step follow each other; a dearer one is taken the more seldom, the dearer it is and the
-    later. What a plan is over its limits counts as cost. limits: {"held" or "peak": share of the plain step's}.
+    Each move changes whether one step is recomputed. A costlier plan is accepted with a probability that falls with the
+    extra cost and over time. Exceeding a limit adds to the cost. limits: {"held" or "peak": share of the plain step's}.
     """
     generator, names = random.Random(0), list(timeline.steps)
     plain = describe(timeline, frozenset())

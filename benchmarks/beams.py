@@ -1,15 +1,16 @@
-"""How many times the documents a second our plain beam search takes of CTranslate2's, with equal candidates.
+"""The throughput (documents/s) of our plain beam search relative to CTranslate2's, with equal candidates.
 
     python3 benchmarks/beams.py --reference_python /path/of/venv/bin/python
 
-A model of T5-small's shape with random weights, and the demonstration's generator, write 8 candidates a document by
-beam search that stops at the eighth end. The arms, on as many threads: ours and CTranslate2 in single precision; ours
-in bfloat16, where the processor multiplies that, and CTranslate2 in int8. First both have to return equal candidates in
-single precision, up to ties, with nothing forbidden. Of each arm the record has what share of CTranslate2's candidates
-it finds too, and, of a generator that has learnt something, the ROUGE of its first and its best candidate.
+A model of T5-small's shape with random weights, and the demo generator, write 8 candidates per document by beam search
+that stops when eight have ended. The arms, all with the same number of threads: ours and CTranslate2 in single
+precision; ours in bfloat16, if the processor supports it, and CTranslate2 in int8. Before the timing, both must return
+equal candidates in single precision, up to ties, with no tokens forbidden. For each arm the record has the share of
+CTranslate2's float32 candidates that it also finds and, for the trained generator, the ROUGE of the first and of the
+best candidate.
 
-CTranslate2 4.8 runs in the interpreter of an environment with ctranslate2, torch and transformers. It has no diverse
-beam search.
+CTranslate2 4.8 runs in a separate interpreter, whose environment needs ctranslate2, torch and transformers. It has no
+diverse beam search.
 """
 
 import sys
@@ -38,7 +39,7 @@ from texts.sentences import SentenceSplitter
 
 NEEDS = "ctranslate2 4.8, torch and transformers"
 SHAPE, DEMO = "t5-small shape", "demonstration"
-TIE = 1e-3  # Of scores, which are mean log-probabilities of a token.
+TIE = 1e-3  # Score difference that counts as a tie; scores are mean log-probabilities per token.
 TARGETS = {
     "cpu": {
         "t5-small shape, float32": ("at least", 1.2),
@@ -54,12 +55,12 @@ def get_args_parser():
     integer = arguments.positive_int
     parser.add_argument("--reference_python", required=True, help="interpreter that has ctranslate2")
     parser.add_argument("--data", default="sample", help="CSV file or data set name")
-    parser.add_argument("--documents", type=integer, default=32, help="of the test split")
-    parser.add_argument("--threads", type=integer, default=1, help="of each side")
+    parser.add_argument("--documents", type=integer, default=32, help="documents of the test split")
+    parser.add_argument("--threads", type=integer, default=1, help="threads of each side")
     parser.add_argument("--num_cands", type=integer, default=8, help="beams and candidates")
-    parser.add_argument("--batch", type=integer, default=16, help="documents, of each side")
-    parser.add_argument("--max_source_length", type=integer, default=256, help="tokens of a document")
-    parser.add_argument("--decoder_max_len", type=integer, default=25, help="tokens of a candidate")
+    parser.add_argument("--batch", type=integer, default=16, help="documents per batch, on both sides")
+    parser.add_argument("--max_source_length", type=integer, default=256, help="maximum tokens of a document")
+    parser.add_argument("--decoder_max_len", type=integer, default=25, help="maximum tokens of a candidate")
     parser.set_defaults(model=str(ROOT / "SimCLS" / "demo"))
     return parser
 
@@ -91,8 +92,10 @@ def main():
 
 
 class Case:
-    """One model, its documents, and both sides of it; `arms` is name -> callable without arguments, which returns
-    (seconds, for each document its candidates without padding)."""
+    """One model with its documents, searched by both sides.
+
+    arms: {name: callable without arguments that returns (seconds, the unpadded candidates of each document)}.
+    """
 
     def __init__(self, model_folder, sources, reference, args):
         self.folder, self.sources, self.reference, self.args = model_folder, sources, reference, args
@@ -116,7 +119,7 @@ class Case:
         return DiverseBeamSearch(model, **plain, **settings)
 
     def ask(self, compute_type, settings):
-        """(seconds, candidates, their scores) of CTranslate2, both for each document a list."""
+        """(seconds, candidates, their scores) from CTranslate2; the latter two are lists with one list per document."""
         order = [place for places in self.batches for place in places]
         request = {"model": str(self.folder), "compute_type": compute_type, "threads": self.args.threads}
         request |= {"num_cands": self.args.num_cands, **settings}
@@ -127,8 +130,8 @@ class Case:
         return answer["seconds"], *([part[place] for place in range(len(order))] for part in found)
 
     def check_equal(self):
-        """AssertionError unless both sides return the same candidates in single precision, or others as good."""
-        # CTranslate2 shares the probability of forbidden tokens out over the others, transformers and we do not.
+        """Raise AssertionError unless, in single precision, both sides' candidates have the same scores up to TIE."""
+        # Nothing is forbidden: CTranslate2 redistributes a forbidden token's probability; transformers and we do not.
         settings = self.settings | {"min_length": 0, "no_repeat_ngram_size": 0}
         search, documents, apart = self.search(torch.float32, settings), len(self.sources), 0.0
         _, theirs, their_scores = self.ask("float32", settings)
@@ -146,7 +149,7 @@ class Case:
 
 
 def time_case(name, case, args, documents=None):
-    """Check that both sides agree, then time the arms in turn. documents: where the model has learnt to summarise."""
+    """Check that both sides agree, then time the arms in turn. documents: given only for a trained model."""
     result = case.check_equal()
     found = {arm: run()[1] for arm, run in case.arms.items()}
     seconds = interleaved({arm: lambda run=run: run()[0] for arm, run in case.arms.items()}, args.rounds)
@@ -170,8 +173,8 @@ def time_case(name, case, args, documents=None):
 
 
 def quality(candidates, expected, documents):
-    """How good the candidates of each document are, all in %: which share of the `expected` ones is among them; with
-    `documents` the mean of the three ROUGE of the first, and of the best."""
+    """The quality of the candidates, in %: the share of the `expected` candidates among them and, given `documents`,
+    the mean of the three ROUGE scores for the first and for the best candidate."""
     shares = [len(set(map(tuple, ours)) & set(map(tuple, theirs))) / len(theirs)
               for ours, theirs in zip(candidates, expected, strict=True)]  # fmt: skip
     figures = {"the same": 100 * float(np.mean(shares))}

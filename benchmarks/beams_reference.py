@@ -1,9 +1,9 @@
-"""The other side of beams.py: beam search by CTranslate2, in the interpreter that it was started with.
+"""The reference side of beams.py: beam search by CTranslate2, in the interpreter that runs this script.
 
-That interpreter needs ctranslate2, torch and transformers. One JSON request a line on stdin, {"model": folder of a T5,
-"compute_type", "threads", "batches": list of batches of lists of token ids, "num_cands", "max_length", "min_length",
-"no_repeat_ngram_size"}; one JSON answer a line on stdout, {"seconds", "tokens": for each document a list of candidates,
-"scores": their scores}. The first line out is {"name"}.
+That interpreter needs ctranslate2, torch and transformers. Reads one JSON request per line from stdin, {"model": folder
+of a T5, "compute_type", "threads", "batches": list of batches of lists of token ids, "num_cands", "max_length",
+"min_length", "no_repeat_ngram_size"}, and writes one JSON answer per line to stdout, {"seconds", "tokens": a list of
+candidates per document, "scores": their scores}. The first line of output is {"name"}.
 """
 
 import json
@@ -41,7 +41,7 @@ def answer(value):
 
 
 def load(request):
-    """The CTranslate2Beams of a request."""
+    """The CTranslate2Beams for a request."""
     torch.set_num_threads(request["threads"])
     model = transformers.AutoModelForSeq2SeqLM.from_pretrained(request["model"]).eval()
     settings = {name: request[name] for name in SETTINGS} | {"length_penalty": 1.0}
@@ -49,7 +49,7 @@ def load(request):
 
 
 def translate(search, batches):
-    """The search alone is timed: neither that tokens become text, nor that candidates are scored again."""
+    """Run the search. Only the search is timed, not the conversion of token ids before and after it."""
     batches = [[list(map(str, ids)) for ids in batch] for batch in batches]
     started = time.perf_counter()
     found = [each for batch in batches for each in search.translator.translate_batch(batch, **search.settings)]

@@ -1,19 +1,21 @@
-"""How many times faster candidates come than from transformers 4.56.2, with equal tokens. Targets: TARGETS.
+"""The speed-up of candidate generation over transformers 4.56.2, with equal tokens. Targets: TARGETS.
 
     python3 benchmarks/candidates.py --data pubmed_abstracts.csv.gz --reference_python /path/of/venv/bin/python
 
-A model of T5-small's shape with random weights (its candidates never end by themselves), one of BART's kind, and any
-generator given with --model generate 8 candidates a document, with a group for each beam. The arms:
+Three models generate 8 candidates per document, with one group per beam: one of T5-small's shape with random weights
+(its candidates never end by themselves), a small BART with random weights, and the generator given with --model, if
+any. The arms:
 
-    original    transformers 4.56.2, documents as they come, in batches of 32, all padded to 512 tokens
-    sorted      transformers 4.56.2, documents sorted by length, padded to the longest of a batch
+    original    transformers 4.56.2, documents in file order, in batches of 32, all padded to 512 tokens
+    sorted      transformers 4.56.2, documents sorted by length, padded to the longest of the batch
     ours        DiverseBeamSearch, documents sorted by length
 
-The batches of `original` are the original's default; on a CPU smaller ones are faster, so with --original_batch 1 it is
-at its best.
+Batches of 32 are the original's default. On a CPU smaller ones are faster: --original_batch 1 shows `original` at its
+best.
 
-The reference runs in the interpreter of an environment with transformers 4.56.2; without --reference_python it is a
-plain restatement of its algorithm over this version's modules. First every arm has to give equal tokens.
+The reference runs in a separate interpreter, whose environment has transformers 4.56.2; without --reference_python, it
+is the same algorithm reimplemented on the installed version's modules. Before the timing, all arms must give equal
+tokens.
 """
 
 import sys
@@ -54,15 +56,18 @@ def get_args_parser():
     parser = get_parser(__doc__, "candidates", rounds=6)
     integer = arguments.positive_int
     parser.add_argument("--data", default="sample", help="CSV file or data set name")
-    parser.add_argument("--documents", type=integer, default=16, help="of the test split")
+    parser.add_argument("--documents", type=integer, default=16, help="documents of the test split")
     parser.add_argument("--model", help="also time this generator, a folder with its tokenizer")
     parser.add_argument("--reference_python", default=sys.executable, help="interpreter that has transformers 4.56.2")
-    parser.add_argument("--num_cands", type=integer, default=8, help="candidates a document")
-    parser.add_argument("--decoder_max_len", type=integer, default=64, help="tokens of a candidate")
-    parser.add_argument("--batch", type=integer, default=16, help="documents a batch of ours")
-    parser.add_argument("--original_batch", type=integer, default=32, help="of the original")
+    parser.add_argument("--num_cands", type=integer, default=8, help="candidates per document")
+    parser.add_argument("--decoder_max_len", type=integer, default=64, help="maximum tokens of a candidate")
+    parser.add_argument("--batch", type=integer, default=16, help="documents per batch of ours")
+    parser.add_argument("--original_batch", type=integer, default=32, help="documents per batch of the original")
     parser.add_argument(
-        "--reference_batch", type=integer, default=4, help="and of the sorted reference, whose best it is"
+        "--reference_batch",
+        type=integer,
+        default=4,
+        help="documents per batch of the sorted reference, by default its best",
     )
     return parser
 
@@ -91,7 +96,7 @@ def main():
 
 
 def make_cases(args, train, texts, folder):
-    """Yield (name, folder of the model, token ids of each document)."""
+    """Yield (name, the model's folder, the token ids of each document)."""
     tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     special = ["<pad>", "</s>", "<unk>"]
@@ -111,7 +116,7 @@ def make_cases(args, train, texts, folder):
     for name, model in random_models.items():
         for parameter in model.parameters():
             if parameter.dim() > 1:
-                # Unit-size logits and sharper attention than at initialisation, so that near ties are rare.
+                # Logits of unit size, and sharper attention than at initialisation, make near ties rare.
                 scale = 1.0 if parameter.shape[0] == model.config.vocab_size else parameter.shape[1] ** -0.5
                 torch.nn.init.normal_(parameter, std=scale, generator=generator)
         model.save_pretrained(folder / name)
@@ -144,7 +149,7 @@ def time_case(name, model_folder, sources, reference, args):
         equal = sum(a == b for a, b in zip(outputs[arm], outputs["ours"], strict=True))
         print(f"{name}: tokens of {equal} of {len(sources)} documents equal those of {arm}", flush=True)
         check(equal == len(sources), f"{name}: tokens differ from those of {arm}")
-    # Of the reference, the seconds inside its process.
+    # The reference's seconds are measured inside its process.
     seconds = interleaved({arm: lambda run=run: run()[0] for arm, run in arms.items()}, args.rounds)
     lengths = [len(candidate) for some in outputs["ours"] for candidate in some]
     return {
@@ -161,7 +166,7 @@ def batches_of(places, size):
 
 
 def run_ours(search, sources, size):
-    """(seconds, for each document its candidates without padding)."""
+    """(seconds, the unpadded candidates of each document)."""
     tokens = [None] * len(sources)
     started = time.perf_counter()
     for places in length_batches(sources, size):
@@ -175,15 +180,15 @@ def run_ours(search, sources, size):
 
 
 def strip(candidates, pad):
-    """Candidates without the padding behind them, whose length depends on the batch."""
+    """The candidates without their trailing padding, whose length depends on the batch."""
     return [candidate[: max(i for i, token in enumerate(candidate) if i == 0 or token != pad) + 1]
             for candidate in candidates]  # fmt: skip
 
 
 def run_reference(reference, sources, batches, request, pad):
-    """(seconds, for each document its candidates without padding), from candidates_reference.py.
+    """(seconds, the unpadded candidates of each document), from candidates_reference.py.
 
-    batches: lists of places in `sources`; request: the rest of what that script asks for; pad: the token of padding.
+    batches: lists of indices into `sources`. request: the other fields of that script's request. pad: the pad token id.
     """
     order = [place for places in batches for place in places]
     answer = reference.ask(request | {"batches": [[sources[place] for place in places] for places in batches]})

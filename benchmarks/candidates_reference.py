@@ -1,9 +1,10 @@
-"""The reference side of candidates.py: generates on request, in the interpreter that it was started with.
+"""The reference side of candidates.py: generates candidates on request, in the interpreter that runs this script.
 
-With transformers 4.56 it calls `generate`; with a version that has no group beam search, `plain_search`, the same
-algorithm restated over the library's modules. One JSON request a line on stdin, {"model": folder, "batches": list of
-batches of lists of token ids, "pad_to": int or null, "num_cands", "max_length"}; one JSON answer a line on stdout,
-{"seconds", "tokens": for each document a list of candidates}. The first line out is {"name"}.
+With transformers 4.56 it calls `generate`; with versions that have no group beam search it calls `plain_search`, the
+same algorithm reimplemented on the library's modules. Reads one JSON request per line from stdin, {"model": folder,
+"batches": list of batches of lists of token ids, "pad_to": int or null, "num_cands", "max_length"}, and writes one JSON
+answer per line to stdout, {"seconds", "tokens": a list of candidates per document}. The first line of output is
+{"name"}.
 """
 
 import json
@@ -33,7 +34,7 @@ def main():
         name = request["model"]
         if name not in models:
             model = transformers.AutoModelForSeq2SeqLM.from_pretrained(name)
-            models[name] = model.float().eval()  # By itself transformers 5 computes in the precision of the file.
+            models[name] = model.float().eval()  # By default, transformers 5 keeps the precision of the file.
         started = time.perf_counter()
         tokens = [generate(models[name], batch, request) for batch in request["batches"]]
         seconds = time.perf_counter() - started
@@ -45,7 +46,7 @@ def answer(value):
 
 
 def generate(model, batch, request):
-    """The candidates of one batch: for each document a list of lists of token ids."""
+    """The candidates of one batch: per document, a list of lists of token ids."""
     length = request["pad_to"] or max(map(len, batch))
     pad = model.config.pad_token_id
     input_ids = torch.tensor([ids + [pad] * (length - len(ids)) for ids in batch])
@@ -68,9 +69,9 @@ def generate(model, batch, request):
 
 @torch.no_grad()
 def plain_search(model, input_ids, attention_mask, beams, max_length):
-    """Diverse beam search with a group for each beam, as 4.56 does it: a copy of everything for every beam.
+    """Diverse beam search with one group per beam, as in transformers 4.56: every beam has a copy of all states.
 
-    Returns int64 [documents * beams, max_length], best first, padded behind the end token.
+    Returns int64 [documents * beams, max_length], best first, padded after the end token.
     """
     config, documents = model.generation_config, len(input_ids)
     hidden = model.get_encoder()(input_ids=input_ids, attention_mask=attention_mask)[0]
@@ -114,7 +115,7 @@ def plain_search(model, input_ids, attention_mask, beams, max_length):
 def forbid(log_probs, tokens, config):
     """Set to -inf, in place, what a generation config's min_length and no_repeat_ngram_size forbid.
 
-    log_probs: float [rows, vocabulary]; tokens: int64 [rows, length], the start token counted.
+    log_probs: float [rows, vocabulary]. tokens: int64 [rows, length], including the start token.
     """
     length, size = tokens.shape[1], config.no_repeat_ngram_size or 0
     if length < (config.min_length or 0):
@@ -127,7 +128,7 @@ def forbid(log_probs, tokens, config):
 
 
 def ranked(tokens, scores, ended, beams, config):
-    """The beams of each document, best first, the later first of two equal ones; each with its end token."""
+    """The beams of each document with their end tokens, best first; of two equal beams, the later comes first."""
     max_length = tokens.shape[1]
     for row, end in enumerate(ended):
         score, length = end or (float(scores[row]) / (max_length - 1), max_length)

@@ -1,4 +1,4 @@
-"""What every benchmark shares: where its figures go, how they are shown, and fair timing of arms in one run."""
+"""Shared by all benchmarks: writing and showing records, and fair timing of several arms in one run."""
 
 import contextlib
 import json
@@ -10,7 +10,7 @@ import sys
 import time
 from pathlib import Path
 
-# Before the imports from it: a script imports this module first, and can then import from these folders, too.
+# Scripts import this module first, so that they can then import from these folders.
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / folder) for folder in ("", "resnext", "SimCLS")]
 
@@ -29,22 +29,27 @@ DEVICE = torch.device("cuda") if ON_CUDA else CPU
 
 
 def get_parser(description, name, rounds=None):
-    """A parser with what the benchmarks share: --output of the benchmark `name`, and --rounds, by default `rounds`."""
+    """A parser with the benchmarks' common arguments: --output and, if `rounds` is given, --rounds with that default.
+
+    name: the benchmark's, for the default of --output in the help.
+    """
     parser = arguments.OneLineParser(description=description)
     if rounds:
-        parser.add_argument("--rounds", type=arguments.positive_int, default=rounds, help="of timing")
+        parser.add_argument("--rounds", type=arguments.positive_int, default=rounds, help="timing rounds")
     parser.add_argument("--output", type=Path, help=f"by default benchmarks/results/<hardware>/{name}.json")
     return parser
 
 
 def new_record(name, device, **facts):
-    """The record of the benchmark `name`, a dict. device: torch.device, that it runs on."""
+    """A new record of the benchmark `name`, a dict. device: the torch.device that it runs on."""
     return {"benchmark": name, "machine": describe_machine(device), **facts}
 
 
 def save(record, args, name=None):
-    """Write `record` to --output, or else to benchmarks/results/<hardware>/<name>.json, by default called as its
-    benchmark is; returns the path."""
+    """Write `record` to --output or, by default, to benchmarks/results/<hardware>/<name>.json; returns the path.
+
+    name: by default the benchmark's name.
+    """
     slug = re.sub(r"[^a-z0-9]+", "-", record["machine"]["hardware"].lower()).strip("-")
     path = args.output or HERE / "results" / slug / f"{name or record['benchmark']}.json"
     write_record(path, record)
@@ -52,39 +57,36 @@ def save(record, args, name=None):
 
 
 def finish(record, args, name=None):
-    """`save` the record, and print what report.py shows of it: ratios with their verdicts, and its tables."""
+    """Save the record and print it as report.py does: the ratios with their verdicts, then its tables."""
     path, found = save(record, args, name), {record["machine"]["hardware"]: [record]}
     parts = [benchmarks.render(found), benchmarks.render_tables(found, record["benchmark"])]
     print(terminal.aligned("\n\n".join([*filter(None, parts), f"written: {path}"])))
 
 
 def check(good, what):
-    """AssertionError `what` unless `good`. An assert would be left out by python3 -O, and a wrong result be timed."""
+    """Raise AssertionError(what) unless `good`. python3 -O would skip an assert, and a wrong result would be timed."""
     if not good:
         raise AssertionError(what)
 
 
 def interleaved(arms, rounds):
-    """Run every arm once a round, and return each arm's wall-clock seconds by round: dict[str, list[float]].
-
-    As for `interleaved_rounds`, which see.
-    """
+    """Like `interleaved_rounds`, but returns only the seconds of all rounds: dict[str, list[float]]."""
     *_, seconds = interleaved_rounds(arms, rounds)
     return seconds
 
 
 def wait():
-    """Until the GPU, where there is one in use, has nothing left to do."""
+    """Wait until the GPU, if one is in use, is idle."""
     if torch.cuda.is_initialized():
         torch.cuda.synchronize()
 
 
 def interleaved_rounds(arms, rounds):
-    """Run every arm once a round, and yield each arm's wall-clock seconds by round so far: dict[str, list[float]].
+    """Run every arm once per round; yield the arms' wall-clock seconds so far after each: dict[str, list[float]].
 
-    Odd rounds go through the arms backwards, so that a machine that slows down or speeds up favours none. Warm up
-    before. What an arm has the GPU do counts: it is waited for. An arm of which only a part is to be timed takes the
-    time itself, and returns those seconds, a float.
+    Every second round runs the arms in reverse order, so that a machine that slows down or speeds up favours none. The
+    arms must be warmed up. An arm's GPU work is waited for and included. To time only a part of its work, an arm
+    measures and returns the seconds, a float.
 
     arms: dict[str, callable without arguments].
     """
@@ -115,10 +117,10 @@ def ratio_summary(base, new):
 
 
 class Reference:
-    """A script of this folder that runs in another interpreter, which has another version of some package.
+    """A script of this folder that runs in its own process, often in an interpreter with other package versions.
 
-    It answers a line of JSON with a line of JSON, and starts with {"name"}. needs: the packages, in words, for the
-    UserError when it does not start, or ends; None of a script that runs in this interpreter.
+    It first writes a JSON line {"name"}, then answers each JSON line with one. needs: what that interpreter needs, in
+    words, for the UserError when the script does not start or ends early; None if it runs in this interpreter.
     """
 
     def __init__(self, python, script, *arguments, needs=None):
@@ -135,7 +137,7 @@ class Reference:
         self.name = self._answer()["name"]
 
     def ask(self, request):
-        """The answer to `request`; both are whatever JSON can hold."""
+        """The answer to `request`; both are JSON values."""
         try:
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
@@ -153,6 +155,6 @@ class Reference:
         return self
 
     def __exit__(self, *error):
-        with contextlib.suppress(OSError):  # What it ended without reading is still to be written.
+        with contextlib.suppress(OSError):  # Closing flushes, which fails if the script has ended already.
             self._process.stdin.close()
         self._process.wait()

@@ -1,15 +1,15 @@
-"""How many times the documents a second evaluate_model.py judges of the original's way, and of that way in batches.
+"""The throughput (documents/s) of evaluate_model.py relative to the original's evaluation, one by one and in batches.
 
     python3 benchmarks/evaluation.py --data pubmed_abstracts.csv.gz --generator_name models/t5_pubmed \\
         --scorer_path cache/run/scorer.bin --reference_python /path/of/venv/bin/python
 
-`plain` restates the original's evaluation: for each test document, padded to 512 tokens, the generator searches once
-for its own summary and once more for the candidates to choose from (16 groups of one beam, both times; with
-transformers 4.56.2 where --reference_python has it). Each time the scorer encodes document and reference, padded to 512
-tokens, and what was generated; ROUGE is rouge-score's. `batched` is what a good user would make of it: documents sorted
-by length, REFERENCE_BATCH at a time, one search for both, nothing padded beyond its batch. What no side does twice,
-loading the models and the intervals, is left out of all. First all sides have to choose the same candidates, with the
-same ROUGE.
+`plain` reimplements the original's evaluation: for each test document, padded to 512 tokens, the generator searches
+once for its own summary and again for the candidates to choose from (both times with 16 groups of one beam; with
+transformers 4.56.2 if --reference_python has it). Each time, the scorer encodes the document and the reference, padded
+to 512 tokens, and what was generated. ROUGE comes from rouge-score. `batched` is what a skilled user would make of it:
+documents sorted by length, REFERENCE_BATCH at a time, one search for both purposes, padding only to the longest of the
+batch. One-off work, such as loading the models and computing intervals, is timed for no side. Before the timing, all
+sides must choose the same candidates, with the same ROUGE.
 """
 
 import argparse
@@ -44,8 +44,8 @@ from texts.sentences import SentenceSplitter
 
 CANDIDATES = 16
 LONGEST = 512
-BATCH = 16  # evaluate_model.py's default, of both its models.
-REFERENCE_BATCH = 4  # At which transformers is fastest on a CPU.
+BATCH = 16  # evaluate_model.py's default for both of its models.
+REFERENCE_BATCH = 4  # The fastest for transformers on a CPU.
 TARGETS = {"cpu": {"plain": ("at least", 5.0)}}
 
 
@@ -54,7 +54,7 @@ def get_args_parser():
     parser.add_argument("--data", default="sample", help="CSV file or data set name")
     parser.add_argument("--generator_name", default=str(ROOT / "SimCLS" / "demo"), help="folder")
     parser.add_argument("--scorer_path", type=Path, help="trained scorer; by default the generator's encoder as it is")
-    parser.add_argument("--documents", type=arguments.positive_int, default=32, help="to evaluate")
+    parser.add_argument("--documents", type=arguments.positive_int, default=32, help="documents to evaluate")
     parser.add_argument("--reference_python", default=sys.executable, help="interpreter that has transformers 4.56.2")
     return parser
 
@@ -93,7 +93,7 @@ def main():
 
 
 def ours(generator, scorer, encoding, documents):
-    """(seconds, {"summaries": list of str, "generator" and "SimCLS": ROUGE, float64 [documents, 3]})"""
+    """(seconds, {"summaries": list of str, "generator" and "SimCLS": ROUGE, each float64 [documents, 3]})"""
     started = time.perf_counter()
     samples = generate_samples(generator, documents, BATCH)
     scores = score_candidates(scorer, encoding, samples, BATCH, World(0, 1, CPU), choose_precision(None, CPU))
@@ -111,7 +111,7 @@ def text_of(sample, choice):
 
 
 class Plain:
-    """The original's evaluation, one document at a time; what it returns is as that of `ours`."""
+    """The original's evaluation, one document at a time. A call returns the same as `ours`."""
 
     def __init__(self, model_folder, generator, scorer, encoding, reference):
         self.generator, self.scorer, self.encoding, self.reference = generator, scorer, encoding, reference
@@ -138,7 +138,7 @@ class Plain:
         return seconds, found | {name: np.array(found[name]) for name in ("generator", "SimCLS")}
 
     def generate(self, sources):
-        """(seconds, the token ids of the candidates of each document)"""
+        """(seconds, the token ids of each document's candidates)"""
         one_by_one = [[place] for place in range(len(sources))]
         searches = ("the generator's own", "to choose from")
         pad = self.generator.pad_token
@@ -146,13 +146,16 @@ class Plain:
         return sum(seconds for seconds, _ in runs), runs[-1][1]
 
     def choose(self, documents, texts):
-        """Yield the place of the candidate that the scorer takes, document by document."""
+        """Yield, for each document, the index of the candidate that the scorer chooses."""
         for document, some in zip(documents, texts, strict=True):
             self.similarities(document, some[:1])
             yield int(self.similarities(document, some).argmax())
 
     def similarities(self, document, texts):
-        """The cosine of each text's state with the document's; the reference's, too, though nothing is chosen by it."""
+        """The cosine similarity of each text's state and the document's.
+
+        Like the original, it also computes the reference's, which is not used.
+        """
         state = self.states(self.encoding.documents([document.text]), LONGEST)
         reference = self.states(self.encoding.summaries([document.summary]), LONGEST)
         candidates = self.encoding.summaries(texts)
@@ -170,7 +173,7 @@ class Plain:
 
 
 class Batched(Plain):
-    """The same, some documents of like length at a time, without what is done twice or padded for nothing."""
+    """The same in batches of documents of similar length, without repeated work and unnecessary padding."""
 
     def generate(self, sources):
         batches = length_batches(sources, REFERENCE_BATCH)
@@ -192,7 +195,7 @@ class Batched(Plain):
 
 
 def check_equal(plain, ours):
-    """AssertionError unless both sides chose the same candidates, with the same ROUGE to 1e-12."""
+    """Raise AssertionError unless both sides chose the same candidates, with the same ROUGE to 1e-12."""
     same = sum(map(operator.eq, plain["summaries"], ours["summaries"]))
     difference = max(np.abs(plain[name] - ours[name]).max() for name in ("generator", "SimCLS"))
     print(

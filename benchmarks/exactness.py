@@ -1,9 +1,8 @@
-"""Whether a training step computes what it should: its first logits and a gradient, against those of a float64 run.
+"""Checks that training steps are correct: compares the first logits and one gradient with those of a float64 run.
 
-The loss at initialisation would not tell: it is ln 10 for whatever is computed. How far a type's rounding may move
-logits and gradient is not guessed, either: the float64 run is done again with pictures, weights and what each layer
-returns, forward and backward, rounded to that type. Steps in float16 and bfloat16 are as far off as that tells, to a
-few percent.
+The loss at initialisation would show nothing: it is about ln 10 whatever is computed. The error that a dtype's rounding
+may cause is simulated, not guessed: the float64 run is repeated with the images, the weights and every layer's outputs
+and gradients rounded to that dtype. Correct steps in float16 and bfloat16 have this error, to within a few percent.
 """
 
 import copy
@@ -17,26 +16,26 @@ import torch.nn.functional as F
 from image_loaders import training_loader
 from models.resnext import ResNeXt, parse_name
 
-ALLOWED = 1.75  # Times as far as the simulated rounding. Even one missing ReLU is farther off than this in bfloat16.
-# TensorFloat-32 has the digits of float16. So single precision is held to these, too: on a CPU BatchNorm sums channels
-# last in one go, and is 100 times as far off as in the contiguous layout.
+ALLOWED = 1.75  # Times the error of the simulated rounding. In bfloat16, even one missing ReLU causes more than this.
+# TensorFloat-32 has as many mantissa bits as float16. fp32 has the same bound: on a CPU, BatchNorm sums a channels-last
+# tensor sequentially, with 100 times the error of the contiguous layout.
 ROUNDED_TO = {"fp32": torch.float16, "tf32": torch.float16, "fp16": torch.float16, "bf16": torch.bfloat16}
-LOSS_SCALE = 2.0**16  # So that gradients do not vanish in float16; it scales them without rounding.
+LOSS_SCALE = 2.0**16  # Keeps float16 gradients from underflowing; a power of two scales without rounding.
 
 
 def observed_weight(model):
     """The parameter whose gradient is compared.
 
-    One near the end, behind the last block: gradients farther down, through more BatchNorms, are noise in bfloat16.
+    It is in the last block: the gradients of earlier layers, through more BatchNorms, are noise in bfloat16.
     """
     return model.layer3[2].conv3.weight
 
 
 class Exact:
-    """Logits and gradient of the model `name` in float64, with the weights of seed 0, for a first batch as the
-    original's way loads it.
+    """Logits and gradient of the model `name` in float64, with the weights of seed 0, for the first batch, loaded as
+    the original loads it.
 
-    batches: the EpochBatches that the steps to be checked begin with, too.
+    batches: EpochBatches equal to those of the steps to be checked.
     """
 
     def __init__(self, name, data, batches, device):
@@ -48,15 +47,19 @@ class Exact:
         self.tolerances = functools.cache(self._tolerances)
 
     def check(self, name, precision, found):
-        """AssertionError unless (logits [n, classes], gradient), `found` by the steps `name` in a precision of
-        ROUNDED_TO, are those of float64 but for its rounding."""
+        """Raise AssertionError unless `found` equals the float64 result up to the rounding of `precision`.
+
+        name: of the steps. precision: a key of ROUNDED_TO. found: (logits [n, classes], gradient). Returns the relative
+        errors [of the logits, of the gradient].
+        """
         errors, allowed = self._errors(found), self.tolerances(ROUNDED_TO[precision])
         for what, error, most in zip(("logits", "gradient"), errors, allowed, strict=True):
             check(error <= most, f"{name}: its {what} are {error:.1e} from those in float64, {most:.1e} allowed")
         return errors
 
     def _errors(self, found):
-        """Of logits and gradient, over what their rows differ by: pictures have much in common at initialisation."""
+        """The errors of logits and gradient, relative to how much their rows vary: at initialisation, the rows of
+        different images have a large part in common."""
         pairs = zip(found, self._right, strict=True)
         return [float((ours.double() - right).norm() / (right - right.mean(0)).norm()) for ours, right in pairs]
 
@@ -79,7 +82,7 @@ def first_pass(model, images, labels):
 
 
 class Rounded(torch.autograd.Function):
-    """The nearest numbers of another type, of a tensor and of its gradient."""
+    """Rounds a tensor, and in backward its gradient, to another dtype; both keep their own dtype."""
 
     @staticmethod
     def forward(context, x, dtype):

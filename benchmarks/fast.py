@@ -1,20 +1,21 @@
-"""How many times as fast as in the original's way resnext_fast.py trains, technique by technique. Targets: TARGETS.
+"""The training speed of resnext_fast.py relative to the original's, technique by technique. Targets: TARGETS.
 
     python3 benchmarks/fast.py
     python3 benchmarks/fast.py --dataset cifar10
 
-From the original's way (Adam, 2 workers, contiguous, eager) to the fast one, a row a technique, each on top of those
-before it that resnext_fast.py has on by default on this device; the others are measured and not carried on. One row,
-the last of those, is resnext_fast.py as it is. First each row's logits and a gradient, of the same first batch, are
-checked against those in float64, then all rows train in turn, some steps a round. On CUDA the original's half precision
-is timed too. What larger batches, other widths and smaller pictures cost, scaling.py measures.
+The rows lead from the original (Adam, 2 workers, contiguous, eager) to the fast script, one technique per row. Each row
+adds its technique to the earlier ones that resnext_fast.py has on by default on this device; techniques that are off by
+default are measured, but not carried over to later rows. The last row with a default technique is resnext_fast.py as it
+is. First, each row's logits and one gradient on the same first batch are checked against float64; then all rows train
+in turn, a few steps per round. On CUDA, the original's half precision is timed as well. scaling.py measures what larger
+batches, other widths and smaller images cost.
 
-A round has more steps than the batches that worker processes load ahead, and starts by throwing those away: else the
-workers, which load while other rows are timed, would give the original's way its batches for nothing. cuDNN's search
-for the fastest algorithms is on in all rows, in favour of the original's.
+A round has more steps than the workers load ahead, and first discards the batches that they have ready. Otherwise the
+original would get batches for free that its workers loaded while other rows were timed. cuDNN's search for the fastest
+algorithms is on in all rows, which favours the original.
 
-How far the script is from the hardware's limit, hardware_limits.py measures. On a CPU the script also keeps freed
-memory, which no row does here: one process cannot do both in turn. allocator.py measures it.
+hardware_limits.py measures the distance to the hardware's limits. On a CPU, resnext_fast.py also keeps freed memory; no
+row does so here, since one process cannot alternate between both. allocator.py measures that.
 """
 
 import dataclasses
@@ -68,7 +69,7 @@ TARGETS = {
 
 @dataclasses.dataclass
 class Row:
-    """A way to train: the flags of resnext_fast.py, and whether the rows after it have them too."""
+    """A way to train: flags of resnext_fast.py, and whether later rows build on them."""
 
     label: str
     flags: list
@@ -86,7 +87,7 @@ def get_args_parser():
     add("--data_dir", default=str(ROOT / "resnext" / "data"))
     add("--model", type=model_name, default="resnext29_4x64d" if ON_CUDA else "resnext29_2x16d")
     add("--batch_size", type=arguments.positive_int, default=128 if ON_CUDA else 64)
-    add("--steps", type=arguments.positive_int, default=30 if ON_CUDA else 9, help="of a row in a round")
+    add("--steps", type=arguments.positive_int, default=30 if ON_CUDA else 9, help="training steps per row and round")
     add("--techniques", nargs="*", choices=TECHNIQUES, default=list(TECHNIQUES), help="rows besides the original's")
     return parser
 
@@ -110,13 +111,13 @@ def common_flags(args):
 
 
 def own_row(args, layout):
-    """The Row of resnext_fast.py as it is, but for --keep_memory, where it has chosen the Layout."""
+    """The Row of resnext_fast.py with its defaults and the Layout that it chose, but with --keep_memory False."""
     chosen = ["--channels_last", str(layout.channels_last), "--grouped_convolution", layout.form]
     return Row(FAST, [*common_flags(args), *chosen, "--keep_memory", "False"])
 
 
 def make_rows(args, device, layout):
-    """The Rows, from the original's way to the fast one in its Layout; `fast_row` finds one among them."""
+    """The Rows from the original to resnext_fast.py in its Layout; `fast_row` finds the latter among them."""
     common = common_flags(args)
     defaults = own_row(args, layout).args
     flags = [*common, *ORIGINAL.split()]
@@ -135,14 +136,14 @@ def make_rows(args, device, layout):
 
 
 def fast_row(rows, args, layout):
-    """The one of `rows` that trains as resnext_fast.py does without a flag, or None."""
+    """The one of `rows` that equals `own_row`, or None."""
     own = own_row(args, layout).args
     return next((row for row in rows if row.args == own), None)
 
 
 def measure_speed(rows, record, write, args, device, layout):
-    """Put speed and memory of the Rows into `record`, anew after every round, and then how far from the limits
-    resnext_fast.py is; `write()` after each, since a lent GPU may be taken back."""
+    """Record the speed and memory of the Rows after every round, then the distance of resnext_fast.py to the hardware's
+    limits. Calls `write()` each time, since a borrowed GPU may be withdrawn."""
     data = load_images(args.dataset, args.data_dir)
     if args.batch_size > len(data.train_labels):
         raise UserError(f"--batch_size {args.batch_size} is more than the {len(data.train_labels)} training pictures")
@@ -161,7 +162,7 @@ def measure_speed(rows, record, write, args, device, layout):
 
 
 def checked_steps(rows, data, args, device):
-    """{label: TrainingSteps} of the Rows, each of which computes what float64 does."""
+    """{label: TrainingSteps} of the Rows, each checked against float64."""
     exact = Exact(args.model, data, LongEpochs(len(data.train_labels), args.batch_size, seed=0), device)
     found = {}
     for row in rows:
@@ -174,7 +175,8 @@ def checked_steps(rows, data, args, device):
 
 
 def fast_ratios(seconds, own):
-    """{case: ratio_summary} of resnext_fast.py over the original's ways. own: the label of its row."""
+    """{case: ratio_summary} of resnext_fast.py over the original, and over its float16. own: the label of the fast
+    row."""
     ratios = {f"{FAST} over the original": ratio_summary(seconds["original"], seconds[own])}
     if HALF in seconds:
         ratios[f"{FAST} over the original in float16"] = ratio_summary(seconds[HALF], seconds[own])
@@ -189,7 +191,7 @@ def check_enough_steps(steps, loaded_ahead):
 
 
 def ablation_row(row, steps, seconds, args):
-    """What was measured of the Row `row`, flat. seconds: of all rows, as `interleaved_rounds` yields them."""
+    """The measurements of the Row `row`, a flat dict. seconds: of all rows, as `interleaved_rounds` yields them."""
     ratio = ratio_summary(seconds["original"], seconds[row.label])
     rate = args.steps * args.batch_size / statistics.median(seconds[row.label])
     return {
@@ -197,7 +199,7 @@ def ablation_row(row, steps, seconds, args):
         "carried": row.carried,
         "precision": steps.precision.label,
         "pictures_per_second": rate,
-        # Its own statistic: the median of the ratios is not the ratio of the medians, and a slow minute moves it less.
+        # The median of the rounds' ratios, not the ratio of the medians: a slow minute moves it less.
         "times_original": ratio["median"],
         "times_original_low": ratio["low"],
         "times_original_high": ratio["high"],

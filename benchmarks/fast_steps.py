@@ -1,4 +1,4 @@
-"""Training steps as resnext_fast.py takes them with any of its arguments, for benchmarks to time and to check."""
+"""The training steps of resnext_fast.py, with any of its arguments, for benchmarks to time and check."""
 
 import itertools
 import time
@@ -21,15 +21,15 @@ from images import ImageData
 from layouts import Layout, fastest, open_layouts
 from models.resnext import ResNeXt, parse_name
 
-WARM_UP = 2  # Steps, besides the one that is checked.
+WARM_UP = 2  # Steps after the one that is checked.
 
 
 class TrainingSteps:
-    """The training step of resnext_fast.py with the arguments `args`, again and again over full batches.
+    """Repeats the training step of resnext_fast.py, with its arguments `args`, over full batches.
 
-    first_pass: (logits, gradient) of the first batch before any update, as exactness.Exact compares them. saved_bytes:
-    for backward. peak_bytes: of what a step needs, with the pictures of the device loader, weights and the optimizer's
-    state; None without CUDA, and with CUDA graphs. loaded_ahead: of its loader.
+    first_pass: (logits, gradient) of the first batch before any update, for exactness.Exact. saved_bytes: saved for
+    backward. peak_bytes: the peak memory of a step, including the device loader's images, the weights and the optimizer
+    state; None without CUDA, and with CUDA graphs. loaded_ahead: batches that the loader's workers load ahead.
     """
 
     def __init__(self, args, data, device):
@@ -43,7 +43,7 @@ class TrainingSteps:
         self.model = layout.apply(model)
         self.fast_model = compiled(model, args, layout.channels_last) if args.compile else model
         self.criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
-        # Times need no progress.
+        # A low learning rate: only times matter, not progress.
         self.optimizer = make_optimizer(model, args.optimizer, args.lr / 100, device, self.precision.scaler)
         batches = LongEpochs(len(data.train_labels), args.batch_size, seed=0)
         loader = training_loader(args.loader, data, 0, batches, args.num_worker, device, **self.layout)
@@ -51,14 +51,14 @@ class TrainingSteps:
         self.source = endless(loader, batches)
         self.first_pass, self.saved_bytes = self._first_pass()
         self.run(WARM_UP)
-        reset_peak_memory(device)  # Not before: cuDNN tries algorithms in the first steps, some with much memory.
+        reset_peak_memory(device)  # Only now: in the first steps cuDNN tries algorithms, some with much memory.
         self.run(1)
-        # The memory of CUDA graphs does not count as allocated.
+        # The memory of CUDA graphs is not counted as allocated.
         known = before is not None and not args.cuda_graphs
         self.peak_bytes = torch.cuda.max_memory_allocated() - before if known else None
 
     def _first_pass(self):
-        """(logits, gradient) of plain cross-entropy on a first batch, and the bytes saved for backward."""
+        """((logits, gradient) of plain cross-entropy on the first batch, bytes saved for backward)"""
         images, labels = self._load()
         with self.precision.autocast(), SavedBytes(self.model) as saved:
             output = self.fast_model(images)
@@ -66,7 +66,7 @@ class TrainingSteps:
         scaler = self.precision.scaler
         scaler.scale(loss).backward()
         gradient = observed_weight(self.model).grad / scaler.get_scale()
-        # A copy: CUDA graphs write the next output to the same memory.
+        # Cloned, since CUDA graphs write the next output to the same memory.
         return (output.detach().clone(), gradient), saved.bytes
 
     def _load(self):
@@ -85,7 +85,7 @@ class TrainingSteps:
         self.precision.scaler.update()
 
     def run(self, steps):
-        """Train `steps` steps, with no batch loaded ahead when they start; returns their seconds."""
+        """Discard the batches loaded ahead, then train `steps` steps; returns the seconds of the steps."""
         for _ in range(self.loaded_ahead):
             next(self.source)
         start = time.perf_counter()
@@ -96,28 +96,28 @@ class TrainingSteps:
 
 
 def fastest_layout(args, device):
-    """(the Layout that resnext_fast.py chooses here with its arguments `args`, {layout: milliseconds a picture})"""
+    """(the Layout that resnext_fast.py chooses here with its arguments `args`, {layout: milliseconds per image})"""
     precision = choose_precision(args.half_precision, device)
     model = ResNeXt(*parse_name(args.model)).to(device)
     return fastest(model, open_layouts(None, None), precision, World(0, 1, device), args.batch_size, args.size)
 
 
 def random_pictures(count, side):
-    """ImageData of noise, with flips, as large as CIFAR-10 with `count` 50,000 and `side` 32: for what takes time."""
+    """ImageData of noise, with flips, for timing; `count` 50,000 and `side` 32 make it as large as CIFAR-10."""
     draws = np.random.default_rng(0)
     images, labels = draws.integers(0, 256, (count, side, side, 3), dtype=np.uint8), draws.integers(0, 10, count)
     return ImageData(images, labels, images[:100], labels[:100], [str(label) for label in range(10)], flip=True)
 
 
 def loaded_ahead(loader):
-    """How many batches the worker processes of a loader have ready when they have had the time; 0 without workers."""
+    """The most batches that a loader's worker processes load ahead; 0 without workers."""
     return loader.num_workers * (loader.prefetch_factor or 0) if isinstance(loader, DataLoader) else 0
 
 
 class LongEpochs(EpochBatches):
-    """EpochBatches over `size` samples, again and again until an epoch is as long as CIFAR-10's; all are full.
+    """EpochBatches that repeat `size` samples until an epoch is as long as CIFAR-10's; all batches are full.
 
-    As an epoch begins, nothing is loaded ahead: epochs of a few batches would charge that to every few steps.
+    At the start of an epoch nothing is loaded ahead; with epochs of a few batches, that would slow every few steps.
     """
 
     def __init__(self, size, batch_size, seed):

@@ -1,9 +1,9 @@
-"""How far training is from what the hardware can do: the larger of the time of its arithmetic and of its bytes.
+"""The distance of training to the hardware's limits: two lower bounds (floors) for the time of an epoch.
 
-The arithmetic floor is the time that the FLOPs of an epoch take at the rate of a large matrix product, or of a dense
-convolution in the layout of the run where that is faster, both in its precision; the bytes floor is that of moving each
-convolution's output five times (written, read by the next, read again in backward, its gradient written and read) at
-the rate of a large copy. All rates are medians of many rounds, and stated with the lowest and the highest.
+The arithmetic floor is the time of an epoch's FLOPs at the rate of a large matrix product or, if faster, of a dense
+convolution in the run's layout, both in the run's precision. The bytes floor is the time of moving each convolution's
+output five times (written, read by the next layer, read again in backward, its gradient written and read) at the rate
+of a large copy. All rates are medians over many rounds, given with the lowest and the highest.
 """
 
 import functools
@@ -19,12 +19,12 @@ from torch.utils.flop_counter import FlopCounterMode
 from models.resnext import ResNeXt, parse_name
 from reporting.comparison import number
 
-SECONDS = 10.0  # That the rates are measured for, in turns: a shared machine's differ by half from second to second.
+SECONDS = 10.0  # Time of measuring the rates in turn; on a shared machine they vary by half from second to second.
 
 
 @functools.cache
 def forward_work(name):
-    """(FLOPs, elements of all convolutions' outputs) of one picture's forward through the model `name`."""
+    """(FLOPs, elements of all convolutions' outputs) of the forward pass of one image through the model `name`."""
     elements = []
     with torch.device("meta"):
         model = ResNeXt(*parse_name(name))
@@ -37,10 +37,10 @@ def forward_work(name):
 
 
 def distance(name, rate, precision, pictures, device, memory_format):
-    """How far training at `rate` pictures/s is from what the hardware can do, flat: an epoch's seconds, both floors',
-    and the rates that they follow from.
+    """The distance of training at `rate` images/s to the hardware's limits, a flat dict: the seconds of an epoch and of
+    both floors, and the rates behind the floors.
 
-    precision: the Precision of the run. memory_format: of its pictures.
+    pictures: images per epoch. precision: the Precision of the run. memory_format: of its images.
     """
     flops, elements = forward_work(name)
     dtype = precision.dtype or torch.float32
@@ -64,15 +64,16 @@ def distance(name, rate, precision, pictures, device, memory_format):
 
 
 def stated(what, unit, rates, factor):
-    """The median of the rates of `what`, and their lowest to highest, which tells how much the machine is disturbed."""
+    """The median of the rates of `what`, and their range, which shows how much other load disturbs the machine."""
     values = [each / factor for each in rates[what]]
     spread = f"{number(min(values))} to {number(max(values))}"
     return {f"{what}_{unit}": statistics.median(values), f"{what}_spread": spread}
 
 
 def hardware_rates(dtype, memory_format, device):
-    """{"matmul": FLOP/s of a large matrix product, "convolution": of a dense 3x3 convolution of pictures that lie in
-    `memory_format`, "copy": bytes/s that a large copy reads and writes}, each a list of one a round, in `dtype`."""
+    """{"matmul": FLOP/s of a large matrix product, "convolution": FLOP/s of a dense 3x3 convolution of images in
+    `memory_format`, "copy": bytes/s read and written by a large copy}; each a list with one rate per round, the first
+    two in `dtype`."""
     on_cuda = device.type == "cuda"
     size, copied, pictures, channels = (8192, 2**30, 256, 256) if on_cuda else (1024, 2**27, 16, 128)
     one, other = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
@@ -86,7 +87,7 @@ def hardware_rates(dtype, memory_format, device):
         "convolution": lambda: F.conv2d(images, weight, padding=1),
         "copy": lambda: target.copy_(source),
     }
-    # Single precision on CUDA is TensorFloat-32, as the convolutions' is.
+    # On CUDA, single-precision products use TensorFloat-32, as the convolutions do.
     before, torch.backends.cuda.matmul.allow_tf32 = torch.backends.cuda.matmul.allow_tf32, True
     warm_up = interleaved(arms, 3)
     rounds = max(10, int(SECONDS / sum(map(min, warm_up.values()))))

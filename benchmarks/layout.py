@@ -1,11 +1,10 @@
-"""How the grouped 3x3 convolutions of ResNeXt are best run: in which memory layout, and in which form.
+"""The fastest memory layout and form of ResNeXt's grouped 3x3 convolutions.
 
-    python3 benchmarks/layout.py                              ResNeXt29_4x64d and a small one
+    python3 benchmarks/layout.py                              ResNeXt29_4x64d and, on a CPU, a smaller model
     python3 benchmarks/layout.py --precision fp32 bf16        on CUDA also tf32 and fp16
 
-The forms are those of resnext/models/grouped_convolution.py.
-Each runs in NCHW and in NHWC (channels last), forward and backward apart, after its output and gradients have been
-checked against those of the first form in float64.
+The forms are those of resnext/models/grouped_convolution.py. Forward and backward of each are timed separately, in NCHW
+and in NHWC (channels last), after its output and gradients have been checked against the first form in float64.
 """
 
 import itertools
@@ -31,7 +30,7 @@ TOLERANCES = {"fp32": 1e-4, "tf32": 1e-2, "bf16": 3e-2, "fp16": 1e-2}  # Of the 
 
 
 class Shape(NamedTuple):
-    """A grouped 3x3 convolution of `channels` to `channels` on pictures of `size` x `size`."""
+    """A grouped 3x3 convolution of `channels` to `channels` on images of `size` x `size`."""
 
     channels: int
     groups: int
@@ -40,7 +39,7 @@ class Shape(NamedTuple):
 
     @property
     def how(self):
-        """The arguments of a form besides picture and weight."""
+        """The arguments of a form other than image and weight."""
         return {"groups": self.groups, "stride": self.stride, "padding": 1}
 
     def __str__(self):
@@ -50,13 +49,13 @@ class Shape(NamedTuple):
 def get_args_parser():
     parser = get_parser(__doc__, "layout", rounds=10)
     add = parser.add_argument
-    # The small model's convolutions would take a GPU no longer than launching them.
+    # On a GPU, the small model's convolutions would take no longer than their launch.
     models = ["resnext29_4x64d"] if ON_CUDA else ["resnext29_4x64d", "resnext29_2x16d"]
     add("--models", type=model_name, nargs="+", default=models)
     add("--batch_size", type=arguments.positive_int, default=128 if ON_CUDA else 16)
     known = [name for name in DTYPES if ON_CUDA or name != "tf32"]  # A CPU has none.
     add("--precision", choices=known, nargs="+", default=["tf32", "bf16", "fp16"] if ON_CUDA else ["fp32", "bf16"])
-    add("--repeats", type=arguments.positive_int, default=20 if ON_CUDA else 1, help="calls of an arm in a round")
+    add("--repeats", type=arguments.positive_int, default=20 if ON_CUDA else 1, help="calls per arm and round")
     return parser
 
 
@@ -70,14 +69,14 @@ def main():
         for shape, count in count_shapes(model).items():
             facts = {"model": model, "shape": str(shape), "count": count}
             rows += [facts | row for row in measure(shape, args, DEVICE)]
-            save(record, args)  # Already, since a lent GPU may be taken back.
+            save(record, args)  # After each shape, since a borrowed GPU may be withdrawn.
         for precision in args.precision:
             record["totals"] += sum_up([row for row in rows if (row["model"], row["precision"]) == (model, precision)])
     finish(record, args)
 
 
 def count_shapes(name):
-    """{Shape: how often} of the grouped convolutions of the model `name`."""
+    """{Shape: number of grouped convolutions of this shape} in the model `name`."""
     found = {}
 
     def note(layer, inputs):
@@ -94,7 +93,7 @@ def count_shapes(name):
 
 
 def measure(shape, args, device):
-    """A row for each precision, form and layout: median milliseconds of a call."""
+    """A row per precision, form and layout, with the median milliseconds of a call."""
     torch.manual_seed(0)
     x = torch.randn(args.batch_size, shape.channels, shape.size, shape.size, device=device)
     weight = torch.randn(shape.channels, shape.channels // shape.groups, 3, 3, device=device) / shape.channels**0.5
@@ -130,7 +129,7 @@ def call_once(function, x, weight, shape):
 def gradient_like(out):
     generator = torch.Generator(out.device).manual_seed(1)
     gradient = torch.randn(out.shape, generator=generator, device=out.device)
-    return torch.empty_like(out).copy_(gradient)  # In the layout that the next layer's backward would give.
+    return torch.empty_like(out).copy_(gradient)  # Has the layout that the next layer's backward would give it.
 
 
 def make_arms(name, function, operands, shape, repeats):
@@ -152,7 +151,7 @@ def make_arms(name, function, operands, shape, repeats):
 
 
 def sum_up(rows):
-    """The rows of one model and precision as one for each form and layout: milliseconds of all its convolutions."""
+    """Sum the rows of one model and precision to one per form and layout: milliseconds of all its convolutions."""
     totals = []
     for form, layout in itertools.product(FORMS, LAYOUTS):
         of_arm = [row for row in rows if (row["form"], row["layout"]) == (form, layout)]

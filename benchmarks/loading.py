@@ -1,14 +1,14 @@
-"""How many times faster one process loads on the device than by the original's loader. Target: 40, one thread each.
+"""The speed-up of the device loader over the original's loader in one process. Target: 40, with one thread each.
 
-    python3 benchmarks/loading.py                                     50,000 random pictures, as large as CIFAR-10
-    python3 benchmarks/loading.py --dataset folder --data_dir DIR     any pictures, as resnext.py takes them
+    python3 benchmarks/loading.py                                     50,000 random images, as large as CIFAR-10
+    python3 benchmarks/loading.py --dataset folder --data_dir DIR     any images that resnext.py takes
 
-Few pictures lie in the processor's cache, and flatter the device loader, so that the default are as many as there are
-in CIFAR-10, with flips; what they show does not matter.
+A few images would fit into the processor's cache, which would flatter the device loader. So by default there are as
+many as in CIFAR-10, with flips; their content does not matter.
 
-The original's loader is written as a plain user writes it: a torchvision data set of PIL pictures, transforms v1, a
-DataLoader without workers. Before the timing every picture of an epoch is checked against torchvision's for the same
-offsets and flips, and these to be spread evenly. Each side then loads whole epochs.
+The original's loader is ordinary user code: a torchvision dataset of PIL images, transforms v1, and a DataLoader
+without workers. Before the timing, every image of an epoch is checked against torchvision's for the same offsets and
+flips, and these are checked to be evenly distributed. Each side then loads whole epochs.
 """
 
 import statistics
@@ -37,7 +37,7 @@ TARGETS = {
         "device loader, channels_last, 1 thread": ("at least", 40.0),
     }
 }
-TOLERANCE = 1e-6  # Transforms v1 divide by 255 where v2, and we, multiply by 1 / 255.
+TOLERANCE = 1e-6  # Transforms v1 divide by 255; v2 and our loader multiply by 1 / 255.
 
 
 def get_args_parser():
@@ -46,7 +46,7 @@ def get_args_parser():
     parser.add_argument("--data_dir", default=str(ROOT / "resnext" / "data"))
     parser.add_argument("--batch_size", type=arguments.positive_int, default=128)
     parser.add_argument(
-        "--threads", type=arguments.positive_int, nargs="+", default=[1], help="of the device loader on a CPU"
+        "--threads", type=arguments.positive_int, nargs="+", default=[1], help="threads of the device loader on a CPU"
     )
     return parser
 
@@ -54,7 +54,7 @@ def get_args_parser():
 def main():
     args = get_args_parser().parse_args()
     data = random_pictures(50_000, SIZE) if args.dataset == "random" else load_images(args.dataset, args.data_dir)
-    torch.set_num_threads(1)  # As the original's loader has.
+    torch.set_num_threads(1)  # For the original's loader; device_arm sets its own.
     largest = largest_difference(data, args.batch_size, DEVICE)
     print(f"{len(data.train_labels)} pictures; largest difference from torchvision's: {largest:.1e}", flush=True)
     check(largest <= TOLERANCE, f"the device loader is off by {largest:.1e}")
@@ -82,10 +82,10 @@ def main():
 
 
 class OriginalImages(Dataset):
-    """The training pictures of the ImageData `data` as torchvision's data sets give them, picture by picture."""
+    """The training images of the ImageData `data`, one at a time, as torchvision's datasets return them."""
 
     def __init__(self, data):
-        from torchvision import transforms  # After `images`, which makes it work beside a CPU-only torch.
+        from torchvision import transforms  # After `images`, which makes torchvision work with a CPU-only torch.
 
         mean, std = data.statistics
         flip = [transforms.RandomHorizontalFlip()] if data.flip else []
@@ -121,8 +121,8 @@ def load_epoch(loader):
 
 
 def largest_difference(data, batch_size, device):
-    """The largest difference of any value of the device loader's first epoch from torchvision's transforms v1 for the
-    same offsets and flips; the labels have to be equal."""
+    """The largest difference between any value of the device loader's first epoch and torchvision's transforms v1 with
+    the same offsets and flips; AssertionError unless the labels are equal."""
     from torchvision.transforms import functional
 
     batches = EpochBatches(len(data.train_labels), batch_size, seed=0)
@@ -141,7 +141,8 @@ def largest_difference(data, batch_size, device):
 
 
 def check_evenly_spread(pictures=200_000):
-    """Each of the 9 x 9 x 2 crops has to be as frequent as torchvision makes it, up to five standard deviations."""
+    """Raise AssertionError unless the 9 x 9 x 2 crops are equally frequent, as in torchvision, to five standard
+    deviations."""
     top, left, mirrored = augmentation(0, 0, np.arange(pictures), flip=True)
     span = 2 * PADDING + 1
     counts = np.bincount((top * span + left) * 2 + mirrored, minlength=2 * span**2)

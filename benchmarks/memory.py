@@ -1,23 +1,22 @@
-"""What each way of recomputing activations holds, its peak, the FLOPs that it redoes, and the time: one table.
+"""Activation recomputation compared: the bytes held for backward, the peak, the recomputed FLOPs and the step time.
 
     python3 benchmarks/memory.py
 
-Ours are the policies chain and block and the plans of harness.planning. Beside them stand torch.compile's plans for its
-activation_memory_budget (under aot_eager: the same plans run by operators, which can be followed), each with our plans
-for what it holds and for its peak; the usual block-wise torch.utils.checkpoint; and the original study's nested scheme.
-A search by annealing looks for plans that are cheaper than ours.
+Our arms are the policies chain and block and the plans of harness.planning. The others are torch.compile's plans for
+its activation_memory_budget (under aot_eager the same plans run operator by operator, which can be traced), each with
+our plans for the same held bytes and for the same peak; the usual block-wise torch.utils.checkpoint; and the original
+study's nested scheme. Simulated annealing searches for plans that are cheaper than ours.
 
-Bytes are counted by saved-tensor hooks, which see what compiled code saves too. The peak is the most bytes of
-activations and their gradients at once in forward and backward: on a CPU of the tensors that operators return (not
-known for Inductor's code, whose buffers no operator returns), on CUDA with what cuDNN works in. FLOPs are those of
-forward convolutions that run in backward, over those of the plain step. Steps are timed in turn with the plain model's;
-their ratio is judged by its 95 % interval, yes, no or undecided: whether it is at most that of TIMED, and whether
-what was predicted is within 10 % of it.
+Held bytes are counted by saved-tensor hooks, which also see what compiled code saves. The peak is the most bytes of
+activations and their gradients at any time in forward and backward: on a CPU, of the tensors that operators return
+(unknown for Inductor's code, whose buffers no operator returns); on CUDA, including cuDNN's workspaces. Recomputed
+FLOPs are those of forward convolutions that run in backward, as a share of the plain step's. Steps are timed in turn
+with the plain model's. The 95 % interval of the ratio decides (yes, no or undecided) whether it is at most the limit in
+TIMED, and whether the prediction is within 10 %.
 
-It ends with exit code 1 where an arm fails, or has gradients that are further from those in float64 than four times the
-plain model's, or where a plan is over its limits, is not predicted within 1 %, or redoes more FLOPs than PLANS or
-torch.compile's plan or the search's does. Such an arm's row says so. Times are shown with their verdicts, and do not
-fail.
+The exit code is 1 if an arm fails, if its gradients are more than four times as far from float64 as the plain model's,
+or if a plan exceeds its limits, is predicted with an error above 1 %, or recomputes more FLOPs than PLANS,
+torch.compile's plan or the annealing's plan. The arm's row says so. Times are judged, but cause no failure.
 """
 
 import contextlib
@@ -47,7 +46,7 @@ from models.resnext import ResNeXt, parse_name
 from models.resnext_checkpoint import POLICIES, CheckpointResNeXt
 
 CLAIMED = "resnext29_4x64d"
-# name -> (limits, shares of the plain step's; the most FLOPs to redo on CLAIMED)
+# name -> (limits as shares of the plain step's, the most FLOPs that may be recomputed for CLAIMED)
 PLANS = {
     "budget 0.5": ({"peak": 0.5}, None),
     "budget 0.394": ({"peak": 0.394}, 0.101),
@@ -58,9 +57,9 @@ PLANS = {
     "budget held 0.25, peak 0.394": ({"held": 0.25, "peak": 0.394}, 0.155),
 }
 COMPILE_BUDGETS = (1.0, 0.5, 0.4, 0.25)
-# On a CPU, where all would take too long, these are timed; the times of plain steps that they should take at most.
+# Timed on a CPU, where all arms would take too long, with the largest ratio to the plain step's time that they claim.
 TIMED = {"chain": 1.12, "block": 1.32, "budget 0.5": 1.2, "budget 0.394": None, "torch.utils.checkpoint": None}
-# torch.compile redoes BatchNorm's means, 0.1 % of what is held; ours are kept, and at the same bytes cost it this much.
+# torch.compile recomputes BatchNorm's means, 0.1 % of the held bytes. Ours keeps them, which costs this at equal bytes.
 SLACK = 1e-4
 SHARES, BYTES = {"held": "share", "peak": "peak_share"}, {"held": "bytes", "peak": "peak_bytes"}  # Keys of a row.
 ANNEALED = ("budget 0.394", "budget 0.36", "budget held 0.4", "budget held 0.25, peak 0.394")
@@ -71,13 +70,18 @@ def get_args_parser():
     add, positive_int = parser.add_argument, arguments.positive_int
     backends = ("aot_eager", "inductor", "none")
     add("--model", type=model_name, default=CLAIMED)
-    add("--batch_size", type=positive_int, default=4, help="of the pass that bytes and FLOPs are counted in")
-    add("--policies", nargs="+", help="of these arms alone, and plain, as the table names them")
+    add("--batch_size", type=positive_int, default=4, help="batch size for counting bytes and FLOPs")
+    add("--policies", nargs="+", help="only these arms, by their names in the table, and plain")
     add("--compile_backend", choices=backends, default="inductor" if ON_CUDA else "aot_eager")
-    add("--steps", type=arguments.non_negative_int, default=5 if ON_CUDA else 2, help="training steps in a round")
+    add("--steps", type=arguments.non_negative_int, default=5 if ON_CUDA else 2, help="training steps per round")
     add("--timed_batch_size", type=positive_int, default=128 if ON_CUDA else 4)
-    add("--half_precision", type=half_precision_type, nargs="?", const="float16", help="of the timed steps")
-    add("--annealing_tries", type=arguments.non_negative_int, default=40_000, help="plans that a search looks at")
+    add("--half_precision", type=half_precision_type, nargs="?", const="float16", help="precision of the timed steps")
+    add(
+        "--annealing_tries",
+        type=arguments.non_negative_int,
+        default=40_000,
+        help="plans that each annealing search tries",
+    )
     return parser
 
 
@@ -101,7 +105,7 @@ def main():
     }
     record |= {name: [] for name in tables}
     for name, rows in tables.items():
-        for row in rows:  # Written after each, since a lent GPU may be taken back.
+        for row in rows:  # Saved after each, since a borrowed GPU may be withdrawn.
             record[name].append(row)
             save(record, args)
     finish(record, args)
@@ -114,7 +118,7 @@ def main():
 
 
 class BlockwiseResNeXt(ResNeXt):
-    """Checkpointing as a plain user writes it. Its BatchNorm statistics move twice a step; gradients are unharmed."""
+    """Ordinary user code with checkpointing. BatchNorm statistics are updated twice per step; gradients are correct."""
 
     def forward(self, x):
         out = F.relu(self.bn1(self.conv1(x)))
@@ -126,7 +130,7 @@ class BlockwiseResNeXt(ResNeXt):
 class Bench:
     """Makes the models of all arms, with the weights of `plain`, ready to train.
 
-    rows: {name: row} of what has been counted; the plans that torch.compile's are compared with need its rows.
+    rows: {name: row} of the arms counted so far; our plans "as" those of torch.compile need its rows.
     """
 
     def __init__(self, plain, args, device):
@@ -136,13 +140,13 @@ class Bench:
         self.rows = {}
 
     def arms(self):
-        """name -> function of the batch size and the Precision of its training that gives a model."""
+        """{name: function(batch size, Precision of training) that returns a model}."""
         of, is_compiled = functools.partial, self._args.compile_backend != "none"
         arms = {"plain": of(self._make, ResNeXt), "torch.utils.checkpoint": of(self._make, BlockwiseResNeXt)}
         arms |= {policy: of(self._follow, policy) for policy in POLICIES}
         arms["nested"] = of(self._make, functools.partial(CheckpointResNeXt, policy="nested"))
         arms |= {name: of(self._planned, limits) for name, (limits, _) in PLANS.items()}
-        # Of code that hides its peak there is nothing to plan like.
+        # If the peak of compiled code is unknown, there are no plans for the same peak.
         known = ("held",) if is_hidden(self._args, self.device) else ("held", "peak")
         for budget in COMPILE_BUDGETS if is_compiled else ():
             arms[name := f"compile {budget:g}"] = of(self._compiled, budget)
@@ -173,7 +177,7 @@ class Bench:
         return self._follow(plan.redo, batch_size, precision)
 
     def _like(self, name, what, batch_size, precision):
-        """A model with our plan for what the arm `name` of torch.compile holds, or for its peak."""
+        """A model with our plan for the held bytes or the peak (`what`) of torch.compile's arm `name`."""
         if SHARES[what] not in self.rows.get(name, {}):
             raise UserError(f"it needs the row of {name}")
         return self._planned({what: self.rows[name][SHARES[what]]}, batch_size, precision)
@@ -181,8 +185,8 @@ class Bench:
     def _compiled(self, budget, batch_size, precision):
         torch.compiler.reset()
         model = self._make(ResNeXt)
-        # In place, so that what is called first, and so compiled, has the budget; the graph keeps it. Called as it will
-        # be in training: under another autocast it would be compiled again, without the budget.
+        # The budget applies when the first call compiles the model, and the graph keeps it. So call it here as training
+        # does: under another autocast setting it would be compiled again, without the budget.
         model.compile(backend=self._args.compile_backend, dynamic=False)
         images = torch.zeros(batch_size, 3, 32, 32, device=self.device)
         with torch._functorch.config.patch(activation_memory_budget=budget), kept_state(model):
@@ -193,13 +197,13 @@ class Bench:
 
 
 def is_hidden(args, device):
-    """Whether nobody knows the peak of compiled code: on a CPU no operator returns the buffers of Inductor's."""
+    """Whether the peak of compiled code is unknown: on a CPU, no operator returns the buffers of Inductor's code."""
     return args.compile_backend == "inductor" and device.type == "cpu"
 
 
 @contextlib.contextmanager
 def kept_state(model):
-    """What happens to `model` within the block is undone."""
+    """Restore the state of `model` after the block, and discard its gradients."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     yield
     model.load_state_dict(before)
@@ -210,9 +214,9 @@ def kept_state(model):
 
 
 def count_all(arms, args, device, rows):
-    """Yield a row for each arm, and put it into `rows`; it has a text `missed` where the arm fails, its gradients are
-    wrong, or a claim is."""
-    # The gradients are compared between arms that run the same convolutions in different orders.
+    """Yield a row for each arm, and add it to `rows`. It has a text `missed` if the arm fails, its gradients are wrong,
+    or it breaks a claim."""
+    # TensorFloat-32 off: gradients are compared between arms that run the same convolutions in different orders.
     torch.backends.cudnn.allow_tf32 = False
     single = choose_precision(None, device)
     images = torch.randn(args.batch_size, 3, 32, 32, device=device)
@@ -237,7 +241,7 @@ def count_all(arms, args, device, rows):
             rows[name] = failed(name, error)
             yield rows[name]
             continue
-        # Over the FLOPs of plain forward and backward, the latter counted as twice the former.
+        # Relative to the FLOPs of plain forward and backward; backward counts as twice forward.
         row = {"policy": name, "bytes": saved, "extra": recomputed / (3 * forward_flops), "peak_bytes": peak}
         plain_row = rows.get("plain", row)
         row["share"], row["peak_share"] = saved / plain_row["bytes"], peak and peak / plain_row["peak_bytes"]
@@ -255,7 +259,7 @@ def relative_error(gradient, exact):
 
 
 def broken_claims(row, rows, model, device):
-    """What is claimed of the row of one of our plans and does not hold, in words: a list."""
+    """The claims about one of our plans that its row does not meet, a list of str."""
     name, broken = row["policy"], []
     limits, most = PLANS.get(name, ({}, None))
     if " as " in name:
@@ -263,7 +267,7 @@ def broken_claims(row, rows, model, device):
         limits, most = {what: rows[other][SHARES[what]]}, rows[other]["extra"] + SLACK
     if model == CLAIMED and most is not None and row["extra"] > most:
         broken.append(f"redoes {100 * row['extra']:.2f} % FLOPs, over {100 * most:.2f} %")
-    # On CUDA the measured peak has in it what the device's libraries work in.
+    # On CUDA, the measured peak includes the workspaces of the device's libraries.
     for what in ("held", "peak") if device.type == "cpu" else ("held",):
         share = row[SHARES[what]]
         if share is not None and share > limits.get(what, 1e9) + 1e-3:
@@ -274,7 +278,7 @@ def broken_claims(row, rows, model, device):
 
 
 def off_by(row, what):
-    """How far the prediction is from what was measured, over that; what: "held" or "peak"."""
+    """The relative error of the prediction; what: "held" or "peak"."""
     key = BYTES[what]
     return abs(row[f"predicted_{key}"] / row[key] - 1)
 
@@ -283,17 +287,17 @@ def count_bytes_and_flops(model, images, labels):
     """(gradient [n] of all weights, bytes saved for backward, FLOPs of forward convolutions that run in backward)."""
     with SavedBytes(model) as saved:
         loss = F.cross_entropy(model(images), labels)
-    with FlopCounterMode(display=False) as backward:  # Not in forward: under it torch.compile does nothing.
+    with FlopCounterMode(display=False) as backward:  # Not around forward, where it would disable torch.compile.
         loss.backward()
     gradient = torch.cat([weight.grad.flatten() for weight in model.parameters()])
     return gradient, saved.bytes, convolution_flops(backward)
 
 
 def peak_bytes(model, images, labels, is_compiled):
-    """Bytes of activations and their gradients at their highest in forward and backward."""
+    """The peak bytes of activations and their gradients in forward and backward."""
     with kept_state(model):
         if images.device.type == "cuda":
-            # Once before, so that the gradients of the weights and what cuDNN keeps are there already.
+            # A first step, so that the weights' gradients and the memory that cuDNN keeps are allocated already.
             F.cross_entropy(model(images), labels).backward()
             torch.cuda.reset_peak_memory_stats()
             before = torch.cuda.memory_allocated()
@@ -301,8 +305,8 @@ def peak_bytes(model, images, labels, is_compiled):
             return torch.cuda.max_memory_allocated() - before
         live = LiveBytes(model)
         if is_compiled:
-            # torch.compile does nothing in a forward under such a mode: backward alone is followed, from what it finds
-            # saved. The peak is there, since all that is saved is there when it begins.
+            # A dispatch mode around forward would disable torch.compile. So only backward is followed, starting from
+            # what forward has saved. It contains the peak, since everything saved is still there when it begins.
             loss = saved_under(live, lambda: F.cross_entropy(model(images), labels))
         else:
             with live:
@@ -313,7 +317,7 @@ def peak_bytes(model, images, labels, is_compiled):
 
 
 def saved_under(live, forward):
-    """What `forward()` returns; the tensors that it saves for backward are followed by the LiveBytes `live`."""
+    """Return `forward()`; the LiveBytes `live` follows the tensors that it saves for backward."""
 
     def pack(tensor):
         live.follow(tensor)
@@ -324,7 +328,7 @@ def saved_under(live, forward):
 
 
 def anneal_all(bench, args):
-    """Yield a row for each of ANNEALED: the FLOPs that our plan redoes, and those of the best that a search finds."""
+    """Yield a row for each of ANNEALED: the FLOPs that our plan recomputes, and the fewest that annealing finds."""
     if not args.annealing_tries or args.policies:
         return
     timeline = bench.timeline(args.batch_size, choose_precision(None, bench.device))

@@ -1,4 +1,4 @@
-"""Training steps of benchmarks/memory.py: each arm's, timed in turn with the plain model's, and the largest batch."""
+"""The training steps of benchmarks/memory.py, timed in turn with the plain model's, and the largest batch that fits."""
 
 import contextlib
 import gc
@@ -16,19 +16,19 @@ from harness.precision import choose_precision
 from reporting.verdicts import judge
 
 GOAL = {"peak_share": 0.60, "step_times_plain": 1.10}  # On CUDA, for at least one arm.
-BATCH_STEP = 128  # The largest batch is given as a multiple of it.
-# Not searched beyond: from 4096 pictures on, the first stage's outputs have over 2**31 elements, and kernels that count
-# them in 32 bits refuse.
+BATCH_STEP = 128  # The largest batch is a multiple of it.
+# The search's limit: from 4096 images on, the first stage's outputs have 2**31 elements or more, which kernels with
+# 32-bit indices reject.
 LARGEST_BATCH = 4096 - BATCH_STEP
 NO_CONTEXT = contextlib.nullcontext()
 
 
 def train_all(arms, make_plain, args, device, counted, targets):
-    """Yield a flat row for each arm: training steps timed in turn with the plain model's, saved bytes, the peak, and
-    the largest batch.
+    """Yield a flat row for each arm: the step time relative to the plain model's, timed in turn; the saved bytes and
+    the peak; and the largest batch.
 
-    make_plain: makes the plain arm. counted: {name: row} of what is known of the arms besides. targets: {name: the
-    times of a plain step that a step is to take at most, or None}.
+    arms: {name: maker}. make_plain: the maker of the plain arm. counted: {name: row} of `count_all`.
+    targets: {name: the largest ratio to the plain step's time that is claimed, or None}.
     """
     torch.backends.cudnn.allow_tf32 = True
     torch.backends.cudnn.benchmark = True
@@ -41,8 +41,8 @@ def train_all(arms, make_plain, args, device, counted, targets):
             precision, peak = arm.precision.label, arm.peak_bytes
             saved_share, peak_share = arm.saved_bytes / plain.saved_bytes, peak and peak / plain.peak_bytes
             plan = getattr(arm.model, "the_plan", None)
-            arm = plain = None  # Their memory is the search's.
-            # Compiled code would be compiled for every size that is tried.
+            arm = plain = None  # Frees their memory for the search.
+            # Not for compiled models, which would be compiled again for every size.
             largest = largest_that_fits(make, args, device) if on_cuda and not name.startswith("compile") else None
         except Exception as error:
             arm = plain = None
@@ -63,7 +63,7 @@ def train_all(arms, make_plain, args, device, counted, targets):
             "reached": most and judge("at most", most, time["interval"]),
             "saved_share": saved_share,
             "peak_allocated_bytes": peak,
-            # Without an allocator that counts, of the tensors.
+            # Without an allocator that counts (CPU), the peak that was counted from the tensors.
             "peak_share": peak_share or counted.get(name, {}).get("peak_share"),
         }
         if on_cuda:
@@ -74,14 +74,14 @@ def train_all(arms, make_plain, args, device, counted, targets):
 
 
 def judge_prediction(predicted, interval):
-    """Whether `predicted` is within 10 % of what has that `interval`: "yes", "no" or "undecided"."""
+    """Whether `predicted` is within 10 % of the value with this `interval`: "yes", "no" or "undecided"."""
     above = judge("at least", predicted / 1.1, interval)
     below = judge("at most", predicted / 0.9, interval)
     return "no" if "no" in (above, below) else "undecided" if "undecided" in (above, below) else "yes"
 
 
 def failed(name, error):
-    """The row of an arm that raised `error`: it should not cost the others. That of the plain model ends all."""
+    """The row of an arm that raised `error`, so that the others can go on. An error of the plain model is raised."""
     if name == "plain":
         raise error
     text = str(error).strip() or type(error).__name__
@@ -90,9 +90,9 @@ def failed(name, error):
 
 
 class AdamSteps:
-    """Training steps of a model with Adam, as resnext.py's, on one batch.
+    """Training steps with Adam, as in resnext.py, always on the same batch.
 
-    saved_bytes: saved for backward. peak_bytes: allocated at the peak of a step, weights and Adam's moments among them;
+    saved_bytes: saved for backward. peak_bytes: allocated at the peak of a step, including weights and Adam's moments;
     None without CUDA.
     """
 
@@ -126,14 +126,14 @@ class AdamSteps:
 
 
 def largest_that_fits(make, args, device):
-    """The largest batch, a multiple of BATCH_STEP, whose training step fits; 0 when none does.
+    """The largest batch, a multiple of BATCH_STEP, whose training step fits in memory; 0 if none does.
 
-    A step's memory is linear in the pictures: that of two small batches tells where to look.
+    A step's memory is linear in the batch size, so two small batches tell where to start the search.
     """
 
     def peak_bytes(batch_size):
-        """At the peak of a step; None when it does not fit."""
-        gc.collect()  # What an exception that was caught here held may be held by itself.
+        """The peak bytes of a step; None if it does not fit."""
+        gc.collect()  # A caught exception and the memory it refers to may be in a reference cycle.
         torch.cuda.empty_cache()
         try:
             return AdamSteps(make, args, device, batch_size).peak_bytes
@@ -142,7 +142,7 @@ def largest_that_fits(make, args, device):
                 raise
             return None
 
-    # Else cuDNN searches for its fastest algorithms at each size.
+    # Otherwise cuDNN searches for its fastest algorithms at each size.
     before, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, False
     try:
         one, two = peak_bytes(BATCH_STEP), peak_bytes(2 * BATCH_STEP)

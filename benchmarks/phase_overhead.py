@@ -1,10 +1,10 @@
-"""What timing the phases of a training step (harness/timing.py) costs. Target: at most 1 % of the step.
+"""The cost of timing the phases of a training step (harness/timing.py). Target: at most 1 % of the step.
 
     python3 benchmarks/phase_overhead.py
 
-One model trains, a few steps with phases on and as many with phases off in turn, once both have given one loss.
-The bare cost is that of the phases of a step with nothing in them, over the median step: where steps take by chance a
-percent more or less, it tells more than the ratio does. The device is CUDA where it is there.
+One model trains, alternating between steps with phases on and off, after both have been checked to give the same loss.
+The bare cost is the time of a step's phases with nothing in them, relative to the median step. If step times vary by a
+percent, it says more than the ratio. Uses CUDA if available.
 """
 
 import functools
@@ -31,11 +31,11 @@ PHASES = ("data copy", "zero grad", "forward", "backward", "optimizer")
 
 def get_args_parser():
     parser = get_parser(__doc__, "phase_overhead", rounds=200)
-    # The smallest model has the shortest steps, but on a GPU those would be of launches alone.
+    # The smallest model has the shortest steps; on a GPU, though, these would consist of kernel launches alone.
     model = "resnext29_4x64d" if ON_CUDA else "resnext29_1x4d"
     parser.add_argument("--model", type=model_name, default=model)
     parser.add_argument("--batch_size", type=arguments.positive_int, default=128 if ON_CUDA else 32)
-    parser.add_argument("--steps", type=arguments.positive_int, default=1, help="steps of each side in a round")
+    parser.add_argument("--steps", type=arguments.positive_int, default=1, help="steps per side and round")
     return parser
 
 
@@ -51,16 +51,17 @@ def main():
     seconds = interleaved(arms, args.rounds)
     bare = bare_seconds(DEVICE) / (statistics.median(seconds["off"]) / args.steps)
     print(f"{args.model}, batch {args.batch_size}: bare cost of the phases {100 * bare:.4f} % of a step")
-    # The time with phases over that without: a cost, where the other benchmarks have a gain.
+    # Time with phases over time without: a cost, unlike the speed-ups of the other benchmarks.
     found = {"seconds": seconds, "ratio": ratio_summary(seconds["on"], seconds["off"]), "bare_share": bare}
     settings = {name: getattr(args, name) for name in ("model", "batch_size", "steps", "rounds")}
     finish(new_record("phase_overhead", DEVICE, settings=settings, results={"on over off": found}), args)
 
 
 def make_steps(args, device):
-    """train(phase): args.steps steps under the PhaseTimer `phase`; returns their last loss. The model goes on training.
+    """Return train(phase), which takes args.steps steps under the PhaseTimer `phase` and returns the last loss.
 
-    The epoch is not summarised: that comes once in hundreds of steps, and here would come in every one.
+    Successive calls train the same model. The epoch is not summarised: usually that happens once in hundreds of steps,
+    but here it would in every one.
     """
     torch.manual_seed(0)
     model = ResNeXt(*parse_name(args.model)).to(device)
@@ -87,7 +88,7 @@ def make_steps(args, device):
 
 
 def bare_seconds(device, steps=2000):
-    """What the phases of one step cost when nothing happens in them, the epoch's summary included."""
+    """The seconds of one step's phases with nothing in them, including its share of the epoch's summary."""
     phase = PhaseTimer(device)
     phase.start_epoch()
     start = time.perf_counter()

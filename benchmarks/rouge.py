@@ -1,13 +1,12 @@
-"""How many times faster rouge-score-rs scores 16 candidates a document than compare-mt's scorer. Target: 10.
+"""The speed-up of rouge-score-rs over compare-mt's scorer, with 16 candidates per document. Target: 10.
 
     python3 benchmarks/rouge.py --data pubmed_abstracts.csv.gz --reference_python /path/of/venv/bin/python
 
-Both sides use the same number of processes, and each starts them anew in every round. First it proves that the figures
-equal those of `rouge-score` to 1e-12 on every pair of a document's summary and a candidate made from its
-text; then it times two kinds of text:
+Both sides use the same number of processes, and start them anew in every round. First, our scores are checked to equal
+those of `rouge-score` to 1e-12 on every pair of reference and candidate; then two kinds of text are timed:
 
-    titles      the summary as reference; sentences and fragments of the text as candidates
-    paragraphs  the first four sentences of the text as reference; three of its sentences as candidates
+    titles      the document's summary as reference; sentences and fragments of its text as candidates
+    paragraphs  the first four sentences of the text as reference; three of its sentences as each candidate
 """
 
 import functools
@@ -29,7 +28,7 @@ from texts.scoring import METRICS, score
 from texts.sentences import SentenceSplitter
 
 CANDIDATES = 16
-CHUNK = 64  # Documents that a process takes at a time.
+CHUNK = 64  # Documents per task of a process.
 TOLERANCE = 1e-12
 TARGETS = {"cpu": {"titles": ("at least", 10.0), "paragraphs": ("at least", 10.0)}}
 
@@ -37,9 +36,9 @@ TARGETS = {"cpu": {"titles": ("at least", 10.0), "paragraphs": ("at least", 10.0
 def get_args_parser():
     parser = get_parser(__doc__, "rouge", rounds=7)
     parser.add_argument("--data", default="sample", help="CSV file of documents, or sample")
-    parser.add_argument("--documents", type=arguments.positive_int, help="check the first ones only")
-    parser.add_argument("--timed_titles", type=arguments.positive_int, default=1500, help="documents a round")
-    parser.add_argument("--timed_paragraphs", type=arguments.positive_int, default=200, help="documents a round")
+    parser.add_argument("--documents", type=arguments.positive_int, help="check only the first ones")
+    parser.add_argument("--timed_titles", type=arguments.positive_int, default=1500, help="documents per round")
+    parser.add_argument("--timed_paragraphs", type=arguments.positive_int, default=200, help="documents per round")
     parser.add_argument("--workers", type=arguments.positive_int, default=2)
     parser.add_argument("--reference_python", default=sys.executable, help="interpreter that has compare-mt")
     return parser
@@ -70,7 +69,7 @@ def main():
 
 
 def make_pairs(documents):
-    """(titles, paragraphs): for each Document a reference and CANDIDATES candidates, each a list of sentences."""
+    """(titles, paragraphs): per Document, a reference and CANDIDATES candidates, each a list of sentences."""
     splitter = SentenceSplitter(document.text for document in documents)
     rng = random.Random(0)
     titles, paragraphs = [], []
@@ -95,7 +94,7 @@ def oracle():
 
 
 def difference(document):
-    """The largest difference from `rouge-score` in any F-measure of one document."""
+    """The largest difference from `rouge-score` over all F-measures of one document."""
     sentences, candidates = document
     expected = [oracle().score("\n".join(sentences), "\n".join(candidate)) for candidate in candidates]
     expected = np.array([[each[metric].fmeasure for metric in METRICS] for each in expected])
@@ -111,14 +110,14 @@ def largest_difference(pairs, workers):
 
 
 def time_both(name, pairs, reference, args):
-    """Time both sides on the same documents; the reference's figures have to be ours."""
+    """Time both sides on the same documents, after checking that they give the same scores."""
 
     def ours():
         return list(map_in_order(score_document, pairs, args.workers, CHUNK))
 
     theirs = np.array(reference.ask(pairs)["scores"])
     check(np.abs(np.array(ours()) - theirs).max() <= TOLERANCE, f"{name}: both sides differ")
-    # Their seconds are those inside their process: what it costs to send them the text is not theirs.
+    # Their seconds are measured inside their process, so they do not include sending the text.
     seconds = interleaved({"theirs": lambda: reference.ask(pairs)["seconds"], "ours": ours}, args.rounds)
     ratio = ratio_summary(seconds["theirs"], seconds["ours"])
     rates = {arm: len(pairs) * CANDIDATES / float(np.median(values)) for arm, values in seconds.items()}

@@ -1,13 +1,13 @@
-"""The other side of rouge.py: compare-mt's scorer and a pool of processes, as SimCLS and BRIO use it.
+"""The reference side of rouge.py: compare-mt's scorer and a pool of processes, as SimCLS and BRIO use them.
 
-Runs under the interpreter of an environment with compare-mt (`pip install compare-mt`), and imports nothing of this
-repository. Where compare-mt is missing it takes `rouge-score`, of which compare-mt holds an older copy.
+Runs in the interpreter of an environment with compare-mt (`pip install compare-mt`), and imports nothing from this
+repository. Without compare-mt it uses `rouge-score`, of which compare-mt contains an older copy.
 
     python rouge_reference.py WORKERS
 
-Reads one JSON line a task from stdin, [[reference sentences, [candidate sentences, ...]], ...]; writes one JSON line
-{"seconds", "scores"}, the scores as F-measures [document][candidate][rouge1, rouge2, rougeLsum]. The first line out is
-{"name"}, the scorer's.
+Reads one JSON line per task from stdin, [[reference sentences, [candidate sentences, ...]], ...], and writes one JSON
+line, {"seconds", "scores"}; the scores are F-measures [document][candidate][rouge1, rouge2, rougeLsum]. The first line
+of output is {"name"}, the scorer's name.
 """
 
 import json

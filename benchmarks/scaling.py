@@ -1,17 +1,17 @@
-"""What doubles when the work doubles: time and memory against batch, width, side and number of pictures, and threads.
+"""How time and memory scale with the batch, the width, the side and number of images, and the threads.
 
     python3 benchmarks/scaling.py
 
-Training steps as resnext_fast.py takes them, on pictures of noise, which cost what others do. Each row changes one
-thing; where that is the number of pictures, as many steps are timed as an epoch has. All rows take turns, after those
-with the usual batch have been compared with float64.
+Times the training steps of resnext_fast.py on images of noise, which cost as much as any others. Each row changes one
+thing; if that is the number of images, a whole epoch is timed. All rows take turns, after those with the usual batch
+size have been checked against float64.
 
-Memory is that of the weights with their gradients and the optimizer's state, of the pictures, which lie on the device,
-and of the peak of activations and their gradients: on CUDA as allocated, on a CPU of the tensors that operators return.
+Memory includes the weights, their gradients, the optimizer state, the images (stored on the device), and the peak of
+activations and their gradients: on CUDA as allocated, on a CPU counted from the tensors that operators return.
 
-Larger batches and smaller pictures need no option of their own to train with: --batch_size 512 --lr 0.2; or, with
---dataset folder, --size 24 for the first epochs, then --size 32 --init and the weights that those wrote. Whether the
-accuracy is as good, only training tells.
+Existing options of resnext_fast.py train with larger batches (--batch_size 512 --lr 0.2) and with smaller images: with
+--dataset folder, --size 24 for the first epochs, then --size 32 --init with the weights from those. Only training shows
+whether the accuracy is as good.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ from reporting.comparison import number
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """A way to train, `steps` steps of which are timed. threads: of the processor."""
+    """A way to train, of which `steps` steps are timed. side: of the images, in pixels. threads: on the CPU."""
 
     model: str
     batch_size: int
@@ -60,12 +60,12 @@ def get_args_parser():
     if ON_CUDA:
         shapes, pictures = ("4x16", "4x32", "4x64"), [12_800, 25_600, 51_200]
     models = [f"resnext29_{shape}d" for shape in shapes]
-    add("--model", type=model_name, default=models[1], help="the usual one")
-    add("--batch_size", type=positive_int, default=128, help="the usual one")
+    add("--model", type=model_name, default=models[1], help="model where the width does not vary")
+    add("--batch_size", type=positive_int, default=128, help="batch size where it does not vary")
     add("--batch_sizes", type=positive_int, nargs="+", default=[256, 512, 1024])
     add("--models", type=model_name, nargs="+", default=models)
-    add("--sides", type=picture_size, nargs="+", default=[16, 24, SIZE], help="of pictures, in pixels")
-    add("--pictures", type=positive_int, nargs="+", default=pictures, help="in an epoch")
+    add("--sides", type=picture_size, nargs="+", default=[16, 24, SIZE], help="sides of the images, in pixels")
+    add("--pictures", type=positive_int, nargs="+", default=pictures, help="images per epoch")
     return parser
 
 
@@ -83,7 +83,7 @@ def main():
     record = new_record("scaling", DEVICE, model=args.model, batch_size=args.batch_size, layout=str(layout))
     record["precision"] = steps[point].precision.label
     arms = {point: lambda point=point: timed(point, steps[point]) for point in steps}
-    for seconds in interleaved_rounds(arms, args.rounds):  # Written after each, since a lent GPU may be taken back.
+    for seconds in interleaved_rounds(arms, args.rounds):  # Saved after each, since a borrowed GPU may be withdrawn.
         rows = [row for name, axis in axes.items() for row in make_rows(name, axis, seconds, memory)]
         record |= {"rounds": len(next(iter(seconds.values()))), "rows": rows}
         save(record, args)
@@ -91,7 +91,7 @@ def main():
 
 
 def make_axes(args, device):
-    """{what is changed: {to what, in words: Point}}, each from the least to the most."""
+    """{what varies: {its value, in words: Point}}, each in increasing order."""
     threads = torch.get_num_threads()
     usual = Point(args.model, args.batch_size, SIZE, args.pictures[0], threads)
     change = dataclasses.replace
@@ -111,7 +111,8 @@ def make_axes(args, device):
 
 
 def make_steps(point, layout, is_checked, device):
-    """(the TrainingSteps of `point` in the Layout, after a comparison with float64 if `is_checked`; bytes they need)"""
+    """(the TrainingSteps of `point` in the Layout, the bytes that they need); checked against float64 if
+    `is_checked`."""
     chosen = ["--channels_last", str(layout.channels_last), "--grouped_convolution", layout.form]
     args = get_fast_args_parser().parse_args(
         ["--model", point.model, "--batch_size", str(point.batch_size), "--size", str(point.side), *chosen]
@@ -139,7 +140,10 @@ def timed(point, steps):
 
 
 def make_rows(name, axis, seconds, memory):
-    """Yield a row for each Point of an axis, beside the one before it; seconds: as `interleaved_rounds` yields them."""
+    """Yield a row for each Point of an axis, relative to the previous one.
+
+    seconds: as `interleaved_rounds` yields them. memory: {Point: bytes}.
+    """
     before = None
     for value, point in axis.items():
         row = {"changed": name, "to": value, "flops_times": None}

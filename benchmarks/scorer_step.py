@@ -1,16 +1,16 @@
-"""How many times faster main.py trains the scorer than the original's step. Targets: 1.5 on a CPU, 5 on CUDA.
+"""The speed-up of main.py's scorer training over the original's step. Targets: 1.5 on a CPU, 5 on CUDA.
 
     python3 benchmarks/scorer_step.py --data pubmed_abstracts.csv.gz
     python3 benchmarks/scorer_step.py --model_type minilm --updates 1    # a pretrained encoder, not random weights
 
-The original takes one document at a time through three calls of the encoder, pads every text to the longest that is
-allowed, and tokenizes in its data workers in each epoch. `published` is the same with the padding of the published
-code: to the longest candidate of the document. Both are restated here; all arms make the same updates of the same
-documents. First it proves that the loss of an update is the same to 1e-5 in float32; then it times epochs in turn, each
-from its loader's start.
+The original processes one document at a time with three encoder calls, pads every text to the maximum length, and
+tokenizes in its data workers in every epoch. `published` is the same, but pads as the published code does: to the
+document's longest candidate. Both are reimplemented here; all arms make the same updates on the same documents. First,
+the loss of an update is checked to be the same to 1e-5 in float32; then epochs are timed in turn, each including the
+start of its loader.
 
-Documents and references are real; candidates are spans of the document, with scores drawn at random: neither matters to
-the time, and without ties the original's loss is ours.
+Documents and references are real. Candidates are spans of the document with distinct random scores: neither affects the
+time, and without ties the original's loss equals ours.
 """
 
 import json
@@ -51,11 +51,15 @@ TARGETS = {
 def get_args_parser():
     parser = get_parser(__doc__, "scorer_step", rounds=7)
     parser.add_argument("--data", default="sample", help="CSV file of documents, or sample")
-    parser.add_argument("--updates", type=arguments.positive_int, default=2, help="in a timed epoch")
-    parser.add_argument("--num_workers", type=arguments.non_negative_int, default=2, help="of each arm's loader")
-    parser.add_argument("--model_type", help="encoder, as of main.py, whose name the record's "
-                        "has in it; by default one of random weights")  # fmt: skip
-    parser.add_argument("--heads", type=arguments.positive_int, default=4, help="of random weights, 64 wide each")
+    parser.add_argument("--updates", type=arguments.positive_int, default=2, help="updates per timed epoch")
+    parser.add_argument(
+        "--num_workers", type=arguments.non_negative_int, default=2, help="workers of each arm's loader"
+    )
+    parser.add_argument("--model_type", help="encoder, as for main.py; its name becomes part of the "
+                        "record's; by default one with random weights")  # fmt: skip
+    parser.add_argument(
+        "--heads", type=arguments.positive_int, default=4, help="attention heads, each 64 wide, of the random encoder"
+    )
     parser.add_argument("--layers", type=arguments.positive_int, default=4)
     return parser
 
@@ -109,7 +113,7 @@ def write_samples(folder, documents):
 
 
 def make_scorer(args, encoding, device):
-    """A Scorer with the same weights at each call, and its optimizer. Without dropout, to compare losses."""
+    """(a Scorer with the same weights at each call, its optimizer); without dropout, so that losses can be compared."""
     if args.model_type:
         encoder = load_encoder(args.model_type)[0]
     else:
@@ -120,7 +124,7 @@ def make_scorer(args, encoding, device):
             intermediate_size=256 * args.heads,
             num_attention_heads=args.heads,
             num_hidden_layers=args.layers,
-            initializer_range=0.1,  # So that the scores differ, and losses compare more than margins.
+            initializer_range=0.1,  # Large, so that scores differ and losses show more than margins.
             hidden_dropout_prob=0.0,
             attention_probs_dropout_prob=0.0,
         )
@@ -130,7 +134,7 @@ def make_scorer(args, encoding, device):
 
 
 class Ours:
-    """The loop of main.py without its reports."""
+    """The training loop of main.py without its reports."""
 
     steps_an_update = ACCUMULATE
 
@@ -141,10 +145,10 @@ class Ours:
         self.batches = LengthBatches(dataset.document_lengths, BATCH, ACCUMULATE, seed=0)
         self.loader = worker_loader(dataset, self.batches, args.num_workers, device, dataset.batch)
         self.order = self.batches.order()
-        self.waited = 0.0  # Seconds for data, after each epoch's first batch.
+        self.waited = 0.0  # Seconds spent waiting for data, except for each epoch's first batch.
 
     def losses(self):
-        """Yield the loss of each step with its gradient, times its share of the update."""
+        """Yield the loss of each step after its backward pass, times its share of the update."""
         batches = iter(self.loader)
         for number in range(len(self.batches)):
             start = time.perf_counter()
@@ -163,7 +167,7 @@ class Ours:
 
 
 class Original(Ours):
-    """One document a step, as a plain user would write it."""
+    """One document per step, as ordinary user code."""
 
     steps_an_update = UPDATE
 
@@ -174,9 +178,9 @@ class Original(Ours):
         self.num_workers = args.num_workers
 
     def follow(self, order):
-        """Take the documents in the order of another arm, so that the updates are of the same documents."""
+        """Take the documents in the order of another arm, so that the updates are on the same documents."""
         order = [int(number) for number in order]
-        # As ours are, workers are kept from epoch to epoch.
+        # Like ours, the workers persist across epochs.
         kept = {"num_workers": self.num_workers, "persistent_workers": self.num_workers > 0}
         self.loader = DataLoader(self.dataset, sampler=order, batch_size=1, **kept)
 
@@ -221,7 +225,7 @@ class TokenizingDataset(Dataset):
 
 
 def largest_difference(arms):
-    """Between the arms' losses of the first update: each starts from the same weights."""
+    """The largest difference between any arm's loss of the first update and ours; all start from the same weights."""
     found = {}
     for name, arm in arms.items():
         if name != "ours":

@@ -1,12 +1,12 @@
-"""What each search for candidates is worth: the ROUGE of the best candidate, and the processor time that it takes.
+"""The value of each candidate search: the ROUGE of its best candidate, and the processor time that it takes.
 
     python3 benchmarks/searches.py
-    python3 benchmarks/searches.py --scorer_path cache/short/scorer.bin    # and what SimCLS chooses among them
+    python3 benchmarks/searches.py --scorer_path cache/short/scorer.bin    # also what SimCLS chooses among them
 
-The demonstration's generator writes candidates of test documents by every search of SEARCHES, in bfloat16 where the
-processor multiplies it. ROUGE is the mean of ROUGE-1, -2 and -Lsum, in %, with 95 % intervals over documents: of the
-first candidate, of all in the mean, and of the best, which is as far as any scorer could get. Processor seconds are
-those of all threads, for encoding, searching and decoding to text: the median round.
+The demo generator writes candidates for test documents by every search of SEARCHES, in bfloat16 if the processor
+supports it. ROUGE is the mean of ROUGE-1, -2 and -Lsum, in %: of the first candidate, averaged over all candidates, and
+of the best, which no scorer can exceed (with its 95 % interval over documents). Processor time is summed over all
+threads and covers encoding, searching and decoding to text; the median over the rounds.
 """
 
 import argparse
@@ -42,7 +42,7 @@ from search.generator import (
 )
 from texts.documents import find_dataset, read_documents, split_documents
 
-# (search, candidates of each, further arguments)
+# (search, candidates of each kind of search in it, further arguments)
 SEARCHES = (
     ("beam", 8, ""),
     ("diverse", 8, ""),
@@ -62,8 +62,8 @@ def get_args_parser():
     add("--data", default="sample", help="CSV file or data set name")
     add("--generator_name", default=str(ROOT / "SimCLS" / "demo"), help="folder")
     add("--scorer_path", type=Path, help="trained scorer, to choose among the candidates")
-    add("--documents", type=arguments.positive_int, default=150, help="of the test split")
-    add("--batch", type=arguments.positive_int, default=32, help="documents")
+    add("--documents", type=arguments.positive_int, default=150, help="documents of the test split")
+    add("--batch", type=arguments.positive_int, default=32, help="documents per batch")
     return parser
 
 
@@ -110,7 +110,7 @@ def arms(model):
 
 
 def generate(generator, batches):
-    """Processor seconds of the candidates of tokenized documents."""
+    """The processor seconds of generating candidates for batches of tokenized documents."""
     started = time.process_time()
     for batch in batches:
         generator.generate(batch)
@@ -118,7 +118,7 @@ def generate(generator, batches):
 
 
 def judge(name, generator, documents, scorer, args):
-    """A row of the table; ROUGE in %."""
+    """The table's row for one search; ROUGE in %."""
     samples = generate_samples(generator, documents, args.batch)
     rouge = [sample["rouge"].mean(1) for sample in samples]
     texts = [{tuple(sentences) for sentences, _ in sample["candidates"]} for sample in samples]

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""The memory of one training step over time, by what it holds: plain, and with what backward recomputes.
+"""The memory of one training step over time, by kind of tensor, without and with recomputation.
 
-Every tensor that an operator returns is followed from its birth until it is freed, on a CPU too. In forward it is an
-activation that is kept for backward, or one that passes; in backward a gradient, or an activation that is redone.
-report.py draws the figure from the record.
+Every tensor that an operator returns is followed from its allocation until it is freed, also on a CPU. In forward it is
+an activation, either kept for backward or temporary ("passing"); in backward it is a gradient or a recomputed
+activation ("redone"). report.py draws the figure from the record.
 """
 
 import sys
@@ -27,11 +27,11 @@ from models.resnext import ResNeXt, parse_name
 from models.resnext_checkpoint import CheckpointResNeXt
 
 KINDS = ("kept for backward", "passing", "redone", "gradients of activations", "gradients of weights")
-POINTS = 150  # Of the curve that is recorded: in each stretch of time the moment with most memory.
+POINTS = 150  # The most points of the recorded curve; each is the moment with the most memory of its stretch of time.
 
 
 class Lives(LiveBytes):
-    """Follows each storage in one step: [kind, bytes, born, freed], in ticks of `clock`, which counts both."""
+    """Follows each storage in one step: [kind, bytes, allocated, freed]. `clock` ticks at each allocation and free."""
 
     def __init__(self, model):
         super().__init__(model)
@@ -49,7 +49,7 @@ class Lives(LiveBytes):
 
     def _kind(self, tensor):
         if not self.in_backward:
-            return "passing"  # Until forward ends, and it is still there.
+            return "passing"  # begin_backward relabels those that are still alive when forward ends.
         if self.is_redoing:
             return "redone"
         return "gradients of weights" if tuple(tensor.shape) in self._shapes else "gradients of activations"
@@ -66,7 +66,7 @@ class Lives(LiveBytes):
                 life[0] = "kept for backward"
 
     def told_of_redoing(self):
-        """Within the block, what harness.recompute redoes counts as redone."""
+        """A context in which tensors that harness.recompute recomputes count as "redone"."""
         redo = Tape.redo
 
         def told(tape, step, inputs):
@@ -80,7 +80,7 @@ class Lives(LiveBytes):
 
 
 def follow_step(model, images, labels):
-    """(the Lives of one forward and backward of `model`, the tick at which backward begins)"""
+    """(the Lives of one forward and backward pass of `model`, the tick at which backward begins)"""
     lives = Lives(model)
     with lives.told_of_redoing():
         with lives:
@@ -93,8 +93,10 @@ def follow_step(model, images, labels):
 
 
 def curve(lives):
-    """([[tick, bytes of each of KINDS], ...], at most POINTS of them, each the fullest of its stretch of ticks; the
-    peak without the gradients of weights)"""
+    """([[tick, bytes of each of KINDS], ...], peak bytes without the weights' gradients).
+
+    There are at most POINTS points, each the one with the most bytes of its stretch of ticks.
+    """
     changes = [{} for _ in range(lives.clock + 1)]
     for kind, size, born, freed in lives.lives:
         for tick, change in ((born, size), (freed, -size)):
@@ -115,7 +117,9 @@ def main():
     parser = get_parser(__doc__, "step_memory")
     parser.add_argument("--model", type=model_name, default="resnext29_4x64d")
     parser.add_argument("--batch_size", type=arguments.positive_int, default=16)
-    parser.add_argument("--budget", type=arguments.positive_share, default=0.5, help="peak of the plan, over plain's")
+    parser.add_argument(
+        "--budget", type=arguments.positive_share, default=0.5, help="peak of the plan, as a share of the plain run's"
+    )
     args = parser.parse_args()
     shape = parse_name(args.model)
     torch.manual_seed(0)
