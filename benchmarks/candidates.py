@@ -64,10 +64,7 @@ def get_args_parser():
     parser.add_argument("--batch", type=integer, default=16, help="documents per batch of ours")
     parser.add_argument("--original_batch", type=integer, default=32, help="documents per batch of the original")
     parser.add_argument(
-        "--reference_batch",
-        type=integer,
-        default=4,
-        help="documents per batch of the sorted reference, by default its best",
+        "--reference_batch", type=integer, default=4, help="documents per batch of the sorted reference; 4 is its best"
     )
     return parser
 

@@ -76,12 +76,7 @@ def get_args_parser():
     add("--steps", type=arguments.non_negative_int, default=5 if ON_CUDA else 2, help="training steps per round")
     add("--timed_batch_size", type=positive_int, default=128 if ON_CUDA else 4)
     add("--half_precision", type=half_precision_type, nargs="?", const="float16", help="precision of the timed steps")
-    add(
-        "--annealing_tries",
-        type=arguments.non_negative_int,
-        default=40_000,
-        help="plans that each annealing search tries",
-    )
+    add("--annealing_tries", type=arguments.non_negative_int, default=40_000, help="plans that each search tries")
     return parser
 
 

@@ -52,14 +52,10 @@ def get_args_parser():
     parser = get_parser(__doc__, "scorer_step", rounds=7)
     parser.add_argument("--data", default="sample", help="CSV file of documents, or sample")
     parser.add_argument("--updates", type=arguments.positive_int, default=2, help="updates per timed epoch")
-    parser.add_argument(
-        "--num_workers", type=arguments.non_negative_int, default=2, help="workers of each arm's loader"
-    )
+    parser.add_argument("--num_workers", type=arguments.non_negative_int, default=2, help="for each arm's loader")
     parser.add_argument("--model_type", help="encoder, as for main.py; its name becomes part of the "
                         "record's; by default one with random weights")  # fmt: skip
-    parser.add_argument(
-        "--heads", type=arguments.positive_int, default=4, help="attention heads, each 64 wide, of the random encoder"
-    )
+    parser.add_argument("--heads", type=arguments.positive_int, default=4, help="of the random encoder, 64 wide each")
     parser.add_argument("--layers", type=arguments.positive_int, default=4)
     return parser
 

@@ -117,9 +117,7 @@ def main():
     parser = get_parser(__doc__, "step_memory")
     parser.add_argument("--model", type=model_name, default="resnext29_4x64d")
     parser.add_argument("--batch_size", type=arguments.positive_int, default=16)
-    parser.add_argument(
-        "--budget", type=arguments.positive_share, default=0.5, help="peak of the plan, as a share of the plain run's"
-    )
+    parser.add_argument("--budget", type=arguments.positive_share, default=0.5, help="peak of the plan over plain's")
     args = parser.parse_args()
     shape = parse_name(args.model)
     torch.manual_seed(0)
