@@ -1,17 +1,17 @@
 #!/usr/bin/env python3
-"""Beside the stages: fine-tune a generator so that it finds the better of its candidates the more likely ones.
+"""Besides the stages: fine-tune a generator so that its better candidates get higher likelihoods.
 
     python3 brio.py --generator_name models/t5_covid --dataset samples --save_dir models/t5_covid_brio
 
 BRIO (Liu et al. 2022, "BRIO: Bringing Order to Abstractive Summarization"): the generator is its own scorer. The score
-of a summary is its log-probability divided by tokens ** length_penalty; the loss is SimCLS's ranking loss of these
-scores, plus the cross-entropy of the reference, without which it would forget how to write.
+of a summary is its log-probability divided by tokens ** length_penalty. The loss is SimCLS's ranking loss of these
+scores plus the cross-entropy of the reference, without which the generator would forget how to write.
 
---dataset holds the folders train and val of samples that preprocess.py made of this generator's candidates. Before the
-first epoch and after each the generator summarises the validation documents by beam search; the epoch with the best
-mean of ROUGE-1, -2 and -L is kept, and lies in --save_dir in `from_pretrained` form, with `brio.json`, the record of
-the run. It is a generator as any other: gen_candidate.py and evaluate_model.py take it, and its searches divide by the
---length_penalty that it was trained with.
+--dataset contains the sample folders train and val that preprocess.py made from this generator's candidates. Before the
+first epoch and after each, the generator summarises the validation documents by beam search. --save_dir gets the model
+of the epoch with the best mean of ROUGE-1, -2 and -Lsum in `from_pretrained` form, and `brio.json`, the record of the
+run. The result is a generator like any other, for gen_candidate.py and evaluate_model.py; by default, its searches use
+the --length_penalty of the training.
 """
 
 import sys
@@ -40,38 +40,38 @@ from texts.scoring import add_rouge_argument
 def get_args_parser():
     parser = arguments.OneLineParser(description=__doc__)
     add = parser.add_argument
-    add("--generator_name", required=True, help="generator to start from: a folder, or a name on the hub")
-    add("--dataset", default="samples", help="folder with the sample folders train and val")
+    add("--generator_name", required=True, help="generator to start from: folder, or name on the hub")
+    add("--dataset", default="samples", help="folder that contains the sample folders train and val")
     add("--save_dir", required=True, help="folder for the fine-tuned generator")
     resume.add_arguments(parser)
-    add("--max_steps", type=arguments.positive_int, help="stop after so many steps, for profiling")
-    add("--seed", type=arguments.seed, default=0, help="of the order and dropout")
+    add("--max_steps", type=arguments.positive_int, help="stop after this many steps, for profiling")
+    add("--seed", type=arguments.seed, default=0, help="seed of the sample order and dropout")
     determinism.add_argument(parser)
     devices.add_arguments(parser)
     tracing.add_argument(parser)
-    add("--num_workers", type=arguments.workers, default=1, help="processes that make batches; 0 makes them here")
+    add("--num_workers", type=arguments.workers, default=1, help="processes that make batches; 0: the main one")
     add_half_precision(parser, "autocast, in bfloat16 when no type is named, since T5 overflows in float16",
                        unnamed="bfloat16")  # fmt: skip
 
     add = parser.add_argument_group("learning").add_argument
     add("--num_epoch", type=arguments.positive_int, default=2, help="passes over the training documents")
-    add("--batch_size", type=arguments.positive_int, default=4, help="documents a step, over all processes")
+    add("--batch_size", type=arguments.positive_int, default=4, help="documents per step, over all processes")
     add("--accumulate_step", type=arguments.positive_int, default=2, help="steps whose gradients make one update")
     add("--lr", type=arguments.learning_rate, default=1e-4, help="peak learning rate of Adam")
     add("--warmup", type=arguments.positive_share, default=0.1, help="share of the updates in which the rate rises")
-    add("--grad_norm", type=arguments.non_negative_float, default=1.0, help="clip gradients to it; 0 does not clip")
-    add("--rank_weight", type=arguments.non_negative_float, default=1.0, help="of the ranking loss")
-    add("--mle_weight", type=arguments.non_negative_float, default=0.1, help="of the reference's cross-entropy")
-    add("--margin", type=arguments.positive_float, default=0.01, help="score difference of neighbours in ROUGE")
+    add("--grad_norm", type=arguments.non_negative_float, default=1.0, help="clip gradients to this norm; 0: never")
+    add("--rank_weight", type=arguments.non_negative_float, default=1.0, help="weight of the ranking loss")
+    add("--mle_weight", type=arguments.non_negative_float, default=0.1, help="weight of the reference's cross-entropy")
+    add("--margin", type=arguments.positive_float, default=0.01, help="score margin of neighbours in ROUGE")
     add("--length_penalty", type=arguments.exponent,
-        help="exponent of the tokens that a log-probability is divided by *")  # fmt: skip
+        help="exponent of the number of tokens by which a log-probability is divided *")  # fmt: skip
 
     lengths = parser.add_argument_group("lengths, in tokens, and counts; defaults marked * are the generator's own")
     add = lengths.add_argument
-    add("--max_source_length", type=arguments.positive_int, help="of a document; longer ones are cut *")
-    add("--max_target_length", type=arguments.positive_int, help="of a summary; longer ones are cut *")
+    add("--max_source_length", type=arguments.positive_int, help="maximum of a document; longer ones are cut *")
+    add("--max_target_length", type=arguments.positive_int, help="maximum of a summary; longer ones are cut *")
     add("--num_cands", type=arguments.positive_int, default=16,
-        help="candidates a document, the first ones, and beams of the search that validates")  # fmt: skip
+        help="candidates used per document (the first ones), and beams of the validation's search")  # fmt: skip
     add_rouge_argument(lengths)
     return parser
 
@@ -84,11 +84,11 @@ def main():
     determinism.apply(args)
     with distributed.world(devices.choose(args)) as world:
         world.check_divisible(args.batch_size)
-        # TensorFloat-32 is off: in this model it would be for the matrix products, where PyTorch leaves it off too.
+        # No TensorFloat-32: here it would affect the matrix products, for which PyTorch leaves it off by default too.
         precision = choose_precision(args.half_precision, world.device, true_fp32=True, say=world.say)
         with world.first_on_machine():
             made_of = [provenance_of(Path(args.dataset) / split) for split in ("train", "val")]
-            args.samples_digest = provenance.digest(made_of)  # A run goes on with no others.
+            args.samples_digest = provenance.digest(made_of)  # A run resumes only with these.
             model, tokenizer = load_own_generator(args, made_of, world)
         run = BrioRun(args, world, precision=precision.label)
         with run.lock():
@@ -113,14 +113,14 @@ def train(args, world, precision, run, ranked):
             run.begin(epoch, validate(ranked, val_set, args, world, run.stop))
         # ------------------------------------------------------------------------------------ the training step
         for batch in epoch.steps(loader):  # The wait for a batch is the phase "data load".
-            seed_step(args.seed, epoch.number, epoch.step, world.rank)  # Of the dropout.
+            seed_step(args.seed, epoch.number, epoch.step, world.rank)  # For dropout.
             with phase("data copy"):
                 batch = batch.to(device)
             if batches.starts_update(epoch.step):
                 with phase("zero grad"):
                     optimizer.zero_grad(set_to_none=True)
             with phase("forward"), precision.autocast(), saved.first_time():
-                parallel.require_backward_grad_sync = batches.ends_update(epoch.step)  # Of DistributedDataParallel.
+                parallel.require_backward_grad_sync = batches.ends_update(epoch.step)  # DDP: once per update.
                 scores, gold_scores, likelihood = parallel(batch)
                 ranking = ranking_loss(scores, gold_scores, batch.rouge, batch.present, args.margin, gold_weight=0)
                 loss = args.rank_weight * ranking + args.mle_weight * likelihood
@@ -133,7 +133,7 @@ def train(args, world, precision, run, ranked):
                     schedule.set()
                     scaler.step(optimizer)
                     scaler.update()
-            means.add(epoch.weight, len(scores), loss, ranking, likelihood)  # On the device: nothing waits for it.
+            means.add(epoch.weight, len(scores), loss, ranking, likelihood)  # On the device, without synchronising.
             run.note_saved(saved.bytes)
         # ---------------------------------------------------------------------------------------------------------
         epoch.end(validate(ranked, val_set, args, world, run.stop))
@@ -141,9 +141,10 @@ def train(args, world, precision, run, ranked):
 
 
 def load_own_generator(args, made_of, world):
-    """(model, tokenizer); the lengths and the length penalty in `args` become those that are used.
+    """(model, tokenizer); sets the lengths and the length penalty in `args` to those in use.
 
-    made_of: the provenance of the samples, of which a line is said where they are of another generator.
+    made_of: the provenance of the samples; warns if they are from another generator. UserError for a model that this
+    script cannot train.
     """
     model, tokenizer = load_generator(args.generator_name)
     if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
@@ -156,10 +157,10 @@ def load_own_generator(args, made_of, world):
         )
     config = model.generation_config
     args.max_source_length = args.max_source_length or own_source_length(model, tokenizer)
-    args.max_target_length = args.max_target_length or own_length(config) - 1  # Without the token that it starts with.
+    args.max_target_length = args.max_target_length or own_length(config) - 1  # Without the start token.
     if args.length_penalty is None:
         args.length_penalty = 1.0 if config.length_penalty is None else config.length_penalty
-    # So that searches, later ones too, rank as training does; a config without beams has no length penalty.
+    # So that all later searches rank as training does. A config keeps the length penalty only if it has beams.
     config.length_penalty, config.num_beams = args.length_penalty, args.num_cands
     check_generation(args.generator_name, model, tokenizer, args.num_cands)
     check_lengths(model, tokenizer, args.max_source_length, args.max_target_length)
@@ -167,7 +168,7 @@ def load_own_generator(args, made_of, world):
 
 
 def load_data(args, tokenizer):
-    """(training RankedSamples, validation samples, a list of dicts)"""
+    """(training RankedSamples, validation samples as a list of dicts)"""
     train, val = (
         [read_sample(path) for path in sample_files(Path(args.dataset) / split)] for split in ("train", "val")
     )

@@ -1,10 +1,10 @@
-"""Before stage 1, where nothing can be downloaded: make a small model from scratch, with a tokenizer of its own.
+"""Before stage 1, if nothing can be downloaded: make a small model from scratch, with its own tokenizer.
 
     python3 create_model.py --arch t5 --data_file sample --save_dir models/scratch --copy_init
     python3 create_model.py --arch bert --data_file sample --save_dir models/encoder
 
-The tokenizer is trained on the training split of a CSV. `t5` is a generator for finetune_model.py; its encoder, like
-`bert`, can start the scorer of main.py. The folder is of the ordinary `from_pretrained` form.
+The tokenizer is trained on the training split of a CSV file. `t5` makes a generator for finetune_model.py; its encoder,
+like `bert`, can be the initial scorer of main.py. The folder has the usual `from_pretrained` form.
 """
 
 import math
@@ -38,18 +38,18 @@ def get_args_parser():
     parser.add_argument("--save_dir", type=Path, required=True, help="folder for the model and its tokenizer")
     size = parser.add_argument_group("size")
     integer = arguments.positive_int
-    size.add_argument("--vocab_size", type=integer, default=6000, help="tokens")
-    size.add_argument("--d_model", type=integer, default=256, help="width")
+    size.add_argument("--vocab_size", type=integer, default=6000, help="tokens of the vocabulary")
+    size.add_argument("--d_model", type=integer, default=256, help="width of the hidden states")
     size.add_argument("--d_ff", type=integer, default=512, help="width of the feed-forward layers")
     size.add_argument("--num_heads", type=integer, default=4, help="attention heads")
     size.add_argument("--num_layers", type=integer, default=3, help="encoder layers")
-    size.add_argument("--num_decoder_layers", type=integer, default=2, help="of t5")
-    size.add_argument("--max_positions", type=integer, default=512, help="of bert, in tokens")
+    size.add_argument("--num_decoder_layers", type=integer, default=2, help="decoder layers of t5")
+    size.add_argument("--max_positions", type=integer, default=512, help="longest input of bert, in tokens")
     parser.add_argument("--dropout", type=arguments.share_below_one, default=0.1, help="probability in training")
     parser.add_argument(
         "--copy_init", **arguments.FLAG, help="start t5 with attention that copies from the document (see copy_init)"
     )
-    parser.add_argument("--seed", type=arguments.numpy_seed, default=0, help="of the weights")
+    parser.add_argument("--seed", type=arguments.numpy_seed, default=0, help="seed of the weights")
     return parser
 
 
@@ -72,9 +72,9 @@ def main():
 
 
 def train_tokenizer(documents, arch, vocab_size):
-    """A byte-level BPE tokenizer of lower-cased text, trained on a list of Document.
+    """A byte-level BPE tokenizer for lower-cased text, trained on a list of Document.
 
-    ROUGE ignores case, and a small model learns sooner when `Return` and `return` are one token.
+    ROUGE ignores case, and a small model learns faster if `Return` and `return` are one token.
     """
     special = SPECIAL_TOKENS[arch]
     tokenizer = Tokenizer(models.BPE(unk_token=special["unk_token"]))
@@ -97,7 +97,7 @@ def train_tokenizer(documents, arch, vocab_size):
 
 
 def create_t5(args, tokenizer):
-    """A T5ForConditionalGeneration with random weights, and with copying attention on `--copy_init`."""
+    """A T5ForConditionalGeneration with random weights, and with attention that copies if args.copy_init."""
     config = transformers.T5Config(
         vocab_size=len(tokenizer),
         d_model=args.d_model,
@@ -134,33 +134,33 @@ def create_bert(args, tokenizer):
 
 @torch.no_grad()
 def copy_init(model):
-    """Give a fresh T5 an induction circuit: to copy from the document is what it would learn last.
+    """Give an untrained T5 an induction circuit, since copying from the document is what it would learn last.
 
-    Head 0 of the encoder's first layer looks at the previous token, and writes it into a subspace of its own (random
-    rows `previous`). Head 0 of every cross-attention compares the decoder's token with what lies there: it finds the
-    places that follow that token in the document. Every cross-attention head writes the token that it finds to the
-    output, where the tied output embedding reads it. Training changes all of it freely. (Olsson et al., 2022,
-    In-context Learning and Induction Heads, for the circuit.)
+    Head 0 of the encoder's first layer attends to the previous token, and writes it into a separate subspace (random
+    rows `previous`). Head 0 of every cross-attention compares the decoder's token with this subspace, and so finds the
+    positions that follow that token in the document. It writes the token found there to the output, where the tied
+    output embedding reads it. Training may change all of it. (The circuit: Olsson et al., 2022, In-context Learning and
+    Induction Heads.)
     """
     width, size = model.config.d_model, model.config.d_kv
     current, previous, copied = (_orthonormal_rows(width, size) for _ in range(3))
-    # All else that is written starts small, or it would drown the circuit.
+    # All other outputs start small, or they would drown out the circuit.
     for name, weight in model.named_parameters():
         if name.endswith((".o.weight", ".wo.weight")):
             weight *= 0.1
     attention = model.encoder.block[0].layer[0].SelfAttention
-    # Of T5's buckets, 1 is "one token to the left"; the bias is shared by all layers.
+    # T5's bucket 1 means "one token to the left". The bias is shared by all layers.
     attention.relative_attention_bias.weight[1, 0] = 6.0
     attention.v.weight[:size] = current
     attention.o.weight[:, :size] = previous.T
     for block in model.decoder.block:
         attention = block.layer[1].EncDecAttention
-        # Normalised states have entries of about 1, so a match gives size * scale**2 = 16, and a chance pair sqrt(size)
-        # times less: enough to find a token among a hundred.
+        # Normalised states have entries of about 1, so a match has a logit of size * scale**2 = 16, and a random pair
+        # one sqrt(size) times smaller: enough to find a token among a hundred.
         scale = math.sqrt(16 / size)
         attention.q.weight[:size] = scale * current
         attention.k.weight[:size] = scale * previous
-        # The copy has a part, size / width, of the token; it has to outweigh the whole token that the decoder read.
+        # The copy contains only size / width of the token, and must outweigh the whole token that the decoder read.
         attention.v.weight[:size] = copied
         attention.o.weight[:, :size] = 2 * width / size * copied.T
 

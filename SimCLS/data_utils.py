@@ -1,7 +1,7 @@
-"""Sample folders, their token ids, and batches of them: what main.py and evaluate_model.py read.
+"""Tokenized samples and batches of them, for main.py and evaluate_model.py.
 
-Token ids are made once for each split, tokenizer and length, and kept in a file beside the split's folder, in the
-format of safetensors, that is mapped into memory, not read.
+Each split is tokenized once per tokenizer and lengths. The token ids are cached next to the split's folder, in a
+safetensors file that is memory-mapped.
 """
 
 import hashlib
@@ -23,21 +23,21 @@ from texts.samples import read_sample, sample_files
 from texts.scoring import agreement, check_references, score
 
 FORMAT = 4
-ROUGE = ("rouge1", "rouge2", "rougeL")  # The published names; rougeL is rougeLsum, as there.
+ROUGE = ("rouge1", "rouge2", "rougeL")  # The published names; there, too, rougeL means rougeLsum.
 CHUNK = 256  # Samples that are tokenized together.
 POOL = 32  # Batches whose samples are sorted by length together.
 
-# A further call of the encoder costs about as much as this many tokens in a call that is made anyway.
+# One more encoder call costs about as much as this many more tokens in an existing call.
 TOKENS_PER_CALL = {"cpu": 64, "cuda": 2048}
 
 
 class TextEncoding:
-    """How texts become token ids: [first] text [end], with the tokenizer's own special tokens.
+    """Turns texts into token ids, [first] text [end], with the tokenizer's own special tokens.
 
-    Where a tokenizer puts none of them first, its CLS, BOS or, as for T5, end token is put there, so that the state of
-    the first token is that of a text and not of a word.
+    If the tokenizer puts no special token first, its CLS, BOS or EOS token (for T5, EOS) is prepended, so that the
+    first token's state represents the text and not a word.
 
-    total_len, max_len: the most tokens of a document, and of a summary, special ones included; longer ones are cut.
+    total_len, max_len: the most tokens of a document and of a summary, including special tokens; longer ones are cut.
     """
 
     def __init__(self, tokenizer, total_len, max_len):
@@ -47,7 +47,7 @@ class TextEncoding:
         self.fingerprint = _digest(_tokenizer_text(tokenizer))
 
     def documents(self, texts):
-        """The token ids of a list of str, as a list of lists of int."""
+        """The token ids of a list of str: a list of lists of int."""
         return self._encode(texts, self.total_len)
 
     def summaries(self, texts):
@@ -61,7 +61,7 @@ class TextEncoding:
 
 
 def _begins_with_special_token(tokenizer):
-    """Whether the tokenizer puts a token before every text. That it has a CLS token does not say where that goes."""
+    """Whether the tokenizer puts a token before every text. Having a CLS token does not show where it goes."""
     empty, *others = tokenizer(["", "a", "the 7"])["input_ids"]
     return bool(empty) and all(ids[0] == empty[0] and len(ids) > len(empty) for ids in others)
 
@@ -89,9 +89,9 @@ def _digest(text):
 class SampleSet(torch.utils.data.Dataset):
     """The tokenized samples of one split, in the order of their numbers.
 
-    arrays: as from `tokenize_samples`. Texts that are equal within a sample are there, and encoded, once.
-    `dataset[epoch, number]` is the number, for `batch` as the collate function of a DataLoader. device_type: of the
-    device that the batches are for.
+    arrays: as from `tokenize_samples`. Equal texts of a sample are stored and encoded once. device_type: of the device
+    that uses the batches. `dataset[epoch, number]` is just the number: `batch`, the DataLoader's collate function,
+    makes the batch.
     """
 
     def __init__(self, arrays, encoding, device_type):
@@ -107,28 +107,28 @@ class SampleSet(torch.utils.data.Dataset):
 
     @property
     def document_lengths(self):
-        """Tokens of each sample's document, int64 [samples]."""
+        """The number of tokens of each sample's document, int64 [samples]."""
         first = self._arrays["sample_start"][:-1]
         return self._arrays["text_start"][first + 1] - self._arrays["text_start"][first]
 
     @property
     def most_candidates(self):
-        """Candidates of the sample that has most."""
+        """The largest number of candidates of any sample."""
         return int(np.diff(self._arrays["candidate_start"]).max())
 
     @property
     def all_tied(self):
-        """Whether no sample has candidates of different scores."""
+        """Whether no sample has candidates with different scores."""
         counts = np.diff(self._arrays["candidate_start"])
         firsts = self._arrays["score"][self._arrays["candidate_start"][:-1]]
         return bool((self._arrays["score"] == np.repeat(firsts, counts)).all())
 
     def figures(self, name, number):
-        """What the candidates of sample `number` have, an array whose first dimension they are; None where the split
-        has none.
+        """The values `name` of the candidates of sample `number`, an array [candidates, ...]; None if the split has
+        none.
 
-        name: "score", as the sample file has it; "rouge", F-measures of ROUGE-1, -2 and -Lsum, and "agreement", as from
-        `texts.scoring.agreement`, neither in a training split; or "likelihood", log-probability and number of tokens.
+        name: "score", from the sample file; "rouge", the F-measures of ROUGE-1, -2 and -Lsum, or "agreement", as from
+        `texts.scoring.agreement` (a training split has neither); "likelihood", log-probability and number of tokens.
         """
         if name not in self._arrays:
             return None
@@ -158,19 +158,19 @@ class SampleSet(torch.utils.data.Dataset):
 
 
 class Batch(NamedTuple):
-    """Samples as the scorer takes them. `documents`, `references` and `candidates` are row numbers: of the rows of all
-    groups of `texts`, one after another."""
+    """The scorer's input. `documents`, `references` and `candidates` are row numbers in the concatenation of all groups
+    of `texts`."""
 
-    texts: list  # Groups of like length, longest first: int64 [rows, tokens], padded at the end.
-    lengths: list  # Of each group int64 [rows], or None where nothing is padded.
+    texts: list  # Groups of similar length, longest first: int64 [rows, tokens], padded at the end.
+    lengths: list  # Per group int64 [rows], or None if it has no padding.
     documents: torch.Tensor  # int64 [samples]
     references: torch.Tensor  # int64 [samples]
     candidates: torch.Tensor  # int64 [samples, candidates]
     rouge: torch.Tensor  # The candidates' scores, float32 [samples, candidates].
-    present: torch.Tensor  # bool [samples, candidates], False where a sample has fewer candidates.
+    present: torch.Tensor  # bool [samples, candidates], False for missing candidates.
 
     def to(self, device):
-        """The batch on `device`; the copies are asynchronous from pinned memory."""
+        """The batch on `device`; copies from pinned memory are asynchronous."""
 
         def copied(value):
             if isinstance(value, list):
@@ -181,7 +181,7 @@ class Batch(NamedTuple):
 
 
 def _pad_groups(texts, pad, tokens_per_call):
-    """Group texts by length, so that a group's padding costs less than one more call of the encoder.
+    """Group texts by length, so that a group's padding costs less than one more encoder call.
 
     texts: list of int arrays. Returns (groups, lengths) as in Batch, and the row of each text, int64 [texts].
     """
@@ -205,7 +205,7 @@ def _pad_groups(texts, pad, tokens_per_call):
 
 
 def padded(rows, value, dtype):
-    """Lists or arrays of one dimension as one tensor [rows, the longest] of this NumPy dtype, `value` at their ends."""
+    """1D lists or arrays as one tensor [rows, longest] of this NumPy dtype, padded at the end with `value`."""
     array = np.full((len(rows), max(map(len, rows))), value, dtype)
     for place, row in zip(array, rows, strict=True):
         place[: len(row)] = row
@@ -213,8 +213,8 @@ def padded(rows, value, dtype):
 
 
 class TokenizedSample(NamedTuple):
-    texts: list  # int32 arrays: the document, the reference, then each candidate that differs from those before.
-    candidates: list  # Which of `texts` each candidate is.
+    texts: list  # int32 arrays: the document, the reference, then the distinct candidates.
+    candidates: list  # The index of each candidate in `texts`.
     scores: list
     rouge: np.ndarray | None  # float32 [candidates, 3]
     agreement: np.ndarray | None  # float32 [candidates]
@@ -224,9 +224,9 @@ class TokenizedSample(NamedTuple):
 def tokenize_samples(samples, encoding, max_num, rouge_tokens=None):
     """The arrays of a SampleSet.
 
-    samples: iterable of dicts as from `read_sample`. max_num: candidates of a sample beyond so many are left out.
-    rouge_tokens: compute the three ROUGE values of each candidate and its agreement with the others too, as choosing
-    among them needs: of these tokens.
+    samples: iterable of dicts as from `read_sample`. max_num: the most candidates of a sample; the rest are left out.
+    rouge_tokens: if given, also compute each candidate's three ROUGE scores and its agreement with the others, which
+    choosing among them needs, with this tokenization of ROUGE.
     """
     samples, references = iter(samples), []
     chunks = iter(lambda: list(itertools.islice(samples, CHUNK)), [])
@@ -235,7 +235,7 @@ def tokenize_samples(samples, encoding, max_num, rouge_tokens=None):
         tokenized += _tokenize_chunk(chunk, encoding, max_num, rouge_tokens)
         if rouge_tokens:
             references += [" ".join(sample["abstract"]) for sample in chunk]
-    if rouge_tokens:  # Of all samples together: some of a few may be of another script.
+    if rouge_tokens:  # For all samples together: a chunk may happen to be mostly in another script.
         check_references(references, rouge_tokens, "the samples", lambda line: None)
     texts = [text for sample in tokenized for text in sample.texts]
     arrays = {
@@ -253,7 +253,7 @@ def tokenize_samples(samples, encoding, max_num, rouge_tokens=None):
 
 
 def _tokenize_chunk(samples, encoding, max_num, rouge_tokens):
-    """Yield a TokenizedSample for each of the samples, whose texts are tokenized together."""
+    """Yield a TokenizedSample for each of the samples; their texts are tokenized together."""
     documents = encoding.documents([" ".join(sample["article_untok"]) for sample in samples])
     summaries = [
         [each["abstract_untok"], *(text for text, _ in each["candidates_untok"][:max_num])] for each in samples
@@ -289,10 +289,11 @@ def _smallest(ids):
 
 
 def load_samples(folder, encoding, max_num, rouge_tokens, device_type, say=print, keep=True):
-    """The SampleSet of a sample folder, from the token file beside it when that fits, else made anew.
+    """The SampleSet of a sample folder, read from the token file next to it if that is up to date, else made anew.
 
-    The file is named by the tokenizer, the lengths and `rouge_tokens` (see `tokenize_samples`), and fits as long as no
-    sample's name, size or time of change differs from when it was made. keep: False writes none.
+    The file's name depends on the tokenizer, the lengths, `max_num` and `rouge_tokens` (see `tokenize_samples`). It is
+    up to date as long as every sample has the name, size and modification time of when it was made. keep: whether to
+    write the file.
     """
     folder = Path(folder)
     files = sample_files(folder)
@@ -313,9 +314,9 @@ def load_samples(folder, encoding, max_num, rouge_tokens, device_type, say=print
 
 
 def _read_arrays(path, fingerprint):
-    """The arrays of a token file; None where it is no whole one, or of other samples."""
+    """The arrays of a token file; None if it is missing, damaged or of other samples."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:  # Of "numpy" the arrays would be read.
+        with safetensors.safe_open(path, framework="pt") as file:  # "numpy" would copy instead of mapping the file.
             if (file.metadata() or {}).get("samples") == fingerprint:
                 return {name: file.get_tensor(name).numpy() for name in file.keys()}  # noqa: SIM118 (it is no dict)
     except (OSError, safetensors.SafetensorError):
@@ -327,9 +328,10 @@ def _read_arrays(path, fingerprint):
 
 
 class LengthBatches(EpochBatches):
-    """EpochBatches whose batches hold documents of like length; `updates` of them make one step of the optimizer.
+    """EpochBatches whose batches contain documents of similar length.
 
-    lengths: int [samples]. accumulate: batches in one update; the last update of an epoch may have fewer.
+    lengths: int [samples]. accumulate: batches per update; the last update of an epoch may have fewer. updates: the
+    optimizer's updates per epoch.
     """
 
     def __init__(self, lengths, batch_size, accumulate, seed, rank=0, world_size=1):
@@ -356,8 +358,8 @@ class LengthBatches(EpochBatches):
         return (number + 1) % self.accumulate == 0 or number + 1 == self.number_of_batches
 
     def weight(self, number):
-        """What this process's mean loss over batch `number` must be multiplied by, so that the sum over an update's
-        batches of the mean over processes is the mean over the update's samples."""
+        """The factor for this process's mean loss over batch `number`. With it, the mean over processes, summed over an
+        update's batches, is the mean over the update's samples."""
         per_update = self.batch_size * self.accumulate
         in_update = min(per_update, self.size - number // self.accumulate * per_update)
         in_batch = min(self.batch_size, self.size - number * self.batch_size)
@@ -365,7 +367,7 @@ class LengthBatches(EpochBatches):
 
 
 def training_batches(args, world, dataset):
-    """(the LengthBatches of this process, the DataLoader that yields for each what `dataset.batch` makes of it)"""
+    """(the LengthBatches of this process, the DataLoader that yields `dataset.batch` of each)"""
     lengths = dataset.document_lengths
     batches = LengthBatches(lengths, args.batch_size, args.accumulate_step, args.seed, world.rank, world.size)
     return batches, worker_loader(dataset, batches, args.num_workers, world.device, dataset.batch, say=world.say)

@@ -1,19 +1,19 @@
 #!/usr/bin/env python3
-"""Stage 5 of 5: measure what a scorer's choice among candidate summaries buys over a generator's first candidate, on test documents.
+"""Stage 5 of 5: evaluate a scorer's choice among candidate summaries against the generator's first, on test documents.
 
     python3 evaluate_model.py --generator_name models/t5_covid --dataset_name clean_covid.csv --scorer_path cache/run/scorer.bin
     python3 evaluate_model.py --samples samples/test --scorer_path cache/run/scorer.bin
     python3 evaluate_model.py --summaries chosen.txt --references test.target --sources test.source
 
-The last scores files, one summary a line. ROUGE-1, -2 and -Lsum are mean F-measures, stemmed, of tokenized, lower-cased
-text, as in the samples of preprocess.py. Sentences, which matter to ROUGE-Lsum, are split by NLTK's English data when
-it is installed, else by what Punkt learns from the test documents, as preprocess.py does for the test split: with
---summaries from those of --sources, and without it by a short list of abbreviations. The random candidate's is the mean
-over a document's candidates; the worst and the best are those by the mean of the three.
+The last form scores files with one summary per line. ROUGE-1, -2 and -Lsum are mean F-measures, with stemming, of
+tokenized, lower-cased text, as in the samples of preprocess.py. ROUGE-Lsum depends on the sentences. They are split by
+NLTK's English data if installed, else by what Punkt learns from the test documents, as in preprocess.py. With
+--summaries, Punkt learns from --sources; without these, a short list of abbreviations is used. The score of the random
+candidate is the mean over a document's candidates; the worst and the best are those by the mean of the three ROUGE.
 
-Intervals hold 95 % of the means of 10,000 bootstrap samples of the documents (percentiles). The p-value is that of a
-paired permutation test: in how many of 10,000 random exchanges of the two systems' figures within documents, and in
-this one besides, the means differ at least as much (two-sided).
+Intervals contain 95 % of the means of 10,000 bootstrap samples of the documents (percentile method). The p-value is
+from a paired permutation test with 10,000 random swaps of the two systems' scores within documents: the share of them,
+counting the actual assignment too, whose means differ at least as much (two-sided).
 """  # noqa: E501 (commands)
 
 import argparse
@@ -69,12 +69,12 @@ from texts.sentences import SentenceSplitter
 
 EXPERIMENT = "simcls_evaluation"
 SHOWN = 3
-# Settings of a search, and the arguments that name them.
+# Settings of a search -> the arguments that set them.
 ASKED = {
     "length_penalty": "length_penalty", "min_length": "min_length", "no_repeat_ngram_size": "no_repeat_ngram_size",
     "max_source_length": "max_source_length", "max_length": "decoder_max_len",
 }  # fmt: skip
-# What a record says besides its arguments, and what it means that another one says something else.
+# Keys of a record besides its arguments -> what differs from another record that has another value.
 USED = {
     "places": "other folders of the same names",
     "precision": "another precision",
@@ -82,7 +82,7 @@ USED = {
     "input_digest": "other contents under these names",
 }
 ORDER = (*FREE, "worst", "best", ALONE, "SimCLS")
-# Arguments that change no figures.
+# Arguments that do not affect the figures.
 NEUTRAL = ("output", "batch_size", "cand_gen_batch", "device", "threads")
 
 
@@ -93,20 +93,20 @@ def get_args_parser():
     add_half_precision(parser, "generate and score in float16 when no type is named; on a CPU, and for a generator of "
                        "the T5 family, bfloat16", unnamed="auto")  # fmt: skip
     devices.add_arguments(parser)
-    add("--batch_size", type=positive_int, default=16, help="documents scored together")
+    add("--batch_size", type=positive_int, default=16, help="documents scored per batch")
     add("--output", type=Path,
-        help="record, as JSON; by default evaluation.json beside the scorer, or beside --summaries")  # fmt: skip
+        help="JSON record; by default evaluation.json in the folder of the scorer, or of --summaries")  # fmt: skip
     data = parser.add_argument_group("candidates of a generator")
     add = data.add_argument
-    add("--generator_name", help="a folder, or a name on the hub")
+    add("--generator_name", help="folder, or name on the hub")
     add_dataset_arguments(data, percent="share of the test split")
     add_rouge_argument(parser)
     add_search_arguments(parser)
-    parser.set_defaults(num_cands=None)  # With --samples a number has to be theirs.
+    parser.set_defaults(num_cands=None)  # With --samples, a given number must be theirs.
     files = parser.add_argument_group("instead: prepared samples, or summaries")
-    files.add_argument("--samples", type=Path, help="folder of test samples, as preprocess.py makes them")
-    files.add_argument("--summaries", type=Path, help="text file, one summary a line")
-    files.add_argument("--references", type=Path, help="text file, one reference a line")
+    files.add_argument("--samples", type=Path, help="folder of test samples made by preprocess.py")
+    files.add_argument("--summaries", type=Path, help="text file, one summary per line")
+    files.add_argument("--references", type=Path, help="text file, one reference per line")
     files.add_argument("--sources", type=Path, help="text file of the documents, from which Punkt learns (optional)")
     return parser
 
@@ -132,7 +132,7 @@ def main():
 
 
 def check_arguments(args):
-    """UserError unless there is exactly one source of summaries, with what it needs."""
+    """UserError unless exactly one source of summaries is given, with everything that it needs."""
     sources = [name for name in ("samples", "generator_name", "summaries") if getattr(args, name)]
     if len(sources) != 1 and sources != ["samples", "generator_name"]:
         raise UserError("name one of --generator_name, --samples, and --summaries with --references")
@@ -149,23 +149,20 @@ def check_arguments(args):
 
 
 def digest_of_input(args):
-    """A digest of what the arguments name: samples, text files, or documents, and the generator."""
+    """A digest of the input files that the arguments name: samples, text files, or documents and the generator."""
     files = sample_files(args.samples) if args.samples else [args.summaries, args.references, args.sources]
     if args.generator_name and not args.samples:
-        generator = Path(args.generator_name)  # Or a name on the hub, which tells by itself.
+        generator = Path(args.generator_name)  # For a name on the hub, there are no files; the name itself is recorded.
         files = [
             find_dataset(args.dataset_name),
             *(path for name in MODEL_FILES for path in sorted(generator.glob(name))),
         ]
-    # A pipe can be read only once, and what is not there is told later.
+    # No pipes, which can be read only once. Missing files are reported later.
     return provenance.digest_files(path for path in files if path and path.is_file())
 
 
 def refuse_to_replace(output, arguments, used):
-    """UserError when the file `output` is there and is not the record of an evaluation with these arguments.
-
-    used: what else the record will say, by the keys of USED.
-    """
+    """UserError if the file `output` exists and is not the record of an evaluation with these arguments and `used`."""
     if not output.exists():
         return
     try:
@@ -184,15 +181,15 @@ def refuse_to_replace(output, arguments, used):
 
 
 class Judged(NamedTuple):
-    """systems: name -> ROUGE-1, -2 and -Lsum of each document, float64 [documents, 3]. facts: what the record says
-    besides their means and how sure these are."""
+    """systems: name -> ROUGE-1, -2 and -Lsum of each document, float64 [documents, 3]. facts: further values for the
+    record, besides the summary of `systems`."""
 
     systems: dict
     facts: dict
 
 
 def judge_files(args):
-    """The Judged lines of --summaries."""
+    """The Judged of the lines of --summaries."""
     texts, targets = list(read_lines(args.summaries)), list(read_lines(args.references))
     if len(texts) != len(targets) or not texts:
         raise UserError(
@@ -208,8 +205,8 @@ def judge_files(args):
 
 
 def judge_candidates(args, world, judge):
-    """The Judged ways to choose among the candidates of --samples or --generator_name; some documents are shown."""
-    # A generator's own: the scorer's may be another, by its family.
+    """The Judged of all ways to choose among the candidates of --samples or --generator_name; prints some examples."""
+    # The generator's precision; the scorer's may differ, since "auto" depends on the model family.
     precision = choose_precision(args.half_precision, world.device, say=lambda line: None)
     candidates = load_candidates(args, world, precision)
     samples = with_agreement(candidates.samples, args.rouge_tokens)
@@ -234,13 +231,13 @@ def judge_candidates(args, world, judge):
 
 class JudgedCandidates(NamedTuple):
     samples: list  # Dicts as from `read_sample`, with "rouge".
-    plain: list | None  # Samples whose first candidates are those of the generator's plain beam search.
+    plain: list | None  # Samples whose first candidates come from the generator's plain beam search.
     origin: dict | None  # The provenance of the candidates.
-    splitter: str  # Of sentences, in words.
+    splitter: str  # The sentence splitter, in words.
 
 
 def load_candidates(args, world, precision):
-    """The JudgedCandidates of --samples, or generated ones of the test documents, in their order."""
+    """The JudgedCandidates of --samples, or those generated for the test documents, in the documents' order."""
     if args.samples:
         found = read_samples(args)
         if found.plain or not args.generator_name:
@@ -262,10 +259,10 @@ def load_candidates(args, world, precision):
 
 
 def load_search(args, world, precision, search, origin=None):
-    """The CandidateGenerator of --generator_name with the kind of `search`.
+    """The CandidateGenerator of --generator_name with a `search` of this kind.
 
-    origin: the provenance of the candidates that its own are compared with: all else of the search is as in theirs.
-    UserError where they are of another generator.
+    origin: the provenance of candidates to compare with, or None; all other settings of the search are taken from it.
+    UserError if they were made by another generator.
     """
     model, tokenizer = load_generator(args.generator_name, generator_dtype(args.half_precision, precision))
     settings, source_length = search_settings(args, model.generation_config, search), args.max_source_length
@@ -281,8 +278,7 @@ def load_search(args, world, precision, search, origin=None):
 
 
 def as_in_samples(settings, origin, args):
-    """The `settings` of a search with those of the samples' provenance, but for the groups; UserError where an argument
-    names another."""
+    """`settings` with those of the samples' provenance, except num_groups; UserError if an argument contradicts it."""
     searches = origin["search"].get("searches", [origin["search"]])
     of_beams = next((each for each in searches if "num_beams" in each), searches[0])
     theirs = of_beams | {"max_source_length": origin["max_source_length"]}
@@ -294,7 +290,7 @@ def as_in_samples(settings, origin, args):
 
 
 def read_samples(args):
-    """The JudgedCandidates of --samples; a line where there can be no row of plain beam search."""
+    """The JudgedCandidates of --samples; prints a line if there cannot be a row for plain beam search."""
     samples = [read_sample(path) for path in sample_files(args.samples)]
     check_references((" ".join(sample["abstract"]) for sample in samples), args.rouge_tokens, args.samples)
     for sample in samples:
@@ -311,8 +307,8 @@ def read_samples(args):
 def compare(samples, chosen, plain=None):
     """(name -> ROUGE of each document, float64 [documents, 3]; name -> mean words of a summary), in the table's order.
 
-    chosen: name -> the place of a candidate in each sample. plain: samples whose first candidates are those of plain
-    beam search, or None.
+    chosen: name -> the index of the chosen candidate in each sample. plain: samples whose first candidates come from
+    plain beam search, or None.
     """
     rouge = [sample["rouge"] for sample in samples]
     lengths = [np.array([words(text) for text, _ in sample["candidates_untok"]]) for sample in samples]
@@ -332,8 +328,7 @@ def compare(samples, chosen, plain=None):
 
 
 def usable_weights(weights, samples, warnings):
-    """What counts beside the scorer's score, or None where nothing does: its `weights`, without that of the likelihood
-    where samples have none; then with a line more in `warnings`."""
+    """`weights`, without likelihoods if samples lack them (adds a warning); None if only the scorer's score counts."""
     if weights and weights["likelihood"] and not all("likelihood" in sample for sample in samples):
         warnings.append("the scorer counts on likelihoods, which the samples have not: it chooses without")
         weights = weights | {"likelihood": 0.0}
@@ -341,19 +336,19 @@ def usable_weights(weights, samples, warnings):
 
 
 def check_belonging(origin, trained):
-    """A list of what is wrong, in words, with candidates for a scorer.
+    """A list of warnings if the candidates are not of the kind that the scorer was trained on.
 
-    origin, trained: the provenance of the candidates, and of the samples that the scorer was trained on, or None.
+    origin, trained: the provenance of the candidates, and of the scorer's training samples, or None.
     """
     different = provenance.differences(origin, trained and trained.get("candidates"))
     return [f"the scorer was trained on candidates of other {different} than those it judges here"] * bool(different)
 
 
 def compare_counts(samples, wanted, trained):
-    """UserError where documents have other numbers of candidates than `wanted`, if that is said; a line where they
-    differ among documents, or from those that the scorer was trained on.
+    """UserError unless every document has `wanted` candidates, if given. Prints a line if their number differs between
+    documents, or from the scorer's training.
 
-    wanted, trained: candidates a document, or None. A scorer of a published release does not tell.
+    wanted, trained: candidates per document, or None; `trained` is unknown for the published scorers.
     """
     counts = sorted({len(sample["candidates"]) for sample in samples})
     found = "-".join(map(str, {counts[0]: 0, counts[-1]: 0}))
@@ -369,7 +364,7 @@ def compare_counts(samples, wanted, trained):
 
 
 def show_documents(samples, choices):
-    """Print some test documents with their reference, first candidate and chosen candidate."""
+    """Print a few test documents with their reference, first candidate and chosen candidate."""
     for sample, choice in list(zip(samples, choices, strict=True))[:SHOWN]:
         texts = {
             "document": sample["article_untok"],

@@ -1,16 +1,16 @@
-"""Stage 1 of 5: fine-tune a generator (any sequence-to-sequence model) on the documents and summaries of a CSV.
+"""Stage 1 of 5: fine-tune a generator (any sequence-to-sequence model) on the documents and summaries of a CSV file.
 
     python3 finetune_model.py --generator_name t5-small --dataset_name clean_covid.csv --save_dir models/t5_covid
 
-After each epoch the model summarises validation documents; the epoch with the best mean of ROUGE-1, -2 and -Lsum is
-kept, and lies in --save_dir in `from_pretrained` form when training ends, with `finetune.json`, the record of the run.
-An interrupted run goes on with --resume, and ends with the same weights as if it had never stopped. A finished one, and
-any other model in --save_dir, is replaced with --restart alone.
+After each epoch the model summarises the validation documents. At the end, --save_dir contains the model of the epoch
+with the best mean of ROUGE-1, -2 and -Lsum in `from_pretrained` form, and `finetune.json`, the record of the run.
+An interrupted run continues with --resume, and ends with the same weights as without the interruption. A finished run,
+or any other model in --save_dir, is replaced only with --restart.
 
-The loop is the Trainer of transformers, on purpose: this stage shows that what is measured of a loop of one's own holds
-beside it, too. A callback marks the phases of its step, so that nsys shows them as those of the other scripts.
+The training loop is deliberately the Trainer of transformers, to show that what the other scripts measure in their own
+loops also holds for the library's. A callback marks the phases of its steps, so that nsys shows them as in the others.
 
-A model from scratch learns last what a summary needs first: to copy from the document. --lead_words teaches it that
+A model from scratch is slow to learn what summaries need most: copying from the document. --lead_words teaches it that
 before the summaries (Zhu et al., 2021, Leveraging Lead Bias for Zero-shot Abstractive News Summarization).
 """
 
@@ -46,30 +46,30 @@ from texts.scoring import add_rouge_argument, check_references
 from texts.sentences import SentenceSplitter
 
 NOT_RESULTS = (*runs.NOT_RESULTS, "save_dir")
-STATE_FILES = ("model*", "optimizer.pt", "scheduler.pt", "rng_state*")  # Of the Trainer, besides trainer_state.json.
+STATE_FILES = ("model*", "optimizer.pt", "scheduler.pt", "rng_state*")  # The Trainer's, besides trainer_state.json.
 
 
 def get_args_parser():
     parser = arguments.OneLineParser(description=__doc__)
     integer = arguments.positive_int
     parser.add_argument(
-        "--generator_name", "--pt_model", required=True, help="to start from: a folder, or a name on the hub"
+        "--generator_name", "--pt_model", required=True, help="model to start from: folder, or name on the hub"
     )
     add_dataset_arguments(parser, percent="of each split")
     parser.add_argument("--save_dir", type=Path, required=True, help="folder for the fine-tuned generator")
-    parser.add_argument("--lead_words", type=integer, help="train on the first words of each document in place of its "
-                        "summary: how many")  # fmt: skip
+    parser.add_argument("--lead_words", type=integer, help="number of first words of each document to train on instead "
+                        "of its summary")  # fmt: skip
     resume.add_arguments(parser)
-    parser.add_argument("--seed", type=arguments.numpy_seed, default=0, help="of the order and dropout")
+    parser.add_argument("--seed", type=arguments.numpy_seed, default=0, help="seed of the sample order and dropout")
 
     training = parser.add_argument_group("training")
     training.add_argument("--num_epoch", type=integer, default=5, help="passes over the training documents")
-    training.add_argument("--max_steps", type=integer, help="end after this many updates, whatever --num_epoch says")
+    training.add_argument("--max_steps", type=integer, help="stop after this many updates; overrides --num_epoch")
     tracing.add_argument(training)
-    training.add_argument("--batch_size", type=integer, default=16, help="documents a step, over all processes")
+    training.add_argument("--batch_size", type=integer, default=16, help="documents per step, over all processes")
     training.add_argument("--lr", type=arguments.learning_rate, default=3e-4, help="peak learning rate of AdamW")
     training.add_argument("--warmup", type=arguments.positive_share, default=0.05,
-        help="share of the updates in which the rate rises to its peak, from which it falls to 0")  # fmt: skip
+        help="share of the updates in which the learning rate rises to its peak; then it falls to 0")  # fmt: skip
     training.add_argument("--label_smoothing", type=arguments.share_below_one, default=0.1,
                           help="weight of the uniform distribution in the target")  # fmt: skip
     training.add_argument("--dropout", type=arguments.share_below_one, help="default: the generator's own")
@@ -81,12 +81,12 @@ def get_args_parser():
     determinism.add_argument(training)
 
     lengths = parser.add_argument_group("lengths, in tokens; longer texts are cut")
-    lengths.add_argument("--max_source_length", type=integer, default=512, help="of a document")
-    lengths.add_argument("--max_target_length", type=integer, default=64, help="of a summary")
+    lengths.add_argument("--max_source_length", type=integer, default=512, help="maximum of a document")
+    lengths.add_argument("--max_target_length", type=integer, default=64, help="maximum of a summary")
 
     evaluation = parser.add_argument_group("validation")
-    evaluation.add_argument("--num_beams", type=integer, default=1, help="of the search that validates")
-    evaluation.add_argument("--eval_limit", type=integer, default=500, help="documents")
+    evaluation.add_argument("--num_beams", type=integer, default=1, help="beams of the validation's search")
+    evaluation.add_argument("--eval_limit", type=integer, default=500, help="validation documents to use")
     add_rouge_argument(evaluation)
     return parser
 
@@ -102,11 +102,11 @@ def main():
     determinism.apply(args)
     is_main = job.rank == 0
     device = devices.choose(args)
-    args.device = device.type  # As the Trainer is told, and the record.
+    args.device = device.type  # For the Trainer and the record.
     say = print if is_main else lambda line: None
     precision = choose_precision(args.half_precision, device, say=say)
     _, documents, splits = read_splits(args)
-    args.documents_digest = provenance.digest(documents)  # An argument, so that a run goes on with no others.
+    args.documents_digest = provenance.digest(documents)  # An argument: a run resumes only with these.
     if args.lead_words:
         splits = {split: [with_lead(each, args.lead_words) for each in part] for split, part in splits.items()}
     summaries = (document.summary for part in splits.values() for document in part)
@@ -122,23 +122,24 @@ def main():
 
 
 def show_only_one_gpu(args):
-    """Show this process no GPU but that of --device, as its first: the Trainer would share each batch out over all that
-    it sees, and what --batch_size and --warmup say would no longer hold.
+    """Hide all GPUs from this process except that of --device, which becomes the first. The Trainer would use all GPUs
+    that it sees, which would change the meaning of --batch_size and --warmup.
 
-    To be called before anything else asks for GPUs: CUDA reads the variable once. One that is not there stays named.
+    Must be called before anything else uses CUDA, which reads the variable once. A GPU that does not exist stays in
+    --device, to be reported later.
     """
     kind, _, number = (args.device or "cuda").partition(":")
     number = int(number or 0)
-    if kind != "cuda" or number >= torch.cuda.device_count():  # Which asks the driver, and not CUDA.
+    if kind != "cuda" or number >= torch.cuda.device_count():  # device_count asks only the driver.
         return
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # By which the number counts.
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")  # `number` is an index into it.
     os.environ["CUDA_VISIBLE_DEVICES"] = visible.split(",")[number] if visible else str(number)
     args.device = "cuda"
 
 
 def set_lengths(args, model, tokenizer):
-    """Let the other stages cut documents and end summaries where training does: the token that these start with counts
-    among those of `max_length`."""
+    """Store the lengths with the model, so that the other stages cut documents and end summaries as training does. The
+    start token counts towards `max_length`."""
     tokenizer.model_max_length = args.max_source_length
     model.generation_config.max_length, model.generation_config.max_new_tokens = args.max_target_length, None
     model.generation_config._from_model_config = False
@@ -150,14 +151,14 @@ def with_lead(document, words):
 
 
 def saved_states(folder):
-    """The Paths of the states that the Trainer has saved in `folder`, the newest first."""
+    """The Paths of the states that the Trainer saved in `folder`, newest first."""
     found = [path for path in folder.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name)]
     return sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True)
 
 
 def is_whole(state):
-    """Whether a killed run was neither still writing nor removing a state: the Trainer writes trainer_state.json
-    last."""
+    """Whether the Path `state` is complete: a run may be killed while writing or removing a state. The Trainer writes
+    trainer_state.json last."""
     with contextlib.suppress(OSError, ValueError):
         json.loads((state / "trainer_state.json").read_bytes())
         return all(any(state.glob(pattern)) for pattern in STATE_FILES)
@@ -165,19 +166,19 @@ def is_whole(state):
 
 
 def state_to_resume(args, checkpoints):
-    """The state from which to go on, or None; UserError where that of another run would be lost or gone on from."""
+    """The state to resume from, or None; UserError if another run's state would be lost or resumed."""
     begun, is_main = checkpoints / "arguments.json", read_job().rank == 0
     last = None if args.restart else next((str(path) for path in saved_states(checkpoints) if is_whole(path)), None)
     if args.restart and is_main:
         shutil.rmtree(checkpoints, ignore_errors=True)
     elif last and not args.resume:
         raise UserError(f"{args.save_dir} holds an interrupted run; --resume goes on with it, --restart begins anew")
-    elif not args.restart and any(checkpoints.glob("[!.]*")) and not begun.is_file():  # All of it goes in the end.
+    elif not args.restart and any(checkpoints.glob("[!.]*")) and not begun.is_file():  # It is deleted in the end.
         raise UserError(
             f"{checkpoints} holds files that this script did not make; choose another --save_dir, or --restart to "
             "replace them"
         )
-    elif args.resume and begun.is_file():  # Perhaps without a state, when it was killed in its first epoch.
+    elif args.resume and begun.is_file():  # There may be no state yet, if it was killed in its first epoch.
         check_arguments(last or begun, json.loads(begun.read_bytes()), settings_of(args))
     elif not (args.restart or last):
         refuse_a_finished_run(args)
@@ -193,8 +194,8 @@ def state_to_resume(args, checkpoints):
 
 
 def refuse_a_finished_run(args):
-    """UserError when --save_dir holds a model of something else, a run with other arguments, or, without --resume, the
-    finished run itself."""
+    """UserError if --save_dir contains another model, a finished run with other arguments or, without --resume, this
+    finished run."""
     path, ours = args.save_dir / "finetune.json", as_recorded(settings_of(args))
     finished = finished_arguments(path)
     if finished is None:
@@ -208,7 +209,7 @@ def refuse_a_finished_run(args):
 
 
 def finished_arguments(path):
-    """The arguments in the record at `path`, a dict as from `as_recorded`; None when there is no record."""
+    """The arguments in the record at `path`, a dict as from `as_recorded`; None if there is no valid record."""
     try:
         record = json.loads(path.read_bytes())
         return as_recorded(record["arguments"], record.get("places"))
@@ -222,9 +223,9 @@ def settings_of(args):
 
 
 def finetune(args, model, tokenizer, splits, dtype):
-    """Train, and leave the best model, its tokenizer and the record of the run in args.save_dir."""
+    """Train, and write the best model, its tokenizer and the record of the run to args.save_dir."""
     checkpoints, finished = args.save_dir / "checkpoints", args.save_dir / ".finished"
-    shutil.rmtree(finished, ignore_errors=True)  # Which a killed run was removing.
+    shutil.rmtree(finished, ignore_errors=True)  # Left by a run that was killed while removing it.
     if args.resume and not checkpoints.is_dir() and (args.save_dir / "finetune.json").is_file():
         refuse_a_finished_run(args)
         if read_job().rank == 0:
@@ -232,31 +233,31 @@ def finetune(args, model, tokenizer, splits, dtype):
         return
     last = state_to_resume(args, checkpoints)
     trainer = make_trainer(args, model, tokenizer, splits, dtype, checkpoints)
-    generation_config = copy.deepcopy(model.generation_config)  # Validation fills it up, and takes one summary each.
+    generation_config = copy.deepcopy(model.generation_config)  # Validation fills in defaults, and wants one summary.
     model.generation_config.num_return_sequences = None
     started = time.perf_counter()
-    # Many processes would stop at different steps, and wait for each other.
+    # With several processes no StopRequest: they would stop at different steps, and wait for each other.
     traced = tracing.trace(args.trace if trainer.is_world_process_zero() else None, trainer.args.device, print)
     with stop_requests(enabled=trainer.args.world_size == 1) as stop, traced:
         trainer.add_callback(StopAndSave(stop))
         trainer.train(resume_from_checkpoint=last)
     seconds = time.perf_counter() - started
     check_finite(trainer.state, checkpoints)
-    trainer.accelerator.wait_for_everyone()  # All have read the best state before it is removed.
+    trainer.accelerator.wait_for_everyone()  # All processes must have read the best state before it is removed.
     if trainer.is_world_process_zero():
         trainer.model.generation_config = generation_config
         with staging(args.save_dir) as stage:
             trainer.save_model(stage)
             write_record(stage / "finetune.json", record(args, trainer, seconds))
             publish(stage, args.save_dir)
-        # At once, since half a state would be gone on from.
+        # Renamed first, which is atomic: a run must not resume from a partly deleted state.
         checkpoints.rename(finished)
         shutil.rmtree(finished)
         print(f"best epoch's mean ROUGE on validation: {trainer.state.best_metric:.4f}; saved in {args.save_dir}")
 
 
 def check_finite(state, checkpoints):
-    """UserError when training has diverged. state: the TrainerState; the saved one in `checkpoints` stays."""
+    """UserError if training has diverged. state: the TrainerState; the saved state in `checkpoints` is kept."""
     loss = next(entry["eval_loss"] for entry in reversed(state.log_history) if "eval_loss" in entry)
     if not (math.isfinite(loss) and math.isfinite(state.best_metric)):
         raise UserError(
@@ -287,8 +288,8 @@ def make_trainer(args, model, tokenizer, splits, dtype, checkpoints):
 
 
 def training_arguments(args, checkpoints, num_samples, dtype):
-    """The Trainer's settings: an epoch ends with validation and a saved state; the best and the last are kept."""
-    # Its older name warns where the newer exists.
+    """The Trainer's settings: every epoch ends with a validation and a saved state; the best and the last are kept."""
+    # Where the newer name exists, the older one warns.
     fields = transformers.Seq2SeqTrainingArguments.__dataclass_fields__
     recomputation = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
     updates = args.max_steps or -(-num_samples // args.batch_size) * args.num_epoch
@@ -321,7 +322,7 @@ def training_arguments(args, checkpoints, num_samples, dtype):
 
 
 def record(args, trainer, seconds):
-    """What was run, where, and the loss and ROUGE of each epoch, as plain JSON values."""
+    """The record of the run (arguments, machine, and each epoch's loss and ROUGE), a dict of plain JSON values."""
     return {
         "arguments": vars(args),
         "places": places(vars(args)),
@@ -334,7 +335,7 @@ def record(args, trainer, seconds):
 
 
 def plain_figures(figures):
-    """`figures` with None for NaN and infinity, such as the gradient's norm in a step that float16 skips."""
+    """`figures` with None for NaN and infinity, such as the gradient norm of a step that loss scaling skipped."""
     return {
         name: None if isinstance(value, float) and not math.isfinite(value) else value
         for name, value in figures.items()

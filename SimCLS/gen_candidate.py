@@ -1,17 +1,17 @@
-"""Stage 2 of 5: generate candidate summaries of the documents of a CSV, for all three splits.
+"""Stage 2 of 5: generate candidate summaries for the documents of a CSV file, for all three splits.
 
     python3 gen_candidate.py --generator_name models/t5_covid --dataset_name clean_covid.csv --num_cands 16
     python3 gen_candidate.py ... --search beam+sample --num_cands 8    # 8 of each: {generator}_16, for --cand_num 16
-    torchrun --nproc_per_node=2 gen_candidate.py ...    # shares the documents out; the files are the same
+    torchrun --nproc_per_node=2 gen_candidate.py ...    # splits the documents between processes; the files are the same
 
 Writes {output_dir}/{generator}_{num_cands}/{split}.source, .target and .out, and the same three with .tokenized (Penn
-Treebank tokens): one sample a line, the candidates of a document on neighbouring lines, the best first, or those of the
-first search, if there are several, whose candidates are counted together in the folder's name; and, on the lines
-of `.out`, {split}.likelihood: the sum of the log-probabilities of a candidate's tokens by the generator alone, without
-penalties, and their number. Killed and started again with the same arguments, it goes on where it stopped and ends with
-the same files. Candidates that were made otherwise are never replaced. provenance.json says what made them.
+Treebank tokens), with one text per line. The candidates of a document are on consecutive lines, best first; of several
+searches, those of the first search come first, and the folder's name has the total number. For each line of `.out`,
+{split}.likelihood has the sum of the log-probabilities of the candidate's tokens by the generator alone, without
+penalties, and the number of tokens. If it is killed, the same command resumes and ends with the same files. Candidates
+that were made otherwise are never replaced. provenance.json says what made them.
 
-By default they come from diverse beam search with as many groups as candidates, as in SimCLS (Liu and Liu 2021).
+The default is diverse beam search with as many groups as candidates, as in SimCLS (Liu and Liu 2021).
 """
 
 import contextlib
@@ -44,7 +44,7 @@ from texts.documents import add_dataset_arguments, read_splits, safe_name
 
 def get_args_parser():
     parser = arguments.OneLineParser(description=__doc__)
-    parser.add_argument("--generator_name", required=True, help="a folder, or a name on the hub")
+    parser.add_argument("--generator_name", required=True, help="folder, or name on the hub")
     add_dataset_arguments(parser, percent="share of each split")
     parser.add_argument("--output_dir", type=Path, default=Path("candidates"), help="parent of the new folder")
     devices.add_arguments(parser)
@@ -66,7 +66,7 @@ def main():
         lock = output_lock(folder.with_name(folder.name + ".lock")) if world.is_main else contextlib.nullcontext()
         with lock:
             files = {split: candidate_files(generator, folder, split, part, world) for split, part in splits.items()}
-            with world.main_first():  # Where it is refused, every process ends.
+            with world.main_first():  # If the main process raises, all processes end.
                 if world.is_main:
                     folder.mkdir(exist_ok=True, parents=True)
                     for each in files.values():
@@ -87,13 +87,13 @@ def candidate_files(generator, folder, split, documents, world):
 
 
 def generate_split(generator, files, split, documents, batch_size, world):
-    """Bring the candidate files of one split to completion; every process of `world` makes a share of the batches."""
+    """Complete the candidate files of one split; every process of `world` makes its share of the batches."""
     if files.complete():
         world.say(f"{split}: the candidates of {len(documents)} documents are there already")
         return
     sources = generator.tokenize([document.text for document in documents])
     finished = files.finished()
-    world.barrier()  # All have read what is finished, before any of them adds to it.
+    world.barrier()  # All processes must have read what is finished before any of them adds to it.
     if finished:
         world.say(f"{split}: going on after {len(finished)} of {len(documents)} documents")
     started, batches = time.perf_counter(), unfinished_batches(sources, batch_size, finished)
@@ -110,8 +110,11 @@ def generate_split(generator, files, split, documents, batch_size, world):
 
 
 def unfinished_batches(sources, size, finished):
-    """The `length_batches` without the places in the set `finished`: a run that goes on makes the batches that it would
-    have made, so that sums are rounded alike, unless the size has changed."""
+    """The `length_batches` without the places in the set `finished`.
+
+    A resumed run filters the batches of the whole split, so that, unless `size` has changed, sums are rounded as in an
+    uninterrupted run.
+    """
     batches = [[place for place in batch if place not in finished] for batch in length_batches(sources, size)]
     return [batch for batch in batches if batch]
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Stage 4 of 5: train a SimCLS scorer: an encoder that tells good candidate summaries of a document from worse ones.
+"""Stage 4 of 5: train a SimCLS scorer, an encoder that ranks candidate summaries of a document by quality.
 
     python3 main.py --cuda --gpuid 0 -l --dataset samples --model_type roberta-base
     python3 main.py --cuda --gpuid 0 -e --dataset samples --model_pt simcls_4_worker/scorer.bin
 
---dataset holds the folders train, val and test of samples that preprocess.py made, or the published ones. Weights,
-record and log are written to ./cache/<run>/.
+--dataset contains the sample folders train, val and test, made by preprocess.py or published. The weights, record and
+log are written to ./cache/<run>/.
 """
 
 import os
@@ -48,9 +48,9 @@ def main():
         with world.first_on_machine():
             made_of = [provenance_of(Path(args.dataset) / split) for split in ("train", "val")]
         description["samples"] = made_of[0]
-        # An argument, so that a run goes on with the samples alone that it began with, and its record tells them.
+        # An argument, so that a run resumes only with the samples that it began with, and its record identifies them.
         args.samples_digest = provenance.digest(made_of)
-        # TensorFloat-32 is off: in this model it would be for the matrix products, where PyTorch leaves it off too.
+        # No TensorFloat-32: here it would affect the matrix products, for which PyTorch leaves it off by default too.
         precision = choose_precision(half_precision, device, true_fp32=True, say=world.say)
         run = ScorerRun(args, world, precision=precision.label)
         with run.lock():
@@ -71,7 +71,7 @@ def train(args, world, precision, run, scorer, encoding, description):
     run.describe(scorer, description, schedule, len(val_set))
     for epoch in run.epochs(phase, batches, **state):
         for batch in epoch.steps(loader):  # The wait for a batch is the phase "data load".
-            # --------------------------------------------------------------------- once in a while: validate
+            # --------------------------------------------------------------------- validation at intervals
             if run.validation_is_due(epoch):
                 with phase("validation"):
                     result = validate(scorer, val_set, args, precision, world, run.stop)
@@ -84,11 +84,11 @@ def train(args, world, precision, run, scorer, encoding, description):
                 with phase("zero grad"):
                     optimizer.zero_grad(set_to_none=True)
             with phase("forward"), precision.autocast(), saved.first_time():
-                parallel_scorer.require_backward_grad_sync = batches.ends_update(epoch.step)  # Of DDP.
+                parallel_scorer.require_backward_grad_sync = batches.ends_update(epoch.step)  # DDP: once per update.
                 scores, gold_scores = parallel_scorer(batch)
                 loss = loss_of(args, scores, gold_scores, batch)
             with phase("backward"):
-                # An update's last batch may be smaller, or fall to some processes alone: weights make means of means.
+                # An update's last batch may be smaller, or missing in some processes: the weights make the mean exact.
                 scaler.scale(loss * epoch.weight).backward()
             if batches.ends_update(epoch.step):
                 with phase("optimizer"):
@@ -97,7 +97,7 @@ def train(args, world, precision, run, scorer, encoding, description):
                     schedule.set()
                     scaler.step(optimizer)
                     scaler.update()
-            metrics.add(loss, scores, batch, epoch.weight)  # On the device: nothing waits for it.
+            metrics.add(loss, scores, batch, epoch.weight)  # On the device, without synchronising.
             run.note_saved(saved.bytes)
             run.report(epoch)
         epoch.end(validate(scorer, val_set, args, precision, world, run.stop))
@@ -106,7 +106,7 @@ def train(args, world, precision, run, scorer, encoding, description):
 
 
 def load_model(args, world):
-    """(scorer on its device, its TextEncoding, its description); the lengths in `args` become those that it uses."""
+    """(scorer on its device, its TextEncoding, its description); sets the lengths in `args` to those in use."""
     weights = starting_weights(args)
     torch.manual_seed(args.seed)
     with world.first_on_machine():
@@ -122,7 +122,7 @@ def load_model(args, world):
 
 
 def load_data(args, world, encoding, description):
-    """(training SampleSet, validation SampleSet); `description` gets the candidates that a document has."""
+    """(training SampleSet, validation SampleSet); sets `description["candidates"]` to the most of any document."""
     folder, to_load = Path(args.dataset), {"device_type": world.device.type, "say": world.say, "keep": not args.dry_run}
     with world.first_on_machine():
         train_set = load_samples(folder / "train", encoding, args.max_num, None, **to_load)
@@ -141,7 +141,7 @@ def load_data(args, world, encoding, description):
 
 
 def choose_device(args):
-    """The torch.device of this process; UserError when there is no such GPU."""
+    """The torch.device of this process; UserError for contradictory arguments or a GPU that does not exist."""
     if len(set(args.gpuid)) < len(args.gpuid):
         raise UserError(f"--gpuid {' '.join(map(str, args.gpuid))} names a GPU twice")
     job = distributed.read_job()
@@ -155,7 +155,7 @@ def choose_device(args):
         return devices.choose(args)
     if not torch.cuda.is_available():
         raise UserError("--cuda: PyTorch finds no CUDA GPU on this machine; leave --cuda out to train on the CPU")
-    # Processes that torchrun started take the GPUs in order, unless told which.
+    # Under torchrun, processes take the GPUs in order unless --gpuid names several.
     gpus = args.gpuid if processes == 1 or len(args.gpuid) > 1 else range(processes)
     devices.set_threads(args)
     missing = [gpu for gpu in gpus if gpu >= torch.cuda.device_count()]
@@ -165,7 +165,7 @@ def choose_device(args):
 
 
 def become_evaluation(args, device):
-    """Become evaluate_model.py for `-e`, on the test samples and by --model_pt."""
+    """For `-e`: replace this process by evaluate_model.py with the test samples and --model_pt."""
     if not args.model_pt:
         raise UserError("-e evaluates trained weights: name them by --model_pt, such as run/scorer.bin")
     if distributed.read_job().is_started or len(args.gpuid) > 1:
@@ -181,7 +181,7 @@ def become_evaluation(args, device):
 
 
 def start_processes(args):
-    """Become torchrun with one process for each of --gpuid, when there are many and this is none of them."""
+    """If --gpuid names several GPUs and torchrun is not running yet, replace this process by it, with one per GPU."""
     if len(args.gpuid) == 1 or distributed.read_job().is_started:
         return
     meeting = ["--standalone"] if args.port is None else ["--nnodes=1", f"--master_port={args.port}"]

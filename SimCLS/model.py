@@ -1,8 +1,8 @@
-"""The scorer of SimCLS: an encoder in whose space a document lies nearer to a better summary of it.
+"""The scorer of SimCLS: an encoder that places better summaries closer to their document.
 
 Liu and Liu 2021, "SimCLS: A Simple Framework for Contrastive Learning of Abstractive Summarization" (ACL), and its
-published code, github.com/yixinL7/SimCLS. A text is the state of its first token; the score of a summary is the cosine
-of its state and the document's.
+published code, github.com/yixinL7/SimCLS. A text is represented by the final state of its first token; the score of a
+summary is the cosine similarity of its state and the document's.
 """
 
 import json
@@ -24,9 +24,10 @@ from transformers import AutoModelForTextEncoding
 
 from scorer import minilm
 
-MARGIN = 0.01  # Of the published scorers, as are 512 tokens of a document and 120 of a summary.
+# The settings of the published scorers: the margin, and the most tokens of a document and of a summary.
+MARGIN = 0.01
 TOTAL_LEN, MAX_LEN = 512, 120
-# Kinds of encoders that keep the parts of their layers in several lists, or have weights behind them that all use.
+# Model types that split their layers' parts over several lists, or have weights after the layers that all of them use.
 NO_LAYERS = ("xlm", "flaubert", "deberta", "deberta-v2")
 
 
@@ -40,8 +41,8 @@ class Scorer(nn.Module):
     def forward(self, batch):
         """Score the candidates and the reference of every document of a `data_utils.Batch`.
 
-        Returns (candidates float32 [documents, candidates], references float32 [documents]), cosines in -1 to 1.
-        Where a document has fewer candidates than others, the score is meaningless.
+        Returns (candidates float32 [documents, candidates], references float32 [documents]), cosine similarities. The
+        scores of missing candidates are meaningless; `batch.present` marks the valid ones.
         """
         states = self.encode_texts(batch.texts, batch.lengths)
         documents = states[batch.documents]
@@ -49,7 +50,7 @@ class Scorer(nn.Module):
         return candidates, F.cosine_similarity(states[batch.references], documents, dim=-1)
 
     def encode_texts(self, texts, lengths):
-        """The state of every text's first token, float32 [rows, hidden]: one call of the encoder for each group.
+        """The final state of every text's first token, float32 [rows, hidden], with one encoder call per group.
 
         texts: list of int64 [rows, tokens], padded at the end. lengths: list of int64 [rows], or None for a group
         without padding.
@@ -62,31 +63,31 @@ class Scorer(nn.Module):
         if lengths is not None:
             mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
             if self.encoder.config._attn_implementation == "sdpa":
-                # Of a two-dimensional mask transformers asks on the host whether it hides anything: that would wait for
-                # the device, and is known here.
+                # For a 2D mask, transformers checks whether it hides anything, which would synchronise with the device.
+                # A 4D mask is used as it is.
                 mask = mask[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
         return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
 
     def recompute_activations(self):
-        """Keep the input of each encoder layer for backward, and redo the rest of the layer then. UserError where
-        transformers cannot."""
-        # The older name warns where the newer exists; both take the arguments of torch.utils.checkpoint.
+        """Keep only each encoder layer's input for backward, and recompute the rest of the layer then. UserError if
+        transformers does not support it."""
+        # Where the newer name exists, the older one warns; both take the arguments of torch.utils.checkpoint.
         enable = getattr(self.encoder, "activation_checkpointing_enable", self.encoder.gradient_checkpointing_enable)
         try:
             enable({"use_reentrant": False})
-        except ValueError:  # Some of its models keep all activations.
+        except ValueError:  # Some model types do not support it.
             raise UserError(
                 "--use_checkpoint: transformers cannot recompute the activations of the encoder "
                 f"{self.encoder.name_or_path} ({self.encoder.config.model_type}); leave it out"
             ) from None
-        # Of these the library lets the embeddings require gradients, as reentrant checkpointing needs: backward would
-        # go through frozen layers, too, and recompute them.
+        # Reentrant checkpointing needs embeddings that require gradients, so the library sets that. Here it would make
+        # backward run through frozen layers and recompute them.
         self.encoder.disable_input_require_grads()
 
     def freeze_layers(self, count):
-        """Let the embeddings and the `count` lowest layers keep their weights: backward ends above them.
+        """Freeze the embeddings and the lowest `count` layers; backward ends above them.
 
-        UserError for an encoder without a list of its layers, or with no more than `count`.
+        UserError if the encoder has no list of its layers, or not more than `count` of them.
         """
         kind, depth = self.encoder.config.model_type, self.encoder.config.num_hidden_layers
         where = f"--frozen_layers {count}: {self.encoder.name_or_path}"
@@ -97,28 +98,28 @@ class Scorer(nn.Module):
         first = next(iter(layers[count].parameters()), None) if count < len(layers) else None
         if first is None:
             raise UserError(f"{where}: the encoder has {len(layers)} layers that could be told apart; name fewer")
-        for weights in self.encoder.parameters():  # In the order in which a text meets them.
+        for weights in self.encoder.parameters():  # In the order of the forward pass.
             if weights is first:
                 break
             weights.requires_grad_(False)
 
     def keep_activations(self):
-        """Keep for backward what it needs, as a scorer does at first."""
+        """Keep all activations for backward, the default; undoes `recompute_activations`."""
         getattr(self.encoder, "activation_checkpointing_disable", self.encoder.gradient_checkpointing_disable)()
 
 
 def ranking_loss(scores, gold_scores, rouge, present, margin=MARGIN, gold_margin=0.0, gold_weight=1.0):
-    """The mean over documents of the SimCLS loss: scores should fall with the candidates' ROUGE, by steps of `margin`.
+    """The SimCLS loss, averaged over documents. It ranks the candidates by ROUGE, with a margin per rank.
 
-    Of two candidates the one with the lower ROUGE has to score lower by `margin` times the difference of their ranks;
-    what is missing is the pair's loss. As in the published code, the pairs of a difference d are summed and divided by
-    (candidates - d), which is their number where no candidates are equal. Candidates of equal ROUGE share the mean of
-    their ranks and make no pair, so nothing pushes them apart, and their order does not matter; their pairs with others
-    fall on fewer differences, so that such a document weighs more. The reference has to score `gold_margin` above each
-    candidate.
+    Of two candidates, the one with the lower ROUGE must score lower by at least `margin` times the difference of their
+    ranks; the shortfall is the pair's loss. As in the published code, the losses of all pairs with rank difference d
+    are summed and divided by (candidates - d), which is their number if there are no ties. Candidates with equal ROUGE
+    share their mean rank and form no pair, so nothing separates them, and their order does not matter. Ties leave fewer
+    distinct differences, so a document with ties weighs more. The reference must score at least `gold_margin` above
+    each candidate; its shortfall is averaged over the candidates and weighted by `gold_weight`.
 
     scores: float [documents, candidates]. gold_scores: float [documents], of the references. rouge: float
-    [documents, candidates]. present: bool [documents, candidates], False where a document has fewer candidates.
+    [documents, candidates]. present: bool [documents, candidates], False for missing candidates.
     """
     pairs = present[:, :, None] & present[:, None, :]
     better = pairs & (rouge[:, :, None] > rouge[:, None, :])  # [document, candidate, a worse one]
@@ -136,10 +137,11 @@ def ranking_loss(scores, gold_scores, rouge, present, margin=MARGIN, gold_margin
 
 @torch.inference_mode()
 def score_samples(scorer, samples, numbers, batch_size, device, precision):
-    """Yield (numbers, batch, candidates' scores, references' scores) for batches of `numbers`, in their order, without
+    """Yield (numbers, batch, candidates' scores, references' scores) for consecutive batches of `numbers`, without
     dropout; the tensors are on `device`.
 
-    samples: data_utils.SampleSet. numbers: int array; best sorted by document length. precision: harness Precision.
+    samples: data_utils.SampleSet. numbers: int array, preferably sorted by document length. precision: harness
+    Precision.
     """
     scorer.eval()
     try:
@@ -154,13 +156,13 @@ def score_samples(scorer, samples, numbers, batch_size, device, precision):
 
 
 def load_encoder(name, dropout=0.0):
-    """(encoder in float32, tokenizer) of a folder in `from_pretrained` form, a name on the hub, or "minilm".
+    """(encoder in float32, tokenizer) from a folder in `from_pretrained` form, a name on the hub, or "minilm".
 
-    dropout: its probability in training, wherever the encoder has any.
+    dropout: its probability in training, wherever the encoder has dropout.
 
-    UserError when there is none, or it is no text encoder.
+    UserError if it cannot be loaded or is not a text encoder.
     """
-    # In the precision of the file, which is the library's default, small updates would be lost.
+    # The library's default, the precision of the file, may be a half precision, which would lose small updates.
     encoder, tokenizer = load(
         minilm.resolve(name),
         AutoModelForTextEncoding,
@@ -171,21 +173,21 @@ def load_encoder(name, dropout=0.0):
     )
     check_reads_on(encoder, name)
     if getattr(encoder, "pooler", None) is not None:
-        encoder.pooler = None  # Nothing uses it, so it would never get a gradient.
+        encoder.pooler = None  # Unused: its weights would never get a gradient.
     return encoder.train(), tokenizer  # from_pretrained switches dropout off.
 
 
 @torch.no_grad()
 def check_reads_on(encoder, name):
-    """UserError unless the first token's state depends on what comes behind it, as no decoder's does: of such a model
-    all texts would have one state."""
+    """UserError unless the first token's state depends on the tokens after it. In a decoder it does not, so all texts
+    would have the same state."""
     ids = torch.zeros(2, 4, dtype=torch.int64)
     ids[1, -1] = 1
     try:
         one, other = encoder(input_ids=ids, attention_mask=torch.ones_like(ids)).last_hidden_state[:, 0]
         reads_on = not torch.equal(one, other)
-    except Exception as error:  # What a model of another kind raises is an open set.
-        if endings.explain(error):  # Short memory, say, which is no fault of the model's.
+    except Exception as error:  # Other kinds of models may raise anything.
+        if endings.explain(error):  # Such as out of memory, which is not the model's fault.
             raise
         reads_on = False
     if not reads_on:
@@ -193,15 +195,15 @@ def check_reads_on(encoder, name):
 
 
 def load_scorer(name=None, weights=None, total_len=None, max_len=None, dropout=0.0):
-    """(Scorer on the CPU, data_utils.TextEncoding, description) to train or to score with.
+    """(Scorer on the CPU, data_utils.TextEncoding, description), for training or scoring.
 
-    name: the encoder, as for `load_encoder`; None for the one that `weights` was trained for, else roberta-base.
-    weights: path of a trained scorer, or None for the encoder as it is. total_len, max_len: tokens of a document and of
-    a summary; None for those of the training, else for TOTAL_LEN and MAX_LEN or what the encoder and its tokenizer are
-    made for, if that is less. The encoding has those that are used. dropout: in training.
+    name: the encoder, as for `load_encoder`; None for the one that `weights` was trained for, or else roberta-base.
+    weights: path of a trained scorer, or None for the encoder as it is. total_len, max_len: the most tokens of a
+    document and of a summary; None for those of the training, or else TOTAL_LEN and MAX_LEN, reduced to what the
+    encoder and its tokenizer support. The encoding has the lengths in use. dropout: in training.
 
-    UserError when the encoder or the weights cannot be loaded, or do not belong together, and for lengths without room
-    for a text, or beyond the encoder's positions.
+    UserError if the encoder or the weights cannot be loaded or do not match, and for lengths that leave no room for
+    text or exceed the encoder's positions.
     """
     trained = (weights and read_description(weights)) or {}
     name = name or trained.get("encoder", "roberta-base")
@@ -214,7 +216,7 @@ def load_scorer(name=None, weights=None, total_len=None, max_len=None, dropout=0
     check_length("--total_len", encoding.total_len, special, most)
     check_length("--max_len", encoding.max_len, special, most)
     scorer, description = Scorer(encoder), _describe(name, encoder, encoding)
-    if "candidates" in trained:  # How many a document had in training.
+    if "candidates" in trained:  # The candidates per document in training.
         description["candidates"] = trained["candidates"]
     if weights:
         load_weights(weights, scorer, description)
@@ -222,7 +224,7 @@ def load_scorer(name=None, weights=None, total_len=None, max_len=None, dropout=0
 
 
 def _describe(name, encoder, texts):
-    """What has to be the same wherever a scorer's weights are used: a dict of plain JSON values."""
+    """The properties that must match wherever a scorer's weights are used, a dict of plain JSON values."""
     return {
         "encoder": str(Path(name).resolve()) if Path(name).is_dir() else name,
         "architecture": encoder.config.model_type,
@@ -236,14 +238,15 @@ def _describe(name, encoder, texts):
 
 
 def save_scorer(path, scorer, description):
-    """Write the state dict to `path` and `description` to scorer.json beside it, each atomically."""
+    """Write the state dict to `path`, and `description` to scorer.json in the same folder, each atomically."""
     write_json(path.with_name("scorer.json"), description)
     with atomic_write(path) as file:
         torch.save(scorer.state_dict(), file)
 
 
 def read_description(path):
-    """The description beside the weights `path`, or None where there is none, as in the published releases."""
+    """The description of the weights `path`, from scorer.json in the same folder; None if there is none, as in the
+    published releases. UserError if it is damaged."""
     path = Path(path).with_name("scorer.json")
     try:
         with open(path, encoding="utf-8") as file:
@@ -258,10 +261,9 @@ def read_description(path):
 
 
 def load_weights(path, scorer, description):
-    """Load the weights `path` into `scorer`, whose own description is `description`.
+    """Load the weights `path` into `scorer`, whose description is `description`.
 
-    UserError when they cannot be read, and when they were trained for another encoder. Nothing in the file can run
-    code.
+    UserError if they cannot be read or were trained for another encoder. Code in the file is never run.
     """
     trained = read_description(path) or {}
     for key in ("architecture", "hidden_size", "layers", "vocabulary", "tokenizer"):
@@ -272,7 +274,7 @@ def load_weights(path, scorer, description):
             )
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
-        # The published scorers hold a pooler, and older ones the position numbers; neither is used.
+        # The published scorers contain a pooler, and older ones position ids; neither is used.
         unused = [name for name in weights if name.endswith("position_ids") or ".pooler." in name]
         scorer.load_state_dict({name: value for name, value in weights.items() if name not in unused})
     except OSError as error:

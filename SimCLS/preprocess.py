@@ -1,23 +1,23 @@
-"""Stage 3 of 5: candidate text files to scored samples, one JSON file a document: the training data of SimCLS.
+"""Stage 3 of 5: turn candidate text files into scored samples, one JSON file per document: SimCLS's training data.
 
     python3 preprocess.py --src_dir candidates/t5-small_16 --tgt_dir samples/train --split train --num_cands 16
 
-Reads `{split}.source`, `{split}.target` and `{split}.out`, each with its `.tokenized` version, from --src_dir: one
-sample a line, the --num_cands candidates of a document on neighbouring lines of `.out`. Writes
-`{tgt_dir}/{i}.json` for document i with the keys of the samples published with SimCLS and BRIO:
+Reads `{split}.source`, `{split}.target` and `{split}.out`, each with its `.tokenized` version, from --src_dir: one text
+per line, the --num_cands candidates of a document on consecutive lines of `.out`. Writes `{tgt_dir}/{i}.json` for
+document i with the keys of the samples published with SimCLS and BRIO:
 
     article_untok, abstract_untok       lists of sentences
     candidates_untok                    [[sentences, score], ...] in the order of generation
-    article, abstract, candidates       the same of the tokenized, lower-cased text
-    likelihood                          [[log-probability, tokens], ...], where there is `{split}.likelihood`
+    article, abstract, candidates       the same for the tokenized, lower-cased text
+    likelihood                          [[log-probability, tokens], ...], if there is a `{split}.likelihood`
 
-score: mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-Lsum, stemmed, of the tokenized candidate and abstract. Sentences
-are split by what Punkt learns from the split's own documents, unless NLTK's English data is installed.
+score: the mean F-measure of ROUGE-1, ROUGE-2 and ROUGE-Lsum, with stemming, of the tokenized candidate and abstract.
+Sentences are split by NLTK's English data if installed, else by what Punkt learns from the split's own documents.
 
-When it ends, the folder holds the samples of this input, and provenance.json, which says what they were made of; files
-of other names are left alone. Samples of another input are never replaced. Until then the new samples lie in
-`{tgt_dir}/.unfinished`. A killed run leaves that folder; the same command starts again and ends with the same files.
-One sync flushes all samples before they get their names: a sync a sample would take longer than the scoring.
+In the end, --tgt_dir contains the samples of this input and provenance.json, which says what they were made from; files
+with other names are left alone. Samples of another input are never replaced. Until then the new samples are in
+`{tgt_dir}/.unfinished`. A killed run leaves that folder; the same command starts over and ends with the same files. All
+samples are flushed by a single sync before they are renamed: one sync per sample would take longer than the scoring.
 
 (The original appends a folder named after the split to --tgt_dir. Here --tgt_dir is the folder of the samples.)
 """
@@ -41,7 +41,7 @@ from texts.samples import FILE_NAME, score_sample
 from texts.scoring import add_rouge_argument, check_references
 from texts.sentences import SentenceSplitter
 
-# Documents that a worker process takes at a time: about 50 ms of work.
+# Documents per task of a worker process: about 50 ms of work.
 CHUNK = 16
 
 
@@ -51,10 +51,10 @@ def get_args_parser():
     parser.add_argument("--tgt_dir", type=Path, required=True, help="folder for the samples of this split")
     parser.add_argument("--split", choices=("train", "val", "test"), required=True)
     parser.add_argument("--num_cands", "--cand_num", dest="cand_num", type=arguments.positive_int, default=16,
-                        help="candidates a document")  # fmt: skip
+                        help="candidates per document")  # fmt: skip
     parser.add_argument("--num_workers", "--workers", dest="workers", type=arguments.positive_int,
                         default=machine.usable_cores(),
-                        help="processes that score; by default one for each usable core")  # fmt: skip
+                        help="scoring processes; by default one per usable core")  # fmt: skip
     add_rouge_argument(parser)
     return parser
 
@@ -99,7 +99,7 @@ def own_samples(folder):
 
 
 def refuse_to_replace(folder, made_of):
-    """UserError when `folder` has samples that are not of the provenance `made_of`."""
+    """UserError if `folder` has samples whose provenance is not `made_of`."""
     found = provenance.read(folder)
     if own_samples(folder) and (found is None or found["digest"] != made_of["digest"]):
         other = provenance.differences(made_of, found) or "files, which it does not tell"
@@ -107,17 +107,17 @@ def refuse_to_replace(folder, made_of):
 
 
 def publish_samples(stage, tgt_dir, documents):
-    """Replace the samples of `tgt_dir` by those in `stage`."""
+    """Replace the samples of `tgt_dir` with those in `stage`."""
     os.sync()
-    # First all old ones go: a kill in here may leave too few samples, but never old and new ones side by side.
+    # Delete all old samples first: a kill in here may leave too few samples, but never a mixture of old and new.
     for path in own_samples(tgt_dir):
         path.unlink()
-    # 0.json is the last: where it is, all are.
+    # 0.json comes last: if it exists, all samples do.
     for index in reversed(range(documents)):
         os.rename(stage / f"{index}.json", tgt_dir / f"{index}.json")
 
 
-# What a worker process, which is forked, has from `main`.
+# State from `main` that the worker processes inherit by fork.
 _worker = {}
 
 

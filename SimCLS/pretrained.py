@@ -1,4 +1,4 @@
-"""Loading a model with its tokenizer in `from_pretrained` form, a folder or a name on the hub."""
+"""Loading and checking a model with its tokenizer, from a folder in `from_pretrained` form or from the hub."""
 
 import functools
 import importlib.util
@@ -21,14 +21,14 @@ from reporting.shapes import WHOLE, fault, is_number
 HUB_TIMEOUT = 5  # seconds
 # They overflow in float16.
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
-# What the configurations of T5, of BERT's family, of BART's and of others call their shares of dropout.
+# The names of dropout probabilities in the configs of T5, the BERT family, the BART family and others.
 DROPOUT_KEYS = (
     "dropout_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout",
     "activation_dropout",
 )  # fmt: skip
-# What models call their tables of absolute positions; relative ones have no end.
+# The names of models' embedding tables for absolute positions; relative positions have no limit.
 POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
-# What `git clone` leaves of a large file where git-lfs is not installed.
+# The start of what `git clone` leaves of a large file if git-lfs is not installed.
 LFS_POINTER = b"version https://git-lfs.github.com"
 TOKENS = (WHOLE[0], lambda value: is_number(value) and (value >= 10**6 or WHOLE[1](value)))  # 1e30 means no limit.
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.json")
@@ -36,15 +36,16 @@ MODEL_FILES = (*JSON_FILES, "*.safetensors", "*.bin", "*.model")
 
 
 def load(name, kind, problem, advice, dtype=torch.float32, **settings):
-    """(model, tokenizer) of `name`. No code of the model's is run, and nothing is printed but download bars.
+    """(model, tokenizer) of `name`, a folder or a name on the hub. Runs no code from there, and prints only download
+    bars.
 
-    kind: an Auto class of transformers. dtype: of the weights, or a function from the model's config to one.
-    settings: attributes of the config, set where it has them.
+    kind: an Auto class of transformers. dtype: of the weights, or a function from the model's config to it.
+    settings: attributes to set in the config, if it has them.
 
-    UserError "problem (reason); advice" when they cannot be loaded.
+    UserError "problem (reason); advice" if they cannot be loaded.
     """
-    # The library warns of weights that are tied, or left out on purpose, and the hub's client of each try.
-    logging.set_verbosity_error()  # What matters of it, `check_weights` says.
+    # The library warns of weights that are tied or left out on purpose, and the hub's client of each retry.
+    logging.set_verbosity_error()  # `check_weights` reports what matters.
     huggingface_hub.utils.logging.set_verbosity_error()
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
@@ -61,22 +62,22 @@ def load(name, kind, problem, advice, dtype=torch.float32, **settings):
         tokenizer, embeddings = load_tokenizer(name, **options), model.get_input_embeddings().num_embeddings
         if wrong := fault(tokenizer.model_max_length, TOKENS, "its tokenizer's model_max_length"):
             raise ValueError(wrong)
-        if len(tokenizer) > embeddings:  # Else the first text with one of the rest would end the run.
+        if len(tokenizer) > embeddings:  # A text with one of the rest would end the run.
             raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, more than its {embeddings} embeddings")
         return model, tokenizer
-    except Exception as error:  # Of damaged folders come OSError, ValueError, KeyError, SafetensorError and more.
+    except Exception as error:  # Damaged folders cause OSError, ValueError, KeyError, SafetensorError and more.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if _needs_sentencepiece(Path(name)):
             reason, advice = "its tokenizer is one of sentencepiece", "install that: pip install sentencepiece"
-        elif "tiktoken" in reason:  # Which the library tries when sentencepiece cannot read a file.
+        elif "tiktoken" in reason:  # The library tries it if sentencepiece cannot read a file.
             reason = "its tokenizer's .model file is none of sentencepiece"
         raise UserError(f"{problem} ({reason}); {advice}") from None
 
 
 def check_files(folder):
-    """ValueError that names a file of a model's folder that is damaged, or would not be used: the library passes over
-    some of them."""
-    if (folder / "adapter_config.json").is_file():  # Which the library reads with the package peft alone.
+    """ValueError, naming the file, if a file of a model's folder is damaged or would be ignored, as the library does
+    silently with some."""
+    if (folder / "adapter_config.json").is_file():  # The library reads it only if the package peft is installed.
         raise ValueError("it has an adapter (adapter_config.json), which would not be applied; merge it into the model")
     for path in sorted(path for path in folder.glob("*") if path.is_file()):
         with open(path, "rb") as file:
@@ -93,23 +94,23 @@ def check_files(folder):
 
 
 def check_weights(model, missing, unexpected):
-    """ValueError where weights of `model` were not in its files, and so are random, or are not finite; and where the
-    files have more of its layers than its config.
+    """ValueError if weights of `model` are missing from its files (and so are random), or are not finite, or if the
+    files have more layers than its config.
 
-    missing, unexpected: names. Of poolers, which nothing uses here, many files have none, and heads are left out.
+    missing, unexpected: names of weights. Missing poolers, which are unused here, and unexpected heads are allowed.
     """
     missing = sorted(name for name in missing if "pooler." not in name)
     if missing:
         raise ValueError(f"its files lack {len(missing)} of the model's weights, such as {missing[0]}")
     kinds = {_in_any_layer(name) for name, _ in model.named_parameters()}
-    # Whole models have the encoder's weights below the name of their kind.
+    # In files of whole models, the encoder's weights have the model type as a prefix.
     layers = [name for name in unexpected if {_in_any_layer(name), _in_any_layer(name.partition(".")[2])} & kinds]
     if layers:
         raise ValueError(f"its config.json leaves out {len(layers)} weights of its files, such as {sorted(layers)[0]}")
     for name, weights in model.named_parameters():
         if not weights.isfinite().all():
             raise ValueError(f"its weights {name} are not all finite numbers")
-    for name, buffer in model.named_buffers():  # An infinite one may forbid a token.
+    for name, buffer in model.named_buffers():  # Infinity is allowed: it may forbid a token.
         if buffer.isnan().any():
             raise ValueError(f"its weights {name} are not all numbers")
 
@@ -119,10 +120,10 @@ def _in_any_layer(name):
 
 
 def refuse_to_replace(folder, restart=""):
-    """UserError when there are files of a model in `folder`, which a script that did not make them is not to replace
-    unasked.
+    """UserError if `folder` contains files of a model, which must not be replaced unasked by a script that did not make
+    them.
 
-    restart: what else there is to do about it than to choose another folder.
+    restart: end of the message, with an alternative to choosing another folder.
     """
     _check_name(folder)
     if any(any(Path(folder).glob(pattern)) for pattern in (*JSON_FILES, "*.safetensors")):
@@ -130,7 +131,7 @@ def refuse_to_replace(folder, restart=""):
 
 
 def check_apart(folder, source):
-    """UserError when the output `folder` is the one of the model `source`, which would be gone in the end."""
+    """UserError if the output `folder` is that of the model `source`, which would be overwritten."""
     _check_name(folder)
     if Path(folder).is_dir() and Path(source).is_dir() and Path(folder).samefile(source):
         raise UserError(f"--save_dir {folder} is the folder of the model to start from; choose another")
@@ -142,13 +143,13 @@ def _check_name(folder):
 
 
 def _needs_sentencepiece(folder):
-    """Whether a folder's tokenizer is in a sentencepiece model alone, and that package is not installed."""
+    """Whether a folder's tokenizer is only a sentencepiece model, and that package is not installed."""
     is_alone = any(folder.glob("*.model")) and not (folder / "tokenizer.json").is_file()
     return is_alone and importlib.util.find_spec("sentencepiece") is None
 
 
 def load_tokenizer(name, **options):
-    """The tokenizer of `name`. OSError when a folder has none: transformers would make up one that knows no word."""
+    """The tokenizer of `name`. OSError if a folder has none: transformers would make one that knows no words."""
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     files = {*tokenizer.vocab_files_names.values(), "tokenizer.json"}
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files):
@@ -158,39 +159,42 @@ def load_tokenizer(name, **options):
 
 @functools.cache
 def hub_answers():
-    """Whether the hub can be reached: asked once a process, since the library tries each file of a model for 40 s."""
+    """Whether the hub can be reached. Asked once per process: the library would retry each file for 40 s."""
     if huggingface_hub.constants.HF_HUB_OFFLINE:
         return False
     try:
         huggingface_hub.utils.get_session().head(huggingface_hub.constants.ENDPOINT, timeout=HUB_TIMEOUT)
-    except Exception:  # The client, and with it the errors, is another in each version of huggingface_hub.
+    except Exception:  # The HTTP client, and so its errors, depend on the version of huggingface_hub.
         return False
     return True
 
 
 def half_precision_name(half_precision, family):
-    """`half_precision` as `choose_precision` takes it, for a model of that model_type: "auto" is bfloat16 for T5's."""
+    """`half_precision` for `choose_precision`, with "auto" resolved: bfloat16 for the T5 family, else float16.
+
+    family: the config's model_type.
+    """
     return {"auto": "bfloat16" if family in T5_FAMILY else "float16"}.get(half_precision, half_precision)
 
 
 def half_precision_dtype(config, half_precision, precision):
     """The dtype in which a model runs, or None for single precision.
 
-    config: the model's. half_precision: as from the command line; with "auto", where no type is named, the T5 family
-    runs in bfloat16. precision: the harness Precision that was chosen by it.
+    config: the model's. half_precision: from the command line; "auto" (no type named) is bfloat16 for the T5 family.
+    precision: the harness Precision that was chosen by it.
     """
     family_type = half_precision_name(half_precision, config.model_type)
     return torch.bfloat16 if family_type == "bfloat16" else precision.dtype
 
 
 def most_tokens(module):
-    """How many tokens `module`, an encoder or a decoder, has positions for; sys.maxsize where nothing limits it."""
+    """The number of positions of `module`, an encoder or a decoder; sys.maxsize if there is no limit."""
     most = sys.maxsize
     for name, table in module.named_modules():
         if isinstance(table, torch.nn.Embedding) and name.rpartition(".")[2] in POSITION_TABLES:
-            # BART's family counts from 2, RoBERTa's from the row behind that of padding.
+            # BART's family counts from 2, RoBERTa's from the row after the padding's.
             first = getattr(table, "offset", 0) or (0 if table.padding_idx is None else table.padding_idx + 1)
-            # Some tables have spare rows, of which the config does not count.
+            # Some tables have spare rows that the config does not count.
             own = getattr(getattr(module, "config", None), "max_position_embeddings", sys.maxsize)
             # ProphetNet's decoder looks one token further ahead.
             most = min(most, min(table.num_embeddings - first, own) - hasattr(module, "ngram_embeddings"))
@@ -198,9 +202,9 @@ def most_tokens(module):
 
 
 def check_length(argument, length, special, most):
-    """UserError unless `length` tokens hold one of a text, too, and are not more than the model has positions for.
+    """UserError unless `length` tokens leave room for at least one of the text, and do not exceed `most`.
 
-    special: tokens that an empty text has. most: as from `most_tokens`.
+    special: the number of tokens of an empty text. most: as from `most_tokens`.
     """
     if length <= special:
         raise UserError(f"{argument} {length} leaves no room for a text; this model needs {special + 1} tokens")

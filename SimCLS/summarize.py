@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Summaries of one's own text: candidates of a generator, and the best of them by a scorer. It needs no references.
+"""Summarise your own texts: a generator writes candidates, and a scorer chooses the best. No references are needed.
 
     echo "some text" | python3 summarize.py --generator_name demo
     python3 summarize.py texts.txt --generator_name models/t5_covid --scorer_path cache/run/scorer.bin >summaries.txt
     python3 summarize.py papers.csv --doc_col_name abstract --generator_name models/t5_covid --all >candidates.jsonl
 
-The text is a file with a document a line, `-` (standard input), or a column of a .csv or .csv.gz file. A summary a line
-comes out, in the order of the documents, and an empty one for an empty document; with --all one JSON object a line,
-with every candidate, its score, its log-probability and tokens by the generator, and its Bayes risk. Documents are read
-and summarised some hundred at a time, so that any number passes in the same memory.
+The input is a file with one document per line, `-` (standard input), or a column of a .csv or .csv.gz file. The output
+is one summary per line, in the order of the documents, empty for an empty document. With --all it is one JSON object
+per line with all candidates, each with its score, its log-probability and number of tokens by the generator, and its
+Bayes risk. Documents are processed a few hundred at a time, so memory use does not grow with their number.
 
-The summary is the candidate with the highest score: by the scorer, the generator's likelihood and the agreement with
-the other candidates, as its training has weighed them. Without a scorer it is the candidate with the least Bayes risk:
-that which is most like the others, by ROUGE.
+The summary is the candidate with the highest score, which combines the scorer's score, the generator's likelihood and
+the agreement with the other candidates, with weights fitted in training. Without a scorer it is the candidate with the
+lowest Bayes risk, that is, the one most similar to the others by ROUGE.
 """
 
 import itertools
@@ -36,7 +36,7 @@ from texts.samples import split_lower
 from texts.scoring import add_rouge_argument, agreement
 from texts.sentences import SentenceSplitter, ptb_tokenize
 
-BATCHES_AT_ONCE = 16  # Their documents are sorted by length together.
+BATCHES_AT_ONCE = 16  # Batches whose documents are sorted by length together.
 
 
 def get_args_parser():
@@ -44,7 +44,7 @@ def get_args_parser():
     add = parser.add_argument
     add("text", nargs="?", default="-", help="text file, CSV file, or - for standard input")
     add("--doc_col_name", default="abstract", help="column of a CSV file")
-    add("--generator_name", required=True, help="a folder, or a name on the hub")
+    add("--generator_name", required=True, help="folder, or name on the hub")
     add_judge_arguments(parser)
     add_half_precision(parser, "generate and score in it", unnamed="auto")
     add("--all", action="store_true", help="JSON lines with every candidate")
@@ -73,7 +73,7 @@ def main():
 
 
 def read_documents(name, column):
-    """Yield the documents of the file `name`, or of standard input. UserError where a table is taken for lines."""
+    """Yield the documents of the file `name`, or of standard input. UserError for a table that is not a .csv file."""
     if name.lower().endswith((".csv", ".csv.gz")):
         yield from (text for (text,) in read_columns(Path(name), column) if clean(text) != column)
         return
@@ -91,21 +91,21 @@ def read_documents(name, column):
 
 
 class Summarizer:
-    """Documents to their candidates and the best of these, by the arguments of this script."""
+    """Generates and ranks candidates for documents. args: of this script."""
 
     def __init__(self, args, world):
         self.args, self.world = args, world
         tell = lambda line: print(line, file=sys.stderr)  # noqa: E731 (standard output is for summaries)
         precision = choose_precision(args.half_precision, world.device, say=tell)
         self.generator = candidate_generator(args, world, precision)
-        self.split = SentenceSplitter(None).split  # Of a stream nothing can be learnt first.
+        self.split = SentenceSplitter(None).split  # A stream cannot be read in advance for learning.
         self.judge = self.weights = None
         if args.scorer_path:
             self.judge = load_judge(args, world, say=lambda line: None)
             self.weights = fitted_to(args.scorer_path)
 
     def __call__(self, documents):
-        """A dict for each of the documents, a list of str: "summary", and "candidates", dicts, the best first."""
+        """A dict for each of the documents (list of str): "summary", and "candidates", a list of dicts, best first."""
         places = [place for place, text in enumerate(documents) if text]
         found = [{"summary": "", "candidates": []} for _ in documents]
         if not places:
@@ -119,8 +119,7 @@ class Summarizer:
         return found
 
     def agreement(self, candidates):
-        """How much each of a document's Candidates is like the others, float64 [candidates]; None where it is not
-        wanted."""
+        """The agreement of each of a document's Candidates with the others, float64 [candidates]; None if unused."""
         if self.judge and not self.args.all and not (self.weights and self.weights["agreement"]):
             return None
         tokenized = [split_lower(ptb_tokenize(candidate.text), self.split) for candidate in candidates]
@@ -141,8 +140,8 @@ class Summarizer:
         return score_candidates(judge.scorer, judge.encoding, samples, batch_size, self.world, judge.precision)
 
     def described(self, candidates, alike, scores):
-        """The dict of one document. candidates: list of Candidate; alike, scores: as from `agreement` and `scores`; no
-        scores without a scorer."""
+        """The dict of one document. candidates: list of Candidate. alike: from `agreement`. scores: from `scores`; None
+        without a scorer."""
         if self.weights:
             likelihood = [[candidate.log_prob, candidate.tokens] for candidate in candidates]
             scores = combine(scores, likelihood, alike, self.weights)

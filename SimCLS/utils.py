@@ -1,4 +1,4 @@
-"""What the SimCLS stages share: lines of a file, work shared out to processes, progress."""
+"""Shared by the SimCLS stages: reading lines, mapping over worker processes, and progress."""
 
 import collections
 import contextlib
@@ -23,10 +23,10 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 def read_lines(path):
     """Yield the lines of a UTF-8 text file without their newline; only \\n ends a line (never \\x85 or U+2028).
 
-    Raises UserError that names the file, and the line where its bytes are not UTF-8.
+    UserError, naming the file and line, if it cannot be read or is not UTF-8.
     """
     try:
-        # A socket cannot be opened by that name.
+        # If standard input is a socket, it cannot be opened by name.
         with sys.stdin.buffer if Path(path) == STANDARD_INPUT and sys.stdin else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 try:
@@ -42,10 +42,10 @@ def read_lines(path):
 def map_in_order(function, items, workers, chunk):
     """Yield `function(item)` for each item, in order, computed by `workers` processes (1: by this one).
 
-    At most a few chunks of items are read ahead, so memory stays bounded however many there are. An exception of
-    `function` is raised here. A worker that is killed is a UserError, and workers die with this process.
+    At most a few chunks of items are read ahead, so memory is bounded. An exception of `function` is raised here.
+    UserError if a worker is killed. Workers end with this process.
 
-    chunk: items that travel to a worker together. Workers are forked: what this process keeps in modules, they have.
+    chunk: items per task. Workers are forked, so they inherit this process's module state.
     """
     items = iter(items)
     chunks = iter(lambda: list(itertools.islice(items, chunk)), [])
@@ -53,12 +53,12 @@ def map_in_order(function, items, workers, chunk):
         for part in chunks:
             yield from map(function, part)
         return
-    # They need nothing of the main script's imports, either, which take seconds.
+    # Forking also saves the main script's imports, which take seconds.
     pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"), initializer=_start_worker)
     waiting = collections.deque()
     try:
         for part in chunks:
-            with _signals_wait():  # The first call forks.
+            with _signals_wait():  # submit may fork.
                 waiting.append(pool.submit(_map_chunk, function, part))
             if len(waiting) > 4 * workers:
                 yield from waiting.popleft().result()
@@ -76,8 +76,8 @@ def _map_chunk(function, part):
 
 @contextlib.contextmanager
 def _signals_wait():
-    """Signals of the block come after it, and those of a worker that is forked in it when it is ready for them: until
-    then it has this process's handlers, which would swallow the SIGTERM that ends it when another worker is killed."""
+    """Defer signals until after the block; a worker forked in it defers them until it is ready. Until then it has this
+    process's handlers, which would swallow the SIGTERM that ends it when another worker is killed."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
@@ -86,7 +86,7 @@ def _signals_wait():
 
 
 def _start_worker():
-    # Ctrl-C reaches the whole group of processes: the parent alone speaks, and ends the workers.
+    # Ctrl-C reaches the whole process group; only the parent reacts, and ends the workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
@@ -99,7 +99,7 @@ def _end_with_parent():
 
 
 def progress(items, total, label):
-    """Yield `items`; a bar on a terminal, else a line on stderr for each tenth of the work."""
+    """Yield `items`, with a progress bar on a terminal, or else a line on stderr for each tenth of the work."""
     if sys.stderr.isatty():
         yield from tqdm(items, total=total, desc=label)
         return
