@@ -1,7 +1,7 @@
-"""Plain beam search by CTranslate2, an optional package: on a CPU it is faster than ours on small models, and in int8.
+"""Plain beam search by CTranslate2, an optional package: on a CPU, it is faster than ours for small models, or in int8.
 
-benchmarks/beams.py compares the two. Where nothing is forbidden both return the same candidates in float32, up to ties;
-where a minimum length or repeated n-grams forbid tokens, CTranslate2 shares their probability out over the others.
+benchmarks/beams.py compares the two. If no tokens are forbidden, both return the same candidates in float32, up to
+ties. CTranslate2 redistributes the probability of forbidden tokens (minimum length, repeated n-grams) to the others.
 """
 
 import tempfile
@@ -18,13 +18,12 @@ PACKAGE = "ctranslate2==4.8.5"
 
 
 class CTranslate2Beams(TokenRules):
-    """What DiverseBeamSearch is with one group that stops when it has ended `num_beams` hypotheses (early_stopping
-    True), for models of T5's kind. It is called in the same way, and returns Candidates, too.
+    """Equivalent to DiverseBeamSearch with one group and early_stopping True, for T5 and mT5; called in the same way.
 
     compute_type: of CTranslate2, such as "float32" or "int8". The rest is as for DiverseBeamSearch.
 
-    Raises ValueError as that does, for models of other kinds, and for what CTranslate2 cannot be told: more than one
-    end token, and forced or suppressed ones. UserError where the package is not installed.
+    Raises ValueError as DiverseBeamSearch does, for other kinds of models, and for what CTranslate2 does not support:
+    several end tokens, forced or suppressed tokens. UserError if the package is not installed.
     """
 
     def __init__(self, model, *, num_beams, max_length, min_length, length_penalty, no_repeat_ngram_size, compute_type):
@@ -32,7 +31,7 @@ class CTranslate2Beams(TokenRules):
             raise ValueError(f"--engine ctranslate2 knows models of T5's kind, and not of {model.config.model_type}")
         if model.device.type != "cpu":
             raise ValueError("--engine ctranslate2 is for the CPU; add --device cpu")
-        # CTranslate2 decodes by itself: no decoder of ours is made.
+        # With a decoder given, none of ours is made; CTranslate2 decodes by itself.
         super().__init__(model, max_length, min_length, no_repeat_ngram_size, decoder=self)
         if len(self.end_tokens) != 1 or len(self.suppressed) or any(self.forced.values()):
             raise ValueError("--engine ctranslate2 takes one end token, and none that is forced or suppressed")
@@ -40,7 +39,7 @@ class CTranslate2Beams(TokenRules):
             "beam_size": num_beams,
             "num_hypotheses": num_beams,
             "length_penalty": length_penalty,
-            "max_decoding_length": max_length - 1,  # The start token does not count here.
+            "max_decoding_length": max_length - 1,  # Without the start token.
             "min_decoding_length": max(0, min_length - 1),
             "no_repeat_ngram_size": no_repeat_ngram_size,
             "max_input_length": 0,  # Documents are cut already.
@@ -50,7 +49,7 @@ class CTranslate2Beams(TokenRules):
         self.translator = self._convert(model, compute_type)
 
     def _convert(self, model, compute_type):
-        """The Translator of `model`; a token is called by its number, "17"."""
+        """The Translator of `model`, in whose vocabulary a token's name is its number, such as "17"."""
         try:
             import ctranslate2
             from ctranslate2.converters.transformers import T5Loader
@@ -93,9 +92,9 @@ class CTranslate2Beams(TokenRules):
         )
 
     def _log_probs(self, sources, hypotheses):
-        """The model's own log-probability of each hypothesis, whatever was forbidden when it was found; in int8 that
-        of the rounded model."""
+        """The model's own log-probability of each hypothesis, regardless of what was forbidden in the search; in int8,
+        that of the quantized model."""
         end = str(int(self.end_tokens))
         bare = [[token for token in hypothesis if token != end] for hypothesis in hypotheses]
-        scored = self.translator.score_batch(sources, bare, max_input_length=0)  # With an end token behind each.
+        scored = self.translator.score_batch(sources, bare, max_input_length=0)  # Scores an end token after each.
         return [sum(each.log_probs[: len(own)]) for each, own in zip(scored, hypotheses, strict=True)]

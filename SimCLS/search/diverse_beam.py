@@ -1,12 +1,12 @@
 """Diverse (group) beam search (Vijayakumar et al. 2016, algorithm 1) for any encoder-decoder of transformers 5.
 
-transformers has had no group beam search since 4.57. This gives the same tokens in the same order as 4.56.2's
+Since 4.57, transformers has no group beam search. This returns the same tokens in the same order as 4.56.2's
 `generate(num_beams=N, num_beam_groups=G, diversity_penalty=p, num_return_sequences=N)`.
 
-The beams of a document form groups. At each step the groups choose their tokens one after another, and the score of a
-token falls by the diversity penalty for every beam of an earlier group that chose it at this step (Hamming diversity).
-Within a group it is beam search: the hypotheses that end are kept, as many as the group has beams, ranked by their
-log-probability (penalties included) divided by length ** length_penalty.
+The beams of a document form groups. At each step, the groups choose their tokens one after another; a token's score is
+reduced by the diversity penalty for every beam of an earlier group that chose it at this step (Hamming diversity).
+Each group is a beam search: it keeps as many ended hypotheses as it has beams, ranked by their log-probability
+(including penalties) divided by length ** length_penalty.
 """
 
 import itertools
@@ -18,9 +18,9 @@ from harness.devices import widest_float
 from search.hypotheses import Hypotheses, take
 from search.token_rules import TokenRules
 
-# Steps between two looks at what has ended. Each look makes the host wait for a GPU; on a CPU it costs nothing.
+# Steps between two checks for ended beams. Each check synchronises with a GPU; on a CPU it is free.
 STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}
-# Rows of ended beams leave the batch once they are this part of it, for moving the others has its cost.
+# Rows of ended beams are removed once they are this share of the batch, since moving the others has a cost.
 WORTH_LEAVING = 1 / 8
 # Columns in a block of `top_k`.
 BLOCK = 128
@@ -29,27 +29,28 @@ BLOCK = 128
 class Candidates(NamedTuple):
     """What a search found for a batch of documents, best first."""
 
-    tokens: torch.Tensor  # int64 [documents, candidates, length]: the start token first, padding behind the end token.
+    tokens: torch.Tensor  # int64 [documents, candidates, length]: start token first, padded after the end token.
     scores: torch.Tensor  # float32 [documents, candidates], by which they are ranked.
     log_probs: torch.Tensor  # wide float [documents, candidates]: the model's own, summed over `lengths` tokens.
-    lengths: torch.Tensor  # int64 [documents, candidates]: tokens behind the start token, the end token counted.
+    lengths: torch.Tensor  # int64 [documents, candidates]: tokens after the start token, including the end token.
 
 
 class DiverseBeamSearch(TokenRules):
-    """Diverse beam search over one model, called with one batch of documents after another.
+    """Diverse beam search with one model. A call takes one batch of documents.
 
     model: as for TokenRules.
-    num_beams: candidates a document; num_groups divides it. One group is plain beam search.
+    num_beams: candidates per document; a multiple of num_groups. One group is plain beam search.
     diversity_penalty: at least 0, in units of log-probability.
-    max_length: the most tokens of a candidate, start and end token counted; at least 2.
-    min_length: no end token follows fewer tokens than this, the start token counted.
-    length_penalty: the exponent of the length that a score is divided by.
+    max_length: the most tokens of a candidate, including start and end token; at least 2.
+    min_length: the fewest tokens before an end token, including the start token.
+    length_penalty: the exponent of the length by which a score is divided.
     no_repeat_ngram_size: no n-gram of this size occurs twice in a candidate; 0 allows all.
-    early_stopping: when a group that has ended all its hypotheses stops. True: at once. False: when its best open beam,
-        ended now, would not replace one. "never": when that beam could not do so at any length.
+    early_stopping: when a group stops once it has as many ended hypotheses as beams. True: at once. False: when its
+        best open beam, if it ended now, would not replace one. "never": when that beam could not do so at any length.
+    decoder: as for TokenRules.
 
-    Raises ValueError for settings that contradict each other, and for a generation config with a setting that is not
-    implemented (a repetition penalty, say).
+    Raises ValueError for contradictory settings, and for unsupported settings in the generation config (such as a
+    repetition penalty).
     """
 
     def __init__(
@@ -68,7 +69,7 @@ class DiverseBeamSearch(TokenRules):
     ):
         if num_beams % num_groups:
             raise ValueError(f"{num_beams} beams cannot be shared out equally over {num_groups} groups")
-        # Beyond these, float32 has no number for a score.
+        # Beyond these bounds, scores could overflow float32.
         if not abs(length_penalty) <= 10:
             raise ValueError(f"a length penalty of {length_penalty} is not between -10 and 10")
         if not 0 <= diversity_penalty <= 1e30:
@@ -77,20 +78,20 @@ class DiverseBeamSearch(TokenRules):
         self.num_beams, self.num_groups, self.group_size = num_beams, num_groups, num_beams // num_groups
         self.diversity_penalty = diversity_penalty
         self.early_stopping, self.rewards_length = early_stopping, length_penalty > 0
-        # By number of tokens behind the start token. A table, since CUDA multiplies by the inverse of a Python number.
+        # By number of tokens after the start token. A tensor, since CUDA multiplies by the inverse of a Python number.
         divisors = [1.0] + [float(length) ** length_penalty for length in range(1, max_length)]
         self.divisors = torch.tensor(divisors, dtype=widest_float(self.device), device=self.device)
-        # Enough of a group's best tokens that as many as it has beams do not end.
+        # So many of a group's best tokens that at least as many as it has beams are not end tokens.
         self.offers = max(2, 1 + len(self.end_tokens)) * self.group_size
 
     @torch.inference_mode()
     def __call__(self, input_ids, attention_mask, encoded=None):
         """The Candidates of a batch of documents. input_ids, attention_mask: int64 [documents, length], padded at the
-        end. encoded: the same documents as from `encode`, where they are encoded already."""
+        end. encoded: as from `encode`, if they are encoded already."""
         documents = len(input_ids)
         beams = Beams(self, documents)
         self.decoder.start(encoded or self.encode(input_ids, attention_mask), self.max_length)
-        rows = None  # Which beam each row of the decoder is. Until the first token the beams of a document are one row.
+        rows = None  # The beam of each decoder row. Until the first token, a document's beams share one row.
         look = STEPS_BETWEEN_LOOKS.get(self.device.type, 8)
         for length in range(1, self.max_length):
             history = beams.tokens[:, 0, :length] if rows is None else beams.tokens.flatten(0, 1)[rows, :length]
@@ -115,19 +116,19 @@ class DiverseBeamSearch(TokenRules):
         return beams.best()
 
     def _best_tokens(self, logits, history):
-        """Each row's best tokens, best first, all [rows, tokens]: the log-probabilities by which it is searched
-        (float32), ids (int64), and the model's own log-probabilities, also of what is forced or forbidden (float32).
+        """Each row's best tokens, best first, each [rows, tokens]: (log-probabilities for the search, float32; ids,
+        int64; the model's own log-probabilities, whatever is forced or forbidden, float32).
 
-        logits: [rows, vocabulary]; history: int64 [rows, length].
+        logits: [rows, vocabulary]. history: int64 [rows, length].
         """
-        # The penalties of earlier groups can push aside as many tokens as these groups have beams.
+        # The penalties of earlier groups can displace at most as many tokens as these groups have beams.
         count = min(self.offers + self.num_beams - self.group_size, logits.shape[1])
         forced = self.forced.get(history.shape[1])
         if forced:
             scores, tokens = self._forced_tokens(forced, len(history), count)
             return scores, tokens, logits.float().log_softmax(-1).gather(1, tokens)
         scores, tokens = top_k(self.allowed(logits, history), count)
-        # By the differences of the logits: an own copy of all log-probabilities would have to be made at each step.
+        # From logit differences, which saves a copy of all log-probabilities at each step.
         chosen = logits.gather(1, tokens).float()
         return scores, tokens, scores[:, :1] + (chosen - chosen[:, :1])
 
@@ -140,14 +141,14 @@ class DiverseBeamSearch(TokenRules):
 
 
 class Beams:
-    """The open beams of a batch of documents and the hypotheses that have ended, group by group."""
+    """The open beams and the ended hypotheses of a batch of documents, by group."""
 
     def __init__(self, search, documents):
         self.search = search
         shape = (documents, search.num_beams)
         self.tokens = torch.full((*shape, search.max_length), search.pad_token, device=search.device)
         self.tokens[:, :, 0] = search.start_token
-        # All but the first beam of a group start hopeless: the equal beams would choose equal tokens.
+        # All but the first beam of a group start with a hopeless score: equal beams would choose equal tokens.
         self.scores = torch.full(shape, -1e9, device=search.device)
         self.scores[:, :: search.group_size] = 0
         self.log_probs = torch.zeros(shape, dtype=search.divisors.dtype, device=search.device)
@@ -159,7 +160,7 @@ class Beams:
 
         scores, tokens, log_probs: [documents * num_beams, offers], of each beam's best tokens. length: tokens of a beam
         so far.
-        Returns the beam that each beam now continues, int64 [documents * num_beams]; always one of its own group.
+        Returns the beam that each beam continues, int64 [documents * num_beams]; always of the same group.
         """
         search = self.search
         tops, top_tokens, ends, places, nexts = self._choose(scores, tokens, length)
@@ -187,15 +188,15 @@ class Beams:
     def _choose(self, scores, tokens, length):
         """Let the groups choose in turn.
 
-        Returns the best continuations of each group, best first: scores, tokens, whether these end, and their places
-        among the offers of all the group's beams, each [documents, groups, offers]; and which of them its beams take,
-        [documents, groups, group size].
+        Returns each group's best continuations, best first: scores, tokens, whether they are end tokens, and their
+        places among the offers of all beams of the group, each [documents, groups, offers]; and the places in these of
+        the continuations that its beams take, [documents, groups, group size].
         """
         search = self.search
         documents, size = len(self.tokens), search.group_size
         scores, tokens = (x.view(documents, search.num_groups, size, -1) for x in (scores, tokens))
         penalty = 0 if search.forced.get(length) else search.diversity_penalty
-        # All that does not depend on what earlier groups choose is done for all groups at once.
+        # What does not depend on the choices of earlier groups is computed for all groups at once.
         beam_scores = self.scores.view(documents, search.num_groups, size, 1)
         flat_tokens = tokens.flatten(2)
         flat_ends = torch.isin(flat_tokens, search.end_tokens)
@@ -238,21 +239,21 @@ class Beams:
         tokens = torch.where(column < lengths.unsqueeze(2), tokens, search.pad_token)
         if len(search.end_tokens):
             tokens = torch.where(column == lengths.unsqueeze(2), search.end_tokens[0], tokens)
-        # Those that were cut at the maximum length have no end token.
+        # Candidates that were cut at the maximum length have no end token.
         return Candidates(tokens, scores.float(), log_probs, lengths.clamp(max=search.max_length - 1))
 
 
 def _first_open(ends, count):
-    """The places of the first `count` False of each row of `ends`, then of the first True: int64 [rows, count]."""
+    """The places of the first `count` False in each row of `ends`, then of the first True: int64 [rows, count]."""
     if count == 1:
         return ends.byte().argmin(dim=1, keepdim=True)
     return ends.byte().argsort(dim=1, stable=True)[:, :count]
 
 
 def top_k(scores, count):
-    """`scores.topk(count)` of float [rows, columns], 5 times as fast on a CPU for a vocabulary of 32,000.
+    """`scores.topk(count)` for float [rows, columns]; 5 times as fast on a CPU with a vocabulary of 32,000.
 
-    The `count` best columns lie in the `count` blocks of columns with the best maxima.
+    The `count` best columns are in the `count` blocks of columns with the highest maxima.
     """
     whole = scores.shape[1] // BLOCK * BLOCK
     if whole < 2 * count * BLOCK:
@@ -266,7 +267,7 @@ def top_k(scores, count):
 
 
 def _place(rows, total, *tensors):
-    """Each tensor [rows, ...] with its rows at their places among `total`, the others 0."""
+    """Each tensor [rows, columns] scattered to its `rows` of [total, columns]; the other rows are 0."""
     if len(rows) == total:
         return tensors
     return [tensor.new_zeros(total, tensor.shape[1]).index_copy_(0, rows, tensor) for tensor in tensors]

@@ -1,4 +1,4 @@
-"""The generator: a sequence-to-sequence model, its settings, and documents made candidates by one search or several."""
+"""The generator: a sequence-to-sequence model, its search settings, and its candidates by one or several searches."""
 
 import argparse
 import copy
@@ -27,39 +27,39 @@ from texts.documents import clean
 from texts.samples import as_sample
 from texts.sentences import SentenceSplitter
 
-# For a generator whose tokenizer or generation config names no length.
+# Defaults for a generator whose tokenizer or generation config has no maximum length.
 SOURCE_LENGTH, SUMMARY_LENGTH = 512, 64
 CANDIDATES = 16
 SEARCHES = ("diverse", "beam", "sample")
-ENGINES = {"pytorch": None, "ctranslate2": "float32", "ctranslate2_int8": "int8"}  # And the type that they compute in.
+ENGINES = {"pytorch": None, "ctranslate2": "float32", "ctranslate2_int8": "int8"}  # Name -> compute type.
 TOKENIZED_TOGETHER = 1000
 
 
 def add_search_arguments(parser):
-    """The arguments of the search, in a group of their own; `search_settings` reads them."""
+    """Add the arguments of the search, in their own group; `search_settings` reads them."""
     integer, number = arguments.positive_int, arguments.non_negative_float
     search = parser.add_argument_group("search for candidates; defaults marked * are those of the generation config")
     search.add_argument("--search", type=searches, default="diverse", metavar="diverse|beam|sample", help="diverse or "
-        "plain beam search, or nucleus sampling; several as in beam+sample, whose candidates stand in this order, and "
-        "for which a document is encoded once")  # fmt: skip
-    search.add_argument("--num_cands", type=integer, default=CANDIDATES, help="candidates a document, of each search")
-    search.add_argument("--num_groups", type=integer, help="groups of beams; by default one a candidate")
-    search.add_argument("--diversity_penalty", type=number, default=1.0, help="of tokens that other groups have")
+        "plain beam search, or nucleus sampling; or several, as in beam+sample: their candidates come in this order, "
+        "and a document is encoded once")  # fmt: skip
+    search.add_argument("--num_cands", type=integer, default=CANDIDATES, help="candidates per document and search")
+    search.add_argument("--num_groups", type=integer, help="groups of beams; by default one per candidate")
+    search.add_argument("--diversity_penalty", type=number, default=1.0, help="for tokens of earlier groups")
     search.add_argument("--top_p", type=arguments.positive_share, default=0.9,
-        help="of --search sample: the probability of the tokens that are drawn from")  # fmt: skip
-    search.add_argument("--seed", type=arguments.seed, default=0, help="of --search sample")
+        help="for --search sample: total probability of the tokens to draw from")  # fmt: skip
+    search.add_argument("--seed", type=arguments.seed, default=0, help="seed of --search sample")
     search.add_argument(
-        "--length_penalty", type=arguments.exponent, help="exponent of the length that scores are divided by *"
+        "--length_penalty", type=arguments.exponent, help="exponent of the length by which scores are divided *"
     )
-    search.add_argument("--min_length", type=arguments.non_negative_int, help="tokens before the end *")
+    search.add_argument("--min_length", type=arguments.non_negative_int, help="fewest tokens before the end *")
     search.add_argument("--no_repeat_ngram_size", type=arguments.non_negative_int, help="0 allows repetition *")
     search.add_argument("--decoder_max_len", type=integer, help=f"most tokens of a candidate (* or {SUMMARY_LENGTH})")
     search.add_argument(
-        "--max_source_length", type=integer, help="tokens of a document, cut there; by default the tokenizer's"
+        "--max_source_length", type=integer, help="most tokens of a document; by default the tokenizer's"
     )
-    search.add_argument("--engine", choices=ENGINES, default="pytorch", help="of --search beam: ours, or the "
+    search.add_argument("--engine", choices=ENGINES, default="pytorch", help="for --search beam: ours, or the "
         "optional package CTranslate2, faster on a CPU, in float32 or in int8")  # fmt: skip
-    search.add_argument("--cand_gen_batch", type=integer, default=16, help="documents a batch")
+    search.add_argument("--cand_gen_batch", type=integer, default=16, help="documents per batch")
 
 
 def searches(text):
@@ -71,12 +71,12 @@ def searches(text):
 
 
 def candidates_a_document(args):
-    """Those of all searches of --search together."""
+    """The number of candidates per document, over all searches of --search."""
     return args.num_cands * len(args.search.split("+"))
 
 
 def check_search(args):
-    """UserError unless --num_groups, where it is given, divides --num_cands, and --engine knows the search."""
+    """UserError unless --num_groups, if given, divides --num_cands, and --engine supports the search and precision."""
     if ENGINES[args.engine] and args.search != "beam":
         raise UserError(f"--engine {args.engine} knows --search beam alone; name that, or leave the engine out")
     if ENGINES[args.engine] and args.half_precision:
@@ -86,8 +86,8 @@ def check_search(args):
 
 
 def search_settings(args, config, search="diverse"):
-    """The arguments of DiverseBeamSearch, or of NucleusSampling: the user's, else those of the generation config, else
-    neutral ones. Of several searches {"searches": a list of such arguments, "max_length"}.
+    """The arguments of DiverseBeamSearch or NucleusSampling: the user's, else the generation config's, else neutral
+    ones. For several searches {"searches": a list of such arguments, "max_length"}.
 
     search: "diverse"; "beam" for one group, whatever the arguments say; "sample"; or several, joined by "+".
     """
@@ -122,31 +122,30 @@ def search_settings(args, config, search="diverse"):
 
 
 def own_length(config):
-    """The most tokens of a summary, its start token counted, that a generation config says; SUMMARY_LENGTH where it
-    says nothing."""
-    if config.max_new_tokens is not None:  # It outdoes max_length, as in transformers.
+    """The generation config's maximum tokens of a summary, including the start token; SUMMARY_LENGTH if it has none."""
+    if config.max_new_tokens is not None:  # Takes precedence over max_length, as in transformers.
         return config.max_new_tokens + 1
     unset = transformers.GenerationConfig().max_length  # None, but 20 in older versions.
     return SUMMARY_LENGTH if config.max_length in (None, unset) else config.max_length
 
 
 def own_source_length(model, tokenizer):
-    """The most tokens of a document that a generator's tokenizer says, or SOURCE_LENGTH, as far as it has positions."""
-    # A tokenizer without a limit says 1e30.
+    """The tokenizer's maximum tokens of a document, or else SOURCE_LENGTH; at most the encoder's positions."""
+    # 1e30 means no limit.
     own = tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else SOURCE_LENGTH
     return min(own, most_tokens(model.get_encoder()))
 
 
 def generator_dtype(half_precision, precision):
-    """The dtype of the generator's weights as `load_generator` takes it. precision: chosen by `half_precision`."""
+    """The dtype of the generator's weights, for `load_generator`. precision: chosen by `half_precision`."""
     return lambda config: half_precision_dtype(config, half_precision, precision) or torch.float32
 
 
 def load_generator(name, dtype=torch.float32, dropout=None):
-    """(model in eval mode, tokenizer) of a folder or a hub name. Raises UserError when it cannot be loaded.
+    """(model in eval mode, tokenizer) from a folder or a name on the hub; UserError if it cannot be loaded or used.
 
-    dtype: of the weights, or a function from the model's config to it. dropout: the share dropped
-    in training, in place of the model's own.
+    dtype: of the weights, or a function from the model's config to it. dropout: its probability in training, by default
+    the model's own.
     """
     where = "in this folder" if Path(name).is_dir() else "under this name, neither as a folder nor on the hub"
     model, tokenizer = load(
@@ -168,14 +167,14 @@ def load_generator(name, dtype=torch.float32, dropout=None):
 
 
 def candidate_generator(args, world, precision):
-    """The CandidateGenerator of --generator_name, on the device of `world`, with the search that the arguments name."""
+    """The CandidateGenerator of --generator_name, on the device of `world`, with the search of the arguments."""
     model, tokenizer = load_generator(args.generator_name, generator_dtype(args.half_precision, precision))
     settings = search_settings(args, model.generation_config, args.search)
     return CandidateGenerator(model.to(world.device), tokenizer, settings, args.max_source_length)
 
 
 class Candidate(NamedTuple):
-    """A summary, the sum of its tokens' log-probabilities by the generator alone, and how many tokens these are."""
+    """A summary, the sum of its tokens' log-probabilities by the generator alone, and their number."""
 
     text: str
     log_prob: float
@@ -183,9 +182,9 @@ class Candidate(NamedTuple):
 
 
 def check_start(model, tokenizer):
-    """ValueError unless summaries start in generation with the token with which they start in training.
+    """ValueError unless summaries start with the same token in generation as in training.
 
-    decoder_start_token_id as a list of one token becomes that token.
+    A decoder_start_token_id that is a list of one token is replaced by that token.
     """
     for config in (model.config, model.generation_config):
         start = getattr(config, "decoder_start_token_id", None)
@@ -200,7 +199,7 @@ def check_start(model, tokenizer):
     if hasattr(tokenizer, "tgt_lang") and tokenizer.tgt_lang is None:
         raise ValueError("its tokenizer names no target language; set tgt_lang in tokenizer_config.json")
     try:
-        labels = torch.tensor([tokenizer(text_target="a")["input_ids"]])  # Of mBART the last one comes first.
+        labels = torch.tensor([tokenizer(text_target="a")["input_ids"]])  # mBART moves the last one to the front.
         trained = int(model.prepare_decoder_input_ids_from_labels(labels=labels)[0, 0])
     except AttributeError:  # The model shifts its labels itself.
         trained = getattr(model.config, "decoder_start_token_id", None)
@@ -217,8 +216,8 @@ def check_start(model, tokenizer):
 
 
 def check_generation(name, model, tokenizer, beams):
-    """UserError for a generation config of the generator `name` that cannot be saved, or generated by with so many
-    beams: training would show it after an epoch only."""
+    """UserError if the generation config of the generator `name` cannot be saved, or used with this many `beams`.
+    Otherwise training would fail only after an epoch."""
     config = copy.deepcopy(model.generation_config)
     try:
         with tempfile.TemporaryDirectory() as folder:
@@ -228,7 +227,7 @@ def check_generation(name, model, tokenizer, beams):
         inputs = {"input_ids": encoded["input_ids"], "attention_mask": encoded["attention_mask"]}
         model.generate(**inputs, num_beams=beams, max_length=4, min_length=0, min_new_tokens=None)
     except (ValueError, TypeError, KeyError, IndexError, RuntimeError, OSError, ImportError) as error:
-        if endings.explain(error):  # Short memory, a full disk: nothing that the config says.
+        if endings.explain(error):  # Out of memory, full disk: not the config's fault.
             raise
         lines = [line.strip("- ") for line in str(error).splitlines() if line.strip()]
         reason = lines[1] if lines and lines[0].startswith("GenerationConfig is invalid") else "".join(lines[:1])
@@ -240,10 +239,10 @@ def check_generation(name, model, tokenizer, beams):
 
 
 class CandidateGenerator:
-    """Documents to candidate summaries, by one search or several.
+    """Generates candidate summaries of documents, by one or several searches.
 
     settings: as from `search_settings`. max_source_length: tokens at which documents are cut, or None for the
-    tokenizer's own. Raises UserError for lengths or a generation config that the model cannot do.
+    tokenizer's own. Raises UserError for lengths or a generation config that are not supported.
     """
 
     def __init__(self, model, tokenizer, settings, max_source_length=None):
@@ -266,12 +265,12 @@ class CandidateGenerator:
         for start in range(0, len(texts), TOKENIZED_TOGETHER):
             some = texts[start : start + TOKENIZED_TOGETHER]
             encoded = self.tokenizer(some, truncation=True, max_length=self.max_source_length)
-            # A tokenizer without special tokens may know nothing of a text.
+            # A tokenizer without special tokens may return no token for a text.
             sources += [np.array(ids or [self.pad_token], np.int32) for ids in encoded["input_ids"]]
         return sources
 
     def generate(self, sources):
-        """Candidates of one batch of tokenized documents: for each a list of Candidate, the best of a search first."""
+        """The candidates of one batch of tokenized documents: a list of Candidate each, best first for each search."""
         lengths = torch.tensor([len(source) for source in sources]).unsqueeze(1)
         mask = (torch.arange(int(lengths.max())) < lengths).long()
         input_ids = torch.full(mask.shape, self.pad_token)
@@ -282,7 +281,7 @@ class CandidateGenerator:
         return [list(itertools.chain(*some)) for some in zip(*parts, strict=True)]
 
     def candidates(self, texts, batch_size, label=None):
-        """Candidates of documents, as from `generate`, in their order. label: of a bar that shows how far they are."""
+        """The candidates of documents, as from `generate`, in the documents' order. label: of the progress, or None."""
         sources, found = self.tokenize(texts), [None] * len(texts)
         batches = length_batches(sources, batch_size)
         for places in progress(batches, len(batches), label) if label else batches:
@@ -291,7 +290,8 @@ class CandidateGenerator:
         return found
 
     def read(self, found):
-        """For each document a list of Candidate. found: the Candidates of a search."""
+        """A list of Candidate per document. found: the Candidates of a search. UserError for log-probabilities that are
+        not finite."""
         texts = self.tokenizer.batch_decode(
             found.tokens.flatten(0, 1).tolist(), skip_special_tokens=True, clean_up_tokenization_spaces=False
         )
@@ -301,7 +301,7 @@ class CandidateGenerator:
                 "config.json, or where it overflows in float16, use bfloat16"
             )
         likelihoods = found.log_probs.flatten().tolist(), found.lengths.flatten().tolist()
-        # Rounded as the files have them.
+        # Rounded as in the candidate files.
         every = [
             Candidate(clean(text), round(log_prob, 6), tokens)
             for text, log_prob, tokens in zip(texts, *likelihoods, strict=True)
@@ -310,8 +310,8 @@ class CandidateGenerator:
         return [every[start : start + count] for start in range(0, len(every), count)]
 
     def origin(self, name, path, documents):
-        """The provenance of candidates of this search: name of the generator, path of the text, and all its documents,
-        also those that no candidates are made of."""
+        """The provenance of this generator's candidates. name: of the generator. path: of the text. documents: all of
+        the text, also those without candidates."""
         return provenance.describe(
             generator_name=Path(name).resolve().name if Path(name).is_dir() else name,
             generator=self.fingerprint,
@@ -327,8 +327,7 @@ class CandidateGenerator:
 
 
 def fingerprint(model, tokenizer, dtype=None):
-    """A digest of a generator's weights, its vocabulary and the special tokens. dtype: of its floats, if it is not to
-    be their own."""
+    """A digest of a generator's weights, vocabulary and generation config. dtype: to convert its floats to, or None."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
         tensor = tensor.detach().cpu()
@@ -343,15 +342,15 @@ def fingerprint(model, tokenizer, dtype=None):
 
 
 def is_of(model, tokenizer, made):
-    """Whether samples of the provenance `made` have candidates of this generator, in whatever precision it wrote them;
-    True where they do not tell."""
+    """Whether samples with the provenance `made` have candidates from this generator, whatever its precision was then;
+    True if unknown."""
     origin = ((made or {}).get("candidates") or {}).get("generator")
     types = (torch.float32, torch.bfloat16, torch.float16)
     return origin is None or any(fingerprint(model, tokenizer, dtype) == origin for dtype in types)
 
 
 def make_searches(model, settings):
-    """A search for each of a list of `search_settings`; they share one decoder."""
+    """A search for each of a list of search settings; they share one decoder."""
     if "engine" in settings[0]:
         known = "num_beams", "max_length", "min_length", "length_penalty", "no_repeat_ngram_size"
         of_engine = {name: settings[0][name] for name in known}
@@ -364,20 +363,20 @@ def make_searches(model, settings):
 
 
 def begins_with_beam_search(settings):
-    """Whether of the candidates of such `search_settings` the first is that of plain beam search."""
+    """Whether the first candidate by these `search_settings` is that of plain beam search."""
     return settings.get("searches", [settings])[0].get("num_groups") == 1
 
 
 def length_batches(sources, size):
-    """Batches of documents of like length, the longest first: lists of places in `sources`."""
+    """Batches of documents of similar length, longest first: lists of indices into `sources`."""
     order = sorted(range(len(sources)), key=lambda place: -len(sources[place]))
     return [order[start : start + size] for start in range(0, len(order), size)]
 
 
 def generate_samples(generator, documents, batch_size, rouge_tokens="standard", split=None):
-    """A list of the samples of `documents` with the candidates of a CandidateGenerator.
+    """The samples of `documents`, a list, with candidates from a CandidateGenerator.
 
-    split: text -> list of sentences; by default a SentenceSplitter's that learns from these documents.
+    split: text -> list of sentences; by default that of a SentenceSplitter which learns from these documents.
     """
     texts = [document.text for document in documents]
     candidates = generator.candidates(texts, batch_size, "candidates, in batches")

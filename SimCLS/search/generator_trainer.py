@@ -1,4 +1,4 @@
-"""What finetune_model.py gives the Trainer of transformers: data, ROUGE, an order of samples, and its callbacks."""
+"""For finetune_model.py: the Trainer of transformers with our data, ROUGE, sample order and callbacks."""
 
 import time
 
@@ -35,11 +35,11 @@ class SummaryDataset(torch.utils.data.Dataset):
 
 
 class Rouge:
-    """Turns the Trainer's predictions into mean F of ROUGE-1, -2, -Lsum (stemmed, 0 to 1) and their mean, `rouge`.
+    """Turns the Trainer's predictions into mean F-measures of ROUGE-1, -2, -Lsum (0 to 1) and their mean, `rouge`.
 
-    They are tokenized and split into sentences as preprocess.py does, so that they compare with evaluate_model.py's.
+    Texts are tokenized and split into sentences as in preprocess.py, so the values compare with evaluate_model.py's.
 
-    tokenizer: the generator's. references: the summaries of the documents that are predicted, in their order.
+    tokenizer: the generator's. references: the reference summaries of the predicted documents, in their order.
     split: text -> list of sentences. tokens: what ROUGE counts, a key of ROUGE_TOKENS.
     """
 
@@ -48,10 +48,10 @@ class Rouge:
         self.references = [self._sentences(reference) for reference in references]
 
     def __call__(self, prediction):
-        """`predictions`: int array (documents, tokens), padded with -100."""
+        """prediction.predictions: int array [documents, tokens], padded with -100."""
         token_ids = [[token for token in row if token >= 0] for row in prediction.predictions.tolist()]
         summaries = self.tokenizer.batch_decode(token_ids, skip_special_tokens=True)
-        # Many processes repeat the first documents behind the last ones, so that each of them has as many.
+        # With several processes, the first documents are repeated at the end, so that all processes have equally many.
         summaries = summaries[: len(self.references)]
         figures = [
             score(reference, [self._sentences(clean(summary))], self.tokens)
@@ -65,10 +65,10 @@ class Rouge:
 
 
 class EpochSampler(LengthGroupedSampler):
-    """Groups samples of like length in an order that follows from `seed` and the epoch alone.
+    """Groups samples of similar length, in an order that depends only on `seed` and the epoch.
 
-    The Trainer's own draws it from the global generator as the epoch begins, and a run that goes on within an epoch
-    would get another order.
+    The Trainer's own sampler draws from the global generator when the epoch begins, so a run that resumes within an
+    epoch would get another order.
     """
 
     def __init__(self, batch_size, lengths, seed):
@@ -80,15 +80,15 @@ class EpochSampler(LengthGroupedSampler):
 
 
 class Trainer(transformers.Seq2SeqTrainer):
-    """The library's, but for the order of samples and for which epoch is the best."""
+    """The library's Trainer, with another sample order and another choice of the best epoch."""
 
     def _get_train_sampler(self, train_dataset=None):
         lengths = [len(sample["input_ids"]) for sample in self.train_dataset.samples]
         return EpochSampler(self.args.train_batch_size, lengths, self.args.seed)
 
     def _determine_best_metric(self, metrics, trial):
-        """Of two epochs with the same ROUGE, as all have before a model from scratch finds a word, the one with the
-        lower loss is the better."""
+        """Of epochs with equal ROUGE, the one with the lower loss is better. The first epochs of a model from scratch
+        all have the same."""
         losses = {each["step"]: each["eval_loss"] for each in self.state.log_history if "eval_loss" in each}
         tie = metrics["eval_rouge"] == self.state.best_metric
         if tie and metrics["eval_loss"] < losses[self.state.best_global_step]:
@@ -103,14 +103,14 @@ class Trainer(transformers.Seq2SeqTrainer):
 class NvtxPhases(transformers.TrainerCallback):
     """NVTX ranges: "training generator" > "epoch 1" > "epoch 1 - step 1" > the phases of the step.
 
-    Forward ends where the model's own forward does: with label smoothing the loss is computed in "backward".
+    "forward" ends with the model's own forward: with label smoothing, the loss is computed in "backward".
     """
 
     def __init__(self):
-        self._ranges = []  # Open ones, the outermost first.
+        self._ranges = []  # The open ones, outermost first.
 
     def _open(self, level, name):
-        """Open a range in the `level` outermost ones, after what is open within these."""
+        """Open a range inside the `level` outermost ones, after closing all that are deeper."""
         self._close(level)
         self._ranges.append(nvtx_range(name))
         self._ranges[-1].__enter__()
@@ -130,7 +130,7 @@ class NvtxPhases(transformers.TrainerCallback):
         model.register_forward_hook(lambda model, inputs, output: self._open_phase(model, "backward"))
 
     def _open_phase(self, model, name):
-        if model.training:  # And is not validated.
+        if model.training:  # Not during validation.
             self._open(3, name)
 
     def on_epoch_begin(self, args, state, control, train_dataloader=None, **kwargs):
@@ -160,7 +160,7 @@ class NvtxPhases(transformers.TrainerCallback):
 
 
 class PlainProgress(transformers.TrainerCallback):
-    """One line a logging step or validation, for a log file where a progress bar would be noise."""
+    """One line per logging step or validation, for log files, where a progress bar would be noise."""
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or "train_runtime" in logs:
@@ -171,9 +171,9 @@ class PlainProgress(transformers.TrainerCallback):
 
 
 class StopAndSave(transformers.TrainerCallback):
-    """Ends training when `stop`, a StopRequest, comes true, with the state saved after the step that was being made.
+    """Ends training once `stop`, a StopRequest, is true, after saving the state after the current step.
 
-    An epoch's last step, and the validation after it, are left at once: what was saved before is what goes on.
+    In an epoch's last step, and in the validation after it, training ends at once; a resumed run uses an older state.
     """
 
     def __init__(self, stop):

@@ -1,4 +1,4 @@
-"""The hypotheses that a beam search has ended, kept on the device for many groups of beams at once."""
+"""The ended hypotheses of a beam search, kept on the device for many groups of beams at once."""
 
 import torch
 
@@ -6,10 +6,10 @@ from harness.devices import widest_float
 
 
 class Hypotheses:
-    """The best ended hypotheses of every group of every document, `size` a group.
+    """The best `size` ended hypotheses of every group of every document.
 
-    Which of two equal ones stays, and which comes first, is decided by when they came, as in a list that is appended to
-    and whose worst entry is deleted.
+    Between equal scores the order of arrival decides, as in a list that is appended to and whose first worst entry is
+    deleted.
     """
 
     def __init__(self, documents, groups, size, max_length, device):
@@ -29,8 +29,8 @@ class Hypotheses:
     def add(self, offered, scores, log_probs, tokens, length):
         """Offer one hypothesis to each group where `offered`, bool [documents, groups], is true.
 
-        scores, log_probs: wide float [documents, groups], float64 but on MPS; tokens: int64 [documents, groups,
-        max_length], `length` of them used.
+        scores, log_probs: wide float [documents, groups] (float64, except on MPS). tokens: int64 [documents, groups,
+        max_length], of which the first `length` are used.
         """
         self.clock += 1
         size = self.scores.shape[2]
@@ -47,7 +47,7 @@ class Hypotheses:
         self.count += accepted & ~full
 
     def ranked(self):
-        """All hypotheses of each document, best first, the later one first of two equal ones.
+        """All hypotheses of each document, best first; of equal ones the later comes first.
 
         Returns tokens [documents, hypotheses, max_length]; scores, log_probs and lengths [documents, hypotheses].
         """
@@ -61,5 +61,5 @@ class Hypotheses:
 
 
 def take(tensor, index):
-    """Gather along the last dimension of `index` whole vectors of `tensor`, which has one dimension more."""
+    """Gather whole vectors of `tensor`, which has one dimension more than `index`, along the last one of `index`."""
     return tensor.gather(index.dim() - 1, index.unsqueeze(-1).expand(*index.shape, tensor.shape[-1]))

@@ -1,11 +1,11 @@
-"""Any encoder-decoder of transformers as the searches run it, by its own forward."""
+"""Decoding for the searches with any encoder-decoder of transformers, by its own forward."""
 
 from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 from transformers.modeling_outputs import BaseModelOutput
 
 
 class LibraryDecoder:
-    """Decodes for a search by the model's own forward; see T5Decoder for what the methods are given and return."""
+    """Decodes for a search by the model's own forward. For the methods' arguments and results see T5Decoder."""
 
     def __init__(self, model):
         self.model, self.encoder = model, model.get_encoder()
@@ -34,7 +34,7 @@ class LibraryDecoder:
         self.mask = self.mask.repeat_interleave(beams, dim=0)
 
     def reorder(self, rows):
-        # The documents' keys and values stay: rows change places only within a document.
+        # The cross-attention cache stays as it is: rows change places only within a document.
         self.cache.self_attention_cache.reorder_cache(rows)
 
     def keep(self, rows):

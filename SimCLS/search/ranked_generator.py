@@ -1,4 +1,4 @@
-"""A generator that is fine-tuned on ranked summaries (brio.py): its samples, the scores that it gives, its files."""
+"""For brio.py: a generator fine-tuned on ranked candidates, with its samples, scores, validation and run files."""
 
 import argparse
 import itertools
@@ -20,16 +20,17 @@ from search.generator import CandidateGenerator, generate_samples, search_settin
 from texts.samples import as_document
 from texts.sentences import SentenceSplitter
 
-NO_TOKEN = -100  # What transformers takes for padding of labels.
+NO_TOKEN = -100  # Padding of labels in transformers.
 NOT_RESULTS = (*runs.NOT_RESULTS, "max_steps", "save_dir", "num_workers")
-VALIDATED_TOGETHER = 32  # Documents.
+VALIDATED_TOGETHER = 32  # Documents per batch.
 
 
 class RankedSamples(torch.utils.data.Dataset):
-    """Samples as from `texts.samples.read_sample` as token ids of a generator, in their order.
+    """Samples as from `texts.samples.read_sample`, in their order, as a generator's token ids.
 
-    candidates: those of a sample beyond so many are left out. source_length, target_length: the most tokens of a
-    document, and of a summary. `dataset[epoch, number]` is the number, for `batch` as a DataLoader's collate function.
+    candidates: the most of a sample; the rest are left out. source_length, target_length: the most tokens of a document
+    and of a summary. `dataset[epoch, number]` is just the number: `batch`, the DataLoader's collate function, makes the
+    batch.
     """
 
     def __init__(self, samples, tokenizer, candidates, source_length, target_length):
@@ -49,12 +50,12 @@ class RankedSamples(torch.utils.data.Dataset):
 
     @property
     def all_tied(self):
-        """Whether no document has candidates of different scores."""
+        """Whether no document has candidates with different scores."""
         return all(len(set(scores)) < 2 for scores in self.rouge)
 
     @property
     def document_lengths(self):
-        """Tokens of each document, int64 [samples]."""
+        """The number of tokens of each document, int64 [samples]."""
         return np.array([len(source) for source in self.sources])
 
     def batch(self, numbers):
@@ -72,17 +73,17 @@ class RankedSamples(torch.utils.data.Dataset):
 
 class RankedBatch(NamedTuple):
     sources: torch.Tensor  # int64 [documents, tokens], padded at the end.
-    lengths: torch.Tensor  # Of the documents, int64 [documents].
-    summaries: torch.Tensor  # int64 [documents * (1 + candidates), tokens]: each one's reference, then its candidates.
-    rouge: torch.Tensor  # Of the candidates, float32 [documents, candidates].
-    present: torch.Tensor  # bool [documents, candidates], False where a document has fewer.
+    lengths: torch.Tensor  # The documents' numbers of tokens, int64 [documents].
+    summaries: torch.Tensor  # int64 [documents * (1 + candidates), tokens]: each document's reference, then candidates.
+    rouge: torch.Tensor  # The candidates' scores, float32 [documents, candidates].
+    present: torch.Tensor  # bool [documents, candidates], False for missing candidates.
 
     def to(self, device):
         return RankedBatch(*(tensor.to(device, non_blocking=True) for tensor in self))
 
 
 class RankedGenerator(torch.nn.Module):
-    """model: a sequence-to-sequence model of transformers. A summary's score is its log-probability, divided by its
+    """model: a sequence-to-sequence model of transformers. A summary's score is its log-probability divided by its
     number of tokens ** length_penalty."""
 
     def __init__(self, model, tokenizer, length_penalty):
@@ -90,13 +91,13 @@ class RankedGenerator(torch.nn.Module):
         self.model, self.tokenizer, self.length_penalty = model, tokenizer, length_penalty
 
     def forward(self, batch):
-        """Of a RankedBatch: the candidates' scores, float32 [documents, candidates], the references', float32
-        [documents], and the mean over documents of the reference's cross-entropy a token."""
+        """For a RankedBatch: (the candidates' scores, float32 [documents, candidates]; the references', float32
+        [documents]; the references' cross-entropy per token, averaged over documents)."""
         documents, summaries = len(batch.sources), len(batch.summaries) // len(batch.sources)
         mask = (torch.arange(batch.sources.shape[1], device=batch.sources.device) < batch.lengths[:, None]).long()
         states = self.model.get_encoder()(input_ids=batch.sources, attention_mask=mask).last_hidden_state
         logits = self.model(
-            # Each document is encoded once.
+            # Each document is encoded only once.
             encoder_outputs=BaseModelOutput(states.repeat_interleave(summaries, 0)),
             attention_mask=mask.repeat_interleave(summaries, 0),
             decoder_input_ids=self.model.prepare_decoder_input_ids_from_labels(batch.summaries),
@@ -109,7 +110,7 @@ class RankedGenerator(torch.nn.Module):
         return scores[:, 1:], scores[:, 0], (entropy[:, 0] / tokens[:, 0]).mean()
 
     def save(self, folder):
-        """Write the generator in `from_pretrained` form; each file is whole or not there."""
+        """Write the generator in `from_pretrained` form; each file atomically."""
         with staging(folder) as stage:
             self.model.save_pretrained(stage)
             self.tokenizer.save_pretrained(stage)
@@ -117,7 +118,7 @@ class RankedGenerator(torch.nn.Module):
 
 
 class Means(torch.nn.Module):
-    """Means over the documents of an epoch of loss, ranking loss and cross-entropy, summed on the device."""
+    """The loss, ranking loss and cross-entropy, averaged over the documents of an epoch; summed on the device."""
 
     names = ("loss", "ranking_loss", "cross_entropy")
 
@@ -127,21 +128,21 @@ class Means(torch.nn.Module):
 
     @torch.no_grad()
     def add(self, weight, documents, *values):
-        """values: a batch's means, scalars in the order of `names`. weight: 0 leaves the batch out."""
+        """Add a batch. values: its means, scalars in the order of `names`. weight: 0 leaves it out."""
         if weight:
             self.totals += documents * torch.stack([torch.ones_like(values[0]), *values]).to(self.totals.dtype)
 
     def take(self, world):
-        """The means over all processes, name -> float; the sums begin anew."""
+        """The means over all processes, name -> float. Resets the sums."""
         documents, *sums = world.sum(self.totals.clone()).tolist()
         self.totals.zero_()
         return {name: value / documents for name, value in zip(self.names, sums, strict=True)}
 
 
 def validate(ranked, samples, args, world, stop):
-    """The mean ROUGE of what the generator writes by beam search: {"val_rouge1", "val_rouge2", "val_rougeL"}, 0 to 1.
+    """The mean ROUGE of the generator's beam search: {"val_rouge1", "val_rouge2", "val_rougeL"}, 0 to 1.
 
-    samples: as from `read_sample`. Each process writes its share. None when a StopRequest is there.
+    samples: as from `read_sample`; each process generates for its share. stop: a StopRequest; if true, returns None.
     """
     if stop:
         return None
@@ -151,7 +152,7 @@ def validate(ranked, samples, args, world, stop):
     ranked.eval()
     generator = CandidateGenerator(ranked.model, ranked.tokenizer, settings, args.max_source_length)
     with nvtx_range("validation"):
-        # Of all documents: what Punkt learns must not depend on how many processes share them.
+        # Punkt learns from all documents, so that the sentences do not depend on the number of processes.
         split, share = SentenceSplitter(each.text for each in documents).split, documents[world.rank :: world.size]
         written = generate_samples(generator, share, VALIDATED_TOGETHER, args.rouge_tokens, split)
     ranked.train()
@@ -161,8 +162,8 @@ def validate(ranked, samples, args, world, stop):
 
 
 class BrioRun(runs.Run):
-    """A Run in --save_dir, which holds the generator of the best epoch. Its state has the parts "ranked", "optimizer",
-    "scaler" and "means"."""
+    """A Run in --save_dir, where the generator of the best epoch is kept. Its state has the parts "ranked",
+    "optimizer", "scaler" and "means"."""
 
     title = "training brio"
     unit = "documents"
@@ -180,7 +181,7 @@ class BrioRun(runs.Run):
             refuse_to_replace(self.folder, ", or --restart to replace it")
 
     def begin(self, epoch, result):
-        """Record what a validation of the generator as it was has found, before the first step."""
+        """Record `result`, the validation of the original generator, before the first step."""
         if result is None:
             self.leave(epoch)
         self.facts["before"] = result
@@ -188,8 +189,8 @@ class BrioRun(runs.Run):
         self.world.say(f"before the first epoch: {rouge}")
 
     def add_epoch(self, epoch, result, evaluation_seconds):
-        """Append an Epoch to the history, and keep its generator when it is the best; UserError, with nothing written,
-        when its loss or a weight is not finite."""
+        """Append an Epoch to the history, and save its generator if it is the best; UserError, with nothing written, if
+        its loss or a weight is not finite."""
         means = self.state["means"].take(self.world)
         self.check_finite(epoch, means["loss"], "Use a smaller --lr")
         before = [mean_rouge(each) for each in self.history]
@@ -198,7 +199,7 @@ class BrioRun(runs.Run):
             self.state["ranked"].save(self.folder)
 
     def line(self):
-        """The newest epoch in one plain line."""
+        """The latest epoch in one line of text."""
         epoch = self.history[-1]
         rouge = ", ".join(f"{name} {100 * epoch[f'val_{name}']:.2f}" for name in ROUGE)
         return (
@@ -207,12 +208,12 @@ class BrioRun(runs.Run):
         )
 
     def finish(self):
-        """Write the record, then drop the state. Of a run that --max_steps ended there is nothing more to write."""
+        """Write the record, then delete the state; nothing if --max_steps ended the run."""
         if not self.stop.enough:
             self.write_record()
             self.drop_state()
             best = max(map(mean_rouge, self.history))
-            # Not measured where --max_steps was to cut the run short.
+            # Missing if the run began with --max_steps.
             before = mean_rouge(self.facts["before"]) if "before" in self.facts else None
             told = "" if before is None else f", {100 * before:.2f} before"
             self.world.say(f"{self.folder}: best validation ROUGE {100 * best:.2f} (mean of the three){told}")

@@ -1,7 +1,7 @@
 """Nucleus sampling (Holtzman et al. 2020) for any encoder-decoder of transformers 5.
 
-A document's random numbers follow from the seed and its own tokens: its candidates depend neither on the batch that it
-is in, but for rounding, nor on what was drawn before.
+A document's random numbers depend only on the seed and its own tokens. So its candidates depend neither on its batch
+(except for rounding) nor on earlier draws.
 """
 
 import hashlib
@@ -14,8 +14,8 @@ from search.diverse_beam import Candidates
 from search.hypotheses import take
 from search.token_rules import TokenRules
 
-# Further settings of a generation config that would change what is drawn, and the values that leave it as it is; 50 of
-# top_k is what the library writes where nobody chose.
+# Further settings of a generation config that would change the draws, with their neutral values. The library writes
+# top_k 50 if nobody has set it.
 UNSUPPORTED = {
     "temperature": (None, 1.0),
     "top_k": (None, 0, 50),
@@ -27,12 +27,12 @@ UNSUPPORTED = {
 
 
 class NucleusSampling(TokenRules):
-    """Draws candidates from the most likely tokens that together have the probability `top_p`, called with one batch of
-    documents after another.
+    """Draws each token from the nucleus: the fewest most likely tokens with a total probability of at least `top_p`.
+    A call takes one batch of documents.
 
-    num_samples: candidates a document. top_p: above 0, at most 1. seed: int. The rest is as for DiverseBeamSearch.
+    num_samples: candidates per document. top_p: above 0, at most 1. seed: int. The rest is as for DiverseBeamSearch.
 
-    Raises ValueError as TokenRules does, for a temperature and other settings that would change what is drawn, too.
+    Raises ValueError as TokenRules does, and for a temperature and other settings that would change the draws.
     """
 
     unsupported = TokenRules.unsupported | UNSUPPORTED
@@ -45,18 +45,18 @@ class NucleusSampling(TokenRules):
 
     @torch.inference_mode()
     def __call__(self, input_ids, attention_mask, encoded=None):
-        """The Candidates of a batch of documents, the most likely a token first. The arguments are as for
-        DiverseBeamSearch."""
+        """The Candidates of a batch of documents, highest mean log-probability per token first. The arguments are as
+        for DiverseBeamSearch."""
         documents, total = len(input_ids), len(input_ids) * self.num_samples
         uniform = self._draws(input_ids, attention_mask)
         tokens = torch.full((total, self.max_length), self.pad_token, device=self.device)
         tokens[:, 0] = self.start_token
         log_probs = torch.zeros(total, dtype=widest_float(self.device), device=self.device)
         lengths = torch.full((total,), self.max_length - 1, device=self.device)
-        rows = torch.arange(total, device=self.device)  # Which candidate each row of the decoder is.
+        rows = torch.arange(total, device=self.device)  # The candidate of each decoder row.
         self.decoder.start(encoded or self.encode(input_ids, attention_mask), self.max_length)
         for length in range(1, self.max_length):
-            if length == 1:  # Until the first token the candidates of a document are one row.
+            if length == 1:  # Until the first token, a document's candidates share one row.
                 logits = self.decoder.step(tokens[:documents, 0]).repeat_interleave(self.num_samples, dim=0)
                 self.decoder.spread(self.num_samples)
             else:
@@ -92,8 +92,8 @@ class NucleusSampling(TokenRules):
         before = probabilities.cumsum(-1) - probabilities
         reached = probabilities.masked_fill(before >= self.top_p, 0.0).cumsum(-1)
         place = (reached <= uniform.unsqueeze(1) * reached[:, -1:]).sum(-1, keepdim=True)
-        # Rounding may reach the end of the nucleus, behind which nothing is drawn. It has one token at least: where
-        # top_p rounds to 0, too, and where the logits are not numbers, which the log-probabilities show.
+        # Rounding must not lead beyond the end of the nucleus. The nucleus has at least one token, even if top_p rounds
+        # to 0, or if logits are NaN, which the log-probabilities then show.
         place = torch.minimum(place, (before < self.top_p).sum(-1, keepdim=True) - 1).clamp(min=0)
         return order.gather(1, place).squeeze(1)
 

@@ -1,12 +1,12 @@
-"""T5 for beam search, run on the weights directly: the same numbers, without the work that beams share.
+"""T5 for beam search, run directly on the weights: the same results, without repeating the work that beams share.
 
-Against the modules of transformers, this
-- encodes the documents of a batch end to end, so that no padding is multiplied;
-- keeps the encoder's keys and values once a document, shared by its beams (the library keeps a copy a beam);
-- writes new keys and values into place, in caches that grow by 16 positions at a time;
-- multiplies once for query, key and value, by weights that oneDNN has laid out for the processor;
-- carries no rows of beams that have ended.
-The numbers equal the library's up to the rounding of sums in another order.
+In contrast to the modules of transformers, it
+- encodes the documents of a batch concatenated, without padding in the matrix products;
+- keeps the encoder's keys and values once per document, shared by its beams (the library keeps a copy per beam);
+- writes new keys and values in place, in caches that grow by 16 positions at a time;
+- computes query, key and value in one product, with weights in oneDNN's layout for the processor;
+- removes the rows of ended beams.
+The results equal the library's up to the rounding of sums in another order.
 """
 
 import contextlib
@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from transformers.activations import ACT2FN
 
-# Positions. Batched products run several times faster on contiguous memory, so a cache grows by whole blocks, and
-# the positions not reached yet are masked.
+# In positions. Batched products run several times faster on contiguous memory, so caches grow by whole blocks, and
+# positions not reached yet are masked.
 CACHE_BLOCK = 16
-# Documents that are encoded at once, and padded to one length as beams attend to them. On a CPU few, for little padding
-# and because their activations then stay in the cache; on a GPU all of the batch, for few kernels.
+# Documents that are encoded together, and padded to one length for cross-attention. On a CPU few, for little padding
+# and so that their activations stay in the processor's cache; on a GPU the whole batch, for few kernels.
 DOCUMENTS_TOGETHER = {"cpu": 4}
 
 
@@ -48,16 +48,15 @@ class FeedForward(NamedTuple):
 
 
 class T5Decoder:
-    """Runs a T5 or mT5 model for a search: `encode`, `start`, then `step`, each perhaps followed by a change of rows.
+    """Runs a T5 or mT5 model for a search: `encode`, `start`, then `step` repeatedly, with changes of rows in between.
 
-    A row is one beam of one document; `start` makes one row a document, and `spread` one row a beam. Rows stay in the
-    order of their documents. The weights are read once, at construction: a model that has been trained since needs a
-    new T5Decoder.
+    A row is one beam of one document: `start` makes one row per document, `spread` one per beam. Rows stay in the order
+    of their documents. The weights are read at construction: after further training, make a new T5Decoder.
     """
 
     @staticmethod
     def supports(model):
-        """True for T5 and mT5 in float32 or bfloat16; in float16 T5 needs the library's guards against overflow."""
+        """True for T5 and mT5 in float32 or bfloat16. In float16, T5 needs the library's guards against overflow."""
         return model.config.model_type in ("t5", "mt5") and model.dtype in (torch.float32, torch.bfloat16)
 
     def __init__(self, model):
@@ -72,11 +71,11 @@ class T5Decoder:
         self.encoder_norm = encoder.final_layer_norm.weight
         self.decoder_norm = decoder.final_layer_norm.weight
         self.to_vocabulary = _product(model.lm_head.weight)
-        # mT5 has no such setting, and never scales.
+        # mT5's config lacks this setting; mT5 never scales.
         self.output_scale = config.d_model**-0.5 if getattr(config, "scale_decoder_outputs", False) else 1.0
 
     def encode(self, input_ids, attention_mask):
-        """What `start` needs of a batch of documents, as often as one likes.
+        """Encode a batch of documents for `start`; the result can be used repeatedly.
 
         input_ids, attention_mask: int64 [documents, length], padded at the end; no document is empty.
         """
@@ -85,9 +84,9 @@ class T5Decoder:
         return [self._remember(ids[mask.bool()], mask.sum(1).tolist()) for ids, mask in parts]
 
     def start(self, encoded, max_length):
-        """Begin with the documents of `encode`, and forget the earlier ones.
+        """Begin with the documents `encoded` by `encode`, and forget earlier ones.
 
-        max_length: the most tokens of a beam, the start token among them.
+        max_length: the most tokens of a beam, including the start token.
         """
         self.memories = [copy.copy(memory) for memory in encoded]
         documents, device = sum(memory.documents for memory in encoded), self.embedding.device
@@ -100,7 +99,7 @@ class T5Decoder:
         self.bias = bias.transpose(0, 1).unsqueeze(2).contiguous()  # [query, head, 1, key]
 
     def step(self, tokens):
-        """Append a token to each row. tokens: int64 [rows]. Returns the logits of the next, [rows, vocabulary]."""
+        """Append a token to each row, and return the logits of the next, [rows, vocabulary]. tokens: int64 [rows]."""
         if self.length % CACHE_BLOCK == 0:
             self.keys = [F.pad(keys, (0, 0, 0, CACHE_BLOCK)) for keys in self.keys]
             self.values = [F.pad(values, (0, 0, 0, CACHE_BLOCK)) for values in self.values]
@@ -113,14 +112,14 @@ class T5Decoder:
         return self.to_vocabulary(self._norm(hidden, self.decoder_norm) * self.output_scale)
 
     def spread(self, beams):
-        """Turn each document's one row into `beams` equal rows."""
+        """Repeat each document's single row `beams` times."""
         self.keys = [keys.repeat_interleave(beams, dim=0) for keys in self.keys]
         self.values = [values.repeat_interleave(beams, dim=0) for values in self.values]
         for memory in self.memories:
             memory.spread(beams)
 
     def reorder(self, rows):
-        """Row i goes on from what was row rows[i] of the same document. rows: int64 [rows]."""
+        """Make row i continue the former row rows[i], which is of the same document. rows: int64 [rows]."""
         self.keys = [keys.index_select(0, rows) for keys in self.keys]
         self.values = [values.index_select(0, rows) for values in self.values]
 
@@ -138,7 +137,7 @@ class T5Decoder:
         return F.rms_norm(hidden, weight.shape, weight, self.epsilon)
 
     def _encode(self, tokens, lengths):
-        """Encode documents that lie end to end. tokens: int64 [sum of lengths]. Returns [sum of lengths, d_model]."""
+        """Encode concatenated documents. tokens: int64 [sum of lengths]. Returns [sum of lengths, d_model]."""
         bias = self.encoder_bias(max(lengths), max(lengths))
         attend = ENCODER_ATTENTION.get(tokens.device.type, PaddedAttention)(lengths, bias)
         hidden = F.embedding(tokens, self.embedding)
@@ -149,7 +148,7 @@ class T5Decoder:
         return self._norm(hidden, self.encoder_norm)
 
     def _remember(self, tokens, lengths):
-        """The Memory of documents that lie end to end. tokens: int64 [sum of lengths]."""
+        """The Memory of concatenated documents. tokens: int64 [sum of lengths]."""
         hidden, memory = self._encode(tokens, lengths), Memory(lengths)
         for _, cross_attention, _ in self.decoder_layers:
             memory.add_layer(cross_attention.key_value(hidden).unflatten(1, (2, self.heads, self.head_size)))
@@ -176,10 +175,10 @@ class T5Decoder:
 
 
 class SeparateAttention:
-    """Self-attention within documents that lie end to end, one document after another.
+    """Self-attention within concatenated documents, one document at a time.
 
-    lengths: list of int. bias: [1, heads, longest, longest], added to the logits. A call takes query, key and value of
-    all tokens, [sum of lengths, 3, heads, head size], and returns [sum of lengths, heads * head size].
+    lengths: list of int. bias: [1, heads, longest, longest], added to the attention logits. A call takes query, key and
+    value of all tokens, [sum of lengths, 3, heads, head size], and returns [sum of lengths, heads * head size].
     """
 
     def __init__(self, lengths, bias):
@@ -195,12 +194,12 @@ class SeparateAttention:
 
 
 class PaddedAttention:
-    """The same for all documents in one call, padded to one length: for a GPU, where many small calls take longer."""
+    """The same for all documents at once, padded to one length: for a GPU, where many small calls take longer."""
 
     def __init__(self, lengths, bias):
         present = torch.arange(bias.shape[-1]) < torch.tensor(lengths).unsqueeze(1)  # [documents, longest]
         self.shape = present.shape
-        # Made on the host, which knows the lengths: nothing waits for the device.
+        # Computed on the host, which knows the lengths: no synchronisation.
         self.places = present.flatten().nonzero().squeeze(1).to(bias.device)
         self.mask = bias.masked_fill(~present[:, None, None].to(bias.device), float("-inf"))
 
@@ -211,15 +210,15 @@ class PaddedAttention:
         return mixed.transpose(1, 2).flatten(2).flatten(0, 1)[self.places]
 
 
-# By device; on all others PaddedAttention. On a CPU padding costs more than calls.
+# By device type; PaddedAttention on all others. On a CPU, padding costs more than further calls.
 ENCODER_ATTENTION = {"cpu": SeparateAttention}
 
 
 class Memory:
-    """What beams attend to of a few documents: the keys and values of each layer, padded to one length. Once all layers
-    are added nothing is written into these tensors, so that copies of a Memory share them.
+    """The cross-attention keys and values of a few documents in each layer, padded to one length. Once all layers are
+    added, these tensors are never written to, so copies of a Memory can share them.
 
-    The rows of ended beams are gone from the decoder, so rows are put in their places in a table of documents x beams.
+    The decoder has no rows for ended beams, so `attend` places its rows in a table of documents x beams.
     """
 
     def __init__(self, lengths):
@@ -247,7 +246,7 @@ class Memory:
         self.beams, self.rows = beams, self.documents * beams
 
     def keep(self, rows):
-        """Drop all rows but these, int64 [rows to keep], and the documents that have none left."""
+        """Drop all rows but these, int64 [rows to keep], and documents without any row left."""
         if len(rows) == self.rows:
             return
         self.rows = len(rows)
@@ -261,7 +260,7 @@ class Memory:
             self.mask = None if self.mask is None else self.mask.index_select(0, documents)
 
     def attend(self, query, index):
-        """Attention of layer `index`. query and result: [rows, heads, head size]."""
+        """Cross-attention in layer `index`. query and result: [rows, heads, head size]."""
         table = query
         if self.places is not None:
             table = query.new_zeros(self.documents * self.beams, *query.shape[1:]).index_copy_(0, self.places, query)
@@ -307,22 +306,22 @@ def _activated_product(inner, activation):
 
 
 def _product(*weights, relu=False):
-    """A function x -> x @ W.T, W being the weight matrices [out, in] one below the other; with `relu` its ReLU."""
+    """A function x -> x @ W.T, where W is the concatenation of matrices [out, in]; with `relu`, followed by ReLU."""
     weight = weights[0] if len(weights) == 1 else torch.cat(weights)
     if weight.device.type == "cpu" and weight.dtype == torch.float32:
-        # Private operators: a torch without them, or with others of these names, raises one of these.
+        # Private operators: a torch version where they are missing or different raises one of these.
         with contextlib.suppress(AttributeError, RuntimeError, TypeError):
             return _packed_product(weight, relu)
     return lambda x: F.linear(x, weight).relu_() if relu else F.linear(x, weight)
 
 
 def _packed_product(weight, relu):
-    """`_product` by a weight matrix that oneDNN has laid out for the processor, as torch.compile's freezing does it: on
-    an EPYC that makes 64 to 256 rows 1.2 to 1.7 times faster than F.linear."""
+    """`_product` with a weight matrix in oneDNN's layout for the processor, as with torch.compile's freezing. On an
+    EPYC, it is 1.2 to 1.7 times faster than F.linear for 64 to 256 rows."""
     packed, then = torch.ops.mkldnn._reorder_linear_weight(weight), "relu" if relu else "none"
 
     def multiply(x):
         return torch.ops.mkldnn._linear_pointwise(x, packed, None, then, [], "")
 
-    multiply(weight.new_zeros(1, weight.shape[1]))  # So that what does not work raises here.
+    multiply(weight.new_zeros(1, weight.shape[1]))  # Fails here if it is not supported.
     return multiply

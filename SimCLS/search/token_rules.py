@@ -1,4 +1,4 @@
-"""What every search reads from a generator: its decoder, its special tokens, and which tokens may follow a text."""
+"""Shared by all searches: a generator's decoder, its special tokens, and which tokens may come next."""
 
 import itertools
 
@@ -8,7 +8,7 @@ from reporting.shapes import COUNT, NUMBER, WHOLE, each, fault, is_number, maybe
 from search.library_decoder import LibraryDecoder
 from search.t5_decoder import T5Decoder
 
-# Settings of a generation config that would change the candidates, and the values that leave them as they are.
+# Unsupported settings of a generation config that would change the candidates, with their neutral values.
 UNSUPPORTED = {
     "repetition_penalty": (None, 1.0),
     "encoder_repetition_penalty": (None, 1.0),
@@ -21,14 +21,14 @@ UNSUPPORTED = {
     "stop_strings": (None, []),
     "min_new_tokens": (None, 0),
 }
-# Which ones there are, `check_tokens` knows.
+# `check_tokens` checks that they are in the vocabulary.
 TOKEN = ("the number of a token", lambda value: is_number(value) and isinstance(value, int))
 SOME_TOKENS = (
     "the number of a token, or a list of these",
     lambda value: fault(value if isinstance(value, list) else [value], each(list, TOKEN)) is None,
 )
 NOT_NEGATIVE = ("a whole number from 0", COUNT[1])
-# What is read of a generation config.
+# The settings that are read from a generation config, and their valid values.
 SETTINGS = {
     "max_length": ("a whole number above 1", lambda value: WHOLE[1](value) and value > 1),
     "max_new_tokens": WHOLE,
@@ -47,15 +47,15 @@ SETTINGS = {
 
 
 class TokenRules:
-    """The decoder of a model and the tokens that may come next; the searches are subclasses.
+    """The base class of the searches: a model's decoder, and the tokens that may come next.
 
-    model: any AutoModelForSeq2SeqLM in eval mode. Its generation config gives the start, end and padding tokens, forced
-    first and last tokens, and suppressed ones. The weights are read here: train on, and a new object is needed.
-    max_length, min_length, no_repeat_ngram_size: as for DiverseBeamSearch. decoder: another search's of the same model,
-    which it shares: they take turns.
+    model: any AutoModelForSeq2SeqLM in eval mode. Its generation config has the start, end and padding tokens, forced
+    first and last tokens, and suppressed tokens. The weights are read here: after further training, make a new object.
+    max_length, min_length, no_repeat_ngram_size: as for DiverseBeamSearch. decoder: that of another search with the
+    same model, to share it; they must run one after the other.
 
-    Raises ValueError for a maximum length without room, and for a generation config with a setting that is not
-    implemented (a repetition penalty, say).
+    Raises ValueError for a maximum length that leaves no room, and for unsupported settings in the generation config
+    (such as a repetition penalty).
     """
 
     unsupported = UNSUPPORTED
@@ -96,14 +96,14 @@ class TokenRules:
 
     @torch.inference_mode()
     def encode(self, input_ids, attention_mask):
-        """A batch of documents as a search takes it, however often. input_ids, attention_mask: int64 [documents,
-        length], padded at the end; no document is empty."""
+        """Encode a batch of documents for any number of searches. input_ids, attention_mask: int64 [documents, length],
+        padded at the end; no document is empty."""
         return self.decoder.encode(input_ids, attention_mask)
 
     def allowed(self, logits, history):
-        """Log-probabilities of the next token, float32 [rows, vocabulary], -inf where it may not come.
+        """Log-probabilities of the next token, float32 [rows, vocabulary]; -inf for forbidden tokens.
 
-        logits: [rows, vocabulary]; history: int64 [rows, length], the start token first.
+        logits: [rows, vocabulary]. history: int64 [rows, length], beginning with the start token.
         """
         log_probs = logits.float().log_softmax(-1)
         if self.no_repeat_ngram_size:
@@ -116,15 +116,15 @@ class TokenRules:
 
 
 def check_settings(config):
-    """ValueError that names a setting of a GenerationConfig which is not what it has to be."""
+    """ValueError, naming the setting, for an invalid setting of a GenerationConfig."""
     wrong = fault(vars(config), {name: maybe(shape) for name, shape in SETTINGS.items()})
     if wrong:
         raise ValueError(f"in its generation_config.json {wrong}")
 
 
 def check_tokens(model, tokens):
-    """ValueError where one of the `tokens`, of a config of the model's, is none that the model can write: the number of
-    another vocabulary ends the run at some text, and a negative one means another token."""
+    """ValueError if one of the `tokens`, from a config of the model, is not in its vocabulary. Too large a number would
+    end the run at some text, and a negative one would mean another token."""
     count = _vocabulary(model)
     for token in tokens:
         if not (isinstance(token, int) and 0 <= token < count):
@@ -132,14 +132,14 @@ def check_tokens(model, tokens):
 
 
 def _vocabulary(model):
-    """How many tokens `model` can write."""
+    """The number of tokens that `model` can write."""
     return (model.get_output_embeddings() or model.get_input_embeddings()).weight.shape[0]
 
 
 def forbid_repeats(scores, history, size):
-    """Set to -inf, in place, each token that would complete an n-gram that its row has already.
+    """Set to -inf, in place, the score of each token that would repeat an n-gram of its row.
 
-    scores: float [rows, vocabulary]; history: int64 [rows, length]; size: the n of the n-grams.
+    scores: float [rows, vocabulary]. history: int64 [rows, length]. size: the n of the n-grams.
     """
     length = history.shape[1]
     if length < size:
