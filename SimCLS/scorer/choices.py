@@ -1,4 +1,4 @@
-"""Ways to choose one of a document's candidates: by a scorer, and by rules that cost next to nothing."""
+"""Ways to choose one of a document's candidates: by a scorer, and by rules that cost almost nothing."""
 
 import sys
 from pathlib import Path
@@ -25,26 +25,26 @@ class Judge(NamedTuple):
     encoding: TextEncoding
     description: dict  # As from `load_scorer`.
     precision: Precision
-    digest: str  # Of the file of its weights.
+    digest: str  # Of its weights file.
 
 
 def add_judge_arguments(parser):
-    """Add the arguments of `load_judge` to an argument parser, but for --half_precision."""
+    """Add the arguments of `load_judge`, except --half_precision, to an argument parser."""
     add = parser.add_argument
     add("--scorer_path", type=Path, help="trained scorer, such as cache/run/scorer.bin")
-    add("--model_type", help="its encoder, a folder or a hub name; by default that of scorer.json beside the scorer")
-    add("--total_len", type=positive_int, help="tokens of a document that it reads; by default as in its training")
-    add("--max_len", type=positive_int, help="tokens of a summary that it reads; by default as in its training")
+    add("--model_type", help="its encoder: folder, or name on the hub; by default that in scorer.json beside it")
+    add("--total_len", type=positive_int, help="most tokens of a document for it; by default as in its training")
+    add("--max_len", type=positive_int, help="most tokens of a summary for it; by default as in its training")
 
 
 def check_scorer_path(args):
-    """UserError when --scorer_path names no file."""
+    """UserError if --scorer_path is given and is not a file."""
     if args.scorer_path and not args.scorer_path.is_file():
         raise UserError(f"--scorer_path {args.scorer_path} is no file; main.py writes cache/<run>/scorer.bin")
 
 
 def load_judge(args, world, say=print):
-    """The Judge that the arguments --scorer_path, --model_type, --total_len, --max_len and --half_precision name."""
+    """The Judge by the arguments --scorer_path, --model_type, --total_len, --max_len and --half_precision."""
     scorer, encoding, description = load_scorer(args.model_type, args.scorer_path, args.total_len, args.max_len)
     half_precision = half_precision_name(args.half_precision, description["architecture"])
     precision = choose_precision(half_precision, world.device, true_fp32=True, say=say)
@@ -53,9 +53,9 @@ def load_judge(args, world, say=print):
 
 
 def score_candidates(scorer, encoding, samples, batch_size, world, precision):
-    """The scorer's scores of the candidates of each sample: a list of float64 [candidates].
+    """The scorer's scores of each sample's candidates, a list of float64 [candidates].
 
-    samples: list of dicts as from `read_sample`, in any order of length.
+    samples: list of dicts as from `read_sample`, in any order.
     """
     dataset = SampleSet(tokenize_samples(samples, encoding, sys.maxsize), encoding, world.device.type)
     numbers = np.argsort(dataset.document_lengths, kind="stable")
@@ -67,7 +67,7 @@ def score_candidates(scorer, encoding, samples, batch_size, world, precision):
 
 
 def with_agreement(samples, rouge_tokens="standard"):
-    """The `samples`, dicts as from `read_sample`, each with the "agreement" of its candidates (texts.scoring)."""
+    """The `samples`, dicts as from `read_sample`, with the "agreement" of their candidates (see texts.scoring)."""
     return [
         sample | {"agreement": agreement([text for text, _ in sample["candidates"]], rouge_tokens)}
         for sample in samples
@@ -75,10 +75,10 @@ def with_agreement(samples, rouge_tokens="standard"):
 
 
 def by_scorer(scores, samples, weights=None):
-    """The place of the best candidate of each sample, int64 [samples].
+    """The index of the best candidate of each sample, int64 [samples].
 
-    scores: as from `score_candidates`. samples: as from `with_agreement`. weights: as from `combination.fit`; None for
-    the scorer alone.
+    scores: as from `score_candidates`. samples: as from `with_agreement`. weights: as from `combination.fit`; None uses
+    only the scores.
     """
     if weights:
         scores = [
@@ -89,10 +89,10 @@ def by_scorer(scores, samples, weights=None):
 
 
 def by_rules(samples):
-    """name -> the place of the candidate that the rule takes in each sample, int64 [samples].
+    """Rule -> the index of the candidate that it chooses in each sample, int64 [samples].
 
-    samples: as from `with_agreement`; the candidate that agrees most with the others has the least Bayes risk. Most
-    likely is the highest mean log-probability of a token; without likelihoods the rule is left out.
+    samples: as from `with_agreement`. "most likely" is the highest mean log-probability per token, and is left out
+    without likelihoods. "Bayes risk" chooses the candidate with the lowest, which agrees most with the others.
     """
     rules = {"generator": lambda sample: 0}
     if all("likelihood" in sample for sample in samples):

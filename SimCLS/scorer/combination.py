@@ -1,7 +1,7 @@
-"""What a candidate is chosen by: the scorer's score, and beside it the generator's likelihood of the candidate and its
-agreement with the others (texts.scoring). How much these count is fitted on validation.
+"""The score by which a candidate is chosen: the scorer's score plus weighted terms for the generator's likelihood and
+the agreement with the other candidates (texts.scoring). The weights are fitted on the validation split.
 
-A candidate's log-probability is divided by a power of its number of tokens: 1 gives the mean a token, 0 the sum.
+A candidate's log-probability is divided by a power of its number of tokens: 1 gives the mean per token, 0 the sum.
 """
 
 import numpy as np
@@ -13,16 +13,16 @@ from harness.files import write_json
 from texts import provenance
 from texts.scoring import mean_score
 
-TERMS = ("likelihood", "agreement")  # Beside the score.
+TERMS = ("likelihood", "agreement")  # In addition to the score.
 POWERS = (1.0, 0.5, 0.0)
-LARGEST_WEIGHT = 100.0  # A weight with which the scorer hardly counts any more.
+LARGEST_WEIGHT = 100.0  # With this weight, the scorer hardly counts any more.
 
 
 def combine(scores, likelihood, agreement, weights):
-    """By what a candidate is chosen, float64 [..., candidates]: the scorer's scores, and the TERMS by their weights.
+    """The combined scores, float64 [..., candidates]: the scorer's scores plus the weighted TERMS.
 
-    scores, agreement: float [..., candidates]; likelihood: float [..., candidates, 2], log-probabilities and numbers of
-    tokens. A term without weight may be None. weights: as from `fit`.
+    scores, agreement: float [..., candidates]. likelihood: float [..., candidates, 2], log-probabilities and numbers of
+    tokens. A term with weight 0 may be None. weights: as from `fit`.
     """
     if weights["likelihood"]:
         scores = scores + weights["likelihood"] * per_token(likelihood, weights["power"])
@@ -32,13 +32,13 @@ def combine(scores, likelihood, agreement, weights):
 
 
 def per_token(likelihood, power):
-    """Log-probabilities, each divided by its number of tokens ** power, float64 [..., candidates]."""
+    """Log-probabilities divided by the number of tokens ** power, float64 [..., candidates]."""
     log_probs, tokens = np.moveaxis(np.asarray(likelihood, dtype=np.float64), -1, 0)
     return log_probs / tokens**power
 
 
 def fit(scorer, samples, args, precision, world):
-    """The weights of `regress` for the scores of `scorer` among the SampleSet `samples`, which has ROUGE. Each process
+    """The weights of `regress` for the scores of `scorer` on the SampleSet `samples`, which has ROUGE. Each process
     scores its share."""
     judged = []
     numbers = np.argsort(samples.document_lengths, kind="stable")[world.rank :: world.size]
@@ -56,19 +56,19 @@ def fit(scorer, samples, args, precision, world):
 
 
 def regress(judged, total=lambda sums: sums):
-    """How much the TERMS count beside a scorer: least squares of ROUGE by all of them, within documents.
+    """Fit the weights of the TERMS: a least-squares regression of ROUGE on the score and the TERMS, within documents.
 
-    Gives what `combine` takes: for each term its weight, which is its slope by that of the score, and "power"; and, to
-    be read, "slopes" and "errors": of each term the ROUGE that a unit of it is worth beside the others, and the
-    standard error of that, documents being independent and their candidates not (Liang and Zeger 1986). A term whose
-    slope is within its error does not count. "gain" is what choosing so adds to the mean ROUGE here. (That it be above
-    0 is not asked: among a few hundred documents it is mostly noise, and asking for it made choices worse.)
+    Returns the weights for `combine`, a dict: for each term its slope divided by that of the score, and "power". For
+    information, it also has "slopes" and "errors": for each term, the ROUGE per unit of it with the others fixed, and
+    its standard error, clustered by document (Liang and Zeger 1986). A term whose slope does not exceed its error gets
+    weight 0. "gain" is the change of the choices' mean ROUGE here. (It need not be positive: with a few hundred
+    documents it is mostly noise, and requiring it made choices worse.)
 
     judged: for each document of this process (scores float64 [candidates], likelihood [candidates, 2] or None,
     agreement [candidates], ROUGE float64 [candidates]). total: sums an array over the processes.
     """
     size = 1 + len(TERMS)
-    moments = np.zeros((len(judged), len(POWERS), size + 1, size + 1))  # Of score, TERMS and ROUGE, about their means.
+    moments = np.zeros((len(judged), len(POWERS), size + 1, size + 1))  # Of score, TERMS, ROUGE, centred per document.
     for own, (scores, likelihood, agreement, rouge) in zip(moments, judged, strict=True):
         for place, power in enumerate(POWERS):
             likely = np.zeros(len(scores)) if likelihood is None else per_token(likelihood, power)
@@ -77,7 +77,7 @@ def regress(judged, total=lambda sums: sums):
             own[place] = table @ table.T
     sums = total(moments.sum(0))
     fits = [_slopes(each, range(size)) for each in sums]
-    # Of the powers by which the more likely candidates are the better ones, that which leaves least unexplained.
+    # Among the powers with a positive slope of the likelihood, the one with the smallest residual.
     left = [
         each[size, size] - each[size, :size] @ slopes if slopes[1] > 0 else np.inf
         for each, slopes in zip(sums, fits, strict=True)
@@ -103,18 +103,21 @@ def regress(judged, total=lambda sums: sums):
 
 
 def _slopes(moments, kept):
-    """Those of ROUGE by the columns `kept` of the moments [columns + 1, columns + 1], float64 [columns]; else 0."""
+    """The slopes of ROUGE (the last row) on the columns `kept`, float64 [columns]; 0 for the other columns.
+
+    moments: float64 [columns + 1, columns + 1].
+    """
     slopes, kept = np.zeros(len(moments) - 1), list(kept)
     slopes[kept] = np.linalg.pinv(moments[np.ix_(kept, kept)]) @ moments[kept, -1]
     return slopes
 
 
 def fitted_to(path):
-    """The weights that `fit_best` fitted to the scorer in the file `path`; None where there are none, as for a run's
-    model.bin, which lies beside the description of its scorer.bin."""
+    """The weights that `fit_best` fitted to the scorer in the file `path`, or None. A run's model.bin has none: it only
+    shares a folder with the description of scorer.bin."""
     description = read_description(path) or {}
     fitted = description.get("weights")
-    if not fitted and description.get("likelihood"):  # Of before agreement counted.
+    if not fitted and description.get("likelihood"):  # From before the agreement counted.
         older = description["likelihood"]
         fitted = older | {"likelihood": older["weight"], "agreement": 0.0}
     if not fitted:
@@ -124,12 +127,11 @@ def fitted_to(path):
 
 
 def fit_best(run, scorer, description, samples, args, precision, world):
-    """Fit the weights to the best scorer of a ScorerRun that is at its end, and keep them in its scorer.json and in the
-    record."""
+    """At the end of a ScorerRun, fit the weights to its best scorer, and store them in scorer.json and the record."""
     if run.stop.enough:  # --max_steps cut it short.
         return
     path = run.folder / "scorer.bin"
-    world.barrier()  # The main process has written them.
+    world.barrier()  # Wait until the main process has written the weights.
     load_weights(path, scorer, description)
     fitted = fit(scorer, samples, args, precision, world)
     run.facts["weights"] = fitted = fitted | {"scorer_digest": provenance.digest_files([path])}

@@ -1,7 +1,7 @@
-"""main.py --memory_budget: which parts of an encoder's layers backward redoes, so that forward need not keep them.
+"""For main.py --memory_budget: which parts of an encoder's layers are recomputed in backward to save memory.
 
-A layer has two parts, attention and feed-forward. What a part works with is kept, or (by torch.utils.checkpoint) its
-input alone, and the part is run again in backward. harness.planning chooses the parts from what each takes.
+A layer has two parts, attention and feed-forward. Either all activations of a part are kept, or only its input, and the
+part is run again in backward (torch.utils.checkpoint). harness.planning chooses the parts by their bytes and time.
 """
 
 import contextlib
@@ -20,12 +20,12 @@ from harness.planning import plan_recomputation
 from harness.rehearsal import Event, Group, Step, Timeline
 
 KINDS = ("attention", "feed_forward")
-TRIES = 4  # At a plan that is within the budget as measured, and not only as planned.
+TRIES = 4  # Attempts at a plan whose measured peak, not only its planned one, is within the budget.
 
 
 def parts_of(encoder):
-    """{number of a layer: {kind: (module, name of the method that runs the part)}}, of BERT's family and of T5; {} of
-    others. Layers that do not learn keep nothing for backward, and are left out.
+    """{layer number: {kind: (module, name of the method that runs the part)}} for the BERT family and T5; {} for other
+    encoders. Frozen layers keep nothing for backward, and are left out.
 
     encoder: a transformers model.
     """
@@ -41,16 +41,16 @@ def parts_of(encoder):
 
 
 def redo_parts(layers, redo):
-    """Let backward redo the parts named in `redo`, "3.attention" say, and no others. layers: as from `parts_of`."""
+    """Let backward recompute exactly the parts in `redo`, such as "3.attention". layers: as from `parts_of`."""
     for number, parts in layers.items():
         for kind, (module, method) in parts.items():
-            module.__dict__.pop(method, None)  # What is below hides the method of the class.
+            module.__dict__.pop(method, None)  # An earlier call may have hidden the class's method.
             if f"{number}.{kind}" in redo:
                 setattr(module, method, _redone(getattr(module, method)))
 
 
 def _redone(method):
-    @functools.wraps(method)  # transformers counts the arguments.
+    @functools.wraps(method)  # transformers inspects the signature.
     def run(*args, **kwargs):
         if not torch.is_grad_enabled():
             return method(*args, **kwargs)
@@ -60,10 +60,10 @@ def _redone(method):
 
 
 def plan_memory(scorer, samples, args, world, precision, run):
-    """`scorer`, whose backward redoes what --memory_budget asks for, if it does; planned with the longest documents.
+    """`scorer`, with recomputation for --memory_budget if given, planned for the longest documents.
 
-    samples: data_utils.SampleSet. run: into whose record the plan goes; its `kept_share` becomes, of two documents of
-    usual length, what is kept from forward to backward as a share of that in single precision without recomputation.
+    samples: data_utils.SampleSet. run: gets the plan in its record, and `kept_share`: the bytes kept for backward, for
+    two documents of median length, as a share of those in single precision without recomputation.
     """
     if not (args.memory_budget or args.use_checkpoint or precision.dtype):
         return scorer
@@ -82,7 +82,7 @@ def plan_memory(scorer, samples, args, world, precision, run):
 
 
 def _held(scorer, batch, autocast):
-    """The bytes that forward of the encoder keeps for backward."""
+    """The bytes that the encoder's forward keeps for backward."""
     with SavedBytes(scorer) as saved, autocast:
         scorer.encode_texts(batch.texts, batch.lengths)
     return saved.bytes
@@ -98,14 +98,13 @@ def _plan_budget(scorer, batch, args, world, precision, run):
 
 
 def plan_layers(scorer, texts, lengths, budget, precision, world):
-    """Let backward redo the parts of `scorer`'s layers that are cheapest to redo, so that the peak of activations and
-    their gradients is at most `budget` times what it is without.
+    """Let backward recompute the parts of `scorer`'s layers that are cheapest to recompute, so that the peak of
+    activations and their gradients is at most `budget` times that without recomputation.
 
-    texts, lengths: of one call of the encoder (Scorer.encode_texts). Other calls, of texts that are fewer or shorter,
-    hold less in the same proportion. The processes of a job plan together. Returns the Plan, and the share that its
-    peak has as measured.
+    texts, lengths: of one encoder call (Scorer.encode_texts). Calls with fewer or shorter texts hold proportionally
+    less. All processes of a job make the same plan. Returns (the Plan, its measured peak as a share of that without).
 
-    UserError for an encoder of another family, and when the budget cannot be met.
+    UserError for other kinds of encoders, and if the budget cannot be met.
     """
     layers = parts_of(scorer.encoder)
     if not layers:
@@ -128,7 +127,7 @@ def plan_layers(scorer, texts, lengths, budget, precision, world):
 
 
 def _measure(scorer, layers, texts, lengths, precision, redo):
-    """(bytes held after forward, bytes at the peak) of a call of the encoder, forward and backward."""
+    """(bytes held after forward, peak bytes) of the forward and backward of one encoder call."""
     redo_parts(layers, redo)
     live = LiveBytes(scorer)
     with live, SavedBytes(scorer) as saved, precision.autocast():
@@ -140,7 +139,7 @@ def _measure(scorer, layers, texts, lengths, precision, redo):
 
 
 def _seconds(scorer, layers, texts, lengths, precision, world):
-    """{kind: seconds that a part takes in forward}, the least of the layers', in the mean over the processes."""
+    """{kind: seconds of one part's forward}, the minimum over the layers, averaged over the processes."""
     seconds = dict.fromkeys(KINDS, float("inf"))
 
     def timed(kind, method):
@@ -167,12 +166,12 @@ def _seconds(scorer, layers, texts, lengths, precision, world):
 
 
 def _timeline(layers, sizes, seconds, held, peak):
-    """The Timeline of a call: in backward, from the last layer to the first, a part after the other is needed."""
+    """The Timeline of a call. Backward needs the parts one after the other, from the last layer to the first."""
     count = len(layers)
     fixed, other = held - count * sum(sizes.values()), peak - count * sum(sizes.values())
     groups, entry = [], None
     for number in layers:
-        # Parts are redone from what is kept anyway: no step has another for its input.
+        # Parts are recomputed from inputs that are kept anyway, so no step depends on another.
         steps = [Step(f"{number}.{kind}", (), sizes[kind], sizes[kind], 0, 0, seconds[kind]) for kind in KINDS]
         forward = [Event("made", step.name, other) for step in steps]
         backward = [

@@ -1,4 +1,4 @@
-"""What is measured of a scorer while it trains: loss, spread of the scores, and what it would choose."""
+"""Measurements of a scorer in training: the loss, the spread of the scores, and the ROUGE of its choices."""
 
 import numpy as np
 import torch
@@ -8,17 +8,17 @@ from model import ranking_loss, score_samples
 from harness.devices import widest_float
 from harness.timing import nvtx_range
 
-MOST_UPDATES_A_REPORT = 50  # With reports further apart, a collapse would be noticed too late.
+MOST_UPDATES_A_REPORT = 50  # The most updates between reports; with more, a collapse would be noticed too late.
 
 
 def loss_of(args, scores, gold_scores, batch):
-    """The mean loss of a batch's documents by the loss arguments of the run. scores, gold_scores: of a Scorer."""
+    """The mean loss of a batch's documents with the run's loss arguments. scores, gold_scores: from a Scorer."""
     settings = args.margin, args.gold_margin, args.gold_weight
     return ranking_loss(scores, gold_scores, batch.rouge, batch.present, *settings)
 
 
 class Metrics(torch.nn.Module):
-    """Sums over the documents of an epoch, and of a report, on the device: nothing waits for them until one ends.
+    """Sums over the documents of an epoch and of a report, on the device: no synchronisation until one of these ends.
 
     last_batch: the Batch that was added last.
     """
@@ -31,8 +31,8 @@ class Metrics(torch.nn.Module):
 
     @torch.no_grad()
     def add(self, loss, scores, batch, weight):
-        """loss: the batch's mean, a scalar; scores: of its candidates, float [documents, candidates]. weight: 0 leaves
-        the batch out."""
+        """Add a batch. loss: its mean, a scalar. scores: of its candidates, float [documents, candidates]. weight: 0
+        leaves it out."""
         self.last_batch = batch
         if not weight:
             return
@@ -42,16 +42,16 @@ class Metrics(torch.nn.Module):
         self.totals += len(scores) * means.to(self.totals.dtype)
 
     def epoch_loss(self, world):
-        """The mean loss of the epoch over all processes; the epoch's sums begin anew."""
+        """The epoch's mean loss over all processes. Resets the epoch's sums."""
         return self._take(0, world)[0]
 
     def report(self, world):
-        """(loss, spread) since the last report, the spread being the mean over documents of highest less lowest score;
-        the report's sums begin anew."""
+        """(loss, spread) since the last report; the spread is the highest minus the lowest score, averaged over
+        documents. Resets the report's sums."""
         return self._take(1, world)
 
     def flat_loss(self, args):
-        """What the loss of this process's last batch would be if all scores were equal."""
+        """The loss that this process's last batch would have if all scores were equal."""
         zeros = torch.zeros_like(self.last_batch.rouge)
         return float(loss_of(args, zeros, zeros[:, 0], self.last_batch))
 
@@ -61,27 +61,27 @@ class Metrics(torch.nn.Module):
         return [value / documents for value in sums]
 
     def gather(self, world):
-        """Move the sums of all processes to the first one, whose state is what is saved."""
+        """Move the sums of all processes to the main process, whose state is saved."""
         totals = world.sum(self.totals.clone())
         self.totals.copy_(totals if world.is_main else torch.zeros_like(totals))
 
 
 class CollapseWatch:
-    """Sees when a scorer gives all candidates of a document the same score: within 100 updates, from reports at most
-    MOST_UPDATES_A_REPORT apart.
+    """Detects within 100 updates that a scorer gives all candidates of a document the same score, from reports at most
+    MOST_UPDATES_A_REPORT updates apart.
 
-    Scores count as the same when they spread over less than a quarter of the `margin` that two neighbours should be
-    apart. A fresh encoder may begin so; that is no collapse during the warm-up, nor while the spread grows.
+    Scores count as the same if their spread is below a quarter of `margin`, the target distance of two neighbours. A
+    fresh encoder may begin like that, so it is not a collapse during warm-up, nor while the spread grows.
     """
 
     def __init__(self, margin):
         self.margin, self.warmup = margin, 0
         self._were_apart = False
-        self._same = []  # [update, spread] of the reports since the scores are the same.
+        self._same = []  # [update, spread] of the reports since the scores became the same.
         self._told = False
 
     def sees_collapse(self, update, spread):
-        """Whether the report of `spread` at `update` shows a collapse that no report before it has shown."""
+        """Whether the report of `spread` at `update` shows a collapse that has not been reported yet."""
         if spread >= self.margin / 4:
             self._were_apart, self._same, self._told = True, [], False
             return False
@@ -101,11 +101,10 @@ class CollapseWatch:
 
 
 def validate(scorer, samples, args, precision, world, stop=None):
-    """The loss, and the mean ROUGE of the candidates that the scorer chooses: {"val_loss", "val_rouge1", ...}, and
-    that of each document's first candidate: {"first_rouge1", ...}.
+    """The loss and the mean ROUGE of the candidates that the scorer chooses, {"val_loss", "val_rouge1", ...}, and that
+    of each document's first candidate, {"first_rouge1", ...}.
 
-    Each process scores its share of the SampleSet `samples`, every sample once. A stop request ends it early, with
-    None.
+    Each process scores its share of the SampleSet `samples`, every sample once. After a stop request, returns None.
     """
     numbers = np.argsort(samples.document_lengths, kind="stable")[world.rank :: world.size]
     losses, chosen = torch.zeros((), dtype=widest_float(world.device), device=world.device), []
@@ -127,5 +126,5 @@ def validate(scorer, samples, args, precision, world, stop=None):
 
 
 def mean_rouge(result):
-    """The mean of the three ROUGE values of a validation: what the best scorer is the best in."""
+    """The mean of the three ROUGE values of a validation; it decides which scorer is the best."""
     return sum(result[f"val_{name}"] for name in ROUGE) / len(ROUGE)

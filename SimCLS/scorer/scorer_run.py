@@ -1,4 +1,4 @@
-"""The files of a scorer's training, and what it tells while it goes."""
+"""The files of a scorer's training, and its messages."""
 
 import datetime
 import re
@@ -24,16 +24,16 @@ from scorer.scorer_arguments import CACHE, run_name
 NOT_RESULTS = (*runs.NOT_RESULTS, "max_steps", "port", "evaluate", "run_name", "cuda", "gpuid", "num_workers")
 WEIGHTS = ("scorer.bin", "model.bin")  # The best, and the last.
 FIXED_LENGTH = "the learning rate falls to zero over all updates"
-POINTS_PER_EPOCH = 200  # Of the loss curve in the record.
-REPORTS = 100  # Lines about the loss in a whole run, unless MOST_UPDATES_A_REPORT asks for more.
+POINTS_PER_EPOCH = 200  # The most points of the loss curve in the record.
+REPORTS = 100  # Loss reports in a whole run, unless MOST_UPDATES_A_REPORT requires more.
 
 
 class ScorerRun(runs.Run):
-    """A Run in ./cache/<name>/: the best weights (scorer.bin), the last (model.bin), scorer.json that says what they
-    are for, config.json, the record, and on `-l` log.txt and TensorBoard events.
+    """A Run in ./cache/<name>/: the best weights (scorer.bin), the last ones (model.bin), their description
+    (scorer.json), config.json, the record, and with `-l` log.txt and TensorBoard events.
 
-    `validations` and `losses` are the history within the epoch: dicts, and [update, loss] points. A state that is saved
-    has the parts "scorer", "optimizer", "scaler", "metrics" and "run".
+    `validations` (dicts) and `losses` ([update, loss] points) are the history within the epoch. A saved state has the
+    parts "scorer", "optimizer", "scaler", "metrics" and "run".
     """
 
     title = "training simcls"
@@ -43,24 +43,24 @@ class ScorerRun(runs.Run):
     def __init__(self, args, world, **facts):
         name = run_name(args)
         super().__init__("simcls", CACHE / name, name, args, world, NOT_RESULTS, FIXED_LENGTH, **facts)
-        # Killed in its first validation, a run has weights and no state yet.
+        # A run that was killed in its first validation has weights, but no state yet.
         self.weights = () if args.resume else [self.folder / name for name in WEIGHTS]
         self.validations, self.losses, self.best = [], [], None
         self._watch = CollapseWatch(args.margin)
-        self.kept_share = 1.0  # Of what forward would keep for backward without recomputation and half precision.
+        self.kept_share = 1.0  # Bytes kept for backward, relative to no recomputation and no half precision.
 
     def temporary_files(self):
-        return self.folder.glob(".*.tmp")  # The folder is this run's alone.
+        return self.folder.glob(".*.tmp")  # Only this run uses the folder.
 
     def other_states(self):
-        """Those of runs that are named by their settings too, and differ in workers alone."""
+        """The states of runs that are also named by their settings and differ only in the workers."""
         if self.args.run_name:
             return []
         alike = re.compile(re.escape(self.name).replace(f"_{self.args.num_workers}_worker", r"_\d+_worker", 1))
         return [path for path in sorted(CACHE.glob("*/*.state")) if alike.fullmatch(path.stem)]
 
     def take_over(self, state):
-        for name in ("scorer.json", *WEIGHTS):  # There may be no later ones that are better.
+        for name in ("scorer.json", *WEIGHTS):  # No later weights may be better.
             if (state.parent / name).is_file():
                 with open(state.parent / name, "rb") as theirs, atomic_write(self.folder / name) as ours:
                     shutil.copyfileobj(theirs, ours)
@@ -78,13 +78,13 @@ class ScorerRun(runs.Run):
     def resume(self):
         place = super().resume()
         if not self.world.is_main:
-            self.state["metrics"].totals.zero_()  # The first process has resumed the sums of all.
+            self.state["metrics"].totals.zero_()  # The main process has the sums of all.
         return place
 
     def describe(self, scorer, description, schedule, validated):
-        """Record, before `epochs`, what is trained and how: in config.json, and in lines.
+        """Record what is trained and how, in config.json and in messages. Must be called before `epochs`.
 
-        description: as from `load_scorer`. validated: how many documents a validation has.
+        description: as from `load_scorer`. validated: the number of documents of a validation.
         """
         self._validated = validated
         self._description, self._schedule = description, schedule
@@ -111,7 +111,7 @@ class ScorerRun(runs.Run):
         return self._opening
 
     def _recomputation(self):
-        """What backward redoes, in words; None where it redoes nothing."""
+        """What backward recomputes, in words; None if nothing."""
         if self.args.use_checkpoint:
             return "of each encoder layer"
         return f"for a peak of at most {self.args.memory_budget:g}" if self.args.memory_budget else None
@@ -123,11 +123,11 @@ class ScorerRun(runs.Run):
         return self._update(epoch, step)
 
     def _update(self, epoch, step):
-        """How many updates there are before step `step` of `epoch`, both from 0."""
+        """The number of updates before step `step` of `epoch`, both counted from 0."""
         return epoch * self._updates_an_epoch + -(-step // self.args.accumulate_step)
 
     def validation_is_due(self, epoch):
-        """Whether to validate before the step in hand, where an update begins; a resumed run may have just done so."""
+        """Whether to validate before the current step, where an update begins. A resumed run may have just done so."""
         if epoch.step == 0 or self.is_dry or not self.batches.starts_update(epoch.step):
             return False
         update = self._update(epoch.number, epoch.step)
@@ -135,7 +135,7 @@ class ScorerRun(runs.Run):
         return update % self.args.eval_freq == 0 and not just_done
 
     def report(self, epoch):
-        """When one is due: report the loss since the last report, and look whether the scores have collapsed."""
+        """If a report is due, report the loss since the last one, and check whether the scores have collapsed."""
         update, metrics, schedule = self._update(epoch.number, epoch.step + 1), self.state["metrics"], self._schedule
         if not self.batches.ends_update(epoch.step) or update % self._report_freq:
             return
@@ -161,7 +161,7 @@ class ScorerRun(runs.Run):
             )
 
     def _check_loss(self, epoch, what, value):
-        """UserError when the `value` of a loss in `epoch` (from 0) is not finite."""
+        """UserError if the `value` of a loss in `epoch` (counted from 0) is not finite."""
         if np.isfinite(value):
             return
         every = [each for past in self.history for each in past["validations"]] + self.validations
@@ -173,15 +173,15 @@ class ScorerRun(runs.Run):
         )
 
     def keep_within_epoch(self, epoch, result):
-        """Record a validation before the step in hand, and save the state; UserError, with nothing written, when a
-        loss is not finite: the epoch's mean could not become so again. After a signal the script ends here.
+        """Record a validation before the current step, and save the state; UserError, with nothing written, if a loss
+        is not finite, since the epoch's mean would stay so. After a signal, the script ends here.
 
         result: as from `validate`.
         """
         if result is None:
             self.leave(epoch)
         metrics = self.state["metrics"]
-        # No number where one of them is none, in any process.
+        # Not finite if any sum of any process is not.
         self._check_loss(epoch.number, "loss", float(self.world.sum(metrics.totals.clone()).sum()))
         with self.phase.paused():
             self.add_validation(self._update(epoch.number, epoch.step), result, self.state["scorer"])
@@ -189,11 +189,11 @@ class ScorerRun(runs.Run):
             self.save(epoch.number, epoch.step)
 
     def add_validation(self, update, result, scorer):
-        """Record what `validate` found at `update`, and keep the weights: as the last, and as the best if they are.
-        UserError, with nothing written, when the validation loss is not finite."""
+        """Record the `result` of `validate` at `update`, and save the weights as the last and, if so, as the best.
+        UserError, with nothing written, if the validation loss is not finite."""
         self._check_loss(len(self.history), "validation loss", result["val_loss"])
         self.validations.append({"update": update, **result})
-        figures = [mean_rouge(result), -result["val_loss"]]  # Of equal ROUGE the lower loss is the better.
+        figures = [mean_rouge(result), -result["val_loss"]]  # If ROUGE is equal, the lower loss is better.
         best = self.best is None or figures > self.best
         shown = ", ".join(f"{name} {100 * result[f'val_{name}']:.2f}" for name in ROUGE)
         shown += "; first candidates " + ", ".join(f"{100 * result[f'first_{name}']:.2f}" for name in ROUGE)
@@ -203,17 +203,17 @@ class ScorerRun(runs.Run):
         if best:
             self.best = figures
         if self.world.is_main and not self.is_dry:
-            # That of an earlier run, whose weights go now; with it, --resume would take this run for finished.
+            # An earlier run's record must go with its weights: by it, --resume would take this run for finished.
             self.path(".json").unlink(missing_ok=True)
             for name in WEIGHTS if best else WEIGHTS[1:]:
                 save_scorer(self.folder / name, scorer, self._description)
 
     def add_epoch(self, epoch, result, evaluation_seconds):
-        """Append an Epoch, with what its last validation found, to the history; UserError, with nothing written, when a
-        loss is not finite."""
+        """Append an Epoch with the `result` of its last validation to the history; UserError, with nothing written, if
+        a loss is not finite."""
         loss = self.state["metrics"].epoch_loss(self.world)
         self._check_loss(epoch.number, "loss", loss)
-        self.state["metrics"].gather(self.world)  # The state that is saved next is the main process's.
+        self.state["metrics"].gather(self.world)  # The main process saves its state next.
         self.add_validation(self._update(epoch.number, epoch.done), result, self.state["scorer"])
         figures = {"loss": loss, **result, "losses": self.losses, "validations": self.validations}
         self.record_epoch(epoch, evaluation_seconds, **figures)
@@ -222,7 +222,7 @@ class ScorerRun(runs.Run):
         self.log.plot(timing_figures(epoch.timing), self._update(epoch.number, epoch.done))
 
     def line(self):
-        """The newest epoch in one plain line."""
+        """The latest epoch in one line of text."""
         epoch = self.history[-1]
         return (
             f"epoch {epoch['epoch']}/{self.args.num_epoch}: loss {epoch['loss']:.4f}, "
@@ -230,7 +230,7 @@ class ScorerRun(runs.Run):
         )
 
     def finish(self):
-        """Write the record, then drop the state. Of a run that --max_steps ended, there is nothing more to write."""
+        """Write the record, then delete the state; nothing if --max_steps ended the run."""
         if self.stop.enough:
             return
         self.write_record()
@@ -242,7 +242,7 @@ class ScorerRun(runs.Run):
         self.say(self._effect())
 
     def _effect(self):
-        """What forward kept for backward in the first step, and what it would without the techniques, in words."""
+        """The bytes kept for backward in the first step, and those without memory-saving techniques, in words."""
         kept = self.facts["saved_activation_bytes"]
         text = f"kept from forward to backward: {in_mib(kept)} MiB"
         techniques = ["recomputation"] * bool(self._recomputation())
@@ -257,7 +257,7 @@ class ScorerRun(runs.Run):
         return text
 
     def prospects(self, timing):
-        """What the run would take, in lines, of which --dry_run has done some steps. timing: theirs, of PhaseTimer."""
+        """The expected cost of the run, in lines, after some steps of --dry_run. timing: of these, from PhaseTimer."""
         steps, per_validation = self.batches.number_of_batches, self._validated / self.args.batch_size
         step, forward = (typical_milliseconds(timing["phases"][name]) / 1e3 for name in ("step", "forward"))
         validations = 1 + (self._updates_an_epoch - 1) // self.args.eval_freq
@@ -273,7 +273,7 @@ class ScorerRun(runs.Run):
         )
 
     def _flops(self):
-        """Of forward and backward of the last batch: of frozen layers there is no backward, and some is redone."""
+        """The FLOPs of forward and backward for the last batch, with recomputation, without frozen layers' backward."""
         scorer, device = self.state["scorer"], self.world.device
         learning = [weight for weight in scorer.parameters() if weight.requires_grad]
         dtype = HALF.get(self.facts["precision"])
@@ -284,6 +284,6 @@ class ScorerRun(runs.Run):
         return counter.get_total_flops()
 
     def progress_bar(self, epoch):
-        """A bar that shows the newest report."""
+        """The progress bar, which also shows the latest report."""
         self._bar = super().progress_bar(epoch)
         return self._bar

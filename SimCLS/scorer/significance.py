@@ -1,22 +1,22 @@
-"""How sure the means of an evaluation are: bootstrap intervals, and paired permutation tests."""
+"""The uncertainty of an evaluation's means: bootstrap intervals and paired permutation tests."""
 
 import numpy as np
 from data_utils import ROUGE
 
 RESAMPLES = 10_000
 RESAMPLES_AT_ONCE = 500
-SEED = 0  # Of the resampling: the same figures give the same intervals.
-# Ways to choose a summary that need no scorer; SimCLS has to be better than the best of them, and than each TESTED.
+SEED = 0  # For resampling: the same scores always give the same intervals.
+# Systems that need no scorer. SimCLS is tested against the best of them, and against each of TESTED.
 FREE = ("generator", "plain beam", "most likely", "longest", "Bayes risk", "random")
 TESTED = ("generator", "plain beam", "longest", "Bayes risk")
 ALONE = "SimCLS, scorer alone"
-P_VALUES = {"SimCLS": "p_values", ALONE: "p_values_alone"}  # Whose, and where the record has them.
+P_VALUES = {"SimCLS": "p_values", ALONE: "p_values_alone"}  # System -> key of its p-values in the record.
 
 
 def summarise(systems):
-    """The record's part: "documents"; "systems" -> metric -> "mean", "low", "high". Where SimCLS is among them also
-    "strongest", the best of FREE in the mean of the three, and "p_values" -> system -> metric of SimCLS against that
-    and TESTED; where the scorer alone is, too, its own "p_values_alone".
+    """Values for the record: "documents"; "systems" -> system -> metric -> "mean", "low", "high". If SimCLS is among
+    the systems, also "strongest", the best of FREE by the mean of the three ROUGE, and "p_values" -> system -> metric,
+    of SimCLS against the strongest and TESTED; if the scorer alone is, too, "p_values_alone" for it.
 
     systems: name -> float64 [documents, 3].
     """
@@ -37,7 +37,7 @@ def summarise(systems):
 
 
 def compare(figures, against):
-    """name -> metric -> p-value of `figures`, float64 [documents, 3], against each of `against`, a dict of such."""
+    """name -> metric -> p-value of `figures`, float64 [documents, 3], against each of `against`, a dict of the same."""
     p_values = permutation_test(np.concatenate([figures - each for each in against.values()], axis=1))
     return {
         name: dict(zip(ROUGE, map(float, p_values[3 * place :]), strict=False)) for place, name in enumerate(against)
@@ -45,7 +45,7 @@ def compare(figures, against):
 
 
 def bootstrap_interval(figures):
-    """The 2.5th and 97.5th percentile of the means over bootstrap samples of the rows of `figures` [n, columns]."""
+    """The 2.5th and 97.5th percentiles of the mean over bootstrap samples of the rows of `figures` [n, columns]."""
     random, count = np.random.default_rng(SEED), len(figures)
     means = []
     for _ in range(RESAMPLES // RESAMPLES_AT_ONCE):
@@ -57,12 +57,12 @@ def bootstrap_interval(figures):
 
 
 def permutation_test(differences):
-    """The two-sided p-value of each column of `differences` [n, columns]: of their mean under random signs."""
+    """The two-sided p-value of the mean of each column of `differences` [n, columns], by random signs of the rows."""
     random, count = np.random.default_rng(SEED), len(differences)
     observed = np.abs(differences.mean(0))
     as_far = np.ones(differences.shape[1])
     for _ in range(RESAMPLES // RESAMPLES_AT_ONCE):
         signs = random.integers(0, 2, (RESAMPLES_AT_ONCE, count)) * 2.0 - 1
-        # The margin is for rounding: the same sum in another order counts as equal.
+        # Allows for rounding: the same sum in another order counts as equal.
         as_far += (np.abs(signs @ differences / count) >= observed - 1e-12).sum(0)
     return as_far / (RESAMPLES + 1)

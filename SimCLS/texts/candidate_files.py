@@ -1,8 +1,8 @@
-"""The candidate text files of one split: collected batch by batch, so that a killed run goes on where it stopped.
+"""The candidate text files of one split, collected batch by batch, so that a killed run resumes where it stopped.
 
-While a split is generated, each process appends its batches to `{split}.rank{r}.partial`, one JSON line a batch behind
-a first line with the settings. The seven text files are written when all batches are there, each under its name only
-when it is whole, and last `{split}.settings.json`, by which a later run knows that there is nothing left to do.
+While a split is generated, each process appends its batches to `{split}.rank{r}.partial`: a first line with the
+settings, then one JSON line per batch. Once all batches are there, the seven text files are written atomically, and
+last `{split}.settings.json`, which shows a later run that nothing is left to do.
 """
 
 import itertools
@@ -24,8 +24,7 @@ FILES = ("source", "target", "out", "source.tokenized", "target.tokenized", "out
 class CandidateFiles:
     """The files of one split in `folder`, for one process of `world`.
 
-    settings: dict of plain JSON values, all that the candidates depend on, which leaves out how many documents are made
-    together.
+    settings: dict of plain JSON values, everything that the candidates depend on (the batch size is not part of it).
     """
 
     def __init__(self, folder, split, settings, world):
@@ -34,13 +33,13 @@ class CandidateFiles:
         self.own_partial = folder / f"{split}.rank{world.rank}.partial"
 
     def complete(self):
-        """Whether all files are there, made with these settings."""
+        """Whether all files exist and were made with these settings."""
         found = _read_json(self.settings_path) == self.settings
         return found and all((self.folder / f"{self.split}.{name}").is_file() for name in FILES)
 
     def prepare(self):
-        """In the main process: remove leftovers of killed writes. UserError where there are candidates that were made
-        with other settings, or do not tell theirs."""
+        """In the main process: remove leftovers of killed writes. UserError if there are candidates with other or
+        unknown settings."""
         partials = {path: next(_read_lines(path), None) for path in self._partials()}
         settings, told_by = _read_json(self.settings_path), [self.settings_path]
         if not any(isinstance(found, dict) for found in partials.values()):
@@ -62,15 +61,15 @@ class CandidateFiles:
             for leftover in self.folder.glob(f".{name}.*.tmp"):
                 leftover.unlink()
         for path, found in partials.items():
-            if found is None:  # Killed before its first line was whole.
+            if found is None:  # Killed before its first line was complete.
                 path.unlink()
 
     def finished(self):
-        """The places of the documents whose candidates any process has made: a set of int."""
+        """The places of the documents that have candidates from any process, a set of int."""
         return {place for record in self._records() for place in record["places"]}
 
     def open(self):
-        """The file that `add` writes to, opened for appending behind the last whole line."""
+        """The file that `add` writes to, opened for appending after the last complete line."""
         self.own_partial.touch()
         file = open(self.own_partial, "r+b")  # noqa: SIM115 (the caller closes it)
         size = file.read().rfind(b"\n") + 1
@@ -81,8 +80,8 @@ class CandidateFiles:
         return file
 
     def add(self, file, places, documents, candidates):
-        """Write one batch. places: those of its documents in the split; documents: list of Document; candidates: for
-        each a list of Candidate, best first."""
+        """Write one batch. places: of its documents in the split. documents: list of Document. candidates: a list of
+        Candidate for each, best first."""
         texts = [[candidate.text for candidate in some] for some in candidates]
         record = {
             "places": places,
@@ -95,12 +94,12 @@ class CandidateFiles:
         _append(file, record)
 
     def publish(self, documents):
-        """Write the text files of all documents, a list of Document, from the batches, and remove these."""
+        """Write the text files of all documents, a list of Document, from the batches, and delete the batches."""
         self.settings_path.unlink(missing_ok=True)
         plain = {"source": [[document.text] for document in documents]}
         plain["target"] = [[document.summary] for document in documents]
         for name in FILES:
-            # One file at a time, for the batches of a large data set are large.
+            # One file at a time, to save memory with a large data set.
             lines = plain.get(name) or self._collect(name, len(documents))
             with atomic_write(self.folder / f"{self.split}.{name}", "w") as file:
                 file.writelines(f"{line}\n" for some in lines for line in some)
@@ -133,7 +132,7 @@ def _append(file, value):
 
 
 def _read_lines(path):
-    """The JSON values of whole lines. A line that a crash of the machine tore is left out: its batch is made again."""
+    """Yield the JSON values of complete lines. Lines torn by a crash are skipped: their batches are made again."""
     with open(path, "rb") as file:
         for line in file:
             if line.endswith(b"\n"):
@@ -154,7 +153,7 @@ def _read_json(path):
 
 
 class TextFiles(NamedTuple):
-    """The three files of a split, as they are or tokenized."""
+    """The three files of a split, plain or tokenized."""
 
     source: Path
     target: Path
@@ -162,7 +161,7 @@ class TextFiles(NamedTuple):
 
 
 class Lines(NamedTuple):
-    """One document's lines of those files; `candidates` is a list."""
+    """One document's lines in those files; `candidates` is a list."""
 
     source: str
     target: str
@@ -170,14 +169,14 @@ class Lines(NamedTuple):
 
 
 def likelihood_file(src_dir, split):
-    """The Path of a split's likelihoods, or None where there are none: files of elsewhere have no such file."""
+    """The Path of a split's likelihoods, or None if there is no such file, as with candidates made elsewhere."""
     path = src_dir / f"{split}.likelihood"
     return path if path.exists() else None
 
 
 def read_likelihoods(path, cand_num):
-    """Yield for each document the [log-probability, tokens] of its candidates, a list; None for each where `path` is
-    None. UserError that names a line which does not hold these."""
+    """Yield, for each document, the list of [log-probability, tokens] of its candidates; if `path` is None, yield None
+    without end. UserError, naming the line, for an invalid line."""
     if path is None:
         yield from itertools.repeat(None)
     numbered = enumerate(read_lines(path), 1)
@@ -197,13 +196,13 @@ def _likelihood(path, number, line):
 
 
 def text_files(src_dir, split):
-    """The (plain, tokenized) TextFiles of a split. They need not exist."""
+    """The (plain, tokenized) TextFiles of a split, which need not exist."""
     plain = TextFiles(*(src_dir / f"{split}.{field}" for field in TextFiles._fields))
     return plain, TextFiles(*(path.with_name(path.name + ".tokenized") for path in plain))
 
 
 def check_counts(plain, tokenized, likelihood, cand_num):
-    """The number of documents; UserError when a file cannot be read, or the line counts do not fit `cand_num`."""
+    """The number of documents; UserError if a file cannot be read, or if the line counts do not match `cand_num`."""
     of_candidates = [path for path in (plain.out, tokenized.out, likelihood) if path]
     counts = {path: sum(1 for _ in read_lines(path)) for path in (*plain, *tokenized, *of_candidates)}
     documents = counts[plain.source]
@@ -222,7 +221,7 @@ def check_counts(plain, tokenized, likelihood, cand_num):
 
 
 def read_split(files, cand_num):
-    """Yield the Lines of each document. A missing or additional line is a ValueError: see `check_counts`."""
+    """Yield the Lines of each document. ValueError for missing or additional lines, which `check_counts` rules out."""
     candidates = zip(*[read_lines(files.out)] * cand_num, strict=True)
     for source, target, group in zip(read_lines(files.source), read_lines(files.target), candidates, strict=True):
         yield Lines(source, target, list(group))

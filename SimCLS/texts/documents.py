@@ -1,7 +1,7 @@
-"""Documents and their summaries: the one place that reads a CSV, cleans its text and splits it.
+"""Documents and their summaries: the only module that reads, cleans and splits CSV files.
 
-Fine-tuning, generation and evaluation all take their documents from here, so that no document is ever in the
-training split of one stage and the test split of another.
+Fine-tuning, generation and evaluation all take their documents from here, so no document can be in the training split
+of one stage and in the test split of another.
 """
 
 import contextlib
@@ -21,12 +21,12 @@ from harness.endings import UserError
 FOLDER = Path(__file__).resolve().parent.parent
 SPLIT_SEED = 42
 FEWEST_DOCUMENTS = 10
-# How files begin that gzip has packed, and that bzip2, xz and zip have.
+# The first bytes of gzip files, and of bzip2, xz and zip files.
 GZIP, PACKED = b"\x1f\x8b", (b"BZh", b"\xfd7zXZ", b"PK\x03\x04")
 LONGEST_NAME = 200  # bytes; file systems allow 255, and callers add to the name
 
-# White space and control characters: a superset of what str.splitlines() splits on, because the candidate files
-# hold one sample a line.
+# White space and control characters: a superset of what str.splitlines() splits on, since the candidate files have one
+# text per line.
 _BLANKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029]+")
 
 
@@ -40,7 +40,7 @@ class Document(NamedTuple):
 def add_dataset_arguments(parser, percent=None):
     """Add the arguments that name the documents to an argument parser or group.
 
-    percent: help of --dataset_percent, which `read_splits` needs; None adds none.
+    percent: help text of --dataset_percent, which `read_splits` needs; None leaves it out.
     """
     add = parser.add_argument
     add("--dataset_name", "--data_file", default="sample", help="CSV file or data set name")
@@ -51,8 +51,8 @@ def add_dataset_arguments(parser, percent=None):
 
 
 def read_splits(args):
-    """(path of the documents that the arguments name, a list of all, --dataset_percent of each of the splits that
-    `split_documents` makes of them)."""
+    """(path of the arguments' documents, a list of all of them, their splits by `split_documents`, each cut to
+    --dataset_percent)."""
     path = find_dataset(args.dataset_name)
     documents = read_documents(path, args.doc_col_name, args.sum_col_name)
     splits = {split: take_percent(part, args.dataset_percent) for split, part in split_documents(documents).items()}
@@ -62,8 +62,8 @@ def read_splits(args):
 def read_documents(path, document_column="abstract", summary_column="title"):
     """Read the documents of a .csv or .csv.gz file with a header row, in the order of the rows.
 
-    Runs of white space and control characters become one space. Rows without text or summary are dropped, and
-    so is every row whose text repeats that of an earlier one, and one that is the header again; a line says how many.
+    Texts are cleaned by `clean`. Rows without text or summary, rows that repeat the text of an earlier row, and rows
+    that repeat the header are dropped, with a message.
 
     Returns a list of Document. Raises UserError as `read_columns`, and for fewer than 10 usable documents.
     """
@@ -71,7 +71,7 @@ def read_documents(path, document_column="abstract", summary_column="title"):
     documents, rows, empty, headers = {}, 0, 0, 0
     for text, summary in read_columns(path, document_column, summary_column):
         text, summary, rows = clean(text), clean(summary), rows + 1
-        if (text, summary) == (document_column, summary_column):  # Of another file behind it.
+        if (text, summary) == (document_column, summary_column):  # Concatenated files.
             headers += 1
         elif text and summary:
             documents.setdefault(text, Document(text, summary))
@@ -91,12 +91,12 @@ def read_documents(path, document_column="abstract", summary_column="title"):
 
 
 def read_columns(path, *columns):
-    """Yield the texts in the named columns of a .csv or .csv.gz file, a tuple a row; blank lines are passed over.
+    """Yield the texts in the named columns of a .csv or .csv.gz file, one tuple per row; blank lines are skipped.
 
-    The file is never in memory as a whole. Raises UserError for one that cannot be read, is empty or is no UTF-8, for a
-    missing column, and for a row with more or fewer fields than the header.
+    The file is never in memory as a whole. Raises UserError if it cannot be read, is empty or is not UTF-8, if a column
+    is missing, and if a row has more or fewer fields than the header.
     """
-    csv.field_size_limit(2**31 - 1)  # A field of a document may be longer than 131,072 characters.
+    csv.field_size_limit(2**31 - 1)  # A document may be longer than the default limit of 131,072 characters.
     rows = None
     try:
         with _open(path) as file:
@@ -131,8 +131,8 @@ def clean(text):
 def split_documents(documents):
     """Split 80/10/10 into {"train": [...], "val": [...], "test": [...]}, each a list of Document.
 
-    The order is that of a hash of the text, so a document's split depends neither on the order of the rows nor,
-    but for those at the two cuts, on which other documents there are; and a prefix of a split is a random sample.
+    Documents are sorted by a hash of their text. So a document's split does not depend on the order of the rows nor
+    (except near the two cuts) on the other documents, and a prefix of a split is a random sample.
     """
     documents = sorted(documents, key=lambda document: _hash(document.text))
     first_cut, second_cut = len(documents) * 80 // 100, len(documents) * 90 // 100
@@ -147,11 +147,10 @@ def take_percent(documents, percent):
 
 
 def find_dataset(name):
-    """The Path of the CSV file that a user means by `name`.
+    """The Path of the CSV file that `name` refers to.
 
-    `name` is a path, or a bare name: `clean_covid` is clean_covid.csv or clean_covid.csv.gz, in the current folder
-    or in SimCLS/. `sample` is SimCLS/sample.csv, which is built when it is not there. Raises UserError when there
-    is no such file.
+    `name` is a path or a bare name: `clean_covid` is clean_covid.csv or clean_covid.csv.gz in the current folder or in
+    SimCLS/. `sample` is SimCLS/sample.csv, which is built if it does not exist. UserError if there is no such file.
     """
     if name == "sample":
         from texts import sample_data
@@ -166,10 +165,11 @@ def find_dataset(name):
 
 
 def safe_name(name):
-    """`name`, perhaps a path or a hub name, as one path component: google/pegasus-xsum -> google_pegasus-xsum.
+    """`name`, which may be a path or a name on the hub, as a single path component: google/pegasus-xsum ->
+    google_pegasus-xsum.
 
-    The result is never empty, hidden, `.` or `..`, and holds no separator, so that folder / safe_name(name) lies
-    directly in the folder. A plain name stays as it is.
+    The result is never empty, hidden, `.` or `..`, and has no separator, so folder / safe_name(name) is directly in the
+    folder. A plain name stays as it is.
     """
     parts = [part for part in re.split(r"[/\\]", _BLANKS.sub(" ", name)) if part.strip() not in ("", ".", "..")]
     plain = (
@@ -186,7 +186,7 @@ def _hash(text):
 
 
 def _places(path, header, columns):
-    """The places of `columns` in the `header` of the file `path`; UserError for one that is not there once."""
+    """The indices of `columns` in the `header` of the file `path`; UserError unless each occurs exactly once."""
     header = [clean(name) for name in header]
     for column in columns:
         if column not in header:
@@ -202,8 +202,7 @@ def _places(path, header, columns):
 
 @contextlib.contextmanager
 def _open(path):
-    """The bytes of a file, unpacked where they are those of gzip, whatever its name; UserError where something else has
-    packed them."""
+    """The bytes of a file, decompressed if it is gzip, whatever its name; UserError for other compression."""
     with open(path, "rb") as file:
         start = file.peek(4)
         if start.startswith(PACKED):
@@ -212,7 +211,7 @@ def _open(path):
 
 
 def _first_line_without_utf8(path):
-    """The number of the first line that is no UTF-8: a reader decodes many lines at once."""
+    """The number of the first line that is not UTF-8; the reader decodes many lines at once, so its error has none."""
     with _open(path) as file:
         for number, line in enumerate(file, 1):
             try:

@@ -1,4 +1,4 @@
-"""What candidates and samples are made of: provenance.json in their folder, with a digest that tells them apart."""
+"""The provenance of candidates and samples: provenance.json in their folder, with a digest to tell them apart."""
 
 import hashlib
 import json
@@ -6,7 +6,7 @@ import json
 from harness.files import write_json
 
 FILE = "provenance.json"
-# What is there to be read: the digests beside it decide.
+# Keys for human readers; they do not affect the digest.
 NAMES = ("generator_name", "text_name", "candidates", "documents")
 
 
@@ -25,17 +25,17 @@ def digest_files(paths):
 
 
 def describe(**what):
-    """`what`, a dict of plain JSON values, with the "digest" of all of it but NAMES."""
+    """`what`, a dict of plain JSON values, with the "digest" of all of it except NAMES."""
     return {"digest": digest({key: value for key, value in what.items() if key not in NAMES})} | what
 
 
 def write(folder, described):
-    if read(folder) != json.loads(json.dumps(described)):  # What is complete is left alone.
+    if read(folder) != json.loads(json.dumps(described)):  # An equal file is left alone.
         write_json(folder / FILE, described)
 
 
 def read(folder):
-    """What `write` wrote into `folder`, a dict; None where there is none, as in published samples."""
+    """The dict that `write` wrote to `folder`; None if there is none, as in published samples."""
     try:
         described = json.loads((folder / FILE).read_bytes())
     except (OSError, ValueError):
@@ -44,9 +44,9 @@ def read(folder):
 
 
 def differences(ours, theirs):
-    """What differs between two provenances of candidates, in words: "" when nothing does, or one of them is None.
+    """The keys that differ between two provenances, in words; "" if none does, or if one of them is None.
 
-    Which share of the text was taken does not count.
+    Which share of the text was used does not count.
     """
     if not ours or not theirs:
         return ""

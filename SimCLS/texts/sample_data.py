@@ -1,11 +1,11 @@
-"""Build sample.csv (columns abstract, title) from the docstrings of Python and of the installed packages.
+"""Build sample.csv (columns abstract, title) from the docstrings of Python and the installed packages.
 
     python3 texts/sample_data.py
 
-A docstring whose first line is a summary of one sentence, followed by a longer description, gives one pair: the
-document is the heading and the description, as on a page of reference documentation ("Series sort values: ..."); the
-line is its reference summary. It is real text that needs no download. The modules are parsed, never imported. The rows
-are in the order of package, file and line, so that one set of installed versions gives one file.
+A docstring with a one-sentence summary and a longer description makes one pair: the document is a heading and the
+description, as on a page of reference documentation ("Series sort values: ..."); the sentence is its reference summary.
+This is real text without a download. The modules are parsed, never imported. The rows are ordered by package, file and
+line, so that the same installed versions always give the same file.
 """
 
 import ast
@@ -26,12 +26,12 @@ from harness.files import atomic_write
 
 SAMPLE = Path(__file__).resolve().parent.parent / "sample.csv"
 
-# Packages of the requirements, chosen by the pairs that a second of parsing gives.
+# Packages of the requirements that give many pairs per second of parsing.
 PACKAGES = """
     numpy scipy pandas matplotlib sklearn torch transformers nltk networkx torchvision accelerate huggingface_hub
     tensorboard PIL joblib
 """
-# Tests, copies of other packages, and parts that are long to parse for few pairs or for much the same text.
+# Tests, copies of other packages, and parts that take long to parse for few pairs or repetitive text.
 SKIPPED_FOLDERS = (
     "tests test testing site-packages idlelib encodings _vendor models _inductor _dynamo _functorch fx onnx"
 )
@@ -40,7 +40,7 @@ SUMMARY_WORDS = range(3, 26)
 DESCRIPTION_WORDS = range(15, 401)
 SHARED_WORDS = 0.4
 
-# The sections of the reST, Google and NumPy styles that hold prose; the others list functions, code or literature.
+# Sections with prose in the reST, Google and NumPy styles; the others list functions, code or literature.
 _PROSE_SECTIONS = frozenset([
     "args", "arguments", "parameters", "params", "attributes", "return", "returns", "yield", "yields", "raises", "note",
     "notes", "warning", "warnings", "keyword-arguments", "other-parameters", "input", "inputs", "output", "outputs",
@@ -69,7 +69,7 @@ _MARKUP = [
 
 def get_args_parser():
     parser = arguments.OneLineParser(description=__doc__)
-    parser.add_argument("--output", type=Path, default=SAMPLE, help="the CSV to write")
+    parser.add_argument("--output", type=Path, default=SAMPLE, help="CSV file to write")
     return parser
 
 
@@ -83,7 +83,7 @@ def main():
 
 
 def ensure_sample():
-    """The Path of SimCLS/sample.csv, which is built if it is not there."""
+    """The Path of SimCLS/sample.csv, which is built if it does not exist."""
     if not SAMPLE.is_file():
         print(f"building {SAMPLE.name} from the docstrings of the installed packages", file=sys.stderr)
         build_sample(SAMPLE)
@@ -91,8 +91,8 @@ def ensure_sample():
 
 
 def build_sample(path):
-    """Write the CSV and return its number of pairs. Raises UserError when no docstring is to be found."""
-    # Spawned, since a fork of a process that has started torch's threads may deadlock.
+    """Write the CSV file and return its number of pairs. UserError if no docstrings are found."""
+    # Spawned: a fork of a process with torch's threads may deadlock.
     with multiprocessing.get_context("spawn").Pool(min(4, machine.usable_cores())) as pool:
         found = pool.map(file_pairs, list(python_files()), chunksize=20)
     pairs = list(without_repeats(pair for pairs in found for pair in pairs))
@@ -104,7 +104,7 @@ def build_sample(path):
 
 
 def python_files():
-    """The Path of every module that is read, in a fixed order."""
+    """Yield the Path of every module to read, in a fixed order."""
     roots = [Path(sysconfig.get_paths()["stdlib"])]
     specs = [importlib.util.find_spec(package) for package in PACKAGES.split()]
     roots += [Path(spec.origin).parent for spec in specs if spec and spec.origin]
@@ -120,7 +120,7 @@ def file_pairs(path):
     try:
         source = path.read_text(encoding="utf-8")
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # old escapes in others' strings
+            warnings.simplefilter("ignore")  # invalid escapes in their strings
             tree = ast.parse(source) if '"""' in source or "'''" in source else ast.Module([], [])
     except (SyntaxError, ValueError, OSError):
         return []
@@ -143,10 +143,10 @@ def _docstrings(node, heading):
 
 
 def docstring_pair(docstring, heading):
-    """The (document, summary) of a docstring, or None when it is of no use as a pair.
+    """The (document, summary) of a docstring, or None if it is not usable.
 
-    The description has 15 to 400 words (it is cut there) and the summary 3 to 25. Two fifths of the summary's longer
-    words must occur in the document, or it could only be guessed.
+    The description has 15 to 400 words (longer ones are cut), and the summary 3 to 25. At least 40 % of the summary's
+    longer words must occur in the document; otherwise it could only be guessed.
     """
     first, _, rest = docstring.partition("\n\n")
     summary, spill = _first_sentence(_plain(first))
@@ -163,9 +163,9 @@ def docstring_pair(docstring, heading):
 
 
 def without_repeats(pairs):
-    """Drop pairs whose summary, or whose description's beginning, was there before, numbers and case aside.
+    """Drop pairs whose summary or beginning of the description repeats an earlier one, ignoring numbers and case.
 
-    Overloads and generated classes repeat each other's text; left in, the test split would hold training documents.
+    Overloads and generated classes repeat each other's text; the test split would contain training documents.
     """
     seen = set()
     for document, summary in pairs:
@@ -184,7 +184,7 @@ def _first_sentence(text):
 
 
 def _prose(lines):
-    """The paragraphs of a docstring's body as clean text, without code, tables, rules and listings."""
+    """The paragraphs of a docstring's body as plain text, without code, tables, rules and listings."""
     paragraphs, skip_deeper_than, in_prose, in_fields = [""], None, True, False
     for line, following in zip(lines, [*lines[1:], ""], strict=True):
         text, indent = line.strip(), len(line) - len(line.lstrip())
@@ -199,7 +199,7 @@ def _prose(lines):
         if section in _PROSE_SECTIONS | _OTHER_SECTIONS and (ruled or text.endswith(":")):
             paragraphs.append("")
             in_prose = section in _PROSE_SECTIONS
-            # NumPy style: `name : type` at the margin, what it is below, indented.
+            # NumPy style: `name : type` at the margin, and below it the indented description.
             in_fields = ruled and not section.startswith(("note", "warning"))
         elif not in_prose or _RULE.match(text) or text.startswith(_NO_PROSE) or (in_fields and indent == 0):
             continue
@@ -228,7 +228,7 @@ def _is_text(text):
 
 
 def _stems(text):
-    """The first five letters of the words of four letters and more: enough to see that two texts share a word."""
+    """The first five letters of all words of four or more letters: enough to see that two texts share a word."""
     return {word[:5] for word in re.findall(r"[a-z]{4,}", text.lower())}
 
 

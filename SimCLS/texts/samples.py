@@ -1,7 +1,7 @@
-"""Samples: a document with its scored candidates, as preprocess.py writes them to `{i}.json`, one file a document.
+"""Samples: documents with their scored candidates, which preprocess.py writes to one file `{i}.json` per document.
 
-Those of the published SimCLS and BRIO releases are the same: a dict with KEYS. Ours have "likelihood" too, for each
-candidate [log-probability, tokens] by the generator, where that is known.
+The format is that of the published SimCLS and BRIO samples: a dict with KEYS. Ours also have "likelihood", if known:
+[log-probability, tokens] of each candidate by the generator.
 """
 
 import json
@@ -17,7 +17,7 @@ from texts.documents import Document
 from texts.scoring import mean_score, score
 from texts.sentences import ptb_tokenize
 
-FILE_NAME = re.compile(r"[0-9]{1,18}\.json")  # Of a sample.
+FILE_NAME = re.compile(r"[0-9]{1,18}\.json")  # The file name of a sample.
 KEYS = ("article", "abstract", "article_untok", "abstract_untok", "candidates", "candidates_untok")
 
 
@@ -36,9 +36,9 @@ SAMPLE["likelihood"] = maybe(each(list, ("[log-probability, tokens]", _pair(NUMB
 
 
 def sample_files(folder):
-    """The Paths of the samples of `folder`, in the order of their numbers; other files do not count.
+    """The Paths of the samples of `folder`, in the order of their numbers; other files are ignored.
 
-    UserError when there is no such folder or no sample in it, and when it has not as many as its provenance says.
+    UserError if the folder does not exist, has no samples, or has another number of samples than its provenance says.
     """
     try:
         numbered = [(int(name[:-5]), name) for name in os.listdir(folder) if FILE_NAME.fullmatch(name)]
@@ -47,20 +47,20 @@ def sample_files(folder):
     if not numbered:
         raise UserError(f"the sample folder {folder} holds no sample 0.json, 1.json, ...; preprocess.py makes them")
     made = (provenance.read(Path(folder)) or {}).get("documents")
-    if made not in (None, len(numbered)):  # preprocess.py was stopped while it gave them their names.
+    if made not in (None, len(numbered)):  # preprocess.py was stopped while it renamed them.
         raise UserError(f"{folder} has {len(numbered)} of its {made} samples; the same preprocess.py makes the others")
     return [Path(folder) / name for _, name in sorted(numbered)]
 
 
 def provenance_of(folder):
-    """The provenance of a sample folder; without one, of the names and sizes of its samples."""
+    """The provenance of a sample folder; if it has none, one from the names and sizes of its samples."""
     files = sample_files(folder)
     made_of = provenance.read(folder)
     return made_of or provenance.describe(files=[[path.name, path.stat().st_size] for path in files])
 
 
 def read_sample(path):
-    """The sample in the file `path`: a dict with KEYS. UserError that names the file when it is not one."""
+    """The sample in the file `path`, a dict with KEYS. UserError, naming the file, if it is not valid."""
     try:
         sample = json.loads(path.read_bytes())
     except OSError as error:
@@ -79,7 +79,7 @@ def as_document(sample):
 
 
 def _wrong_counts(sample):
-    """What is wrong with the lengths of a sample's lists of candidates, or None."""
+    """The problem with the lengths of a sample's lists of candidates, in words, or None."""
     counts = {name: len(sample[name] or ()) for name in (*KEYS[4:], "likelihood") if name in sample}
     if len(set(counts.values())) > 1:
         return "it has " + ", ".join(f"{count} {name}" for name, count in counts.items())
@@ -90,10 +90,10 @@ def _wrong_counts(sample):
 
 
 def score_sample(plain, tokenized, split, tokens="standard", likelihood=None):
-    """(the sample of one document as a dict of JSON values, the ROUGE of its candidates as from `score`)
+    """(the sample of one document, a dict of JSON values; the ROUGE of its candidates, as from `score`)
 
     plain, tokenized: Lines. split: text -> list of sentences. likelihood: [log-probability, tokens] of each candidate,
-    or None, which leaves the key out. Only white space between sentences is lost of the plain text.
+    or None, which leaves the key out. The plain text loses only the white space between sentences.
     """
     abstract = split_lower(tokenized.target, split)
     candidates = [split_lower(text, split) for text in tokenized.candidates]
@@ -112,12 +112,12 @@ def score_sample(plain, tokenized, split, tokens="standard", likelihood=None):
 
 
 def split_lower(text, split):
-    """The sentences of a tokenized text, lower-cased after the split: capitals tell where sentences begin."""
+    """The sentences of a tokenized text, lower-cased only after the split, for which capitals matter."""
     return [sentence.lower() for sentence in split(text)]
 
 
 def as_sample(document, summary, candidates, split, tokens="standard", likelihood=None):
-    """The sample that gen_candidate.py and preprocess.py would make, and under "rouge" its candidates' `score`.
+    """The sample that gen_candidate.py and preprocess.py would make, with its candidates' `score` as "rouge".
 
     split: text -> list of sentences.
     """

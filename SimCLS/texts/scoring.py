@@ -1,4 +1,4 @@
-"""ROUGE of candidate summaries: what every stage scores by."""
+"""The ROUGE of candidate summaries, for all stages."""
 
 import functools
 import importlib.metadata
@@ -10,24 +10,24 @@ from harness.endings import UserError
 try:
     from rouge_score_rs import tokenizers
     from rouge_score_rs.rouge_scorer import RougeScorer
-except ImportError:  # No wheel for this platform; Google's package gives the same figures, in several times as long.
+except ImportError:  # No wheel for this platform; Google's package gives the same scores, but is several times slower.
     from rouge_score.rouge_scorer import RougeScorer
 
     tokenizers = None
 
 METRICS = ("rouge1", "rouge2", "rougeLsum")
-# What ROUGE counts. The standard tokens are runs of a-z and 0-9, stemmed: of other scripts they see nothing.
+# What ROUGE counts. The standard tokens are stemmed runs of a-z and 0-9; they ignore other scripts.
 ROUGE_TOKENS = {
     "standard": None,
     "unicode": "UnicodeTokenizer",  # Words of any script, ideographs one by one.
     "characters": "CharacterTokenizer",  # Letters and digits one by one: for scripts without spaces.
 }
-LEAST_SEEN = 0.5  # Of the letters of all references.
+LEAST_SEEN = 0.5  # The least share of the references' letters that the standard tokens must contain.
 
 
 def add_rouge_argument(parser):
     parser.add_argument("--rouge_tokens", choices=ROUGE_TOKENS, default="standard", help="what ROUGE counts: standard "
-                        "(English stems; of other scripts than a-z nothing), unicode (words of any script), or "
+                        "(English stems; ignores scripts other than a-z), unicode (words of any script), or "
                         "characters (for scripts without spaces)")  # fmt: skip
 
 
@@ -43,8 +43,8 @@ def _scorer(tokens):
 def score(reference, candidates, tokens="standard"):
     """F-measures from 0 to 1 by METRICS, float64 [candidates, 3].
 
-    reference: list of sentences, each a str; candidates: list of such lists. As in `rouge-score`, a newline ends a
-    sentence too, and sentences matter to ROUGE-Lsum only. tokens: a key of ROUGE_TOKENS.
+    reference: list of sentences, each a str. candidates: list of such lists. As in `rouge-score`, a newline also ends a
+    sentence, and sentences matter only for ROUGE-Lsum. tokens: a key of ROUGE_TOKENS.
     """
     target, scorer = "\n".join(reference), _scorer(tokens)
     scores = [scorer.score(target, "\n".join(candidate)) for candidate in candidates]
@@ -52,8 +52,8 @@ def score(reference, candidates, tokens="standard"):
 
 
 def agreement(candidates, tokens="standard"):
-    """How much each candidate is like the others: the mean of its three ROUGE, each candidate being the reference in
-    turn, float64 [candidates]. 1 less it is the candidate's Bayes risk (Kumar and Byrne 2004).
+    """The similarity of each candidate to all of them, float64 [candidates]: the mean of its three ROUGE scores, with
+    each candidate (itself included) as the reference in turn. 1 minus this is its Bayes risk (Kumar and Byrne 2004).
 
     candidates: lists of tokenized, lower-cased sentences.
     """
@@ -61,7 +61,7 @@ def agreement(candidates, tokens="standard"):
 
 
 def signature(tokens, splitter):
-    """What the figures are, in one line: package and version, tokens, stemmer, sentences and case.
+    """How the scores were computed, in one line: package and version, tokens, stemmer, sentences and case.
 
     tokens: a key of ROUGE_TOKENS. splitter: how sentences were split, in words.
     """
@@ -74,13 +74,13 @@ def signature(tokens, splitter):
 
 
 def mean_score(figures):
-    """The mean of the three ROUGE figures [..., 3]: the score by which SimCLS orders candidates."""
+    """The mean of the three ROUGE scores [..., 3], by which SimCLS ranks candidates."""
     return (figures[..., 0] + figures[..., 1] + figures[..., 2]) / 3
 
 
 def check_references(references, tokens, where, say=print):
-    """UserError where ROUGE would see less than half of the letters of `references`, an iterable of str; a line where
-    it would see nothing of some of them."""
+    """UserError if ROUGE would ignore more than half of the letters of `references`, an iterable of str; a message if
+    it would ignore some of them completely."""
     if tokens != "standard":
         return
     count = letters = seen = empty = 0

@@ -1,13 +1,13 @@
-"""PTB tokens of a text, and its sentences: as every stage splits them, so that their ROUGE compares."""
+"""Penn Treebank tokens and sentences, the same in all stages, so that their ROUGE is comparable."""
 
 import functools
 import re
 
-# Punkt learns from the start of the text: one second of work, and the same parameters however long the text is.
+# Punkt learns only from the start of the text, which takes a second.
 PUNKT_SAMPLE_CHARACTERS = 500_000
 
-# A full stop inside the text that ends a sentence: after a word of two letters or more that is no title, before a
-# capital. NLTK's tokenizer parts only the full stop at the end of its text from the word.
+# A full stop that ends a sentence inside the text: after a word of two or more letters that is not a title, and before
+# a capital. NLTK's tokenizer splits off only the full stop at the end of its text.
 _TITLES = "Mr|Mrs|Ms|Dr|Prof|St|Jr|Sr|Gen|Col|Lt|Rev|Hon|Fig|No|vs|al|etc|Inc|Ltd|Co|Corp"
 _NOT_A_TITLE = "".join(rf"(?<!\b{title})" for title in _TITLES.split("|"))
 _INNER_FULL_STOP = re.compile(rf"(?<=[^\s.][^\s.]){_NOT_A_TITLE}\.(?=[\"'”’)\]]*\s+[\"'“‘(\[]*[A-Z])")
@@ -16,29 +16,29 @@ _INNER_FULL_STOP = re.compile(rf"(?<=[^\s.][^\s.]){_NOT_A_TITLE}\.(?=[\"'”’)
 def ptb_tokenize(text):
     """Penn Treebank tokens of `text` (any number of sentences), joined by single spaces, on one line.
 
-    Quotation marks become `` and '' as in the Treebank; brackets stay as they are (no -LRB-), since ROUGE would
-    count such names as words.
+    Quotation marks become `` and '' as in the Treebank; brackets stay as they are (no -LRB-), since ROUGE would count
+    such names as words.
     """
     tokens = _word_tokenizer().tokenize(_INNER_FULL_STOP.sub(" .", text))
-    # A token may hold white space that NLTK does not know as such: a line separator, for one.
+    # A token may contain white space that NLTK does not recognise, such as a line separator.
     return " ".join(" ".join(tokens).split())
 
 
 @functools.cache
 def _word_tokenizer():
-    from nltk.tokenize import NLTKWordTokenizer  # NLTK takes seconds to import, and most of a stage can do without.
+    from nltk.tokenize import NLTKWordTokenizer  # Takes seconds, and is not always needed.
 
     return NLTKWordTokenizer()
 
 
 class SentenceSplitter:
-    """Punkt (Kiss and Strunk 2006): NLTK's English parameters when installed, else learnt from `texts`.
+    """Punkt (Kiss and Strunk 2006) with NLTK's English parameters if installed, else with those learnt from `texts`.
 
-    Nothing is ever downloaded. The same texts in the same order give the same sentences on every run. So that all
-    stages split alike, the texts are the documents of the split that is worked on.
+    Nothing is downloaded. The same texts in the same order always give the same sentences. For the same sentences in
+    all stages, pass the documents of the current split.
 
-    texts: an iterable of str, read up to PUNKT_SAMPLE_CHARACTERS, and not at all when NLTK's data is installed. None
-    where there are no documents: then the abbreviations are _TITLES. `kind` names in words which it was.
+    texts: an iterable of str, read up to PUNKT_SAMPLE_CHARACTERS, and not at all if NLTK's data is installed; None if
+    there are no documents: then the abbreviations are _TITLES. kind: which of these it is, in words.
     """
 
     def __init__(self, texts):
@@ -52,7 +52,7 @@ class SentenceSplitter:
             self._punkt = punkt.PunktSentenceTokenizer(_titles() if texts is None else _learn_punkt(texts))
 
     def split(self, text):
-        """The sentences of `text` as a list of str; only the white space between them is left out."""
+        """The sentences of `text`, a list of str; only the white space between them is lost."""
         return [sentence for sentence in self._punkt.tokenize(text.strip()) if sentence]
 
 
