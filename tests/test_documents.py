@@ -29,7 +29,7 @@ def twenty_documents(words="words"):
 
 
 def test_text_is_one_line_and_repeats_and_empty_rows_are_dropped_and_counted(tmp_path, capsys):
-    rows = ['"a\n b\x0b\x1c\x85\u2028\t c\x00",  first ', "a b c,again", ",no text", "no summary, ", "", ",no text,,"]
+    rows = ['"a\n b\x0b\x1c\x85\u2028\t c\x00",  first ', "a b c,again", ",no text", "no summary, ", "", ",no text"]
     read = read_documents(write_csv(tmp_path / "x.csv", rows + twenty_rows()))
     told = "4 of 25 rows dropped: 3 without text or summary, 1 that repeat an earlier text\n"
     assert capsys.readouterr().out == f"{tmp_path / 'x.csv'}: {told}"
@@ -64,6 +64,14 @@ def test_blank_lines_are_no_rows(tmp_path):
     assert read_documents(tmp_path / "blank.csv") == read_documents(path)
 
 
+def test_empty_fields_behind_the_header_are_forgiven_where_all_rows_have_them(tmp_path):
+    path = write_csv(tmp_path / "x.csv", twenty_rows())
+    wide = write_csv(tmp_path / "wide.csv", [f"{row},," for row in [*twenty_rows(), "no summary,", "abstract,title"]])
+    assert read_documents(wide) == read_documents(path)
+    write_csv(wide, [*(f"{row},," for row in twenty_rows()), "abstract,title"])
+    assert read_documents(wide) == read_documents(path)
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -77,6 +85,11 @@ def test_blank_lines_are_no_rows(tmp_path):
         (b"abstract,title\nx,y\nbroken\nin two,z\n", "line 3: 1 fields, where the header has 2"),
         (b'abstract,title\nx,y\n"quoted" and on,z\n', "line 3: not a CSV file"),
         (b'abstract,title\nx,y\n"never closed,z\na,b\n', "not a CSV file"),
+        (b"abstract,title,notes\nx,y,\nmice, rats and men,z,\n", "line 3: 4 fields, where the header has 3; quote the"),
+        (
+            b"abstract,title,notes\nmice, rats and men,z,\nx,y,\n",
+            "line 3: 3 fields, .* has 3 and the first row 4; quote",
+        ),
         (b"title,abstract,year\nx,y,2020\nx,y\n", "line 3: 2 fields, where the header has 3"),
     ],
 )

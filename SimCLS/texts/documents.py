@@ -94,7 +94,8 @@ def read_columns(path, *columns):
     """Yield the texts in the named columns of a .csv or .csv.gz file, a tuple a row; blank lines are passed over.
 
     The file is never in memory as a whole. Raises UserError for one that cannot be read, is empty or is no UTF-8, for a
-    missing column, and for a row with more or fewer fields than the header.
+    missing column, and for a row with more or fewer fields than the header. Empty fields behind those of the header are
+    forgiven where every row has as many: in one row alone a comma in its text may have moved the others there.
     """
     csv.field_size_limit(2**31 - 1)  # A field of a document may be longer than 131,072 characters.
     rows = None
@@ -105,11 +106,14 @@ def read_columns(path, *columns):
             if header is None:
                 raise UserError(f"{path} is empty; it needs a header row and rows below it")
             places = _places(path, header, columns)
+            width = None  # Of the first row.
             for row in filter(None, rows):
-                if len(row) < len(header) or any(row[len(header) :]):
+                width = width or max(len(row), len(header))
+                if (len(row) != width and row != header) or any(row[len(header) :]):
                     raise UserError(
-                        f"{path}, line {rows.line_num}: {len(row)} fields, where the header has {len(header)}; quote "
-                        "the fields that hold a comma or a line end"
+                        f"{path}, line {rows.line_num}: {len(row)} fields, where the header has {len(header)}"
+                        + f" and the first row {width}" * (width > len(header))
+                        + "; quote the fields that hold a comma or a line end"
                     )
                 yield tuple(row[place] for place in places)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
