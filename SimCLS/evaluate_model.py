@@ -209,7 +209,8 @@ def judge_candidates(args, world, judge):
     samples = with_agreement(candidates.samples, args.rouge_tokens)
     compare_counts(samples, args.num_cands if args.samples else None, judge.description.get("candidates"))
     trained = read_description(args.scorer_path) or {}
-    warnings = check_belonging(candidates.origin, trained.get("samples"))
+    made = provenance.read(args.samples) if args.samples else {"split": "test", "candidates": candidates.origin}
+    warnings = provenance.check_belonging(made, trained.get("samples"))
     if args.generator_name and not candidates.origin:
         warnings.append("the samples do not tell what made them: the plain beam may be of another generator or search")
     weights = usable_weights(fitted_to(args.scorer_path), samples, warnings)
@@ -333,15 +334,6 @@ def usable_weights(weights, samples, warnings):
         warnings.append("the scorer counts on likelihoods, which the samples have not: it chooses without")
         weights = weights | {"likelihood": 0.0}
     return weights if weights and (weights["likelihood"] or weights["agreement"]) else None
-
-
-def check_belonging(origin, trained):
-    """A list of what is wrong, in words, with candidates for a scorer.
-
-    origin, trained: the provenance of the candidates, and of the samples that the scorer was trained on, or None.
-    """
-    different = provenance.differences(origin, trained and trained.get("candidates"))
-    return [f"the scorer was trained on candidates of other {different} than those it judges here"] * bool(different)
 
 
 def compare_counts(samples, wanted, trained):

@@ -32,7 +32,7 @@ from scorer.optimization import Schedule, clip_gradients, seed_step
 from scorer.scorer_arguments import cached_path, get_args_parser, starting_weights
 from scorer.scorer_run import ScorerRun
 from texts import provenance
-from texts.samples import provenance_of
+from texts.samples import check_training
 
 
 def main():
@@ -47,7 +47,7 @@ def main():
         scorer, encoding, description = load_model(args, world)
         half_precision = half_precision_name(args.half_precision, description["architecture"])
         with world.first_on_machine():
-            made_of = [provenance_of(Path(args.dataset) / split) for split in ("train", "val")]
+            made_of = check_training(Path(args.dataset), world.say)
         description["samples"] = made_of[0]
         # An argument, so that a run goes on with the samples alone that it began with, and its record tells them.
         args.samples_digest = provenance.digest(made_of)

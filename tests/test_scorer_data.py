@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import data_utils
@@ -14,7 +15,8 @@ from model import Scorer, load_encoder, load_scorer, score_samples
 
 from harness.endings import UserError
 from harness.precision import choose_precision
-from texts.samples import read_sample, sample_files
+from texts import provenance
+from texts.samples import check_training, provenance_of, read_sample, sample_files
 
 CPU = torch.device("cpu")
 FP32 = choose_precision(None, CPU)
@@ -192,6 +194,27 @@ def test_bad_sample_is_named(tmp_path, change, wanted):
         read_sample(path)
     assert wanted in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_training_documents_are_not_those_that_validate(sample_folder, tmp_path, capsys):
+    folder = tmp_path / "samples"
+    shutil.copytree(sample_folder, folder)
+    assert check_training(folder) == [provenance_of(folder / split) for split in ("train", "val")]
+
+    def write(place, split, generator):
+        made = {"generator": generator, "text": "t"}
+        provenance.write(folder / place, provenance.describe(split=split, files=place, candidates=made))
+
+    write("train", "train", "x")
+    write("val", "val", "x")
+    check_training(folder)
+    assert capsys.readouterr().out == ""
+    write("val", "val", "y")
+    check_training(folder)
+    assert "val have candidates that were made with other generator\n" in capsys.readouterr().out
+    write("val", "train", "y")
+    with pytest.raises(UserError, match="are both of the train documents of one text; make each with its own --split"):
+        check_training(folder)
 
 
 def test_no_samples(tmp_path):

@@ -58,6 +58,21 @@ def provenance_of(folder):
     return made_of or provenance.describe(files=[[path.name, path.stat().st_size] for path in files])
 
 
+def check_training(folder, say=print):
+    """The provenance of the training and of the validation samples in `folder`, two dicts; a line where their
+    candidates were made otherwise. UserError where they are of the same documents: these would choose the weights."""
+    made_of = [provenance_of(folder / split) for split in ("train", "val")]
+    if provenance.same_documents(*made_of):
+        raise UserError(
+            f"{folder / 'train'} and {folder / 'val'} are both of the {made_of[0]['split']} documents of one text; "
+            "make each with its own --split of preprocess.py"
+        )
+    different = provenance.differences(*(made.get("candidates") for made in made_of))
+    if different:
+        say(f"warning: {folder / 'train'} and {folder / 'val'} have candidates that were made with other {different}")
+    return made_of
+
+
 def read_sample(path):
     """The sample in the file `path`: a dict with KEYS. UserError that names the file when it is not one."""
     try:
