@@ -139,6 +139,7 @@ TABLE = {
         ("--pt_model {bad}/models/sequences", "do not support `num_return_sequences` different than 1"),
         ("--pt_model {bad}/models/starts", "decoder_start_token_id is [3, 4]; it has to be one token"),
         ("--pt_model {bad}/models/start", "start with token 0 in training and with 5 in generation"),
+        ("--pt_model {bad}/models/endless", "end with token 1 in training and with none in generation"),
         ("--data_file {bad}/tables/chinese.csv", "letters are others; add --rouge_tokens unicode (words)"),
         ("--rouge_tokens letters", "--rouge_tokens: invalid choice: 'letters'"),
         ("--data_file {bad}/tables/shifted.csv", "shifted.csv, line 8: 3 fields, where the header has 2"),

@@ -21,7 +21,7 @@ from harness.endings import UserError
 from search.ctranslate2_beams import CTranslate2Beams
 from search.diverse_beam import DiverseBeamSearch
 from search.sampling import NucleusSampling
-from search.token_rules import check_settings, check_tokens
+from search.token_rules import check_end, check_settings, check_start
 from texts import provenance
 from texts.documents import clean
 from texts.samples import as_sample
@@ -162,6 +162,7 @@ def load_generator(name, dtype=torch.float32, dropout=None):
             raise ValueError("its tokenizer has no pad token; name one as pad_token in tokenizer_config.json")
         check_settings(model.generation_config)
         check_start(model, tokenizer)
+        check_end(model, tokenizer)
     except ValueError as error:
         raise UserError(f"--generator_name {name!r}: {error}") from None
     return model.eval(), tokenizer
@@ -180,40 +181,6 @@ class Candidate(NamedTuple):
     text: str
     log_prob: float
     tokens: int
-
-
-def check_start(model, tokenizer):
-    """ValueError unless summaries start in generation with the token with which they start in training.
-
-    decoder_start_token_id as a list of one token becomes that token.
-    """
-    for config in (model.config, model.generation_config):
-        start = getattr(config, "decoder_start_token_id", None)
-        if isinstance(start, list):
-            if len(set(start)) != 1:
-                raise ValueError(f"decoder_start_token_id is {start}; it has to be one token")
-            config.decoder_start_token_id = start[0]
-    generated = model.generation_config.decoder_start_token_id
-    if generated is None:
-        generated = model.generation_config.bos_token_id
-    check_tokens(model, [] if generated is None else [generated])
-    if hasattr(tokenizer, "tgt_lang") and tokenizer.tgt_lang is None:
-        raise ValueError("its tokenizer names no target language; set tgt_lang in tokenizer_config.json")
-    try:
-        labels = torch.tensor([tokenizer(text_target="a")["input_ids"]])  # Of mBART the last one comes first.
-        trained = int(model.prepare_decoder_input_ids_from_labels(labels=labels)[0, 0])
-    except AttributeError:  # The model shifts its labels itself.
-        trained = getattr(model.config, "decoder_start_token_id", None)
-    except (ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        if "pad_token_id" in reason:
-            reason = "its config.json names no pad_token_id; set it"
-        raise ValueError(reason) from None
-    if trained != generated:
-        raise ValueError(
-            f"summaries start with token {trained} in training and with {generated} in generation; set "
-            "decoder_start_token_id in config.json and generation_config.json"
-        )
 
 
 def check_generation(name, model, tokenizer, beams):
