@@ -207,6 +207,10 @@ TABLE = {
         ("--num_groups 3", "--num_groups 3 does not divide --num_cands 4"),
         ("--num_cands 0", "--num_cands: '0' is not"),
         ("--decoder_max_len 1", "--decoder_max_len 1 leaves no room"),
+        (
+            "--min_length 9",
+            "a min_length of 9 tokens is above the max_length of 8; set --min_length, --decoder_max_len",
+        ),
         ("--length_penalty nan", "--length_penalty: 'nan' is not a number from -10 to 10"),
         ("--max_source_length 1", "--max_source_length 1 leaves no room for a text; this model needs 2 tokens"),
         ("--dataset_percent 0", "--dataset_percent: '0' is not"),

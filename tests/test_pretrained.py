@@ -119,6 +119,21 @@ def test_a_generator_that_was_tuned_to_20_tokens_generates_no_more(tmp_path, enc
     assert CandidateGenerator(model, tokenizer, settings).max_source_length == 30
 
 
+@pytest.mark.parametrize(("asked", "most"), [({"min_length": 50}, 4), ({}, 4), ({"min_length": 11}, None)])
+def test_summaries_of_more_tokens_than_are_allowed_are_refused(asked, most):
+    model, tokenizer = tiny_seq2seq.build("t5"), SimpleNamespace(model_max_length=30)
+    model.generation_config.min_length, model.generation_config.max_length = 5, 10
+    for search in ("beam", "sample", "beam+sample"):
+        args = SimpleNamespace(num_cands=2, diversity_penalty=1.0, top_p=0.9, seed=0, decoder_max_len=most, **asked)
+        with pytest.raises(UserError, match=r"a min_length of \d+ tokens is above the max_length of (4|10); set --min"):
+            search_settings(args, model.generation_config, search)
+    with pytest.raises(UserError, match="a min_length of 5 tokens is above the max_length of 4; set --max_target"):
+        finetune_model.set_lengths(SimpleNamespace(max_source_length=30, max_target_length=4), model, tokenizer)
+    finetune_model.set_lengths(SimpleNamespace(max_source_length=30, max_target_length=5), model, tokenizer)
+    args = SimpleNamespace(num_cands=2, num_groups=1, diversity_penalty=1.0, decoder_max_len=None)
+    assert search_settings(args, model.generation_config)["min_length"] == 5
+
+
 def test_a_sentencepiece_model_alone_names_the_package_that_reads_it(tmp_path, monkeypatch):
     tiny_inputs.make_model(tmp_path / "t5", "t5")
     for path in (tmp_path / "t5").glob("tokenizer*"):

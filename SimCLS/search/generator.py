@@ -89,7 +89,8 @@ def search_settings(args, config, search="diverse"):
     """The arguments of DiverseBeamSearch, or of NucleusSampling: the user's, else those of the generation config, else
     neutral ones. Of several searches {"searches": a list of such arguments, "max_length"}.
 
-    search: "diverse"; "beam" for one group, whatever the arguments say; "sample"; or several, joined by "+".
+    search: "diverse"; "beam" for one group, whatever the arguments say; "sample"; or several, joined by "+". Raises
+    UserError for a least length above the most.
     """
     if "+" in search:
         each = [search_settings(args, config, name) for name in search.split("+")]
@@ -106,6 +107,7 @@ def search_settings(args, config, search="diverse"):
         "min_length": choose("min_length", 0),
         "no_repeat_ngram_size": choose("no_repeat_ngram_size", 0),
     }
+    check_least(both["min_length"], both["max_length"], "--min_length, --decoder_max_len")
     if search == "sample":
         return {"num_samples": args.num_cands, "top_p": args.top_p, "seed": args.seed, **both}
     groups = 1 if search == "beam" else args.num_groups or args.num_cands
@@ -119,6 +121,15 @@ def search_settings(args, config, search="diverse"):
         "length_penalty": choose("length_penalty", 1.0),
         "early_stopping": choose("early_stopping", False),
     } | both
+
+
+def check_least(least, most, flags):
+    """UserError where summaries of at least `least` tokens would end before these. flags: those that name the two."""
+    if least > most:
+        raise UserError(
+            f"a min_length of {least} tokens is above the max_length of {most}; set {flags} or the generator's "
+            "generation_config.json"
+        )
 
 
 def own_length(config):
