@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from filelock import FileLock, Timeout
 from harness.endings import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+SURROGATES = re.compile("[\\ud800-\\udfff]")  # Halves of letters, which Python holds and UTF-8 has none of.
 # Of file systems without locks: FUSE and older network ones, NFS without its daemon, and its folders.
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL, errno.EBADF}
 
@@ -113,8 +115,8 @@ def places(arguments):
 
 
 def is_text(path):
-    """Whether the name of a path, a str or a Path, is UTF-8: many libraries take no other."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
+    """Whether a text, or the name of a path, a str or a Path, is UTF-8: many libraries take no other."""
+    return SURROGATES.search(str(path)) is None
 
 
 def place_digest(path):

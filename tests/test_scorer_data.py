@@ -177,6 +177,8 @@ BAD_SAMPLES = [
         ({"candidates": [each]}, "candidates.0 is not [sentences, score]")
         for each in (["a"], "ab", [[1], 0.5], [["a"], True], [["a"], 0.5, 1])
     ],
+    ({"abstract": ["\ud800Number 7"]}, "abstract is not a list of sentences in UTF-8"),
+    ({"candidates_untok": [[["\ud800"], 0.5]]}, "candidates_untok.0 is not [sentences, score], in UTF-8"),
     ({"candidates": [[["a"], 1], [["b"], 0.5]]}, "it has 2 candidates, 1 candidates_untok"),
     ({"likelihood": []}, "it has 1 candidates, 1 candidates_untok, 0 likelihood"),
     ({"likelihood": None}, "it has 1 candidates, 1 candidates_untok, 0 likelihood"),

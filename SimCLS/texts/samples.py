@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from harness.endings import UserError
+from harness.files import is_text
 from reporting.shapes import NUMBER, WHOLE, each, fault, maybe
 from texts import provenance
 from texts.candidate_files import Lines
@@ -25,12 +26,12 @@ def _pair(first, second):
 
 
 def _is_text(value):
-    return isinstance(value, list) and all(isinstance(sentence, str) for sentence in value)
+    return isinstance(value, list) and all(isinstance(sentence, str) and is_text(sentence) for sentence in value)
 
 
-SENTENCES = ("a list of sentences", _is_text)
+SENTENCES = ("a list of sentences in UTF-8", _is_text)  # JSON has "\ud800" too, which no tokenizer takes.
 SAMPLE = dict.fromkeys(KEYS[:4], SENTENCES)
-SAMPLE |= dict.fromkeys(KEYS[4:], each(list, ("[sentences, score]", _pair(SENTENCES, NUMBER))))
+SAMPLE |= dict.fromkeys(KEYS[4:], each(list, ("[sentences, score], in UTF-8", _pair(SENTENCES, NUMBER))))
 SAMPLE["likelihood"] = maybe(each(list, ("[log-probability, tokens]", _pair(NUMBER, WHOLE))))
 
 
