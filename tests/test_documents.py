@@ -30,8 +30,9 @@ def twenty_documents(words="words"):
 
 def test_text_is_one_line_and_repeats_and_empty_rows_are_dropped_and_counted(tmp_path, capsys):
     rows = ['"a\n b\x0b\x1c\x85\u2028\t c\x00",  first ', "a b c,again", ",no text", "no summary, ", "", ",no text"]
+    rows += ["\u200b,no text", "\u2060 \ufeff,no text"]
     read = read_documents(write_csv(tmp_path / "x.csv", rows + twenty_rows()))
-    told = "4 of 25 rows dropped: 3 without text or summary, 1 that repeat an earlier text\n"
+    told = "6 of 27 rows dropped: 5 without text or summary, 1 that repeat an earlier text\n"
     assert capsys.readouterr().out == f"{tmp_path / 'x.csv'}: {told}"
     read_documents(write_csv(tmp_path / "y.csv", twenty_rows()))
     assert capsys.readouterr().out == ""
@@ -48,10 +49,13 @@ def test_compressed_file_byte_order_mark_and_named_columns(tmp_path):
     assert read[3] == Document("text number 3", "summary 3")
 
 
-def test_a_header_within_is_counted(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "again", ["abstract,title", "\ufeffabstract,title", '\ufeff"abstract",title', "Abstract,TITLE"]
+)
+def test_a_header_within_is_counted(tmp_path, capsys, again):
     path = write_csv(tmp_path / "x.csv", twenty_rows())
     lines = path.read_text().splitlines()
-    (tmp_path / "twice.csv").write_text("\n".join([*lines[:5], lines[0], *lines[5:]]))
+    (tmp_path / "twice.csv").write_text("\n".join([*lines[:5], again, *lines[5:]]))
     assert read_documents(tmp_path / "twice.csv") == read_documents(path)
     told = "1 of 21 rows dropped: 0 without text or summary, 0 that repeat an earlier text, 1 that repeat the header"
     assert told in capsys.readouterr().out

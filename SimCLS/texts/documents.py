@@ -28,6 +28,8 @@ LONGEST_NAME = 200  # bytes; file systems allow 255, and callers add to the name
 # White space and control characters: a superset of what str.splitlines() splits on, because the candidate files
 # hold one sample a line.
 _BLANKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+# Characters without width. The byte order mark among them begins a file, also one that was put behind another.
+_INVISIBLE = "\u200b\u2060\ufeff"
 
 
 class Document(NamedTuple):
@@ -71,7 +73,7 @@ def read_documents(path, document_column="abstract", summary_column="title"):
     documents, rows, empty, headers = {}, 0, 0, 0
     for text, summary in read_columns(path, document_column, summary_column):
         text, summary, rows = clean(text), clean(summary), rows + 1
-        if (text, summary) == (document_column, summary_column):  # Of another file behind it.
+        if is_header((text, summary), (document_column, summary_column)):  # Of another file behind it.
             headers += 1
         elif text and summary:
             documents.setdefault(text, Document(text, summary))
@@ -128,8 +130,15 @@ def read_columns(path, *columns):
 
 
 def clean(text):
-    """`text` on one line: runs of white space and control characters become one space, none at the ends."""
-    return _BLANKS.sub(" ", text).strip()
+    """`text` on one line: runs of white space and control characters become one space, and none is at the ends, nor is
+    a character without width."""
+    return _BLANKS.sub(" ", text).strip(" " + _INVISIBLE)
+
+
+def is_header(fields, columns):
+    """Whether the `fields` of a row, cleaned, are the names of these columns, in whatever letters. A mark before a
+    quoted name leaves it its quotes."""
+    return all(field.strip('"').casefold() == name.casefold() for field, name in zip(fields, columns, strict=True))
 
 
 def split_documents(documents):
