@@ -45,6 +45,7 @@ from scorer.choices import (
     check_scorer_path,
     load_judge,
     score_candidates,
+    usable_weights,
     with_agreement,
     words,
 )
@@ -52,6 +53,7 @@ from scorer.combination import fitted_to
 from scorer.significance import ALONE, FREE, P_VALUES, summarise
 from search.generator import (
     CANDIDATES,
+    OF_ONE_SEARCH,
     CandidateGenerator,
     add_search_arguments,
     begins_with_beam_search,
@@ -72,6 +74,11 @@ SHOWN = 3
 # Settings of a search, and the arguments that name them.
 ASKED = {name: name for name in ("length_penalty", "min_length", "no_repeat_ngram_size", "max_source_length")}
 ASKED |= {"max_length": "decoder_max_len"}
+# Arguments that have no use with --samples; the second ones have one where --generator_name is beside these. The third
+# have none with --summaries, either.
+OF_DOCUMENTS = ("dataset_name", "doc_col_name", "sum_col_name", "dataset_percent", "search", *OF_ONE_SEARCH)
+OF_GENERATOR = (*ASKED.values(), "engine")
+OF_CANDIDATES = ("scorer_path", "half_precision", "num_cands")
 # What a record says besides its arguments, and what it means that another one says something else.
 USED = {"places": "other folders of the same names", "precision": "another precision"}
 USED |= {"scorer_digest": "other weights of the scorer", "input_digest": "other contents under these names"}
@@ -106,18 +113,19 @@ def get_args_parser():
 
 
 def main():
-    args = get_args_parser().parse_args()
+    parser = get_args_parser()
+    args = parser.parse_args()
     distributed.refuse_job()
-    check_arguments(args)
+    check_arguments(args, arguments.given(parser, args))
     beside = args.summaries or args.scorer_path
     output = args.output or beside.with_name("evaluation.json")
-    arguments = {name: value for name, value in vars(args).items() if name not in NEUTRAL}
+    ours = {name: value for name, value in vars(args).items() if name not in NEUTRAL}
     with distributed.world(devices.choose(args)) as world:
         judge = None if args.summaries else load_judge(args, world)
-        used = {"places": places(arguments), "input_digest": digest_of_input(args)}
+        used = {"places": places(ours), "input_digest": digest_of_input(args)}
         if judge:
             used |= {"precision": judge.precision.label, "scorer_digest": judge.digest}
-        refuse_to_replace(output, portable(arguments), used)
+        refuse_to_replace(output, portable(ours), used)
         judged = judge_candidates(args, world, judge) if judge else judge_files(args)
         result = summarise(judged.systems) | judged.facts
         print_table(result)
@@ -125,8 +133,11 @@ def main():
         write_record(output, record | {"machine": describe_machine(world.device)} | result)
 
 
-def check_arguments(args):
-    """UserError unless there is exactly one source of summaries, with what it needs."""
+def check_arguments(args, given):
+    """UserError unless there is exactly one source of summaries, with what it needs and nothing else.
+
+    given: the names of the arguments that have not their defaults.
+    """
     sources = [name for name in ("samples", "generator_name", "summaries") if getattr(args, name)]
     if len(sources) != 1 and sources != ["samples", "generator_name"]:
         raise UserError("name one of --generator_name, --samples, and --summaries with --references")
@@ -134,6 +145,11 @@ def check_arguments(args):
         raise UserError("--summaries and --references go together")
     if args.sources and not args.summaries:
         raise UserError("--sources goes with --summaries; the other candidates come with their documents")
+    if sources != ["generator_name"]:
+        unused = OF_DOCUMENTS + OF_GENERATOR * (not args.generator_name) + OF_CANDIDATES * bool(args.summaries)
+        for name in given:
+            if name in unused:
+                raise UserError(f"--{name} does not go with --{sources[0]}; leave it out")
     if args.generator_name and not args.samples:
         args.num_cands = args.num_cands or CANDIDATES
         check_search(args)
@@ -325,15 +341,6 @@ def compare(samples, chosen, plain=None):
     picked = {name: picked[name] for name in ORDER if name in picked}
     systems = {name: np.array(figures) for name, (figures, _) in picked.items()}
     return systems, {name: float(np.mean(counts)) for name, (_, counts) in picked.items()}
-
-
-def usable_weights(weights, samples, warnings):
-    """What counts beside the scorer's score, or None where nothing does: its `weights`, without that of the likelihood
-    where samples have none; then with a line more in `warnings`."""
-    if weights and weights["likelihood"] and not all("likelihood" in sample for sample in samples):
-        warnings.append("the scorer counts on likelihoods, which the samples have not: it chooses without")
-        weights = weights | {"likelihood": 0.0}
-    return weights if weights and (weights["likelihood"] or weights["agreement"]) else None
 
 
 def compare_counts(samples, wanted, trained):

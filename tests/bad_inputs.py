@@ -205,6 +205,8 @@ TABLE = {
             "doubled.csv has 2 columns 'abstract'; name each of them",
         ),
         ("--num_groups 3", "--num_groups 3 does not divide --num_cands 4"),
+        ("--search beam --num_groups 4", "--num_groups is of --search diverse, and not of beam; leave one of them out"),
+        ("--search beam+diverse --top_p 0.5", "--top_p is of --search sample, and not of beam+diverse"),
         ("--num_cands 0", "--num_cands: '0' is not"),
         ("--decoder_max_len 1", "--decoder_max_len 1 leaves no room"),
         (
@@ -309,6 +311,7 @@ TABLE = {
         ("{good}/papers.csv --search beam+beam", "--search: 'beam+beam' is not one of"),
         ("{good}/papers.csv --top_p 0", "--top_p: '0' is not"),
         ("{good}/papers.csv --decoder_max_len 1", "--decoder_max_len 1 leaves no room"),
+        ("{good}/papers.csv --total_len 5", "--total_len is of a scorer; name that by --scorer_path, or leave it out"),
     ],
     "SimCLS/evaluate_model.py": [
         (
@@ -345,6 +348,10 @@ TABLE = {
             "--samples {good}/samples/test --scorer_path cache/good/scorer.bin --num_cands 4",
             "have 6 candidates a document",
         ),
+        ("--samples x --scorer_path y --dataset_percent 10", "--dataset_percent does not go with --samples; leave it"),
+        ("--samples x --scorer_path y --min_length 3", "--min_length does not go with --samples"),
+        ("--samples x --generator_name z --scorer_path y --seed 3", "--seed does not go with --samples"),
+        ("--summaries x --references y --scorer_path z", "--scorer_path does not go with --summaries; leave it out"),
         ("--samples x --scorer_path y --sources mine/one.txt", "--sources goes with --summaries"),
         ("--generator_name x --scorer_path y --num_cands 4 --num_groups 3", "--num_groups 3 does not divide"),
         ("--generator_name none --scorer_path cache/good/scorer.bin --dataset_name none", "no dataset 'none'"),

@@ -33,6 +33,9 @@ CANDIDATES = 16
 SEARCHES = ("diverse", "beam", "sample")
 ENGINES = {"pytorch": None, "ctranslate2": "float32", "ctranslate2_int8": "int8"}  # And the type that they compute in.
 TOKENIZED_TOGETHER = 1000
+# The arguments of one kind of search: its name, and the values that say nothing of another.
+OF_ONE_SEARCH = {"num_groups": ("diverse", (None, 1)), "diversity_penalty": ("diverse", (1.0, 0.0))}
+OF_ONE_SEARCH |= {"top_p": ("sample", (0.9,)), "seed": ("sample", (0,))}
 
 
 def add_search_arguments(parser):
@@ -76,7 +79,11 @@ def candidates_a_document(args):
 
 
 def check_search(args):
-    """UserError unless --num_groups, where it is given, divides --num_cands, and --engine knows the search."""
+    """UserError unless --num_groups, where it is given, divides --num_cands, --engine knows the search, and what is
+    said of one kind of search is of one that is named."""
+    for name, (search, silent) in OF_ONE_SEARCH.items():
+        if search not in args.search.split("+") and getattr(args, name) not in silent:
+            raise UserError(f"--{name} is of --search {search}, and not of {args.search}; leave one of them out")
     if ENGINES[args.engine] and args.search != "beam":
         raise UserError(f"--engine {args.engine} knows --search beam alone; name that, or leave the engine out")
     if ENGINES[args.engine] and args.half_precision:
