@@ -61,6 +61,11 @@ def test_a_header_within_is_counted(tmp_path, capsys, again):
     assert told in capsys.readouterr().out
 
 
+def test_a_space_may_come_before_quotes(tmp_path):
+    rows = [f'text number {index}, "summary, {index}"' for index in range(20)]
+    assert read_documents(write_csv(tmp_path / "x.csv", rows))[3] == Document("text number 3", "summary, 3")
+
+
 def test_blank_lines_are_no_rows(tmp_path):
     path = write_csv(tmp_path / "x.csv", twenty_rows())
     lines = path.read_text().splitlines()
@@ -139,6 +144,7 @@ def test_percentage_is_a_prefix_of_at_least_one():
     assert take_percent(list(range(50)), 10) == [0, 1, 2, 3, 4]
     assert take_percent(list(range(50)), 0.1) == [0]
     assert take_percent(list(range(50)), 100) == list(range(50))
+    assert len(take_percent(list(range(1000)), 32.3)) == 323
     for percent in (0, -1, 101, float("nan")):
         with pytest.raises(UserError, match="above 0"):
             take_percent([1], percent)

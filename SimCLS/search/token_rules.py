@@ -20,6 +20,8 @@ UNSUPPORTED = {
     "sequence_bias": (None, {}),
     "stop_strings": (None, []),
     "min_new_tokens": (None, 0),
+    "watermarking_config": (None,),
+    "force_words_ids": (None,),
 }
 # Which ones there are, `check_tokens` knows.
 TOKEN = ("the number of a token", lambda value: is_number(value) and isinstance(value, int))

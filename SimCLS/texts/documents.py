@@ -12,6 +12,7 @@ import io
 import os
 import re
 import zlib
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -103,7 +104,9 @@ def read_columns(path, *columns):
     rows = None
     try:
         with _open(path) as file:
-            rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+            rows = csv.reader(
+                io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True, skipinitialspace=True
+            )
             header = next((row for row in rows if any(map(clean, row))), None)
             if header is None:
                 raise UserError(f"{path} is empty; it needs a header row and rows below it")
@@ -160,7 +163,7 @@ def take_percent(documents, percent):
     """The first `percent` (above 0, at most 100) of a split, at least one document."""
     if not 0 < percent <= 100:
         raise UserError(f"a dataset percentage of {percent} is not above 0 and at most 100")
-    return documents[: max(1, int(len(documents) * percent / 100))]
+    return documents[: max(1, len(documents) * Fraction(str(percent)) // 100)]  # 32.3 is no float.
 
 
 def find_dataset(name):
