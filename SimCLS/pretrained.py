@@ -156,6 +156,15 @@ def load_tokenizer(name, **options):
     return tokenizer
 
 
+def tokenizer_text(tokenizer):
+    """All of a tokenizer that the token ids of a text depend on, as text; the length and padding are each call's."""
+    if tokenizer.is_fast:
+        parts = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    else:
+        parts = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    return json.dumps([parts, tokenizer.truncation_side])
+
+
 @functools.cache
 def hub_answers():
     """Whether the hub can be reached: asked once a process, since the library tries each file of a model for 40 s."""

@@ -1,5 +1,6 @@
 """What the SimCLS stages share: lines of a file, work shared out to processes, progress."""
 
+import codecs
 import collections
 import contextlib
 import itertools
@@ -21,7 +22,8 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 def read_lines(path):
-    """Yield the lines of a UTF-8 text file without their newline; only \\n ends a line (never \\x85 or U+2028).
+    """Yield the lines of a UTF-8 text file without their newline; only \\n ends a line (never \\x85 or U+2028). A byte
+    order mark before the first is no part of it.
 
     Raises UserError that names the file, and the line where its bytes are not UTF-8.
     """
@@ -29,6 +31,7 @@ def read_lines(path):
         # A socket cannot be opened by that name.
         with sys.stdin.buffer if Path(path) == STANDARD_INPUT and sys.stdin else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 try:
                     yield line.removesuffix(b"\n").decode("utf-8")
                 except UnicodeDecodeError as error:

@@ -76,6 +76,12 @@ def boolean(text):
 FLAG = {"type": boolean, "nargs": "?", "const": True, "default": False}
 
 
+def given(parser, args):
+    """The names of the arguments in `args` that have another value than the parser's default: of those that a user
+    gave, the ones that can be told."""
+    return [name for name, value in vars(args).items() if value != parser.get_default(name)]
+
+
 class HelpWithDefaults(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """Shows the description as it is written, and the defaults that say something: None and False are "left out", which
     --help need not spell."""

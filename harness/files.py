@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -16,6 +17,7 @@ from filelock import FileLock, Timeout
 from harness.endings import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+SURROGATES = re.compile("[\\ud800-\\udfff]")  # Halves of letters, which Python holds and UTF-8 has none of.
 # errno values that mean: this file system has no locks. So say FUSE and older network ones, NFS without its daemon, and
 # its folders.
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL, errno.EBADF}
@@ -113,9 +115,9 @@ def places(arguments):
     return {name: place_digest(value) for name, value in paths.items() if portable(value) != str(value)}
 
 
-def is_utf8(path):
-    """Whether the name of a path, a str or a Path, is UTF-8: many libraries take no other."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
+def is_utf8(text):
+    """Whether a text, or the name of a path, a str or a Path, is UTF-8: many libraries take no other."""
+    return SURROGATES.search(str(text)) is None
 
 
 def place_digest(path):

@@ -12,6 +12,7 @@ import io
 import os
 import re
 import zlib
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,8 @@ LONGEST_NAME = 200  # bytes; file systems allow 255, and callers add to the name
 # White space and control characters: a superset of what str.splitlines() splits on, because the candidate files
 # hold one sample a line.
 _BLANKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+# Characters without width. The byte order mark among them begins a file, also one that was put behind another.
+_INVISIBLE = "\u200b\u2060\ufeff"
 
 
 class Document(NamedTuple):
@@ -71,7 +74,7 @@ def read_documents(path, document_column="abstract", summary_column="title"):
     documents, rows, empty, headers = {}, 0, 0, 0
     for text, summary in read_columns(path, document_column, summary_column):
         text, summary, rows = clean(text), clean(summary), rows + 1
-        if (text, summary) == (document_column, summary_column):  # Of another file behind it.
+        if is_header((text, summary), (document_column, summary_column)):  # Of another file behind it.
             headers += 1
         elif text and summary:
             documents.setdefault(text, Document(text, summary))
@@ -94,22 +97,28 @@ def read_columns(path, *columns):
     """Yield the texts in the named columns of a .csv or .csv.gz file, a tuple a row; blank lines are passed over.
 
     The file is never in memory as a whole. Raises UserError for one that cannot be read, is empty or is no UTF-8, for a
-    missing column, and for a row with more or fewer fields than the header.
+    missing column, and for a row with more or fewer fields than the header. Empty fields behind those of the header are
+    forgiven where every row has as many: in one row alone a comma in its text may have moved the others there.
     """
     csv.field_size_limit(2**31 - 1)  # A field of a document may be longer than 131,072 characters.
     rows = None
     try:
         with _open(path) as file:
-            rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+            rows = csv.reader(
+                io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True, skipinitialspace=True
+            )
             header = next((row for row in rows if any(map(clean, row))), None)
             if header is None:
                 raise UserError(f"{path} is empty; it needs a header row and rows below it")
             places = _places(path, header, columns)
+            width = None  # Of the first row.
             for row in filter(None, rows):
-                if len(row) < len(header) or any(row[len(header) :]):
+                width = width or max(len(row), len(header))
+                if (len(row) != width and row != header) or any(row[len(header) :]):
                     raise UserError(
-                        f"{path}, line {rows.line_num}: {len(row)} fields, where the header has {len(header)}; quote "
-                        "the fields that hold a comma or a line end"
+                        f"{path}, line {rows.line_num}: {len(row)} fields, where the header has {len(header)}"
+                        + f" and the first row {width}" * (width > len(header))
+                        + "; quote the fields that hold a comma or a line end"
                     )
                 yield tuple(row[place] for place in places)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -124,8 +133,15 @@ def read_columns(path, *columns):
 
 
 def clean(text):
-    """`text` on one line: runs of white space and control characters become one space, none at the ends."""
-    return _BLANKS.sub(" ", text).strip()
+    """`text` on one line: runs of white space and control characters become one space, and none is at the ends, nor is
+    a character without width."""
+    return _BLANKS.sub(" ", text).strip(" " + _INVISIBLE)
+
+
+def is_header(fields, columns):
+    """Whether the `fields` of a row, cleaned, are the names of these columns, in whatever letters. A mark before a
+    quoted name leaves it its quotes."""
+    return all(field.strip('"').casefold() == name.casefold() for field, name in zip(fields, columns, strict=True))
 
 
 def split_documents(documents):
@@ -143,7 +159,7 @@ def take_percent(documents, percent):
     """The first `percent` (above 0, at most 100) of a split, at least one document."""
     if not 0 < percent <= 100:
         raise UserError(f"a dataset percentage of {percent} is not above 0 and at most 100")
-    return documents[: max(1, int(len(documents) * percent / 100))]
+    return documents[: max(1, len(documents) * Fraction(str(percent)) // 100)]  # 32.3 is no float.
 
 
 def find_dataset(name):
