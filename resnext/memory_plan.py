@@ -5,11 +5,11 @@ from harness.loading import largest_batch
 from harness.planning import Plan, plan_recomputation
 from models.resnext_checkpoint import POLICIES
 
-HELP = """redo in backward what is cheapest to redo, so that the peak is at most this share, from 0 to 1, of the run's
-without redoing. The peak: the most bytes of activations and their gradients that are there at once, and so what has to
-fit into memory"""
-HELP_OF = """what --memory_budget limits. held: the activations that are kept when forward ends; in backward there may
-then be more at once"""
+HELP = """recompute in backward what is cheapest to recompute, so that the peak (the most bytes of activations and
+their gradients in use at once, which must fit into memory) is at most this share, from 0 to 1, of the peak without
+recomputation"""
+HELP_OF = """what --memory_budget limits: the peak, or what is held, that is, the activations kept when forward ends
+(backward may then use more)"""
 
 
 def add_budget_arguments(parser, policy):
