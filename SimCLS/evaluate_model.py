@@ -45,6 +45,7 @@ from scorer.choices import (
     check_scorer_path,
     load_judge,
     score_candidates,
+    usable_weights,
     with_agreement,
     words,
 )
@@ -52,6 +53,7 @@ from scorer.combination import fitted_to
 from scorer.significance import ALONE, FREE, P_VALUES, summarise
 from search.generator import (
     CANDIDATES,
+    OF_ONE_SEARCH,
     CandidateGenerator,
     add_search_arguments,
     begins_with_beam_search,
@@ -74,6 +76,11 @@ ASKED = {
     "length_penalty": "length_penalty", "min_length": "min_length", "no_repeat_ngram_size": "no_repeat_ngram_size",
     "max_source_length": "max_source_length", "max_length": "decoder_max_len",
 }  # fmt: skip
+# Arguments without effect: the first with --samples; the second with --samples, unless --generator_name is given too;
+# all three with --summaries.
+OF_DOCUMENTS = ("dataset_name", "doc_col_name", "sum_col_name", "dataset_percent", "search", *OF_ONE_SEARCH)
+OF_GENERATOR = (*ASKED.values(), "engine")
+OF_CANDIDATES = ("scorer_path", "half_precision", "num_cands")
 # Keys of a record besides its arguments -> what differs from another record that has another value.
 USED = {
     "places": "other folders of the same names",
@@ -112,9 +119,10 @@ def get_args_parser():
 
 
 def main():
-    args = get_args_parser().parse_args()
+    parser = get_args_parser()
+    args = parser.parse_args()
     distributed.refuse_job()
-    check_arguments(args)
+    check_arguments(args, arguments.given(parser, args))
     beside = args.summaries or args.scorer_path
     output = args.output or beside.with_name("evaluation.json")
     settings = {name: value for name, value in vars(args).items() if name not in NEUTRAL}
@@ -131,8 +139,11 @@ def main():
         write_record(output, record | {"machine": describe_machine(world.device)} | result)
 
 
-def check_arguments(args):
-    """UserError unless exactly one source of summaries is given, with everything that it needs."""
+def check_arguments(args, given):
+    """UserError unless there is exactly one source of summaries, with everything that it needs and nothing else.
+
+    given: the names of the arguments that do not have their default values.
+    """
     sources = [name for name in ("samples", "generator_name", "summaries") if getattr(args, name)]
     if len(sources) != 1 and sources != ["samples", "generator_name"]:
         raise UserError("name one of --generator_name, --samples, and --summaries with --references")
@@ -140,6 +151,11 @@ def check_arguments(args):
         raise UserError("--summaries and --references go together")
     if args.sources and not args.summaries:
         raise UserError("--sources goes with --summaries; the other candidates come with their documents")
+    if sources != ["generator_name"]:
+        unused = OF_DOCUMENTS + OF_GENERATOR * (not args.generator_name) + OF_CANDIDATES * bool(args.summaries)
+        for name in given:
+            if name in unused:
+                raise UserError(f"--{name} does not go with --{sources[0]}; leave it out")
     if args.generator_name and not args.samples:
         args.num_cands = args.num_cands or CANDIDATES
         check_search(args)
@@ -212,7 +228,8 @@ def judge_candidates(args, world, judge):
     samples = with_agreement(candidates.samples, args.rouge_tokens)
     compare_counts(samples, args.num_cands if args.samples else None, judge.description.get("candidates"))
     trained = read_description(args.scorer_path) or {}
-    warnings = check_belonging(candidates.origin, trained.get("samples"))
+    made = provenance.read(args.samples) if args.samples else {"split": "test", "candidates": candidates.origin}
+    warnings = provenance.check_belonging(made, trained.get("samples"))
     if args.generator_name and not candidates.origin:
         warnings.append("the samples do not tell what made them: the plain beam may be of another generator or search")
     weights = usable_weights(fitted_to(args.scorer_path), samples, warnings)
@@ -325,23 +342,6 @@ def compare(samples, chosen, plain=None):
     picked = {name: picked[name] for name in ORDER if name in picked}
     systems = {name: np.array(figures) for name, (figures, _) in picked.items()}
     return systems, {name: float(np.mean(counts)) for name, (_, counts) in picked.items()}
-
-
-def usable_weights(weights, samples, warnings):
-    """`weights`, without likelihoods if samples lack them (adds a warning); None if only the scorer's score counts."""
-    if weights and weights["likelihood"] and not all("likelihood" in sample for sample in samples):
-        warnings.append("the scorer counts on likelihoods, which the samples have not: it chooses without")
-        weights = weights | {"likelihood": 0.0}
-    return weights if weights and (weights["likelihood"] or weights["agreement"]) else None
-
-
-def check_belonging(origin, trained):
-    """A list of warnings if the candidates are not of the kind that the scorer was trained on.
-
-    origin, trained: the provenance of the candidates, and of the scorer's training samples, or None.
-    """
-    different = provenance.differences(origin, trained and trained.get("candidates"))
-    return [f"the scorer was trained on candidates of other {different} than those it judges here"] * bool(different)
 
 
 def compare_counts(samples, wanted, trained):

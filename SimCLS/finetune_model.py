@@ -38,7 +38,7 @@ from harness.files import as_recorded, output_lock, places, publish, staging, wr
 from harness.machine import describe_machine
 from harness.precision import add_half_precision, choose_precision
 from harness.resume import changes, check_arguments, stop_requests
-from search.generator import check_generation, load_generator
+from search.generator import check_generation, check_least, load_generator
 from search.generator_trainer import NvtxPhases, PlainProgress, Rouge, StopAndSave, SummaryDataset, Trainer
 from texts import provenance
 from texts.documents import add_dataset_arguments, read_splits
@@ -139,7 +139,8 @@ def show_only_one_gpu(args):
 
 def set_lengths(args, model, tokenizer):
     """Store the lengths with the model, so that the other stages cut documents and end summaries as training does. The
-    start token counts towards `max_length`."""
+    start token counts towards `max_length`. UserError if the generator's min_length is larger."""
+    check_least(model.generation_config.min_length or 0, args.max_target_length, "--max_target_length")
     tokenizer.model_max_length = args.max_source_length
     model.generation_config.max_length, model.generation_config.max_new_tokens = args.max_target_length, None
     model.generation_config._from_model_config = False

@@ -25,6 +25,7 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 from harness import arguments, devices, endings, torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
+from pretrained import tokenizer_text
 from utils import progress
 
 from harness.distributed import world as join_world
@@ -80,6 +81,7 @@ def main():
 def candidate_files(generator, folder, split, documents, world):
     settings = generator.settings | {
         "generator": generator.fingerprint,
+        "tokenizer": provenance.digest(tokenizer_text(generator.tokenizer)),
         "documents": hashlib.sha256(json.dumps(documents).encode()).hexdigest(),
         "max_source_length": generator.max_source_length,
     }

@@ -20,6 +20,7 @@ from model import load_scorer
 from pretrained import half_precision_name
 
 from harness import determinism, devices, distributed, endings
+from harness.arguments import given
 from harness.endings import UserError
 from harness.memory import SavedBytes
 from harness.precision import choose_precision
@@ -31,14 +32,17 @@ from scorer.optimization import Schedule, clip_gradients, seed_step
 from scorer.scorer_arguments import cached_path, get_args_parser, starting_weights
 from scorer.scorer_run import ScorerRun
 from texts import provenance
-from texts.samples import provenance_of
+from texts.samples import check_training
+
+OF_EVALUATION = ("evaluate", "dataset", "model_pt", "cuda", "gpuid", "device")
 
 
 def main():
-    args = get_args_parser(__doc__).parse_args()
+    parser = get_args_parser(__doc__)
+    args = parser.parse_args()
     device = choose_device(args)
     if args.evaluate:
-        become_evaluation(args, device)
+        become_evaluation(args, device, given(parser, args))
     start_processes(args)
     determinism.apply(args)
     with distributed.world(device) as world:
@@ -46,7 +50,7 @@ def main():
         scorer, encoding, description = load_model(args, world)
         half_precision = half_precision_name(args.half_precision, description["architecture"])
         with world.first_on_machine():
-            made_of = [provenance_of(Path(args.dataset) / split) for split in ("train", "val")]
+            made_of = check_training(Path(args.dataset), world.say)
         description["samples"] = made_of[0]
         # An argument, so that a run resumes only with the samples that it began with, and its record identifies them.
         args.samples_digest = provenance.digest(made_of)
@@ -164,8 +168,9 @@ def choose_device(args):
     return torch.device("cuda", gpus[rank])
 
 
-def become_evaluation(args, device):
-    """For `-e`: replace this process by evaluate_model.py with the test samples and --model_pt."""
+def become_evaluation(args, device, given):
+    """For `-e`: replace this process by evaluate_model.py with the test samples and --model_pt. Warns of arguments in
+    `given`, a list of names, that are only for training."""
     if not args.model_pt:
         raise UserError("-e evaluates trained weights: name them by --model_pt, such as run/scorer.bin")
     if distributed.read_job().is_started or len(args.gpuid) > 1:
@@ -173,7 +178,11 @@ def become_evaluation(args, device):
     command = [sys.executable, Path(__file__).resolve().with_name("evaluate_model.py")]
     command += ["--samples", Path(args.dataset) / "test", "--scorer_path", cached_path(args.model_pt)]
     command += ["--device", device]
-    for name in ("threads", "model_type", "total_len", "max_len", "half_precision", "batch_size", "rouge_tokens"):
+    passed_on = ("threads", "model_type", "total_len", "max_len", "half_precision", "batch_size", "rouge_tokens")
+    left_out = [f"--{name}" for name in given if name not in (*passed_on, *OF_EVALUATION)]
+    if left_out:
+        print(f"warning: -e leaves out {', '.join(left_out)}: of training alone", file=sys.stderr, flush=True)
+    for name in passed_on:
         if getattr(args, name) is not None:
             command += [f"--{name}", getattr(args, name)]
     sys.stdout.flush()

@@ -157,6 +157,16 @@ def load_tokenizer(name, **options):
     return tokenizer
 
 
+def tokenizer_text(tokenizer):
+    """Everything in a tokenizer that affects token ids, as text, except truncation length and padding, which each call
+    sets."""
+    if tokenizer.is_fast:
+        parts = json.loads(tokenizer.backend_tokenizer.to_str()) | {"truncation": None, "padding": None}
+    else:
+        parts = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
+    return json.dumps([parts, tokenizer.truncation_side])
+
+
 @functools.cache
 def hub_answers():
     """Whether the hub can be reached. Asked once per process: the library would retry each file for 40 s."""

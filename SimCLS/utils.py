@@ -1,5 +1,6 @@
 """Shared by the SimCLS stages: reading lines, mapping over worker processes, and progress."""
 
+import codecs
 import collections
 import contextlib
 import itertools
@@ -21,7 +22,8 @@ STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
 def read_lines(path):
-    """Yield the lines of a UTF-8 text file without their newline; only \\n ends a line (never \\x85 or U+2028).
+    """Yield the lines of a UTF-8 text file without their newline; only \\n ends a line (never \\x85 or U+2028). A byte
+    order mark at the start is skipped.
 
     UserError, naming the file and line, if it cannot be read or is not UTF-8.
     """
@@ -29,6 +31,7 @@ def read_lines(path):
         # If standard input is a socket, it cannot be opened by name.
         with sys.stdin.buffer if Path(path) == STANDARD_INPUT and sys.stdin else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
+                line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
                 try:
                     yield line.removesuffix(b"\n").decode("utf-8")
                 except UnicodeDecodeError as error:

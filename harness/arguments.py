@@ -1,18 +1,18 @@
-"""What every script's command line is made of: argument types, and a parser whose errors are one line."""
+"""Building blocks of the scripts' command lines: argument types, and a parser whose errors are one line."""
 
 import argparse
 import math
 
 from harness.machine import usable_cores
 
-# A learning rate above it leaves float32 within one update of Adam, which divides it by 1 - 0.9.
+# Adam divides the learning rate by 1 - 0.9, so a larger one overflows float32 in a single update.
 LARGEST_LEARNING_RATE = 1e37
-# Of pictures' channels; what is divided by a smaller one leaves float32 in a few layers.
+# For image channels; dividing by a smaller deviation overflows float32 within a few layers.
 LEAST_DEVIATION = 1e-6
 
 
 def _number(kind, accept, wanted):
-    """An argparse type: a `kind`, int or float, that `accept` is true of; `wanted` is that in words."""
+    """An argparse type: a `kind`, int or float, that satisfies `accept`; `wanted` describes such values."""
 
     def read(text):
         try:
@@ -28,11 +28,11 @@ def _number(kind, accept, wanted):
 
 positive_int = _number(int, lambda value: 1 <= value < 2**31, "a whole number of at least 1 and below 2**31")
 non_negative_int = _number(int, lambda value: 0 <= value < 2**31, "a whole number of at least 0 and below 2**31")
-seed = _number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1")  # What all generators take.
-numpy_seed = _number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")  # And NumPy's.
+seed = _number(int, lambda value: 0 <= value < 2**63, "a whole number from 0 to 2**63 - 1")  # All generators accept it.
+numpy_seed = _number(int, lambda value: 0 <= value < 2**32, "a whole number from 0 to 2**32 - 1")  # NumPy accepts it.
 positive_float = _number(float, lambda value: 0 < value < math.inf, "a number above 0")
 non_negative_float = _number(float, lambda value: 0 <= value < math.inf, "a number of at least 0")
-# Of a length, beyond which float32 has no number for a score.
+# Of a length; with larger exponents float32 cannot hold a score.
 exponent = _number(float, lambda value: -10 <= value <= 10, "a number from -10 to 10")
 positive_share = _number(float, lambda value: 0 < value <= 1, "a number above 0 and at most 1")
 deviation = _number(float, lambda value: LEAST_DEVIATION <= value <= 1,
@@ -44,9 +44,9 @@ learning_rate = _number(float, lambda value: 0 < value <= LARGEST_LEARNING_RATE,
 
 
 def _a_few(least):
-    """An argparse type: a number of processes or threads, from `least` to 8 a usable core, or to 64 where that is more.
+    """An argparse type: a number of processes or threads, from `least` to 8 per usable core, or to 64 if that is more.
 
-    A far larger number is a typo, and would bring the machine down first.
+    A far larger number is a typo, and would bring the machine down.
     """
 
     def read(text):
@@ -60,8 +60,8 @@ workers, threads = _a_few(0), _a_few(1)
 
 
 def default_workers(wanted):
-    """The default number of worker processes: `wanted`, or the usable cores where they are fewer. It is what runs, and
-    so what the run's name and its record tell."""
+    """The default number of worker processes: `wanted`, but at most the number of usable cores. It is the number that
+    runs, so the run's name and record contain it."""
     return min(wanted, usable_cores())
 
 
@@ -76,9 +76,15 @@ def boolean(text):
 FLAG = {"type": boolean, "nargs": "?", "const": True, "default": False}
 
 
+def given(parser, args):
+    """The names of the arguments in `args` whose values are not the parser's defaults: an argument that was given its
+    default cannot be told from one that was not given."""
+    return [name for name, value in vars(args).items() if value != parser.get_default(name)]
+
+
 class HelpWithDefaults(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Shows the description as it is written, and the defaults that say something: None and False are "left out", which
-    --help need not spell."""
+    """Shows the description as written, and only informative defaults: None and False mean "left out", which need not
+    be shown."""
 
     def _get_help_string(self, action):
         silent = action.default is None or action.default is False

@@ -1,10 +1,10 @@
 """Activation checkpointing under torch.compile: the steps of a Tape (harness.recompute), chosen by the same names.
 
-Compiled code has no saved tensors to put a Tape's hooks on; but its partitioner, which says what forward keeps, obeys
-torch.utils.checkpoint's selective contexts. They are asked operator by operator, so the operator with which each step
-ends is looked up first, by running the steps once without data.
+A Tape's saved-tensor hooks do not work in compiled code; but the partitioner, which decides what forward keeps, obeys
+torch.utils.checkpoint's selective contexts. These are queried operator by operator, so the last operator of each step
+is looked up first, by running the steps once without data.
 
-What a redone BatchNorm takes is more than on a Tape: the mean and the variance are computed a second time.
+A recomputed BatchNorm costs more than on a Tape: its mean and variance are computed a second time.
 """
 
 import functools
@@ -17,7 +17,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 
 class Untaped:
-    """What takes a Tape's place where nothing is redone by hand: it only calls."""
+    """A stand-in for a Tape in compiled code: it only calls."""
 
     def run(self, name, function, *inputs):
         return function(*inputs)
@@ -27,27 +27,28 @@ class Untaped:
 
 
 def selective_contexts(run_steps, batch, redo):
-    """The context_fn with which `checkpointed` redoes the steps that `redo(name)` chooses.
+    """The context_fn with which `checkpointed` recomputes the steps for which `redo(name)` is true.
 
     run_steps(tape, batch) is a model's training forward in steps. It is called once, here, so its model and `batch`
     should be copies on the device "meta", which computes nothing. Call it under the run's autocast.
     """
-    # It warns of operators in place, which compiled code has none of: AOTAutograd has replaced them.
+    # It warns of in-place operators, which compiled code does not have: AOTAutograd has replaced them.
     logging.getLogger("torch._higher_order_ops.wrap").setLevel(logging.ERROR)
-    with torch.no_grad(), _Ends() as ends:  # Where gradients are wanted, operators are called that will not be there.
+    with torch.no_grad(), _Ends() as ends:  # With gradients, other operators would be called than in compiled code.
         run_steps(ends, batch)
     return functools.partial(_contexts, {end: redo(name) for end, name in ends.steps.items()})
 
 
 def checkpointed(run_steps, batch, contexts):
-    """run_steps(Untaped(), batch), to be compiled: backward redoes what `contexts`, of selective_contexts, says."""
-    # What is redone is not random, and compiled code restores no random state anyway.
+    """run_steps(Untaped(), batch), to be compiled: backward recomputes what `contexts`, from selective_contexts,
+    says."""
+    # Recomputation involves no randomness, and compiled code restores no random state anyway.
     forward = functools.partial(run_steps, Untaped())
     return checkpoint(forward, batch, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
 
 
 class _Ends(Untaped, TorchDispatchMode):
-    """steps: {(operator, how many calls of it came before): the name of the step that ends with it}"""
+    """steps: {(operator, number of earlier calls of it): the name of the step that ends with it}"""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +71,7 @@ def _contexts(is_redone):
     def policy(context, operator, *args, **kwargs):
         end = (str(operator), calls[str(operator)])
         calls[str(operator)] += 1
-        if end not in is_redone:  # Within a step, or after the last: whatever is least.
+        if end not in is_redone:  # Within a step, or after the last one: whatever is cheapest.
             return CheckpointPolicy.PREFER_RECOMPUTE
         return CheckpointPolicy.MUST_RECOMPUTE if is_redone[end] else CheckpointPolicy.MUST_SAVE
 

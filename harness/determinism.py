@@ -1,4 +1,4 @@
-"""Results that are the same, bit for bit, in every run: on a CPU they are; on CUDA they have to be asked for."""
+"""Bit-for-bit reproducible results: the default on a CPU; on CUDA they have to be requested."""
 
 import os
 
@@ -9,12 +9,12 @@ from harness.arguments import FLAG
 
 def add_argument(parser):
     parser.add_argument("--deterministic", **FLAG,
-        help="use algorithms alone that give the same bits in every run on this GPU; slower")  # fmt: skip
+        help="use only algorithms that give the same bits in every run on this GPU; slower")  # fmt: skip
 
 
 def apply(args):
-    """Do what `--deterministic` asks for. To be called before anything has used the GPU."""
+    """Apply `--deterministic`. Call it before anything uses the GPU."""
     if args.deterministic:
-        # cuBLAS reads it when it is first used; without it torch refuses its matrix products.
+        # cuBLAS reads it on first use; without it torch refuses matrix products.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

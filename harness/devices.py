@@ -1,6 +1,6 @@
-"""Where a script computes: the device and the threads that a user asks for, or what the machine has.
+"""Where a script computes: the device and threads that the user requests, or what the machine has.
 
-"mps" (Apple's GPUs) is untested: nothing here runs on it but by its documentation.
+"mps" (Apple's GPUs) is untested; the code follows its documentation.
 """
 
 import argparse
@@ -14,45 +14,46 @@ from harness.endings import UserError
 
 
 def add_arguments(parser, default="a CUDA GPU where there is one, else the CPU"):
-    """Add `--device` and `--threads` to an argument parser or group. default: in words, where no device is named."""
+    """Add `--device` and `--threads` to an argument parser or group. default: describes the device used if none is
+    named."""
     parser.add_argument("--device", type=device_name, metavar="cpu|cuda|cuda:1|mps",
         help=f"where the model is; by default {default}")  # fmt: skip
-    parser.add_argument("--threads", type=threads, help="of the processor; by default PyTorch's choice")
+    parser.add_argument("--threads", type=threads, help="number of CPU threads; by default PyTorch's choice")
 
 
 def widest_float(device):
-    """The floating-point type for sums on `device`: float64, which Apple's GPUs lack."""
+    """The floating-point type for sums on `device`: float64, except on Apple's GPUs, which lack it."""
     return torch.float32 if torch.device(device).type == "mps" else torch.float64
 
 
 def device_name(text):
-    """An argparse type: the name of a device of a kind that the scripts know."""
+    """An argparse type: the name of a device of a kind that the scripts support."""
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda, cuda:1 and the like, and mps")
     return text
 
 
 def synchronize(device):
-    """Wait until a GPU has done what it was asked to; a CPU has."""
+    """Wait until a GPU has finished its queued work; a CPU has none."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def kind(args):
-    """ "cpu", "cuda" or "mps": what `--device` names, or where it names none what this machine has."""
+    """ "cpu", "cuda" or "mps": what `--device` names, else what this machine has."""
     return args.device.partition(":")[0] if args.device else "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def set_threads(args):
-    """Let PyTorch compute with as many threads as `--threads` says, if it says."""
+    """Set PyTorch's number of threads to `--threads`, if given."""
     if args.threads:
         torch.set_num_threads(args.threads)
 
 
 def choose(args):
-    """The torch.device of this process by `--device`; UserError where it is not there. Sets `--threads`, too.
+    """The torch.device of this process by `--device`; UserError if it does not exist. Also applies `--threads`.
 
-    Of a job's processes each has a GPU of its own.
+    Each process of a job has its own GPU.
     """
     set_threads(args)
     job, gpus = read_job(), torch.cuda.device_count() if torch.cuda.is_available() else 0

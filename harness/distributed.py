@@ -1,4 +1,4 @@
-"""One process or many: what the scripts need under `torchrun`, and what they get without it."""
+"""One process or many: what the scripts need under `torchrun`, and the equivalents without it."""
 
 import contextlib
 import datetime
@@ -13,15 +13,15 @@ from tqdm import tqdm
 
 from harness.endings import UserError
 
-# Of the collectives of training: a process that has not come by then hangs.
+# For training collectives: a process that has not arrived by then hangs.
 TRAINING_TIMEOUT = datetime.timedelta(minutes=10)
-# Of waiting for a process that works alone: it may download, or tokenize a large data set.
+# For waiting for a process that works alone: it may download, or tokenize a large data set.
 PATIENCE = datetime.timedelta(days=1)
 JOB_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 
 
 class World(NamedTuple):
-    """patient: the process group, of gloo, in which processes wait for one that works alone; None for one process."""
+    """patient: the gloo process group for waiting for a process that works alone; None for a single process."""
 
     rank: int
     size: int
@@ -35,42 +35,42 @@ class World(NamedTuple):
 
     def say(self, *words):
         if self.is_main:
-            tqdm.write(" ".join(map(str, words)))  # Above a progress bar that is there.
+            tqdm.write(" ".join(map(str, words)))  # Prints above a progress bar, if there is one.
             sys.stdout.flush()
 
     def check_divisible(self, batch_size):
-        """UserError when a global batch cannot be shared out equally over the processes."""
+        """UserError if a global batch cannot be split equally over the processes."""
         if batch_size % self.size:
             raise UserError(
                 f"--batch_size {batch_size} is shared out over {self.size} processes; make it a multiple of {self.size}"
             )
 
     def wrap(self, model):
-        """`model` under DistributedDataParallel when there are many processes, else as it is."""
+        """`model` under DistributedDataParallel if there are several processes, else unchanged."""
         if self.size == 1:
             return model
         return DistributedDataParallel(
             model,
             device_ids=[self.device] if self.device.type == "cuda" else None,
-            # Training reads no buffer; `broadcast_buffers` gives the main process's to all before they are used.
+            # Training does not read buffers; `broadcast_buffers` synchronizes them before they are used.
             broadcast_buffers=False,
             gradient_as_bucket_view=True,  # No second copy of all gradients.
         )
 
     def sum(self, tensor):
-        """Add `tensor` up over all processes, in place; every process gets the sum."""
+        """Sum `tensor` over all processes, in place; every process gets the sum."""
         if self.size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def broadcast_buffers(self, model):
-        """Give every process the main one's buffers: each has seen its own share of the pictures."""
+        """Give every process the main one's buffers, since each has seen its own share of the images."""
         if self.size > 1:
             for buffer in model.buffers():
                 dist.broadcast(buffer, src=0)
 
     def check_equal(self, value, what):
-        """UserError in every process when the int or bool `value` is not the same in all of them."""
+        """UserError in every process if the int or bool `value` is not the same in all of them."""
         if self.size > 1:
             least = torch.tensor([int(value), -int(value)], device=self.device)
             dist.all_reduce(least, dist.ReduceOp.MIN)
@@ -78,19 +78,19 @@ class World(NamedTuple):
                 raise UserError(f"the processes of this job do not agree on {what}")
 
     def barrier(self):
-        """Wait until every process has come here, as long as `patient` does."""
+        """Wait until every process has arrived, with the timeout of `patient`."""
         if self.size > 1:
             dist.barrier(group=self.patient)
 
     def main_first(self):
         """A context: the block runs in the main process first, then in the others.
 
-        Where it fails, that process tells why, and the others end quietly with exit code 2.
+        If it fails there, that process reports why, and the others end silently with exit code 2.
         """
         return self._first(self.is_main)
 
     def first_on_machine(self):
-        """As `main_first`, but with one process of each machine before its others: it downloads, say."""
+        """Like `main_first`, but on each machine one process runs before its others, for example to download."""
         return self._first(read_job().local_rank == 0)
 
     @contextlib.contextmanager
@@ -99,7 +99,7 @@ class World(NamedTuple):
             try:
                 yield
             except BaseException:
-                with contextlib.suppress(RuntimeError):  # The others are gone: still, the reason is told.
+                with contextlib.suppress(RuntimeError):  # If the others are gone, the reason is still reported.
                     self._all(False)
                 raise
         if not self._all(True):
@@ -108,7 +108,7 @@ class World(NamedTuple):
             yield
 
     def _all(self, good):
-        """Whether `good` is true in every process. Waits as long as `patient` does."""
+        """Whether `good` is true in every process. Waits with the timeout of `patient`."""
         if self.size == 1:
             return good
         least = torch.tensor(int(good))
@@ -117,13 +117,13 @@ class World(NamedTuple):
 
 
 def refuse_job():
-    """UserError under torchrun, for a script that would do all its work in each process."""
+    """UserError under torchrun, for a script that would repeat all its work in each process."""
     if read_job().size > 1:
         raise UserError("this script works in one process; start it with python3 in the place of torchrun")
 
 
 class Job(NamedTuple):
-    """What torchrun tells a process by environment variables. is_started: whether it started this one."""
+    """What torchrun tells a process through environment variables. is_started: whether it started this one."""
 
     is_started: bool
     rank: int
@@ -133,7 +133,7 @@ class Job(NamedTuple):
 
 
 def read_job():
-    """The Job of this process; UserError when some of its variables are left over from another, or make no sense."""
+    """The Job of this process; UserError if its variables are left over from another job or inconsistent."""
     told = {name: os.environ[name] for name in JOB_VARIABLES if name in os.environ}
     if not told:
         return Job(False, 0, 0, 1, 1)
@@ -154,9 +154,9 @@ def read_job():
 
 @contextlib.contextmanager
 def world(device):
-    """Join the processes that torchrun started, if it did; a context that leaves them again.
+    """Join the processes that torchrun started, if any, and leave them when the context ends.
 
-    device: the torch.device of this process, as `devices.choose` gives it.
+    device: the torch.device of this process, from `devices.choose`.
     """
     job = read_job()
     if device.type == "cuda":
@@ -169,5 +169,5 @@ def world(device):
         "nccl" if on_cuda else "gloo", timeout=TRAINING_TIMEOUT, device_id=device if on_cuda else None
     )
     yield World(job.rank, job.size, device, dist.new_group(backend="gloo", timeout=PATIENCE))
-    # Not after an error: NCCL would wait for the others, which may wait for this process.
+    # Not after an error: NCCL would wait for the others, which may be waiting for this process.
     dist.destroy_process_group()

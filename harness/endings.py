@@ -1,7 +1,7 @@
 """How a script ends.
 
-Bad input ends with one line on stderr (what is wrong, where, what to do) and exit code 2. SIGINT, SIGTERM
-and SIGHUP end with 130, 143 and 129, after the script's `finally` blocks have run.
+Bad input ends with one line on stderr (what is wrong, where, what to do) and exit code 2. SIGINT, SIGTERM and SIGHUP
+end with 130, 143 and 129, after the script's `finally` blocks have run.
 """
 
 import contextlib
@@ -13,17 +13,17 @@ import stat
 import sys
 import traceback
 
-# SIGHUP, not on every system: the terminal has closed.
+# SIGHUP, which not every system has: the terminal has closed.
 TERMINATING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
 
 
 class UserError(Exception):
-    """Something the user can put right; its text is the one line that they see."""
+    """An error that the user can fix; its text is the one line that they see."""
 
 
 class Terminated(BaseException):
-    """One of TERMINATING, `number`, arrived. Like KeyboardInterrupt, it is not an Exception, so that nothing swallows
-    it by accident."""
+    """One of TERMINATING, `number`, arrived. Like KeyboardInterrupt it is not an Exception, so that nothing swallows it
+    by accident."""
 
     def __init__(self, number, *words):
         super().__init__(*words)
@@ -31,15 +31,15 @@ class Terminated(BaseException):
 
 
 def run(main):
-    """Call `main()` and end the process as a user of the shell expects.
+    """Call `main()` and end the process the way a shell user expects.
 
-    UserError, a full disk, a folder that cannot be written, an exhausted GPU, a model that cannot be compiled and
-    the end of another process of the job end with one line and exit code 2; SIGINT with 130; SIGTERM with 143, and
-    SIGHUP, of a terminal that has gone, with 129. Any other exception is a defect of ours, and keeps its traceback, as
-    all do where TRACEBACK=1 is set.
+    UserError, a full disk, an unwritable folder, an exhausted GPU, a model that cannot be compiled, and the end of
+    another process of the job end with one line and exit code 2; SIGINT with 130; SIGTERM with 143; SIGHUP, sent when
+    the terminal closes, with 129. Any other exception is a bug here and keeps its traceback, as all do with
+    TRACEBACK=1.
     """
     for number in TERMINATING:
-        if signal.getsignal(number) != signal.SIG_IGN:  # Who started it may want it to outlive one, as nohup does.
+        if signal.getsignal(number) != signal.SIG_IGN:  # The caller may want it to survive one, as nohup does.
             signal.signal(number, _terminate)
     _print_what_can_be_printed()
     usual = sys.unraisablehook
@@ -48,7 +48,7 @@ def run(main):
         try:
             main()
         finally:
-            # torch raises, wherever the process is, when a data worker is killed: not in what follows.
+            # When a data worker is killed, torch raises wherever the process is; not while it ends.
             if hasattr(signal, "SIGCHLD"):  # Not on Windows.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     except KeyboardInterrupt as error:
@@ -56,7 +56,7 @@ def run(main):
     except Terminated as error:
         _end(128 + error.number, "; ".join(["terminated", *error.args]))
     except BrokenPipeError:
-        # The reader of our output went away (`| head`); point stdout elsewhere so that the flush at exit is quiet.
+        # The reader of our output has gone (`| head`); redirect stdout so that the flush at exit is quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(1)
     except Exception as error:
@@ -67,8 +67,8 @@ def run(main):
 
 
 def _print_what_can_be_printed():
-    """What the terminal's encoding lacks, and file names that are no text, become marks instead of an error; what goes
-    to a stream that was closed before the start (`>&-`) goes nowhere."""
+    """Characters that the terminal's encoding lacks, and file names that are not text, are escaped instead of raising
+    an error; output to a stream that was closed at the start (`>&-`) is discarded."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115 (it stays open)
@@ -78,21 +78,21 @@ def _print_what_can_be_printed():
 
 
 def _is_half_made_loader(told):
-    """Whether this is torch's loader failing to shut down after its start failed."""
+    """Whether this is torch's DataLoader failing to shut down after failing to start."""
     return isinstance(told.exc_value, AttributeError) and "_MultiProcessingDataLoaderIter" in repr(told.object)
 
 
 def is_out_of_gpu_memory(error):
-    """Whether an exception says that a GPU has not enough memory."""
+    """Whether an exception says that a GPU is out of memory."""
     return type(error).__name__ == "OutOfMemoryError" or any(words in str(error) for words in _OUT_OF_GPU_MEMORY)
 
 
 def explain(error):
-    """The one line for an error that the user can put right, or None for a defect of ours."""
+    """The one line for an error that the user can fix, or None for a bug here."""
     text = _words_of(error)
     if isinstance(error, UserError):
         return text
-    # A lock between processes needs a place in /dev/shm; its error names no file.
+    # A lock between processes needs space in /dev/shm; its error names no file.
     no_lock = isinstance(error, OSError) and error.filename is None and _passed_through(error, "synchronize")
     if no_lock or any(words in text for words in _NO_SHARED_MEMORY):
         return (
@@ -108,7 +108,7 @@ def explain(error):
         )
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return f"cannot open or write {error.filename or 'the output'}: {error.strerror}; {_DISK_ERRORS[error.errno]}"
-    # Libraries that are not written in Python tell of these in words alone, and so do worker processes.
+    # Libraries not written in Python, and worker processes, report these only as text.
     number = re.search(r"[\[(](?:os error|Errno) (\d+)[\])](?:[^']*: '([^']*)')?", text)
     if number and int(number[1]) in _DISK_ERRORS:
         what = f"cannot open or write {number[2] or 'the output'}"
@@ -130,7 +130,7 @@ def explain(error):
         )
     if "RANK" in os.environ and any(words in text for words in _PEER_IS_GONE):
         return "another process of this job has ended; its own line says why"
-    # The second is what taking a tensor from a worker raises, when that was killed in between.
+    # The latter is raised when a worker is killed while a tensor is taken from it.
     broken = isinstance(error, (ConnectionError, EOFError)) and _passed_through(error, "multiprocessing")
     if text.startswith("DataLoader worker (pid") or broken:
         return (
@@ -141,35 +141,35 @@ def explain(error):
 
 
 def _passed_through(error, module):
-    """Whether `error` came by way of a function of `module` or its parts."""
+    """Whether `error` was raised through a function of `module` or its submodules."""
     names = (frame.f_globals.get("__name__", "") for frame, _ in traceback.walk_tb(error.__traceback__))
     return any(module in name.split(".") for name in names)
 
 
 def _words_of(error):
-    """str(error); of an error that a worker process met, and DataLoader raised again, its own words."""
+    """str(error); for an error from a worker process that DataLoader raised again, the original message."""
     text = str(error)
     if not re.match(r"Caught \w+ in \w+ worker process", text):
         return text
-    # A traceback, whose last line without an indent begins with the error's type.
+    # It contains a traceback, whose last unindented line begins with the error's type.
     return re.findall(r"^[\w.]+(?:: (.*))?$", text, re.MULTILINE)[-1]
 
 
 def _reason(text):
-    """The first line of a compiler's error that says something: before it stand names of its stages alone."""
+    """The first informative line of a compiler's error; the lines before it only name its stages."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     telling = [line for line in lines if not line.endswith("raised:")]
     return (telling or lines or ["it does not say why"])[0].rstrip(".")
 
 
-# PyTorch's own allocator raises OutOfMemoryError; what else needs memory on the GPU tells in words alone.
+# PyTorch's own allocator raises OutOfMemoryError; everything else on the GPU reports it only as text.
 _OUT_OF_GPU_MEMORY = (
     "CUDA error: out of memory",
     "CUDNN_STATUS_ALLOC_FAILED",
     "CUDNN_STATUS_INTERNAL_ERROR_DEVICE_ALLOCATION_FAILED",
     "CUBLAS_STATUS_ALLOC_FAILED",
 )
-# Torch's words where a worker has no place to put a batch, or the main process no descriptor to take it by.
+# Torch's messages if a worker has no room for a batch, or the main process no descriptor to receive it.
 _NO_SHARED_MEMORY = (
     "shared memory(shm)",
     "shared memory object",
@@ -178,7 +178,7 @@ _NO_SHARED_MEMORY = (
     "received 0 items of ancdata",
     "Too many open files",
 )
-# Of gloo and of NCCL, where the process that it waits for is there no more.
+# From gloo and NCCL, if the process that they wait for has ended.
 _PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "remote process exit")
 _DISK_ERRORS = {
     errno.ENOSPC: "free some space and run the same command again",
@@ -202,7 +202,7 @@ def _terminate(number, frame):
 
 
 def leave_terminal(number):
-    """After a SIGHUP the terminal is gone: what is printed from now on goes nowhere, where it would end the script."""
+    """After a SIGHUP the terminal is gone: discard further output, which would otherwise end the script."""
     if number == getattr(signal, "SIGHUP", None):
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
@@ -211,7 +211,7 @@ def leave_terminal(number):
 
 
 def _end(code, line):
-    # Of a torchrun job's processes one tells of a signal, and each of what is wrong with it.
+    # Of a torchrun job's processes, one reports a signal, but each reports its own error.
     if os.environ.get("RANK", "0") == "0" or code == 2:
         print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
     sys.stdout.flush()

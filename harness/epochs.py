@@ -1,6 +1,5 @@
-"""What surrounds a training step: the batches of an epoch, from where it goes on to where it stops. The step is the
-script's own: what is here yields to it, and never calls it.
-"""
+"""What surrounds a training step: the batches of an epoch, from where it resumes to where it stops. The step itself
+belongs to the script: this module yields to it and never calls it."""
 
 import time
 
@@ -15,11 +14,11 @@ class Epoch:
                 ...                                             # the training step
             epoch.end(evaluate(model, ..., run.stop))
 
-    number: of the epoch, from 0. step: of the batch in hand, from 0 in each epoch. weight: what this process's mean
-    loss over that batch is multiplied by, so that the mean over the processes is the mean over the batch. done: how
-    many steps are done, those before a resume with them. timing: of `steps`, as from PhaseTimer.end_epoch, once they
-    have ended; samples: how many they trained on, over all processes. Both are of the longest part of an epoch that was
-    resumed.
+    number: of the epoch, from 0. step: index of the current batch, from 0 in each epoch. weight: factor for this
+    process's mean loss over that batch, so that the mean over the processes is the mean over the batch. done: steps
+    done in this epoch, including those before a resume. timing: of `steps`, as returned by PhaseTimer.end_epoch, once
+    they have ended. samples: how many samples those steps trained on, over all processes. For a resumed epoch, both
+    refer to its longest part.
     """
 
     def __init__(self, run, number, done):
@@ -28,8 +27,8 @@ class Epoch:
         self.samples = 0
 
     def steps(self, loader):
-        """Yield each batch of `loader`; the wait for it is the phase "data load". Ends early where the run is to."""
-        run, first = self.run, self.done  # A resumed epoch begins with the step before which its state was saved.
+        """Yield each batch of `loader`; waiting for it is the phase "data load". Ends early if the run has to stop."""
+        run, first = self.run, self.done  # A resumed epoch starts with the first step that is not done.
         run.batches.start(self.number, first)
         label = f"epoch {self.number + 1}"
         with nvtx_range(label), run.progress_bar(self) as bar:
@@ -53,9 +52,9 @@ class Epoch:
         self._steps_ended = time.perf_counter()
 
     def end(self, result):
-        """Take the epoch down, with `result`, what its evaluation found (None where a stop has cut that short).
+        """Record the epoch with `result`, the outcome of its evaluation (None if a stop cut that short).
 
-        Saves the state. After a signal the script ends here. UserError when the epoch's loss is not finite.
+        Saves the state. After a signal, the script ends here. UserError if the epoch's loss is not finite.
         """
         run, evaluation_seconds = self.run, time.perf_counter() - self._steps_ended
         if run.part and run.part["samples"] > self.samples:
@@ -68,6 +67,6 @@ class Epoch:
             return
         run.part = None
         run.add_epoch(self, result, evaluation_seconds)
-        if self.number + 1 < run.args.num_epoch:  # After the last one `finish` knows what to keep.
+        if self.number + 1 < run.args.num_epoch:  # After the last epoch, `finish` decides what to keep.
             run.save_when_due(self.number + 1, 0)
         run.world.say(run.line())

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and folders that one run at a time writes."""
+"""Files that are either complete or absent, and folders that only one run at a time writes."""
 
 import contextlib
 import errno
@@ -6,6 +6,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -16,16 +17,17 @@ from filelock import FileLock, Timeout
 from harness.endings import UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-# errno values that mean: this file system has no locks. So say FUSE and older network ones, NFS without its daemon, and
-# its folders.
+SURROGATES = re.compile("[\\ud800-\\udfff]")  # Half characters, which a Python str can hold and UTF-8 cannot.
+# errno values that mean that this file system has no locks: FUSE and older network file systems, NFS without its lock
+# daemon, and folders on NFS.
 NO_LOCKS = {errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOLCK, errno.EINVAL, errno.EBADF}
 
 
 @contextlib.contextmanager
 def atomic_write(path, mode="wb"):
-    """Open a temporary file beside `path`; rename it to `path` when the block ends without an exception.
+    """Open a temporary file next to `path`; rename it to `path` when the block ends without an exception.
 
-    The data is on the disk before the rename, so a crash leaves the old file or the new one, never a half.
+    The data is on the disk before the rename, so a crash leaves the old file or the new one, never a partial one.
     """
     path = Path(path)
     make_folder(path.parent)
@@ -51,8 +53,8 @@ def atomic_write(path, mode="wb"):
 
 
 class _Writer:
-    """A file that remembers why it could not be written: torch.save hides that behind a RuntimeError of its own. It may
-    be an OSError, or what a signal raises meanwhile: Ctrl-C, or torch when a data worker is killed."""
+    """A file that remembers why it could not be written, since torch.save hides that behind its own RuntimeError. The
+    cause may be an OSError, or an exception raised from a signal: Ctrl-C, or torch's when a data worker is killed."""
 
     def __init__(self, file):
         self._file, self.error = file, None
@@ -75,22 +77,22 @@ def _umask():
 
 
 def write_json(path, value):
-    """Write `value` as indented JSON, atomically. NaN and infinity are an error: JSON has no word for them."""
+    """Write `value` as indented JSON, atomically. NaN and infinity are errors, since JSON cannot express them."""
     with atomic_write(path, "w") as file:
         json.dump(value, file, indent=1, allow_nan=False)
         file.write("\n")
 
 
 def write_record(path, record):
-    """Write a record of a run or a benchmark: `write_json` of what `portable` leaves of it."""
+    """Write the record of a run or a benchmark: `write_json` of `portable(record)`."""
     write_json(path, portable(record))
 
 
 def portable(value):
-    """`value` without the folders of this machine, in every string that is a path, or a flag's `--name=path`.
+    """`value` without this machine's folders, in every string that is a path or a flag `--name=path`.
 
-    A path below the repository is told from there, and any other by its last name alone. Paths that do not begin with
-    a root or with ".." stay. value: a plain JSON value, in which there may be Paths, too.
+    A path inside the repository becomes relative to it; of any other only the last component is left. Paths that do not
+    begin with a root or with ".." stay. value: a plain JSON value, which may also contain Paths.
     """
     if isinstance(value, dict):
         return {key: portable(each) for key, each in value.items()}
@@ -108,14 +110,15 @@ def portable(value):
 
 
 def places(arguments):
-    """{name: digest} of the `arguments`, a dict, that `portable` cuts: it tells two folders of one name apart."""
+    """{name: digest} of the paths in the dict `arguments` that `portable` shortens: it tells apart two folders with the
+    same name."""
     paths = {name: value for name, value in arguments.items() if isinstance(value, (str, Path))}
     return {name: place_digest(value) for name, value in paths.items() if portable(value) != str(value)}
 
 
-def is_utf8(path):
-    """Whether the name of a path, a str or a Path, is UTF-8: many libraries take no other."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in str(path))
+def is_utf8(text):
+    """Whether a text, or the name of a path, a str or a Path, is valid UTF-8, which many libraries require."""
+    return SURROGATES.search(str(text)) is None
 
 
 def place_digest(path):
@@ -123,9 +126,9 @@ def place_digest(path):
 
 
 def as_recorded(arguments, digests=None):
-    """`arguments`, a dict, as a record has them, with the digest of its place beside each path that is cut.
+    """The dict `arguments` as it appears in a record, with its digest added to each shortened path.
 
-    digests: as from `places`, by default those of the arguments; a record has its own.
+    digests: as from `places`, by default those of the arguments; a record brings its own.
     """
     digests = places(arguments) if digests is None else digests
     digests = {name: f"{portable(arguments[name])} ({digest})" for name, digest in digests.items()}
@@ -133,7 +136,7 @@ def as_recorded(arguments, digests=None):
 
 
 def make_folder(folder):
-    """Make the output folder, and those that it lies in; UserError when there can be none."""
+    """Make the output folder and its parents; UserError if that is impossible."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -146,9 +149,9 @@ def make_folder(folder):
 def output_lock(path, output=None):
     """Hold the lock file `path`, so that a second run with the same output is refused (UserError).
 
-    The system drops the lock when the process dies, however it dies, and workers that are forked do not have it. The
-    empty file itself stays. Where the file system has no locks, a warning says so, once: a file in the place of a lock
-    would be left behind by a killed run. output: what is written, in words; by default `path` without its suffix.
+    The system releases the lock when the process ends in any way; forked workers do not hold it. The empty file itself
+    stays. If the file system has no locks, a warning says so once: an ordinary file as a lock would stay behind when a
+    run is killed. output: what is written, as text; by default `path` without its suffix.
     """
     path = Path(path)
     make_folder(path.parent)
@@ -156,7 +159,7 @@ def output_lock(path, output=None):
     with contextlib.ExitStack() as held:
         try:
             held.enter_context(FileLock(path, blocking=False, fallback_to_soft=False))
-        except (OSError, NotImplementedError) as error:  # The second is an older filelock's, where there are no locks.
+        except (OSError, NotImplementedError) as error:  # The latter is from an older filelock, without locks.
             _refuse_lock(path, output, error)
             if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                 raise
@@ -166,11 +169,11 @@ def output_lock(path, output=None):
 
 
 def _refuse_lock(path, output, error):
-    """UserError when the `error` of locking the file `path` is one that the user can put right."""
+    """UserError if the `error` of locking the file `path` is one that the user can fix."""
     is_there = os.path.lexists(path)
     if isinstance(error, Timeout) and is_there:
         raise UserError(f"another run is writing {output}; wait for it to end, or choose another output") from None
-    # What names a file is of opening it.
+    # An error that names a file is from opening it.
     odd_name = isinstance(error, OSError) and error.errno in NO_LOCKS and error.filename is not None
     if isinstance(error, Timeout) or odd_name:
         raise UserError(f"cannot make the lock file {path}; choose another output") from None
@@ -183,9 +186,10 @@ def _refuse_lock(path, output, error):
 
 @contextlib.contextmanager
 def staging(folder):
-    """Yield a new folder inside `folder` for files that get their names there when all are written, and is then gone.
+    """Yield a new folder inside `folder`, which is removed afterwards. The files in it get their final names there once
+    all are written.
 
-    UserError when `folder` is none, and when a second run is writing it.
+    UserError if `folder` is not a folder, or if a second run is writing it.
     """
     stage = Path(folder) / ".unfinished"
     lock = stage.with_suffix(".lock")
@@ -195,13 +199,13 @@ def staging(folder):
             yield stage
         finally:
             shutil.rmtree(stage, ignore_errors=True)
-            with contextlib.suppress(OSError):  # On Windows, where it goes with the lock.
+            with contextlib.suppress(OSError):  # On Windows the file is removed with the lock.
                 lock.unlink()
 
 
 def _make_anew(folder):
-    """Make the folder, in place of what a killed run has left, or of a file or a link; UserError when that stays."""
-    with contextlib.suppress(OSError):  # It is not there, or a folder.
+    """Make the folder, replacing what a killed run left, a file or a link; UserError if that cannot be removed."""
+    with contextlib.suppress(OSError):  # It does not exist, or is a folder.
         folder.unlink()
     shutil.rmtree(folder, ignore_errors=True)
     try:
@@ -211,8 +215,8 @@ def _make_anew(folder):
 
 
 def publish(stage, folder):
-    """Give each file in `stage` its name in `folder`, in place of the one that has it, and the rights of any new file:
-    safetensors leaves its own to the owner alone."""
+    """Move each file in `stage` to `folder`, replacing the one of the same name, with the permissions of any new file:
+    safetensors gives its files to the owner only."""
     if hasattr(os, "sync"):  # Not on Windows.
         os.sync()
     for path in sorted(stage.iterdir()):
@@ -220,6 +224,6 @@ def publish(stage, folder):
         os.replace(path, Path(folder) / path.name)
 
 
-@functools.cache  # Once a process is enough.
+@functools.cache  # Once per process is enough.
 def _warn_of_no_locks(reason):
     print(f"warning: {reason}; see to it that no second run writes the same output", file=sys.stderr, flush=True)

@@ -1,4 +1,4 @@
-"""What a reader needs to judge a number: the hardware, the versions and the commit that it was measured with."""
+"""What a reader needs to judge a measurement: the hardware, the versions and the commit."""
 
 import contextlib
 import functools
@@ -15,7 +15,7 @@ from pathlib import Path
 from harness.files import ROOT, portable
 
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "nvtx")
-# Linux's names of a processor's abilities, x86's and ARM's: the first that is there, and any of the second line.
+# Linux's names of processor features, x86's and ARM's: the first vector extension found, and any of BFLOAT16_FLAGS.
 VECTOR_INSTRUCTIONS = {"avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
 BFLOAT16_FLAGS, BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}, "bfloat16"
 # Variables that make the same computation faster or slower: threads, allocators.
@@ -23,8 +23,9 @@ ENVIRONMENT = re.compile(r"(OMP|MKL|MALLOC|PYTORCH)_\w+|LD_PRELOAD")
 
 
 def describe_machine(device):
-    """What a reader needs to judge a number: hardware, versions, commit and command. A dict of plain JSON values."""
-    import torch  # Here, since preprocess.py takes usable_cores from this module, and does without torch.
+    """What a reader needs to judge a measurement: hardware, versions, commit and command, as a dict of plain JSON
+    values."""
+    import torch  # Imported here because preprocess.py uses usable_cores from this module and works without torch.
 
     versions = {"python": platform.python_version()}
     for package in PACKAGES:
@@ -45,8 +46,8 @@ def describe_machine(device):
 
 
 def hardware_name(device):
-    """The marketing name of the GPU; or the processor's with its number of usable cores and what it can multiply, since
-    one name is sold with and without bfloat16: "AMD EPYC, 2 cores, AVX-512, bfloat16"."""
+    """The marketing name of the GPU; or that of the processor with its number of usable cores and its instruction sets,
+    since processors of one name exist with and without bfloat16: "AMD EPYC, 2 cores, AVX-512, bfloat16"."""
     if device.type == "cuda":
         import torch
 
@@ -58,14 +59,14 @@ def hardware_name(device):
 
 
 def multiplies_bfloat16():
-    """Whether the processor has instructions for products of bfloat16; without them they are several times slower than
+    """Whether the processor has instructions for bfloat16 products; without them they are several times slower than
     float32."""
     return bool(_processor()[1] & BFLOAT16_FLAGS)
 
 
 @functools.cache
 def _processor():
-    """(name, set of flags) of the processor, as Linux tells them; elsewhere a name and no flags."""
+    """(name, set of flags) of the processor, as Linux reports them; elsewhere a name and no flags."""
     fields = {}
     with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8") as file:
         for line in file:
@@ -76,13 +77,13 @@ def _processor():
 
 
 def _git_commit():
-    """The commit of this repository, with "-dirty" where a tracked file that runs depend on differs from it."""
+    """The commit of this repository, with "-dirty" if a tracked file that runs depend on has changed."""
 
     def git(*arguments):
         command = ["git", "-C", str(ROOT), *arguments]
         return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
 
-    # Figures, pages and records are what runs make, not what makes them.
+    # Figures, pages and records are the results of runs, not their input.
     results = (":!image", ":!docs", ":!*.md", ":!benchmarks/results")
     try:
         changed = git("status", "--porcelain", "--untracked-files=no", "--", str(ROOT), *results)
@@ -92,5 +93,5 @@ def _git_commit():
 
 
 def usable_cores():
-    """How many processor cores this process may run on."""
+    """The number of processor cores this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -1,4 +1,4 @@
-"""The one way this repository counts memory: what autograd holds for backward, what lives, and the allocator's peak."""
+"""How this repository counts memory: what autograd saves for backward, the live bytes, and the allocator's peak."""
 
 import contextlib
 import ctypes
@@ -10,27 +10,27 @@ from torch.utils._pytree import tree_leaves
 
 
 class SavedBytes:
-    """Counts the bytes that autograd holds for backward, by saved-tensor hooks, each storage once.
+    """Counts the bytes that autograd saves for backward, using saved-tensor hooks; each storage counts once.
 
     with SavedBytes(model) as saved:
         loss = criterion(model(images), labels)
     saved.bytes
 
-    Parameters and buffers of `model` are held anyway and do not count, nor do autocast's copies of parameters: they are
-    no activations. (A copy that compiled code saves cannot be told from an activation, and counts.) Works on any
-    device. Code that sets hooks of its own inside the block (harness.recompute) hides its tensors from these hooks, and
-    reports what it saves by `overlook_weight` and what it keeps by `count_saved`.
+    Parameters and buffers of `model` do not count, since they are in memory anyway; nor do autocast's copies of
+    parameters, which are not activations. (A copy saved by compiled code cannot be told from an activation, and
+    counts.) Works on any device. Code that sets its own hooks inside the block (harness.recompute) hides its tensors
+    from these hooks; it reports what it saves with `overlook_weight` and what it keeps with `count_saved`.
     """
 
     _active = []
 
     def __init__(self, model):
         self._model = model
-        self._storages = []  # Kept alive while counting: a freed storage's address could be handed out again.
+        self._storages = []  # Kept alive while counting: the address of a freed storage could be reused.
         self.bytes = None
 
     def first_time(self):
-        """This counter when it has not counted yet, else a context that does nothing."""
+        """This counter if it has not counted yet, else a context that does nothing."""
         return self if self.bytes is None else contextlib.nullcontext()
 
     def __enter__(self):
@@ -55,7 +55,7 @@ class SavedBytes:
             self.bytes += storage.nbytes()
 
     def overlook_weight(self, tensor):
-        """Do not count the storage of `tensor` when it is a cast copy of a parameter, or a view of one."""
+        """Do not count the storage of `tensor` if it is a cast copy of a parameter, or a view of one."""
         node = tensor.grad_fn
         while node is not None and node.name() in _CAST_OR_VIEW:
             node = node.next_functions[0][0]
@@ -69,10 +69,10 @@ class SavedBytes:
     def _pack(self, tensor):
         self.overlook_weight(tensor)
         self.add(tensor)
-        return tensor.detach()  # Not the tensor: its graph would hold itself when no backward follows.
+        return tensor.detach()  # Not the tensor itself: its graph would keep itself alive if no backward follows.
 
 
-# The nodes that autograd makes of `weight.to(bfloat16)` and of the views that a matrix product takes of it.
+# The autograd nodes of `weight.to(bfloat16)` and of the views that a matrix product takes of it.
 _CAST_OR_VIEW = {
     "ToCopyBackward0", "TBackward0", "TransposeBackward0", "PermuteBackward0", "ViewBackward0", "UnsafeViewBackward0",
     "ExpandBackward0", "UnsqueezeBackward0",
@@ -80,23 +80,24 @@ _CAST_OR_VIEW = {
 
 
 def count_saved(tensor):
-    """Tell the active SavedBytes, if any, that `tensor` is held for backward."""
+    """Tell the active SavedBytes, if any, that `tensor` is kept for backward."""
     for counter in SavedBytes._active:
         counter.add(tensor)
 
 
 def overlook_weight(tensor):
-    """Tell the active SavedBytes, if any, that `tensor` is saved, with its graph: a parameter's copy will not count."""
+    """Tell the active SavedBytes, if any, that `tensor` is saved with its graph, so that a parameter's copy is not
+    counted."""
     for counter in SavedBytes._active:
         counter.overlook_weight(tensor)
 
 
 class LiveBytes(TorchDispatchMode):
-    """Follows the storages of the tensors that operators return while it is entered, again and again if need be: `now`
-    bytes, and their `peak`. For a CPU, whose allocator keeps no account.
+    """Tracks the storages of the tensors that operators return inside the context, which can be entered repeatedly: the
+    bytes `now`, and their `peak`. For the CPU, whose allocator keeps no statistics.
 
-    Tensors of the shapes of the model's weights are left out: they are gradients of weights, not of activations.
-    noticed() is called after each tensor that an operator has returned.
+    Tensors with the shape of one of the model's weights are ignored, as gradients of weights rather than of
+    activations. noticed() is called after each new tensor that an operator returns.
     """
 
     def __init__(self, model, noticed=lambda: None):
@@ -117,7 +118,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def follow(self, tensor):
-        """Count the storage of `tensor` from here on until it is freed."""
+        """Count the storage of `tensor` from now until it is freed."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key in self._live or tuple(tensor.shape) in self._shapes:
@@ -135,26 +136,27 @@ def _is_tensor(value):
     return isinstance(value, torch.Tensor)
 
 
-M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # Parameters of mallopt, in glibc's malloc.h.
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # Parameters of mallopt, from glibc's malloc.h.
 
 
 def keep_freed_memory():
-    """Let this process keep the memory of tensors that are freed on the CPU, and give it to those that come next.
+    """Let this process keep the memory of freed CPU tensors and reuse it for later ones.
 
-    By itself glibc asks the system for each tensor of more than 32 MiB, gives it back when it is freed, and trims its
-    heap. The system clears each page anew when it is first written, which may take more than half as long as all that
-    is computed (benchmarks/allocator.py). Where another library allocates (musl, macOS, Windows) nothing changes.
+    By default, glibc requests memory from the system for each tensor of more than 32 MiB, returns it when the tensor is
+    freed, and trims its heap. The system clears each page again when it is first written, which may take more than half
+    as long as all the computation (benchmarks/allocator.py). With other allocators (musl, macOS, Windows) nothing
+    changes.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (AttributeError, OSError, TypeError):
         return
     mallopt(M_MMAP_MAX, 0)
-    mallopt(M_TRIM_THRESHOLD, -1)  # The largest size: nothing is trimmed.
+    mallopt(M_TRIM_THRESHOLD, -1)  # The largest size: never trim.
 
 
 def in_mib(size):
-    """`size` bytes in MiB, in words: "12.3"."""
+    """`size` bytes in MiB, as text: "12.3"."""
     return f"{size / 2**20:.1f}"
 
 
@@ -164,7 +166,7 @@ def reset_peak_memory(device):
 
 
 def peak_memory(device):
-    """{"allocated_bytes", "reserved_bytes"} at their highest since the last reset on CUDA; None elsewhere."""
+    """{"allocated_bytes", "reserved_bytes"}: peaks since the last reset on CUDA; None elsewhere."""
     if device.type != "cuda":
         return None
     return {

@@ -1,14 +1,14 @@
-"""Which tensors to keep for backward under a memory budget: the cheapest choice that there is.
+"""Find the cheapest choice of tensors to keep for backward under a memory budget.
 
-Every step of a Tape (harness.recompute) has an output that forward keeps or backward redoes. Two figures of a plan are
-known before it runs: the bytes *held* for backward when forward ends, and the *peak*, the most bytes that are there at
-once in forward and backward, with gradients and with what has been redone. A process runs out of memory at the peak. A
-plan that holds less may well peak higher: what backward redoes for one operation may stay for many.
+For every step of a Tape (harness.recompute), forward keeps the output or backward recomputes it. Two figures of a plan
+are known before it runs: the bytes *held* for backward when forward ends, and the *peak*, the most bytes in memory at
+once in forward and backward, including gradients and recomputed tensors. A process runs out of memory at the peak. A
+plan that holds less may still peak higher, since what backward recomputes for one operation may be needed by many.
 
 `simulate` follows a plan through the events of a rehearsed step (harness.rehearsal). `plan_recomputation` finds the
-cheapest plan by dynamic programming from group to group (a group is a block of the network). What groups have to know
-of those before them is what these hold, and what comes back when their output is needed and redone; of the plans so
-far it keeps every one that no other equals or betters in all of that and in cost.
+cheapest plan by dynamic programming over groups (a group is a block of the network). A group depends on earlier groups
+only through the bytes that they hold, and the bytes that come back when their output is needed and recomputed. So the
+search keeps every partial plan that no other matches or beats in all of these and in cost.
 """
 
 import contextlib
@@ -22,16 +22,15 @@ from torch.utils.flop_counter import FlopCounterMode
 from harness.endings import UserError
 from harness.memory import LiveBytes, in_mib, reset_peak_memory
 
-# What moving a byte adds to the cost where that is counted in FLOPs: next to nothing, so that it decides between plans
-# of the same FLOPs.
+# Cost in FLOPs of moving a byte: almost nothing, so that it only decides between plans with equal FLOPs.
 FLOPS_PER_BYTE = 1e-3
 COSTS = {"seconds": lambda step: step.seconds, "flops": lambda step: step.flops + FLOPS_PER_BYTE * step.moved}
-NO_PEAK = float("-inf")  # The highest of no bytes.
+NO_PEAK = float("-inf")  # The maximum over nothing.
 
 
 class Plan(NamedTuple):
-    """redo: the names of the steps that backward redoes. The figures are for one step of training; plain is without
-    redoing, and plain_flops are of forward and backward, the latter counted as twice the former."""
+    """redo: the names of the steps that backward recomputes. The figures are for one training step. plain: without
+    recomputation; plain_flops covers forward and backward, with backward counted as twice forward."""
 
     redo: frozenset
     plain_bytes: int  # Held for backward when forward ends.
@@ -52,7 +51,7 @@ class Plan(NamedTuple):
         )
 
     def compared_with(self, held_bytes, peak_bytes, extra_flops):
-        """The measured bytes and FLOPs of a training step in words, each beside what was planned; None is left out."""
+        """The measured bytes and FLOPs of a training step as text, each next to the planned value; None is left out."""
         parts = [
             f"{what} {in_mib(measured)} MiB (planned {in_mib(planned)})"
             for what, measured, planned in (
@@ -68,7 +67,7 @@ class Plan(NamedTuple):
 
 
 def describe(timeline, redo):
-    """The Plan that redoes the steps named in `redo`."""
+    """The Plan that recomputes the steps named in `redo`."""
     plain_bytes, plain_peak = simulate(timeline, frozenset())
     held, peak = simulate(timeline, redo)
     redone = [step for step in timeline.steps.values() if step.name in redo]
@@ -85,7 +84,7 @@ def describe(timeline, redo):
 
 
 def simulate(timeline, redo):
-    """(bytes held when forward ends, bytes at the peak) of a training step whose backward redoes `redo`."""
+    """(bytes held when forward ends, bytes at the peak) of a training step whose backward recomputes `redo`."""
     steps = timeline.steps
     forward = _Walk(steps, redo)
     for event in itertools.chain.from_iterable(group.forward for group in timeline.groups):
@@ -98,10 +97,10 @@ def simulate(timeline, redo):
 
 
 def plan_recomputation(timeline, peak=None, held=None, cost="seconds"):
-    """The cheapest Plan whose peak is at most `peak` times the plain step's, and that holds at most `held` times what
-    the plain step does; None sets no limit. cost: of COSTS, what redoing should cost least of.
+    """The cheapest Plan that peaks at no more than `peak` times the plain step's peak and holds no more than `held`
+    times what the plain step holds; None means no limit. cost: a key of COSTS, the cost of recomputation to minimise.
 
-    UserError when there is no such plan, with the least that there is.
+    UserError with the lowest feasible value if there is no such plan.
     """
     plain_held, plain_peak = simulate(timeline, frozenset())
     limits = [None if share is None else share * plain for share, plain in ((peak, plain_peak), (held, plain_held))]
@@ -123,8 +122,8 @@ def _what_is_least(timeline, peak, held, plain_peak, plain_held):
 
 
 class StepCost:
-    """Measures what a Plan predicts of a training step besides what it holds, in one step alone: the first, and on CUDA
-    the second, since in the first one cuDNN may try algorithms that need more memory than the one it takes.
+    """Measures what a Plan predicts of a training step besides the bytes held, in a single step: the first one, or on
+    CUDA the second, since in the first one cuDNN may try algorithms that need more memory than the one it selects.
 
     with cost.measured_forward():
         loss = criterion(model(images), labels)
@@ -132,16 +131,16 @@ class StepCost:
         loss.backward()
     cost.peak_bytes, cost.redone_flops
 
-    peak_bytes: of forward and backward, above what was there before. On CUDA it is the allocator's, with the gradients
-    of the weights and what cuDNN works in; elsewhere it is of the tensors that operators return, without those
-    gradients. redone_flops: of the forward convolutions that backward ran. Both are None before that step, and with
-    enabled=False.
+    peak_bytes: the peak of forward and backward above the bytes allocated before. On CUDA it comes from the allocator,
+    and includes the gradients of the weights and cuDNN's workspace; elsewhere it counts the tensors that operators
+    return, without those gradients. redone_flops: of the forward convolutions that backward ran. Both are None until
+    that step is done, and with enabled=False.
     """
 
     def __init__(self, model, device, enabled=True):
         self._device, self._on_cuda = device, device.type == "cuda"
         self._enabled = enabled
-        self._steps = 0  # That have begun.
+        self._steps = 0  # Begun so far.
         self._live = contextlib.nullcontext() if self._on_cuda else LiveBytes(model)
         self._before = 0
         self.peak_bytes = self.redone_flops = None
@@ -179,7 +178,7 @@ class StepCost:
 
 
 def convolution_flops(counter):
-    """The FLOPs of the forward convolutions that a FlopCounterMode has seen."""
+    """The FLOPs of the forward convolutions that a FlopCounterMode has counted."""
     return counter.get_flop_counts().get("Global", {}).get(torch.ops.aten.convolution, 0)
 
 
@@ -187,11 +186,12 @@ def convolution_flops(counter):
 
 
 class _Option(NamedTuple):
-    """What redoing `redo` of a group's steps comes to. Peaks are over what the groups before hold.
+    """The effect of recomputing the steps `redo` of a group. Peaks are relative to what the earlier groups hold.
 
-    held: bytes. forward: (peak, peak while the input is there anyway). backward: _Walk.peaks. returned: bytes that come
-    back, from this group, when its output is needed and redone; None when that is kept. reaches: whether the input has
-    to come back, too. returning: _Walk.peaks meanwhile, over what this group holds as well.
+    held: bytes. forward: (peak, peak while the group's input is in memory anyway). backward: _Walk.peaks. returned:
+    bytes of this group that come back when its output is needed and recomputed; None if the output is kept. reaches:
+    whether the input has to come back, too. returning: _Walk.peaks meanwhile, relative to what this group holds as
+    well.
     """
 
     redo: frozenset
@@ -210,24 +210,24 @@ class _Option(NamedTuple):
 
     @property
     def figures(self):
-        """The less the better, each."""
+        """Lower is better in each."""
         return (self.cost, self.held, *self.forward, *self.backward, self.returned or 0, *self.returning)
 
 
 class _State(NamedTuple):
-    """What some choice for the groups so far comes to: its cost, the bytes that it holds, and those that come back when
-    the last group's output is needed and redone, in the end and at their peak."""
+    """The effect of one choice for the groups so far: its cost, the bytes it holds, and the bytes that come back when
+    the last group's output is needed and recomputed (`returned`), with their peak (`returning`)."""
 
     cost: float
     held: float
     returned: float
     returning: float
-    redo: tuple  # (the last group's redone steps, the `redo` before it)
+    redo: tuple  # (recomputed steps of the last group, `redo` before it)
 
 
 def _cheapest(timeline, peak, held, cost):
-    """The names of the steps to redo, a frozenset, at the least sum of cost(step); None when nothing fits the limits,
-    which are in bytes, or None."""
+    """The names of the steps to recompute, a frozenset with the lowest sum of cost(step); None if nothing fits the
+    limits. peak, held: limits in bytes, or None."""
     peak = float("inf") if peak is None else peak
     room = float("inf") if held is None else held - timeline.fixed
     states = [_State(0, 0, 0, 0, ())]
@@ -245,7 +245,7 @@ def _cheapest(timeline, peak, held, cost):
 
 
 def _follow(state, option, peak, room):
-    """The _State after `option`; None when it does not fit."""
+    """The _State after `option`; None if it does not fit."""
     _, held, returned, returning, _ = state
 
     def highest(peaks):
@@ -263,7 +263,7 @@ def _follow(state, option, peak, room):
 
 
 def _options(group, steps, cost, is_last):
-    """The _Options of a group, but those that are in no way better than another."""
+    """The _Options of a group, without those that another matches or beats in everything."""
     names = [step.name for step in group.steps]
     chosen = itertools.chain.from_iterable(itertools.combinations(names, count) for count in range(len(names) + 1))
     options = [_option(group, steps, frozenset(redo), cost, is_last) for redo in chosen]
@@ -286,7 +286,7 @@ def _option(group, steps, redo, cost, is_last):
             with_input = max(with_input, ahead.bytes + event.other + input_bytes)
 
     returning = _Walk(steps, redo, kept, group.entry)
-    held, returning.bytes = returning.bytes, 0  # Groups that need the output count as held what this one keeps.
+    held, returning.bytes = returning.bytes, 0  # Groups that need the output already count what this one keeps as held.
     output = None if is_last else group.steps[-1].name
     if output in redo:
         returning.need(output, 0)
@@ -306,10 +306,11 @@ def _option(group, steps, redo, cost, is_last):
 
 
 class _Walk:
-    """The bytes that are there from event to event, with `redo` redone and the outputs `kept` there to begin with.
+    """Tracks the bytes in memory from event to event, with `redo` recomputed and the outputs `kept` present at the
+    start.
 
-    entry: of a Group that is followed by itself: a step whose bytes do not count. peaks: the most bytes before the
-    entry is needed, while it comes back, and after that.
+    entry: the entry of a Group that is followed on its own, a step whose bytes do not count. peaks: the most bytes
+    before the entry is needed, while it comes back, and afterwards.
     """
 
     def __init__(self, steps, redo, kept=(), entry=None):
@@ -329,7 +330,8 @@ class _Walk:
             self._remove(event.step)
 
     def need(self, name, other):
-        """Redo the step `name` unless its output is there, and before it what it is redone from, as a Tape does."""
+        """Recompute the step `name` unless its output is in memory, after the steps that it is recomputed from, as a
+        Tape does."""
         if name in self.there:
             return
         before, meanwhile, after = self.peaks
@@ -360,7 +362,7 @@ class _Walk:
 
 
 def _unbeaten(items, figures):
-    """The `items` but those that another equals or betters in each of figures(item), a tuple: the less the better."""
+    """The `items` that no other item matches or beats in every element of figures(item), a tuple; lower is better."""
     items = sorted(items, key=figures)
     table, numbers, found = np.array([figures(item) for item in items]), np.arange(len(items)), []
     while len(numbers):

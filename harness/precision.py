@@ -1,4 +1,4 @@
-"""Which arithmetic a run uses, and its honest name."""
+"""Which arithmetic a run uses, and what it is really called."""
 
 import argparse
 import dataclasses
@@ -15,7 +15,7 @@ NO_INSTRUCTIONS = "; this one has no instructions for it, so that it saves memor
 def half_precision_type(text, unnamed="float16"):
     """An argparse type for `--half_precision [float16|bfloat16|True|False]`; None means single precision.
 
-    unnamed: the result where no type is named.
+    unnamed: the result if no type is named.
     """
     text = text.lower()
     if text in ("false", "none", "no", "0"):
@@ -30,7 +30,7 @@ def half_precision_type(text, unnamed="float16"):
 def add_half_precision(parser, help, unnamed="float16", **more):
     """Add `--half_precision` to an argument parser or group.
 
-    unnamed: what it is where no type is named; "auto" for a script that chooses by the model. more: as for the parser's
+    unnamed: its value if no type is named; "auto" for a script that chooses by the model. more: further arguments of
     `add_argument`.
     """
     kind, options = functools.partial(half_precision_type, unnamed=unnamed), {"metavar": "float16|bfloat16"} | more
@@ -39,8 +39,8 @@ def add_half_precision(parser, help, unnamed="float16", **more):
 
 @dataclasses.dataclass
 class Precision:
-    """label: "fp32", "tf32", "fp16" or "bf16"; dtype: the autocast dtype, or None; scaler: a GradScaler, disabled
-    unless float16 needs it."""
+    """label: "fp32", "tf32", "fp16" or "bf16"; dtype: the autocast dtype, or None; scaler: a GradScaler, enabled only
+    for float16."""
 
     label: str
     dtype: torch.dtype | None
@@ -55,9 +55,9 @@ class Precision:
 def choose_precision(half_precision, device, true_fp32=False, say=print):
     """The Precision of a run on `device`.
 
-    half_precision: None, "float16", "bfloat16", or "auto", which is float16. CPUs have fast bfloat16 at best, so
-    float16 becomes bfloat16 there, and `say` tells. true_fp32: switches TensorFloat-32 off, for convolutions and for
-    matrix products.
+    half_precision: None, "float16", "bfloat16", or "auto", which means float16. On a CPU float16 becomes bfloat16, the
+    only half precision that CPUs may be fast in, and `say` reports it. true_fp32: disables TensorFloat-32 for
+    convolutions and matrix products.
     """
     if half_precision and device.type == "cpu":
         slow = NO_INSTRUCTIONS * (not multiplies_bfloat16())
@@ -73,7 +73,7 @@ def choose_precision(half_precision, device, true_fp32=False, say=print):
 
 
 def explain_half_precision(label, device):
-    """Whether a run with the Precision `label` on `device` has half precision, and why, in words."""
+    """Whether a run with the Precision `label` on `device` uses half precision, and why, as text."""
     slow = device.type == "cpu" and not multiplies_bfloat16()
     if label in HALF:
         return f"half precision on ({label}{', slow on this processor' * slow})"

@@ -1,13 +1,13 @@
-"""Activation checkpointing tensor by tensor: forward forgets some tensors, and backward redoes them.
+"""Activation checkpointing tensor by tensor: forward drops some tensors, and backward recomputes them.
 
-Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", redo whole segments of a network. Here a model
-names the steps of its forward, and for each step its output is either kept or redone from its inputs, which may in
-turn be redone. So a BatchNorm and its ReLU, which cost one pass over memory, are redone without the convolution
-before them, and so is the sum that ends a residual block.
+Chen et al. 2016, "Training Deep Nets with Sublinear Memory Cost", recompute whole segments of a network. Here a model
+names the steps of its forward; the output of each step is either kept or recomputed from its inputs, which may
+themselves be recomputed. So a BatchNorm and its ReLU, which cost one pass over memory, are recomputed without the
+convolution before them; so is the sum that ends a residual block.
 
-Redoing computes the same numbers again, bit for bit on a CPU and to rounding on CUDA, where forward may take another
-kernel; and it leaves BatchNorm's running statistics alone. A redone BatchNorm does not look for the mean and the
-variance a second time, since autograd has them from forward.
+Recomputation gives the same numbers, bit for bit on a CPU and up to rounding on CUDA, where it may use another kernel
+than forward. It leaves BatchNorm's running statistics unchanged. A recomputed BatchNorm does not compute the mean and
+variance again, since autograd has them from forward.
 """
 
 import torch
@@ -16,22 +16,22 @@ from harness.memory import count_saved, overlook_weight
 
 
 class Tape:
-    """One forward pass whose backward redoes the steps that `redo(name)` chooses.
+    """One forward pass whose backward recomputes the steps for which `redo(name)` is true.
 
     with Tape(redo) as tape:
         hidden = tape.run("conv", conv, x)
         out = tape.run("relu", lambda hidden: tape.batch_norm(bn, hidden).relu_(), hidden)
 
-    A step takes tensors and returns one new tensor; it depends on its arguments and on parameters alone, and changes
-    neither in place. What autograd saves outside `run` is kept, but for the output of the step before.
+    A step takes tensors and returns one new tensor. It depends only on its arguments and on parameters, and changes
+    neither in place. What autograd saves outside `run` is kept, except for the output of the step before.
     """
 
     def __init__(self, redo):
         self._redo = redo
-        self._saved = []  # What autograd has saved since the step before, or during the one that is running.
-        self._last = []  # (output, _Step) of the step before, if it is redone.
-        self._statistics = []  # (mean, inverse deviation) of each BatchNorm of the step that is running.
-        self._known = None  # While a step is redone, an iterator over those of its forward.
+        self._saved = []  # What autograd has saved since the last step, or during the current one.
+        self._last = []  # (output, _Step) of the last step, if it is recomputed.
+        self._statistics = []  # (mean, inverse deviation) of each BatchNorm in the current step.
+        self._known = None  # While a step is recomputed, an iterator over its statistics from forward.
 
     def __enter__(self):
         self._hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, self._unpack)
@@ -40,7 +40,7 @@ class Tape:
 
     def __exit__(self, *error):
         self._hooks.__exit__(*error)
-        # The hooks hold this tape: without them it goes as soon as backward is done, and not when the collector runs.
+        # The hooks refer to this tape; without them it is freed right after backward, not by the garbage collector.
         del self._hooks
         self._settle(self._last)
         self._last = []
@@ -52,10 +52,10 @@ class Tape:
         output = function(*inputs)
         redone = [(tensor, tensor._step) for tensor in inputs if hasattr(tensor, "_step")]
         if self._redo(name):
-            # Detached, since a step outlives forward and must not hold its graph.
+            # Detached, since a step outlives forward and must not keep its graph alive.
             operands = [getattr(tensor, "_step", tensor.detach()) for tensor in inputs]
             for tensor in inputs:
-                # What needs no gradient is the model's own input, and there anyway.
+                # A tensor that needs no gradient is the model's own input, which is in memory anyway.
                 if tensor.requires_grad and not hasattr(tensor, "_step"):
                     count_saved(tensor)
             output._step = _Step(self, name, function, operands, self._statistics, output.device.type)
@@ -64,7 +64,7 @@ class Tape:
         return output
 
     def redo(self, step, inputs):
-        """The output of the _Step `step` once more, from its inputs, a list of tensors."""
+        """Recompute the output of the _Step `step` from its inputs, a list of tensors."""
         self._known = iter(step.statistics)
         try:
             with torch.no_grad(), torch.autocast(**step.autocast):
@@ -73,18 +73,18 @@ class Tape:
             self._known = None
 
     def batch_norm(self, layer, x):
-        """`layer(x)` for a BatchNorm layer in training, a new tensor that may be changed in place.
+        """`layer(x)` for a BatchNorm layer in training mode: a new tensor that may be changed in place.
 
-        When x is redone, running statistics stay as they are, and the batch's are those of forward.
+        When x is recomputed, the running statistics do not change, and the batch statistics are those of forward.
         """
         if self._known is not None:
             mean, deviation = next(self._known)
-            # The kernel of inference, told that the variance is 1: it forms the factors that the one of training does,
+            # The inference kernel, called with a variance of 1: it computes the same factors as the training kernel,
             # weight * deviation and bias - mean * factor, and so the same numbers.
             one = torch.ones_like(mean)
             return torch.native_batch_norm(x, layer.weight * deviation, layer.bias, mean, one, False, 0.0, 0.0)[0]
         layer.num_batches_tracked.add_(1)
-        # What F.batch_norm itself calls; it returns the batch's statistics as well.
+        # F.batch_norm calls this too; it also returns the batch statistics.
         output, mean, deviation, *_ = torch._batch_norm_impl_index(
             x, layer.weight, layer.bias, layer.running_mean, layer.running_var, True, layer.momentum, layer.eps,
             torch.backends.cudnn.enabled,
@@ -99,7 +99,8 @@ class Tape:
 
     def _pack(self, tensor):
         overlook_weight(tensor)
-        # Detached: an operation that saves its own output would otherwise hold itself, out of the collector's sight.
+        # Detached: otherwise an operation that saves its own output would keep itself alive, unseen by the garbage
+        # collector.
         saved = _Saved(tensor.detach())
         self._saved.append(saved)
         return saved
@@ -109,15 +110,15 @@ class Tape:
 
 
 class _Saved:
-    """What autograd holds in place of a saved tensor: the tensor, or the step that gives it again."""
+    """What autograd holds in place of a saved tensor: the tensor, or the step that recomputes it."""
 
     def __init__(self, tensor):
         self.tensor, self.step = tensor, None
 
     def settle(self, redone):
-        """Let go of the tensor if it is one of `redone`, pairs of (tensor, step)."""
+        """Drop the tensor if it is one of `redone`, pairs of (tensor, step)."""
         for tensor, step in redone:
-            if self.tensor.dtype == tensor.dtype and self.tensor.is_set_to(tensor):  # The same memory, read alike.
+            if self.tensor.dtype == tensor.dtype and self.tensor.is_set_to(tensor):  # Same memory, same layout.
                 self.tensor, self.step = None, step
                 step.uses += 1
                 return
@@ -125,11 +126,11 @@ class _Saved:
 
 
 class _Step:
-    """How to get a forgotten tensor back. Its operands are tensors, or the steps of forgotten ones."""
+    """How to recompute a dropped tensor. Its operands are tensors, or the steps of dropped ones."""
 
     def __init__(self, tape, name, function, operands, statistics, device):
         self.name, self.function, self.statistics = name, function, statistics
-        self.uses = 0  # How often backward will ask for the result; after that it is forgotten again.
+        self.uses = 0  # How many more times backward will ask for the result; then it is dropped again.
         self._tape, self._operands = tape, operands
         self._result = None
         self.autocast = {

@@ -1,9 +1,9 @@
-"""What a training step on a Tape (harness.recompute) takes, step by step: what harness.planning plans with.
+"""Measures the cost of each step of a training step on a Tape (harness.recompute), as input for harness.planning.
 
-A small batch goes through forward and backward once, with every step redone, and what happens is noted as events: a
-step's output is made, is left by forward, is needed by backward, is done with; and how many bytes of other tensors
-(gradients, and what operators work in) are there meanwhile. From two small batches follow the bytes of any other.
-Then the true batch goes through forward once, to see how long redoing each step takes.
+A small batch goes through forward and backward once, with every step recomputed. What happens is recorded as events: a
+step's output is made, is left by forward, is needed by backward, is done with; each with the bytes of other tensors
+(gradients and workspace) in memory at that time. Two small batches determine the bytes for any batch size. Then the
+real batch goes through forward once, to time the recomputation of each step.
 """
 
 import dataclasses
@@ -19,14 +19,14 @@ from harness.devices import synchronize
 from harness.memory import LiveBytes, SavedBytes
 from harness.recompute import Tape
 
-FEW, MORE = 2, 4  # Pictures, or what else a batch holds, of the two rehearsals.
-REPETITIONS, ENOUGH_SECONDS = 3, 0.2  # A step is redone so often for its time, or until it took so long in all.
+FEW, MORE = 2, 4  # Batch sizes of the two rehearsals.
+REPETITIONS, ENOUGH_SECONDS = 3, 0.2  # A step is recomputed this often for timing, or until this total time.
 
 
 class Step(NamedTuple):
-    """A step of forward: the names of those that its inputs come from; the bytes of its output, those that redoing it
-    takes at most (its output among them), the FLOPs and the seconds of redoing it, and the bytes that it reads and
-    writes."""
+    """A step of forward. inputs: the names of the steps that its inputs come from. bytes: of its output. redo_bytes:
+    the most that recomputing it needs, including its output. flops, seconds: of recomputing it. moved: bytes that it
+    reads and writes."""
 
     name: str
     inputs: tuple
@@ -41,9 +41,9 @@ EXTRAPOLATED = ("bytes", "redo_bytes", "flops", "moved")
 
 
 class Event(NamedTuple):
-    """kind: "made" (a step's output, by forward), "left" (it goes, where it is redone), "need" (backward asks for it),
-    "done" (and will not again), or "live", of no step. other: the bytes of what is no step's output; in "live" at their
-    highest since the event before."""
+    """kind: "made" (forward made a step's output), "left" (forward has left it; it is freed if it is recomputed),
+    "need" (backward asks for it), "done" (backward no longer needs it), or "live" (of no step). other: the bytes of
+    tensors that are no step's output; for "live", their maximum since the previous event."""
 
     kind: str
     step: str | None
@@ -51,8 +51,8 @@ class Event(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Steps that follow each other, such as a block's. Their inputs come from them, or from `entry`: the last step of
-    the group before, whose output is all that leaves a group. forward, backward: lists of Event."""
+    """Consecutive steps, such as a block's. Their inputs come from these steps, or from `entry`: the last step of the
+    previous group, the only one whose output leaves that group. forward, backward: lists of Event."""
 
     entry: str | None
     steps: list
@@ -62,8 +62,8 @@ class Group(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """A training step: its groups in forward's order, the last of which has what follows the last step. fixed: bytes
-    that are held for backward whatever is redone."""
+    """A training step: its groups in forward order; the last group holds what follows the last step. fixed: bytes that
+    are held for backward whatever is recomputed."""
 
     groups: list
     fixed: int
@@ -78,7 +78,7 @@ def rehearse(model, forward, make_batch, size, timed=True):
     """The Timeline of a training step of `model` on make_batch(size), a tensor whose first dimension is `size`.
 
     forward(tape, batch) runs the model's training forward on a Tape and returns its output. It is called several times,
-    so `model` should be a copy of the one to train. timed: whether to take the seconds of the steps.
+    so `model` should be a copy of the one to train. timed: whether to measure the seconds of the steps.
     """
     few, more = (_rehearse_part(model, forward, make_batch(count)) for count in (FEW, MORE))
     watch = _Stopwatch()
@@ -115,16 +115,16 @@ def _rehearse_part(model, forward, batch):
     model.zero_grad(set_to_none=True)
     needed = {event.step for group in tape.groups for event in group.backward if event.kind == "need"}
     unneeded = {step.name for group in tape.groups for step in group.steps} - needed
-    if unneeded:  # To keep it would take no memory, and so there is nothing to plan.
+    if unneeded:  # Keeping it would take no memory, so there is nothing to plan.
         raise ValueError(f"backward does not need the outputs of {sorted(unneeded)}: no steps of their own")
     return Timeline(tape.groups, saved.bytes)
 
 
 class _Rehearsal(Tape):
-    """A Tape that redoes every step and notes, while `live` is entered, what happens in `groups`.
+    """A Tape that recomputes every step and records in `groups` what happens while `live` is entered.
 
-    Backward's first need redoes all steps, one from the other; what each takes is noted in its Step, and what is there
-    in backward is then what would be there had forward kept everything.
+    The first request of backward recomputes all steps, one from another, and the cost of each is stored in its Step.
+    From then on, memory in backward is as if forward had kept everything.
     """
 
     def __init__(self, model):
@@ -133,8 +133,8 @@ class _Rehearsal(Tape):
         self.live = LiveBytes(model, self._notice)
         self._bytes_of_outputs = 0
         self._is_running = self._is_backward = False
-        self._group = 0  # In backward, of the operation that saved what was unpacked last.
-        self._redone_from = None  # Bytes that were there when the redoing of a step began.
+        self._group = 0  # In backward: the group of the operation that saved the last unpacked tensor.
+        self._redone_from = None  # Live bytes when the recomputation of a step began.
 
     def run(self, name, function, *inputs):
         group = name.rpartition(".")[0]
@@ -174,7 +174,7 @@ class _Rehearsal(Tape):
                     group.steps[index] = step._replace(redo_bytes=size)
 
     def _follow(self, name, output):
-        """From here on the storage of `output` is that of the step `name`, until it is freed."""
+        """From now on, attribute the storage of `output` to the step `name`, until it is freed."""
         storage = output.untyped_storage()
         self._bytes_of_outputs += storage.nbytes()
         weakref.finalize(storage, self._let_go, name, storage.nbytes())
@@ -197,7 +197,7 @@ class _Rehearsal(Tape):
 
     def _pack(self, tensor):
         saved = super()._pack(tensor)
-        # What is saved between two groups is of the latter; what is before the first step is of the first group.
+        # What is saved between two groups belongs to the later one; before the first step, to the first group.
         is_between = self.groups[-1].steps and not self._is_running
         saved.group = len(self.groups) - (0 if is_between else 1)
         return saved
@@ -211,7 +211,7 @@ class _Rehearsal(Tape):
 
 
 class _Stopwatch(Tape):
-    """A Tape that takes the time of redoing each step, {name: seconds}. It is not to be entered: nothing is redone."""
+    """A Tape that times the recomputation of each step, {name: seconds}. Do not enter it: backward does not run."""
 
     def __init__(self):
         super().__init__(redo=lambda name: True)

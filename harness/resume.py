@@ -1,4 +1,4 @@
-"""Saved training state: what a run needs to go on exactly where it was, and stopping so that it can."""
+"""Saved training states: what a run needs to continue exactly where it was, and how to stop so that it can."""
 
 import contextlib
 import json
@@ -15,18 +15,18 @@ FORMAT = 1
 
 
 def add_arguments(parser):
-    """--resume and --restart: what to do about the files that an earlier run of the same name has left."""
+    """--resume and --restart: what to do with the files of an earlier run of the same name."""
     add = parser.add_mutually_exclusive_group().add_argument
-    add("--resume", **FLAG, help="go on where a run with these arguments was interrupted, or a shorter one ended")
-    add("--restart", **FLAG, help="begin anew, and replace the files of an earlier run")
+    add("--resume", **FLAG, help="continue where a run with these arguments was interrupted or a shorter one ended")
+    add("--restart", **FLAG, help="start over, and replace the files of an earlier run")
 
 
 def save_state(path, arguments, **parts):
     """Write a training state to `path`, atomically.
 
-    arguments: a dict of plain values that a resumed run must share. parts: state dicts, tensors and plain values, as
-    `torch.load(weights_only=True)` can read them. The states of torch's random number generators are added; nothing
-    here draws from others.
+    arguments: a dict of plain values that a resumed run must share. parts: state dicts, tensors and plain values that
+    `torch.load(weights_only=True)` can read. The states of torch's random number generators are added; no others are
+    used here.
     """
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
     random = {"cpu": torch.get_rng_state(), "cuda": cuda}
@@ -35,10 +35,10 @@ def save_state(path, arguments, **parts):
 
 
 def read_state(path, **how):
-    """What save_state wrote to `path`, a dict of "arguments", "random" and "parts"; None when there is no file.
+    """What save_state wrote to `path`, a dict of "arguments", "random" and "parts"; None if there is no file.
 
-    how: of torch.load; with mmap=True tensors that are not looked at are not read. UserError when the file is no
-    training state or is cut short. Nothing in the file can run code.
+    how: arguments of torch.load; with mmap=True, unused tensors are not read. UserError if the file is not a training
+    state or is truncated. The file cannot run code.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, **how)
@@ -51,7 +51,7 @@ def read_state(path, **how):
         raise UserError(f"cannot read the saved state {path}: {error.strerror or error}") from None
     except MemoryError:
         raise
-    except Exception:  # What torch.load raises on a foreign file is an open set.
+    except Exception:  # torch.load may raise any exception on a foreign file.
         ours = False
     if not ours:
         raise no_state(path)
@@ -59,13 +59,13 @@ def read_state(path, **how):
 
 
 def recorded_arguments(path, whole=True):
-    """The arguments in the record of a run at `path`, a dict; None when there is no record, and, where `whole`, when
-    --max_steps cut its run short."""
+    """The arguments in the record of a run at `path`, a dict; None if there is no record, or if `whole` and --max_steps
+    cut the run short."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
         arguments = {"num_epoch": None} | record["arguments"] | {"precision": record.get("precision")}
         arguments = as_recorded(arguments, record.get("places"))
-        # Of an epoch that was cut short there are no results.
+        # An epoch that was cut short has no results.
         cut_short = arguments.get("max_steps") and "loss" not in record["epochs"][-1]
     except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError):
         return None
@@ -73,7 +73,8 @@ def recorded_arguments(path, whole=True):
 
 
 def refuse_unknown(record, weights, elsewhere):
-    """UserError where the file `record` is no record of a run, or is not there while one of the files `weights` is."""
+    """UserError if the file `record` is not a record of a run, or if it is missing and one of the files `weights`
+    exists."""
     if record.exists():
         unknown = [record] if recorded_arguments(record, whole=False) is None else []
     else:
@@ -86,19 +87,19 @@ def refuse_unknown(record, weights, elsewhere):
 
 
 def is_interrupted(saved, finished):
-    """Whether a state, as from `read_state`, is not that of the end of the run with the arguments `finished`."""
+    """Whether a state, as from `read_state`, is not the final one of the run with the arguments `finished`."""
     return saved is not None and not (finished and saved["parts"].get("epoch") == finished["num_epoch"])
 
 
 def place_of(saved):
-    """(epoch, step), from 0, that a state goes on from."""
+    """(epoch, step), from 0, at which a state continues."""
     return saved["parts"].get("epoch", 0), saved["parts"].get("step", 0)
 
 
 def load_state(path, arguments):
-    """The `parts` that save_state wrote, with the random number generators put back; None when there is no file.
+    """The `parts` that save_state wrote, after restoring the random number generators; None if there is no file.
 
-    UserError as of read_state, and when the state was saved with other arguments (the line names them).
+    UserError as for read_state, and if the state was saved with other arguments (which it names).
     """
     state = read_state(path)
     if state is None:
@@ -118,20 +119,20 @@ def no_state(path):
 
 
 def check_arguments(path, saved, arguments):
-    """UserError naming each argument that the run of `path` had otherwise: two dicts of plain values."""
+    """UserError naming each argument in which the run of `path` differed; both are dicts of plain values."""
     was = changes(saved, arguments)
     if was:
         raise UserError(f"{path} was saved with {was}; resume with the same arguments, or delete it")
 
 
 def changes(saved, arguments):
-    """ "--lr 0.1 (now 0.2), ...": what differs between two dicts of plain values; "" when nothing does."""
+    """ "--lr 0.1 (now 0.2), ...": the differences between two dicts of plain values; "" if there are none."""
     changed = [name for name in sorted({*saved, *arguments}) if saved.get(name) != arguments.get(name)]
     return ", ".join(f"--{name} {saved.get(name)} (now {arguments.get(name)})" for name in changed)
 
 
 class StopRequest:
-    """Whether training is to stop early: `if stop: ...`.
+    """Whether training has to stop early: `if stop: ...`.
 
     signal: the SIGINT, SIGTERM or SIGHUP that has arrived, or None. enough: whether the steps of --max_steps are done.
     """
@@ -143,17 +144,18 @@ class StopRequest:
         return self.signal is not None or self.enough
 
     def leave(self, *words):
-        """End the script as the signal would have, with exit code 130, 143 or 129; `words` say how to go on."""
+        """End the script as the signal would have, with exit code 130, 143 or 129; `words` tell the user how to
+        continue."""
         raise KeyboardInterrupt(*words) if self.signal == signal.SIGINT else Terminated(self.signal, *words)
 
 
 @contextlib.contextmanager
 def stop_requests(enabled=True):
-    """Within the block the first SIGINT, SIGTERM or SIGHUP only sets the StopRequest that is yielded, so that the loop
-    can end its step and save; a second one interrupts at once.
+    """Within the block, the first SIGINT, SIGTERM or SIGHUP only sets the StopRequest that is yielded, so that the loop
+    can finish its step and save; a second one interrupts at once.
 
     With enabled=False signals interrupt at once: the processes of one job would stop at different steps and wait for
-    each other, and what they saved after the last epoch is there to resume from.
+    each other. They can resume from the state saved after the last epoch.
     """
     stop = StopRequest()
     if not enabled:
@@ -161,7 +163,7 @@ def stop_requests(enabled=True):
         return
 
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, *TERMINATING)}
-    # Ignored signals stay ignored: a script's background jobs ignore SIGINT.
+    # Ignored signals stay ignored: a shell script's background jobs ignore SIGINT.
     before = {number: handler for number, handler in before.items() if handler != signal.SIG_IGN}
     process = os.getpid()
 

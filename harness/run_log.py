@@ -1,6 +1,6 @@
-"""`-l`: beside a run's files what it printed, as log.txt, and its figures over time, as TensorBoard events.
+"""`-l`: next to a run's files, its output as log.txt and its figures over time as TensorBoard events.
 
-`tensorboard --logdir model_history` (or cache, of SimCLS) shows the curves of every run below that folder.
+`tensorboard --logdir model_history` (or cache, for SimCLS) shows the curves of every run in that folder.
 """
 
 from pathlib import Path
@@ -12,30 +12,31 @@ from harness.timing import phase_times
 
 def add_argument(parser):
     parser.add_argument("-l", "--log", action="store_true",
-        help="write log.txt and TensorBoard events to a folder of the run's name")  # fmt: skip
+        help="write log.txt and TensorBoard events to a folder named after the run")  # fmt: skip
 
 
 class RunLog:
-    """log.txt and TensorBoard events in `folder`, or nothing where that is None.
+    """log.txt and TensorBoard events in `folder`, or nothing if that is None.
 
-    They are opened for what comes first: by then a resumed run has said, by `resume`, where it goes on. Else those of
-    an earlier run go.
+    The files are opened at the first output; by then a resumed run has called `resume` to say where it continues.
+    Otherwise those of an earlier run are deleted.
     """
 
     def __init__(self, folder):
         self._folder = folder and Path(folder)
         if folder and not is_utf8(folder):
             raise UserError(f"-l: TensorBoard cannot write to {folder}, whose name is not UTF-8; leave -l out")
-        self._bytes, self._last_step = 0, None  # Of what a resumed run goes on from.
+        self._bytes, self._last_step = 0, None  # Where a resumed run continues.
         self._is_begun = False
         self._lines = self._events = None
 
     def resume(self, state, last_step):
-        """Go on where `state`, a state_dict, was saved: what was logged later goes. last_step: of `plot`, by then."""
+        """Continue from `state`, a state_dict; later output is discarded. last_step: the last step of `plot` by
+        then."""
         self._bytes, self._last_step = state.get("bytes", 0), last_step
 
     def state_dict(self):
-        """What `resume` needs. What is logged by now is in the files afterwards."""
+        """What `resume` needs. Afterwards, everything logged so far is in the files."""
         if self._events:
             self._events.flush()
         return {"bytes": self._bytes}
@@ -78,12 +79,12 @@ class RunLog:
                 "-l needs the package tensorboard, of requirements.txt; install it, or leave -l out"
             ) from None
 
-        # TensorBoard drops what earlier files have of this step and later ones.
+        # TensorBoard discards what earlier files contain from this step on.
         purged, self._last_step = self._last_step, None
         return SummaryWriter(str(self._folder), purge_step=None if purged is None else purged + 1)
 
     def close(self):
-        """Close the files; what comes later opens them again."""
+        """Close the files; later output opens them again."""
         for file in (self._lines, self._events):
             if file:
                 file.close()
@@ -91,12 +92,12 @@ class RunLog:
 
 
 def timing_figures(timing):
-    """{name: float} for `plot` of an epoch's `timing`, as from PhaseTimer.end_epoch: milliseconds by phase (the median;
-    of the device where it was timed), and the allocator's peak in MiB on CUDA."""
+    """{name: float} for `plot` from an epoch's `timing`, as returned by PhaseTimer.end_epoch: median milliseconds by
+    phase (on the device if timed there), and the allocator's peak in MiB on CUDA."""
     figures = {}
     for name, phase in timing["phases"].items():
         median = phase_times(phase)["median"]
-        if median is not None:  # Else all was warm-up.
+        if median is not None:  # None if there was only warm-up.
             figures[f"milliseconds/{name}"] = median
     if timing["peak_memory"]:
         figures["memory/peak_MiB"] = timing["peak_memory"]["allocated_bytes"] / 2**20

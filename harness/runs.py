@@ -1,4 +1,4 @@
-"""One training run: its files (a lock, its state while it trains, its record when it has), and its epochs."""
+"""One training run: its files (a lock, its state while it trains, its record once it is done) and its epochs."""
 
 import contextlib
 import itertools
@@ -23,39 +23,40 @@ FORMAT = 1
 # Arguments that choose where and how a process runs, not what it computes: a resumed run may change them. Each script
 # adds its own.
 NOT_RESULTS = ("resume", "restart", "trace", "device", "threads", "dry_run", "log")
-DRY_STEPS = 4  # Of --dry_run: the first, which warms up, and three whose times count.
+DRY_STEPS = 4  # Of --dry_run: one to warm up, and three that are timed.
 
 
 def add_dry_run(parser):
     parser.add_argument("--dry_run", action="store_true",
-        help=f"train {DRY_STEPS} steps, say what the run would take in time and memory, and write nothing")  # fmt: skip
+        help=f"train {DRY_STEPS} steps, print the time and memory the run would need, and write nothing")  # fmt: skip
 
 
 class Run:
     """The files `folder`/`name`.* of a run of the script `experiment`; only the main process writes them.
 
-    args: the parsed arguments. not_results: the names of those that a resumed run may change, since they choose where
-    and how a process runs, and not what it computes. facts: what else the record says of the run; more may be put in
-    while it goes. history: of the epochs that are done, one dict an epoch, as the record has it.
+    args: the parsed arguments. not_results: the names of arguments that a resumed run may change, since they choose
+    where and how a process runs, not what it computes. facts: further entries of the record; more may be added during
+    the run. history: one dict per finished epoch, as in the record.
 
-    A subclass says how an epoch is recorded and shown, `add_epoch` and `line`, and what --dry_run says, `prospects`.
+    A subclass defines how an epoch is recorded and shown (`add_epoch` and `line`), and what --dry_run prints
+    (`prospects`).
     """
 
     title = "training"  # The NVTX range around all epochs.
-    unit = "samples"  # Of what the progress bar counts.
-    elsewhere = "output folder"  # What to choose another of where a name is taken.
-    saves_within_epochs = False  # Else after epochs alone.
-    only_of_records = ()  # Of `not_results`, those that still make two finished runs different.
-    weights = ()  # Files that no run replaces unasked when neither a state nor a record explains them.
+    unit = "samples"  # What the progress bar counts.
+    elsewhere = "output folder"  # What the user should change if a name is taken.
+    saves_within_epochs = False  # Whether the state is saved within epochs too, or only after them.
+    only_of_records = ()  # Names in `not_results` that still distinguish two finished runs.
+    weights = ()  # Files that, without a state or a record to explain them, are replaced only on request.
 
     def __init__(self, experiment, folder, name, args, world, not_results=(), fixed_length=None, **facts):
-        """fixed_length: why a finished run cannot go on to a larger --num_epoch; None where it can."""
+        """fixed_length: why a finished run cannot continue to a larger --num_epoch; None if it can."""
         self.experiment, self.folder, self.name = experiment, Path(folder), name
         self.args, self.world, self.facts, self.fixed_length = args, world, facts, fixed_length
         self.history, self.state = [], {}
-        self.part = None  # Of an epoch that was stopped and resumed: the timing of its longest part.
+        self.part = None  # Of an epoch that was stopped and resumed: samples and timing of its longest part.
         self._started, self._seconds_before = time.perf_counter(), 0.0
-        # Summed over resumed processes: start-up, and writing files.
+        # Summed over all processes of a resumed run.
         self.seconds = {"start_up_seconds": 0.0, "saving_seconds": 0.0}
         self._saved_at = self._started
         self.is_dry = vars(args).get("dry_run", False)
@@ -66,7 +67,7 @@ class Run:
         if fixed_length is None:
             not_results = (*not_results, "num_epoch")
         self.arguments = {key: value for key, value in vars(args).items() if key not in not_results}
-        # --half_precision means one type on a CPU and another on CUDA, so what ran counts.
+        # --half_precision means different types on a CPU and on CUDA, so the actual type counts.
         self.arguments |= {"processes": world.size, "precision": facts.get("precision")}
 
     def path(self, suffix):
@@ -82,23 +83,24 @@ class Run:
         self.log.line(line)
 
     def elapsed_seconds(self):
-        """Wall-clock of the run so far, all processes that it was resumed in together: loading, training, evaluation,
-        saving. What a killed process did after its last saved state is done again, and does not count twice."""
+        """Wall-clock time of the run so far, over all processes that resumed it: loading, training, evaluation and
+        saving. What a killed process did after its last saved state is repeated, and does not count twice."""
         return self._seconds_before + time.perf_counter() - self._started
 
     # -------------------------------------------------------------------------------------- the name and its files
 
     @contextlib.contextmanager
     def lock(self):
-        """Hold the run's name, so that no second run writes the same files.
+        """Lock the run's name, so that no second run writes the same files.
 
-        UserError when one does, and when this run would replace the files of an earlier one without being asked to.
+        UserError if another run holds the lock, and if this run would replace an earlier run's files without being
+        asked to.
         """
         if self.is_dry:
             yield
             return
         with contextlib.ExitStack() as held:
-            with self.world.main_first():  # Where it is refused, every process ends.
+            with self.world.main_first():  # If the main process is refused, every process ends.
                 if self.world.is_main:
                     held.enter_context(output_lock(self.path(".lock")))
                     self._claim_name()
@@ -107,16 +109,17 @@ class Run:
             yield
 
     def _claim_name(self):
-        """UserError when an earlier run's files would be lost. With --restart each goes when there is a new one."""
+        """UserError if an earlier run's files would be lost. With --restart, each is replaced once its successor is
+        written."""
         asked = vars(self.args)
         for path in map(self.path, (".json", ".pt", ".npz")):
-            if path.is_dir():  # Or training would be for nothing.
+            if path.is_dir():  # Otherwise training would end with an error.
                 raise UserError(f"{path} is a folder; move it away, or choose another {self.elsewhere}")
         if asked.get("restart"):
             return
         saved = resume.read_state(self.path(".state"), mmap=True)
         finished = resume.recorded_arguments(self.path(".json"))
-        # A few steps' timings give way to those of a whole run, but not to those of another run's steps.
+        # Timings of a few steps may be replaced by a whole run, but not by a profile of another run.
         recorded = resume.recorded_arguments(self.path(".json"), whole=not asked.get("max_steps"))
         resume.refuse_unknown(self.path(".json"), () if saved else self.weights, self.elsewhere)
         own = {} if asked.get("resume") else {name: asked.get(name) for name in self.only_of_records}
@@ -133,7 +136,7 @@ class Run:
             raise UserError(f"{self.path('.json')} is a finished run; --restart runs it again{longer}")
 
     def _refuse_another(self, path, theirs, ours):
-        """UserError when the file `path` is of a run with other arguments than `ours`."""
+        """UserError if the file `path` is of a run with other arguments than `ours`."""
         was = theirs and resume.changes({name: theirs.get(name) for name in ours}, ours)
         if was:
             longer = self.fixed_length and "--num_epoch" in was
@@ -143,11 +146,11 @@ class Run:
             )
 
     def temporary_files(self):
-        """The Paths of what a killed run of this name was writing."""
+        """The Paths of temporary files that a killed run of this name left."""
         return self.folder.glob(f".{self.name}.*.tmp")
 
     def is_done(self):
-        """Whether --resume has nothing left to do, which is told."""
+        """Whether --resume has nothing left to do; if so, prints that."""
         finished = self.args.resume and resume.recorded_arguments(self.path(".json"))
         if not finished or finished["num_epoch"] != self.args.num_epoch:
             return False
@@ -159,11 +162,11 @@ class Run:
     # ------------------------------------------------------------------------------------------------- its epochs
 
     def epochs(self, phase, batches, **state):
-        """Yield an Epoch for each that is left of --num_epoch. Meanwhile a first SIGINT, SIGTERM or SIGHUP only
-        sets `stop`, so that an epoch can end its step and save.
+        """Yield an Epoch for each of --num_epoch that is left. Meanwhile, a first SIGINT, SIGTERM or SIGHUP only sets
+        `stop`, so that an epoch can finish its step and save.
 
         phase: the PhaseTimer of the steps. batches: the EpochBatches of the loader. state: name -> object with
-        state_dict and load_state_dict, all that a resumed run needs.
+        state_dict and load_state_dict; together, all that a resumed run needs.
         """
         self.phase, self.batches, self.state = phase, batches, state
         first, done = self.resume() if self.args.resume else (0, 0)
@@ -189,11 +192,11 @@ class Run:
                 done = 0
 
     def opening(self):
-        """What the run is, in lines that are said before its first epoch."""
+        """Lines that describe the run, printed before its first epoch."""
         return ()
 
     def progress_bar(self, epoch):
-        """A bar over the samples of an Epoch, on a terminal alone."""
+        """A progress bar over the samples of an Epoch; shown only on a terminal."""
         total = self.batches.samples_from(0)
         return tqdm(
             desc=f"epoch {epoch.number + 1}/{self.args.num_epoch}",
@@ -205,15 +208,15 @@ class Run:
         )
 
     def show_progress(self, bar):
-        """Show on the progress bar how the epoch goes; called after each step."""
+        """Show the epoch's figures on the progress bar; called after each step."""
 
     def logged_step(self, epoch, step):
-        """The last step for which there are figures in the log before step `step` of `epoch`."""
+        """The last step that has figures in the log before step `step` of `epoch`."""
         return len(self.history)
 
     def save_when_due(self, epoch, step):
-        """Save the state before step `step` of `epoch` if --save_every has passed since the last time. Training's clock
-        stands still meanwhile."""
+        """Save the state before step `step` of `epoch` if --save_every minutes have passed since the last save. The
+        time this takes does not count as training time."""
         minutes = getattr(self.args, "save_every", 0.0)
         if time.perf_counter() - self._saved_at >= 60 * minutes:
             with self.phase.paused():
@@ -221,15 +224,15 @@ class Run:
                     self.save(epoch, step)
 
     def leave(self, epoch):
-        """Save the state in the middle of `epoch`, unless no run could go on from it, and end the script."""
+        """Save the state in the middle of `epoch`, unless it could not be resumed, and end the script."""
         if self.may_go_on():
             self.save(epoch.number, epoch.done)
         state = self.path(".state")
         self.stop.leave(*[f"the same command with --resume goes on ({state})"] * state.exists())
 
     def finish_profiling(self, timing):
-        """Write the record of a run that --max_steps ended: of its last epoch the timings alone. Of --dry_run say what
-        they foretell. timing: as from PhaseTimer.end_epoch."""
+        """Write the record of a run that --max_steps ended; its last epoch contains only timings. For --dry_run, print
+        the prediction instead. timing: as returned by PhaseTimer.end_epoch."""
         if self.is_dry:
             for line in (*self.prospects(timing), "--dry_run: nothing was written"):
                 self.world.say(line)
@@ -240,13 +243,14 @@ class Run:
         self.world.say(f"stopped after {self.args.max_steps} steps: {self.path('.json')}")
 
     def may_go_on(self):
-        """Whether training can go on from here: no weight, and no sum of losses, is NaN or infinite in this process."""
+        """Whether training can continue from here: no weight and no sum of losses is NaN or infinite in this
+        process."""
         parts = [part for part in self.state.values() if isinstance(part, torch.nn.Module)]
         tensors = itertools.chain(*((*part.parameters(), *part.buffers()) for part in parts))
         return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
     def check_finite(self, epoch, loss, advice):
-        """UserError, which gives `advice`, when the mean `loss` of an Epoch, or a weight after it, is not finite."""
+        """UserError with `advice` if the mean `loss` of an Epoch, or a weight after it, is not finite."""
         if math.isfinite(loss) and self.may_go_on():
             return
         what = "weights became NaN or infinite" if math.isfinite(loss) else f"the loss became {loss}"
@@ -254,14 +258,14 @@ class Run:
         raise UserError(f"{what} in epoch {epoch.number + 1}{kept}. {advice}")
 
     def record_epoch(self, epoch, evaluation_seconds, **figures):
-        """Append an Epoch to the history: its `figures`, and what is measured of any."""
+        """Append an Epoch to the history: its `figures`, and the measurements that every epoch has."""
         self.history.append(
             {
                 "epoch": epoch.number + 1,
                 **figures,
                 "samples_per_second": epoch.samples / training_seconds(epoch.timing),
                 "peak_memory": epoch.timing["peak_memory"],
-                # Until the epoch's figures were known: what it takes to reach an accuracy.
+                # When the epoch's figures were known, so that the time to reach an accuracy can be read off.
                 "elapsed_seconds": self.elapsed_seconds(),
                 "evaluation_seconds": evaluation_seconds,
                 "timing": epoch.timing,
@@ -271,21 +275,22 @@ class Run:
     # -------------------------------------------------------------------------------------- its state and its record
 
     def other_states(self):
-        """The Paths of the states that this run can go on from as from its own, where their runs were interrupted."""
+        """The Paths of other runs' states from which this run can continue as from its own, if those runs were
+        interrupted."""
         return ()
 
     def take_over(self, state):
-        """Make this run's own what there is besides the file `state`, the Path of an `other_states`."""
+        """Take over what a run has besides its state file. state: the Path of one of the `other_states`."""
 
     def _state_to_resume(self):
-        """The Path of this run's own state, or of the one of `other_states` that has got further."""
+        """The Path of this run's own state, or of one of `other_states` that is further along."""
         own = self.path(".state")
         saved = resume.read_state(own, mmap=True)
         finished = resume.recorded_arguments(self.path(".json"))
         if finished or (saved and resume.changes(saved["arguments"], self.arguments)):
-            return own  # What is wrong with it, `load_state` says.
+            return own  # `load_state` reports what is wrong with it.
         found = {own: resume.place_of(saved)} if saved else {}
-        # Where it has a state of its own, it is no matter that another's cannot be read.
+        # With a state of its own, the run does not need the others to be readable.
         ignored = [UserError] if saved else []
         for path in self.other_states():
             with contextlib.suppress(*ignored):
@@ -293,12 +298,12 @@ class Run:
                 finished = resume.recorded_arguments(path.with_suffix(".json"))
                 if resume.is_interrupted(saved, finished) and not resume.changes(saved["arguments"], self.arguments):
                     found[path] = resume.place_of(saved)
-        return max(found, key=found.get, default=own)  # Of equal ones the first, which is its own.
+        return max(found, key=found.get, default=own)  # On a tie the first, its own.
 
     def resume(self):
-        """Load the saved state into the parts of `epochs`.
+        """Load the saved state into the parts passed to `epochs`.
 
-        Returns (epoch, step) to go on from, both from 0; (0, 0) without a saved state. UserError as for load_state.
+        Returns (epoch, step) to continue from, both from 0; (0, 0) without a saved state. UserError as for load_state.
         """
         path = self._state_to_resume()
         state = resume.load_state(path, self.arguments)
@@ -316,7 +321,7 @@ class Run:
             self.facts = state["facts"] | self.facts
             epoch, step = state["epoch"], state["step"]
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
-            if is_out_of_gpu_memory(error):  # Of others, perhaps, that use it, too: the state is good.
+            if is_out_of_gpu_memory(error):  # The state itself is good; other processes may be using the GPU, too.
                 raise
             raise resume.no_state(path) from None
         if (epoch, step) > (self.args.num_epoch, 0):
@@ -352,24 +357,24 @@ class Run:
 
     @contextlib.contextmanager
     def writing(self):
-        """Within the block files are written, which is timed."""
+        """Time the block, which writes files."""
         started = time.perf_counter()
         yield
         self.seconds["saving_seconds"] += time.perf_counter() - started
 
     def saved_facts(self):
-        """The `facts` of the state that --resume is about to go on from; empty where there is none."""
+        """The `facts` of the state from which --resume will continue; empty if there is none."""
         state = resume.read_state(self._state_to_resume(), mmap=True) if self.args.resume else None
         facts = state and state["parts"].get("facts")
         return facts if isinstance(facts, dict) else {}
 
     def note_saved(self, size):
-        """Put the bytes that forward saved for backward into the record: of the run's first step, once it is done."""
+        """Record the bytes that forward saved for backward in the run's first step; ignored until they are known."""
         if size is not None:
             self.facts.setdefault("saved_activation_bytes", size)
 
     def write_record(self):
-        """Write the record, `name`.json, which describes itself: arguments, machine, versions, commit, epochs."""
+        """Write the record, `name`.json, which is self-contained: arguments, machine, versions, commit, epochs."""
         if self.world.is_main:
             record = {
                 "format": FORMAT,

@@ -1,8 +1,8 @@
-"""The one way this repository takes time.
+"""How this repository measures time.
 
-`with phase("forward"):` pushes an NVTX range, takes host time and, on CUDA, records a pair of events on the current
-stream. A host time on CUDA is the time to enqueue; the device time between the events is what the GPU spent. Events
-are resolved once an epoch, so that no step waits for the device.
+`with phase("forward"):` pushes an NVTX range, takes the host time and, on CUDA, records a pair of events on the current
+stream. On CUDA, the host time is the time to enqueue the work; the device time between the events is what the GPU
+spent. Events are resolved once per epoch, so that no step waits for the device.
 """
 
 import contextlib
@@ -18,19 +18,19 @@ from harness.memory import peak_memory, reset_peak_memory
 try:
     from nvtx import pop_range, push_range
 except ModuleNotFoundError:
-    # PyTorch's own ranges show the same, but on a CPU build they raise: there the package is needed.
+    # PyTorch's own NVTX ranges are equivalent, but raise on a CPU build, so there the package is required.
     if not torch.cuda.is_available():
         raise
     from torch.cuda.nvtx import range_pop as pop_range
     from torch.cuda.nvtx import range_push as push_range
 
-watchers = []  # Callables, range name -> context manager, entered with every range; a profiler, say.
-WARMUP_STEPS = 5  # Of each process: allocator growth, cuDNN's choice of algorithm and worker start-up fall here.
+watchers = []  # Callables (range name -> context manager), each entered with every range; for example a profiler.
+WARMUP_STEPS = 5  # Per process: allocator growth, cuDNN's algorithm selection and worker start-up happen here.
 
 
 @contextlib.contextmanager
 def nvtx_range(name):
-    """An NVTX range alone, for what is looked at in a profiler but not timed: a run, an epoch, validation."""
+    """An NVTX range without timing, for profilers: a run, an epoch, validation."""
     push_range(name)
     watched = _enter_watchers(name)
     try:
@@ -41,7 +41,7 @@ def nvtx_range(name):
 
 
 def _enter_watchers(name):
-    """An ExitStack of what the watchers enter with the range `name`."""
+    """An ExitStack holding what the watchers enter for the range `name`."""
     stack = contextlib.ExitStack()
     for watch in watchers:
         stack.enter_context(watch(name))
@@ -51,9 +51,9 @@ def _enter_watchers(name):
 class PhaseTimer:
     """Times the phases of training steps, epoch by epoch.
 
-    device: a torch.device; on "cuda" device times are taken besides host times.
-    enabled: False makes every phase free, to measure what the timing itself costs.
-    warmup_steps: how many first steps count in totals and shares alone.
+    device: a torch.device; on "cuda" device times are taken in addition to host times.
+    enabled: False makes every phase a no-op, to measure the cost of timing itself.
+    warmup_steps: the number of first steps that count only in totals and shares.
     """
 
     def __init__(self, device, enabled=True):
@@ -62,8 +62,8 @@ class PhaseTimer:
         self._on_cuda = device.type == "cuda"
         self.warmup_steps = WARMUP_STEPS
         self._phases = {}
-        self._host = defaultdict(list)  # name -> nanoseconds, one an occurrence
-        self._events = defaultdict(list)  # name -> (start, end, milliseconds that it was paused)
+        self._host = defaultdict(list)  # name -> nanoseconds of each occurrence
+        self._events = defaultdict(list)  # name -> (start, end, milliseconds of pauses)
         self.steps_done = 0  # In this process.
         self._epoch_warmup = 0
         self._warmup_samples = {}  # name -> how many of the epoch's first samples fell in warm-up steps
@@ -79,7 +79,7 @@ class PhaseTimer:
 
     def start_epoch(self):
         self._host.clear()
-        self._events.clear()  # Of an epoch that was not summarised.
+        self._events.clear()  # Left over if an epoch was not summarised.
         self._epoch_warmup = 0
         self._warmup_samples.clear()
         reset_peak_memory(self._device)
@@ -89,10 +89,10 @@ class PhaseTimer:
     def steps(self, batches, label, first=0, limit=None):
         """Yield (number, batch) for the batches of an epoch, numbered from `first`; needs len(batches).
 
-        No step begins once `steps_done` is `limit`.
+        No step begins once `steps_done` reaches `limit`.
 
         Each step is an NVTX range "<label> - step <number>" that closes at `end_step`, or else when the next batch is
-        asked for; the wait for its batch is the phase "data load".
+        requested; waiting for its batch is the phase "data load".
         """
         iterator = iter(batches)
         step = self("step")
@@ -106,37 +106,37 @@ class PhaseTimer:
                     with self("data load"):
                         batch = next(iterator)
                     yield number, batch
-            finally:  # Also of the step after which the loop is left.
+            finally:  # Also if the loop is left during this step.
                 self.steps_done += 1
                 if self.steps_done <= self.warmup_steps:
                     self._epoch_warmup += 1
                     self._warmup_samples = {name: len(samples) for name, samples in self._host.items()}
 
     def end_step(self):
-        """Close the step in hand: what follows, up to the next one, is in no step."""
+        """Close the current step; what follows belongs to no step until the next one begins."""
         self._open_step.close()
 
     @contextlib.contextmanager
     def paused(self):
-        """Within the block the clock of the epoch, and of a phase that is open, such as the step, stands still: what is
-        done there is no training."""
-        synchronize(self._device)  # What it still has to do is.
+        """Stop the clocks of the epoch and of any open phase, such as the step, during the block: it does not count as
+        training time."""
+        synchronize(self._device)  # Work already queued counts as training.
         started = time.perf_counter_ns()
         yield
-        synchronize(self._device)  # Else what the block has asked for would be done within the phase.
+        synchronize(self._device)  # Otherwise the block's own work would be timed as part of the phase.
         paused = time.perf_counter_ns() - started
         self._epoch_start += paused / 1e9
         for phase in self._phases.values() if self.enabled else ():
-            phase.paused += paused  # A phase that is not open begins anew.
+            phase.paused += paused  # A phase that is not open resets this when it begins.
 
     def end_epoch(self):
-        """Summarise the epoch and forget its samples.
+        """Summarise the epoch and discard its samples.
 
-        Returns a dict of plain values: "seconds" (those in `paused` left out), "steps", "warmup_steps",
-        "unphased_seconds" (of them in no phase), "peak_memory" (of its steps, as `peak_memory` gives it) and "phases":
-        name -> {"count", "share" (of the epoch), "host_ms", "device_ms" (None without CUDA)}, the last two {"median",
-        "p95", "total"}. Warm-up steps count in totals and shares, and in nothing else. Shares and the time in no phase
-        are of the device's time where it was taken: there the host may be many launches ahead of the work.
+        Returns a dict of plain values: "seconds" (without `paused` blocks), "steps", "warmup_steps", "unphased_seconds"
+        (time outside all phases), "peak_memory" (of its steps, as from `peak_memory`) and "phases": name -> {"count",
+        "share" (of the epoch), "host_ms", "device_ms" (None without CUDA)}; the last two are {"median", "p95",
+        "total"}. Warm-up steps count only in totals and shares. Shares and the time outside phases use device times if
+        there are any, since the host may run many launches ahead of the GPU.
         """
         synchronize(self._device)
         seconds = time.perf_counter() - self._epoch_start
@@ -165,20 +165,20 @@ def _recorded_event():
 
 
 class _Phase:
-    """One phase of a PhaseTimer, entered again and again but never inside itself."""
+    """One phase of a PhaseTimer, entered repeatedly but never inside itself."""
 
     def __init__(self, timer, name):
         self._timer, self._name = timer, name
-        self.range_name = name  # In the profiler; steps have a number there.
+        self.range_name = name  # Shown in the profiler; includes the number of a step.
         self._start = self._event = self._watched = None
-        self.paused = 0  # Nanoseconds of this occurrence in which no clock runs.
+        self.paused = 0  # Nanoseconds within this occurrence in which the clocks were stopped.
 
     def __enter__(self):
         push_range(self.range_name)
         if watchers:
             started = time.perf_counter()
             self._watched = _enter_watchers(self.range_name)
-            if self._timer._epoch_start is not None:  # One may write a trace, which takes seconds, and is no training.
+            if self._timer._epoch_start is not None:  # A watcher may write a trace for seconds, which is not training.
                 self._timer._epoch_start += time.perf_counter() - started
         if self._timer._on_cuda:
             self._event = _recorded_event()
@@ -187,7 +187,7 @@ class _Phase:
 
     def __exit__(self, error, *_):
         elapsed = time.perf_counter_ns() - self._start - self.paused
-        if error in (None, GeneratorExit):  # The second is of a `break` after the phase.
+        if error in (None, GeneratorExit):  # GeneratorExit: a `break` after the phase.
             self._timer._host[self._name].append(elapsed)
             if self._timer._on_cuda:
                 self._timer._events[self._name].append((self._event, _recorded_event(), self.paused / 1e6))
@@ -197,10 +197,10 @@ class _Phase:
 
 
 def describe_epoch(seconds, samples, warmup_steps):
-    """What PhaseTimer.end_epoch returns, but for the memory.
+    """What PhaseTimer.end_epoch returns, without the memory.
 
-    samples: name of a phase -> (its milliseconds on the host, those on the device or None, float [n] each, and how many
-    of the first were warm-up).
+    samples: name of a phase -> (host milliseconds, device milliseconds or None, float [n] each, number of warm-up
+    samples at the start).
     """
     phases = {}
     for name, (host, device, warmup) in samples.items():
@@ -217,20 +217,20 @@ def describe_epoch(seconds, samples, warmup_steps):
 
 
 def phase_times(phase):
-    """A phase's "median", "p95" and "total" in ms: on the device where it was timed there, else on the host."""
+    """A phase's "median", "p95" and "total" in ms, on the device if timed there, else on the host."""
     return phase["device_ms"] or phase["host_ms"]
 
 
 def training_seconds(timing):
-    """Seconds of an epoch's training steps, of its timing as from PhaseTimer.end_epoch: without the validations within
-    it. A scorer's may come between its steps, which begin and end around them."""
+    """Seconds of an epoch's training steps, from its timing as returned by PhaseTimer.end_epoch, without the
+    validations within it. A scorer may validate between steps."""
     validation = timing["phases"].get("validation")
     return timing["seconds"] - (phase_times(validation)["total"] / 1e3 if validation else 0.0)
 
 
 def typical_milliseconds(phase):
-    """Of one occurrence of a phase, as PhaseTimer.end_epoch has it, on the device where it was timed: the median, or
-    the total of the one occurrence where all was warm-up."""
+    """Milliseconds of one occurrence of a phase from PhaseTimer.end_epoch, on the device if timed there: the median, or
+    the total if there was only warm-up."""
     found = phase_times(phase)
     return found["total"] if found["median"] is None else found["median"]
 
@@ -238,7 +238,7 @@ def typical_milliseconds(phase):
 def summarise(samples, warmup=0):
     """Median and 95th percentile of `samples` [n] after the first `warmup`, and the total of all, in their unit.
 
-    Without a sample after the warm-up, median and percentile are None.
+    Without samples after the warm-up, median and percentile are None.
     """
     counted = np.asarray(samples)[warmup:]
     return {

@@ -1,10 +1,10 @@
 """Import this before torchvision or transformers: it makes both work on a CPU-only build of torch.
 
-torchvision's wheel from PyPI is built against CUDA. Its C++ operators cannot load beside a CPU-only torch, and its
-Python part then fails at import while it registers a fake for `torchvision::nms`. Data sets and transforms need none
-of these operators, so it is enough that their schemas exist. transformers imports torchvision when it is installed.
+torchvision's wheel from PyPI is built against CUDA. Its C++ operators cannot load with a CPU-only torch, and its Python
+part then fails at import when it registers a fake for `torchvision::nms`. Data sets and transforms need none of these
+operators, so it is enough that their schemas exist. transformers imports torchvision if it is installed.
 
-And where docstrings are stripped (python3 -OO), transformers' decorators that rewrite them are left out: they fail.
+With docstrings stripped (python3 -OO), transformers' decorators that rewrite docstrings fail, so they are disabled.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ _SCHEMAS = (
     "qnms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor",
 )
 
-_library = None  # A Library un-registers its schemas when it is collected, so it has to outlive this import.
+_library = None  # A Library unregisters its schemas when it is collected, so it has to outlive this import.
 
 try:
     import torchvision

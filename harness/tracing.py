@@ -1,7 +1,7 @@
-"""`--trace FILE`: a few training steps as a trace of every operator, on any device, without another program.
+"""`--trace FILE`: a trace of every operator in a few training steps, on any device, without another program.
 
-FILE is read by https://ui.perfetto.dev and chrome://tracing; the ranges in it are the phases of timing.py. On CUDA a
-snapshot of the memory, for https://docs.pytorch.org/memory_viz, lies beside it.
+Open FILE with https://ui.perfetto.dev or chrome://tracing; its ranges are the phases of timing.py. On CUDA, a memory
+snapshot for https://docs.pytorch.org/memory_viz is written next to it.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from harness.devices import synchronize
 from harness.endings import UserError
 from harness.files import atomic_write, make_folder
 
-STEPS = 5  # That are traced, after timing.WARMUP_STEPS of warm-up.
+STEPS = 5  # Traced after timing.WARMUP_STEPS of warm-up.
 COSTLIEST = 10
 STEP = re.compile(r".+ - step \d+")
 BEGINNING = re.compile(rb'\s*{\s*"schemaVersion"')  # Of what torch.profiler writes.
@@ -34,8 +34,8 @@ SUFFIXES = (".json", ".json.gz")
 
 def add_argument(parser):
     parser.add_argument("--trace", type=_trace_file, metavar="FILE.json.gz",
-        help=f"write what {STEPS} steps after warm-up do, operator by operator, to this file, and print what cost "
-             "most; these steps are slower")  # fmt: skip
+        help=f"trace {STEPS} steps after warm-up, operator by operator, into this file, and print the most expensive "
+             "operators; these steps are slower")  # fmt: skip
 
 
 def _trace_file(text):
@@ -46,11 +46,11 @@ def _trace_file(text):
 
 @contextlib.contextmanager
 def trace(path, device, say):
-    """Within the block, trace the steps that PhaseTimers time, to the file `path`; do nothing when that is None.
+    """Within the block, trace the steps that PhaseTimers time, into the file `path`; do nothing if that is None.
 
-    say: takes the lines to print. A block that ends before the warm-up does leaves no file, which is said, and so does
-    one whose file cannot be written. UserError before the block when that is known, and when the file is there already
-    and is no trace.
+    say: takes the lines to print. If the block ends before the warm-up does, or the file cannot be written, a message
+    says so and no file is left. UserError before the block if it is already known that `path` cannot be written, or if
+    it exists and is not a trace.
     """
     if path is None:
         yield
@@ -81,13 +81,13 @@ def _check_writable(path, device):
 
 
 def _memory_file(path):
-    """Where the snapshot of a GPU's memory lies that belongs to a trace."""
+    """The Path of the GPU memory snapshot that belongs to a trace."""
     return path.with_name(path.name.removesuffix(".gz").removesuffix(".json") + ".memory.pickle")
 
 
 def _is_trace(path):
-    """Whether a file begins as those of torch.profiler do."""
-    if not path.is_file():  # To open a pipe would wait for ever.
+    """Whether a file begins like those of torch.profiler."""
+    if not path.is_file():  # Opening a pipe would wait forever.
         return False
     try:
         with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
@@ -97,12 +97,12 @@ def _is_trace(path):
 
 
 class _Tracer:
-    """A watcher of ranges that profiles STEPS of the steps among them. Called with a range's name, it gives what is to
-    be entered with it."""
+    """A watcher of ranges that profiles STEPS of the steps among them. Called with a range's name, it returns the
+    context to enter with it."""
 
     def __init__(self, path, device, say):
         self._path, self._device, self._say = path, device, say
-        self._steps = 0  # That have begun.
+        self._steps = 0  # Begun so far.
         self._profile = self._is_done = None
 
     def __call__(self, name):
@@ -116,14 +116,14 @@ class _Tracer:
 
     def _start(self):
         on_cuda = self._device.type == "cuda"
-        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # It tells on stderr when it starts and stops.
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # Kineto reports on stderr when it starts and stops.
         if on_cuda:
             torch.cuda.memory._record_memory_history(max_entries=1_000_000)
         self._profile = profile(activities=[ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * on_cuda])
         self._profile.start()
 
     def end(self):
-        """Stop, write the files, and say what cost most; nothing when that is done."""
+        """Stop, write the files, and print the most expensive operators; only the first call does anything."""
         if self._is_done:
             return
         self._is_done = True
@@ -132,7 +132,7 @@ class _Tracer:
             return
         synchronize(self._device)
         self._profile.stop()
-        steps = min(STEPS, self._steps - timing.WARMUP_STEPS)  # Fewer where the run has ended.
+        steps = min(STEPS, self._steps - timing.WARMUP_STEPS)  # Fewer if the run has ended.
         try:
             first = f"traced {steps} steps: {', '.join(self._write())}"
         except OSError:  # Training need not end for it.
@@ -145,10 +145,10 @@ class _Tracer:
             self._say(line)
 
     def _write(self):
-        """Write the files, each whole or not at all, and return their names."""
+        """Write the files, each atomically, and return their names."""
         with tempfile.TemporaryDirectory(prefix=f".{self._path.name}.", dir=self._path.parent) as folder:
             made = Path(folder) / "trace.json"
-            self._profile.export_chrome_trace(str(made))  # A full disk is no exception, but no file, or a part.
+            self._profile.export_chrome_trace(str(made))  # A full disk raises nothing: the file is missing or partial.
             content = made.read_bytes()
         if not END.search(content, max(0, len(content) - 9999)):
             raise OSError("the trace was not written whole")
@@ -162,13 +162,13 @@ class _Tracer:
 
 
 def costliest(events, device):
-    """The operators of the traced steps that took most time by themselves, with the phase that they ran in, as lines of
-    a table.
+    """The operators of the traced steps with the most time of their own, with the phase that they ran in, as lines of a
+    table.
 
-    events: of a torch.profiler.profile. Backward runs in a thread of its own on CUDA, so that an operator belongs to
-    the step and the phase in whose time it was called; what belongs to no step, such as a validation, does not count.
+    events: of a torch.profiler.profile. On CUDA, backward runs in its own thread, so an operator is assigned to the
+    step and phase during which it was called. What belongs to no step, such as a validation, does not count.
     """
-    # An operator has the time of its kernels, which a GPU's profile holds again, each by itself, and phases over them.
+    # An operator includes its kernels; a GPU's profile also lists them separately, and phases over them.
     events = [event for event in events if event.device_type == DeviceType.CPU]
     ranges = [
         (event.name, event.time_range.start, event.time_range.end) for event in events if event.is_user_annotation
@@ -193,5 +193,5 @@ def costliest(events, device):
 
 
 def _range_at(ranges, time):
-    """The name of the first of (name, begin, end) `ranges` in which `time` lies; None without one."""
+    """The name of the first of the `ranges` (name, begin, end) that contains `time`; None if there is none."""
     return next((name for name, begin, end in ranges if begin <= time <= end), None)

@@ -1,5 +1,5 @@
-"""How long each way to train takes to reach a test accuracy, with all that counts by the clock on the wall: loading,
-training, evaluation and saving, at the pace that reporting/pace.py tells."""
+"""How long each way to train takes to reach a test accuracy, in wall-clock time: loading, training, evaluation and
+saving, at the pace given by reporting/pace.py."""
 
 import dataclasses
 
@@ -11,8 +11,8 @@ from reporting.tables import caption, groups, markdown
 
 @dataclasses.dataclass(frozen=True)
 class Way:
-    """A Row of TOGETHER with the curves of its runs: for each [(seconds since its start, test accuracy in percent),
-    ...], one for each epoch; [] where the seconds are not known."""
+    """A Row of TOGETHER with the curves of its runs: for each, [(seconds since its start, test accuracy in percent),
+    ...], one point per epoch; [] if the seconds are not known."""
 
     row: object
     curves: list
@@ -22,26 +22,26 @@ class Way:
         return [max(run.curve("test_acc")) for run in self.row.runs]
 
     def epochs_to(self, goal):
-        """For each run the epoch in which it had this test accuracy in percent; None if it never had."""
+        """For each run, the epoch in which it first had this test accuracy in percent; None if it never had."""
         return [
             next((epoch["epoch"] for epoch in run.epochs if epoch["test_acc"] >= goal), None) for run in self.row.runs
         ]
 
     def seconds_to(self, goal):
-        """For each run the seconds until it had this test accuracy, from its start; None if not known."""
+        """For each run, the seconds from its start until it had this test accuracy; None if not known."""
         return [next((seconds for seconds, reached in curve if reached >= goal), None) for curve in self.curves]
 
     def sample(self, values):
-        """The Sample of `values`, one of each run; None where one is not known: the mean of the runs that got there
-        would flatter a way whose others did not."""
+        """The Sample of `values`, one per run; None if any is unknown: the mean of the runs that got there would
+        flatter a way in which others did not."""
         seeds = [run.arguments.get("seed") for run in self.row.runs]
         return None if None in values else Sample.of(values, seeds)
 
 
 @dataclasses.dataclass(frozen=True)
 class Race:
-    """The Ways of one Group of TOGETHER. baseline: its own, or None. target: the test accuracy, in percent, that each
-    run of the baseline reaches at some time: the lowest of their best; None without a baseline."""
+    """The Ways of one Group of TOGETHER. baseline: one of them, or None. target: the test accuracy, in percent, that
+    every run of the baseline reaches at some time, which is the lowest of their best; None without a baseline."""
 
     group: object
     ways: list
@@ -53,7 +53,7 @@ class Race:
 
 
 def races(runs):
-    """The Races of those of `runs` that say when they knew each epoch's test accuracy, and are no short ones."""
+    """The Races of those `runs` that record when each epoch's test accuracy was known, without races of short runs."""
     found = groups(TOGETHER, [run for run in runs if run.accuracy_by_seconds()])
     return [_race(group, found) for group in found if pace.epochs(group) >= pace.FEW_EPOCHS]
 
@@ -65,7 +65,7 @@ def _race(group, found):
 
 
 def render(runs, with_cpu_times=True):
-    """Markdown: a table for each group of ResNeXt runs that can be compared; "" when there is none."""
+    """Markdown: a table for each group of ResNeXt runs that can be compared; "" if there is none."""
     parts, found = [], races(runs)
     for race in found:
         goal = race.target
@@ -94,8 +94,8 @@ def _cells(way, race, goal, with_times):
 
 
 def ratio_of(race, label):
-    """ "0.08 (0.06 to 0.10)": the time to the target of the arm `label` over the baseline's; None without both, or
-    where a run never got there."""
+    """ "0.08 (0.06 to 0.10)": the time to the target of the arm `label`, over the baseline's; None without both, or if
+    a run never got there."""
     way = next((way for way in race.ways if way.row.arm.label == label), None)
     if race.target is None or way is None:
         return None

@@ -1,4 +1,4 @@
-"""The records of benchmarks/: how much faster each found the new way, and which of its targets that reaches."""
+"""The records of benchmarks/: how much faster the new way was in each, and which of its targets that reaches."""
 
 import ast
 import functools
@@ -31,7 +31,7 @@ RECORD = {
     "machine": {"hardware": TEXT, "device": maybe(TEXT), "commit": maybe(TEXT), "date": maybe(TEXT)},
 }  # fmt: skip
 RATIO = {"median": NUMBER, "low": NUMBER, "high": NUMBER, "interval": maybe(PAIR)}
-COLUMNS = {  # What a record calls a figure -> its header with the unit, and the factor into that unit.
+COLUMNS = {  # A record's name for a figure -> its header with the unit, and the factor into that unit.
     "bytes": ("saved, MiB", 1 / MIB),
     "share": ("saved, % of plain", 100),
     "extra": ("FLOPs recomputed, %", 100),
@@ -83,8 +83,8 @@ COLUMNS = {  # What a record calls a figure -> its header with the unit, and the
 
 
 def read(folder, published=False):
-    """{hardware: [record, ...]} of the whole records `folder`/*/*.json; others are named on stderr, and with
-    `published` those of no clean commit."""
+    """{hardware: [record, ...]} of the complete records `folder`/*/*.json. Others are named on stderr and left out;
+    with `published`, so are those without a clean commit."""
     found = {}
     for path in sorted(Path(folder).glob("*/*.json")):
         try:
@@ -108,7 +108,7 @@ def _ratio_fault(record):
 
 
 def render(found):
-    """Markdown: for each hardware a table of ratios. found: the records, as `read` gives them."""
+    """Markdown: for each hardware a table of ratios. found: the records, as returned by `read`."""
     parts = []
     for hardware, records in found.items():
         rows = [row for record in records for row in _ratio_rows(record)]
@@ -118,7 +118,7 @@ def render(found):
 
 
 def render_tables(found, benchmark):
-    """Markdown: the tables that the records of `benchmark`, one of WITH_TABLES, bring along. found: as for `render`."""
+    """Markdown: the tables contained in the records of `benchmark`, one of WITH_TABLES. found: as for `render`."""
     parts = []
     for records in found.values():
         for record in records:
@@ -132,7 +132,7 @@ def _ratio_rows(record):
     targets, machine = _targets(record["benchmark"]), record["machine"]
     for case, ratio in _ratios("", record):
         if ratio["low"] == ratio["high"] == 1:
-            continue  # Of one side to itself.
+            continue  # The ratio of a side to itself.
         case = ", ".join(filter(None, [record.get("model"), case]))
         bound, limit = find_target(targets, machine.get("device"), machine["hardware"], case) or (None, None)
         row = {
@@ -150,13 +150,13 @@ def _ratio_rows(record):
 
 
 def rounds(record):
-    """How often each side of a benchmark ran; None where its record does not say."""
+    """How often each side of a benchmark ran; None if its record does not say."""
     found = record.get("rounds")
     return found if is_number(found) else _length_of_seconds(record)
 
 
 def _length_of_seconds(value):
-    """The number of seconds by round that a record keeps of an arm, wherever it does; None where it keeps none."""
+    """The number of rounds for which a record stores an arm's seconds, anywhere in it; None if it stores none."""
     if not isinstance(value, dict):
         return None
     seconds = value.get("seconds")
@@ -168,7 +168,7 @@ def _length_of_seconds(value):
 
 @functools.cache
 def _targets(benchmark):
-    """TARGETS of the script of `benchmark`, as verdicts.find_target takes them; {} without any."""
+    """TARGETS of the script of `benchmark`, as for verdicts.find_target; {} without any."""
     try:
         script = ast.parse((SCRIPTS / f"{benchmark}.py").read_text(encoding="utf-8"))
     except (OSError, ValueError, SyntaxError):
@@ -180,27 +180,27 @@ def _targets(benchmark):
 
 
 def _ratios(name, value):
-    """Yield (where, ratio) for every {"median", "low", "high"} in a record, as benchmarks/common.py makes them."""
+    """Yield (where, ratio) for every {"median", "low", "high"} in a record, as made by benchmarks/common.py."""
     if not isinstance(value, dict):
         return
     if {"median", "low", "high"} <= value.keys():
         yield name, value
         return
     for key, part in value.items():
-        # These say nothing that the heading does not.
+        # These names add nothing to the heading.
         word = "" if key in ("results", "ratio", "ratios") else key
         yield from _ratios(", ".join(filter(None, [name, word])), part)
 
 
 def _tables(record):
-    """Yield (name, rows) for every list of dicts in a record: tables, whose plain values are shown as they are."""
+    """Yield (name, rows) for every list of dicts in a record: tables whose plain values are shown as they are."""
     for name, value in record.items():
         if isinstance(value, list) and value and all(isinstance(row, dict) for row in value):
             yield name, value
 
 
 def _caption(record, name, rows):
-    """ "Activation memory: resnext29_4x64d, AMD EPYC, 2 cores, batch 4:"; what a column tells is left out."""
+    """ "Activation memory: resnext29_4x64d, AMD EPYC, 2 cores, batch 4:", without what a column already shows."""
     title = TITLES.get((record["benchmark"], name), f"{record['benchmark']}, {name}")
     facts = {"model": "{model}", "pictures": "{dataset} ({pictures:,} images)", "batch_size": "batch {batch_size}"}
     known = {"dataset": "data"} | record
@@ -213,7 +213,7 @@ def _caption(record, name, rows):
 
 
 def _cells(row, rows):
-    """A row of a table, header -> text or None, of those figures of its that are plain in all `rows`."""
+    """A row of a table, header -> text or None, with those of its figures that are plain in all `rows`."""
     names = dict.fromkeys(key for each in rows for key in each)
     plain = [key for key in names if all(isinstance(each.get(key), (str, int, float, type(None))) for each in rows)]
     return dict(_cell(key, row.get(key)) for key in plain)

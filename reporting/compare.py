@@ -1,4 +1,4 @@
-"""Two runs, or two folders of runs that differ in their seed alone, side by side."""
+"""A comparison of two runs, or of two folders of runs that differ only in their seed."""
 
 from pathlib import Path
 
@@ -18,8 +18,8 @@ NOISE = {True: "within the noise", False: "beyond the noise", None: "unknown: to
 
 
 def read_side(path):
-    """The Records at `path`: of one run (its .json, or a file beside that, such as its .pt), or of a folder with runs
-    of one set-up. UserError where there is none, and where there are several set-ups."""
+    """The Records at `path`: of one run (its .json, or a file next to it such as its .pt), or of a folder with runs of
+    one set-up. UserError if there is none, or if there are several set-ups."""
     path = Path(path)
     record = path.with_suffix(".json")
     if path.suffix in (".pt", ".npz", ".lock", ".state") and record.is_file():
@@ -37,7 +37,7 @@ def read_side(path):
 
 
 def names(sides):
-    """ "A: the name of its first run, n = 3" of each side, with the folder where they have one name."""
+    """ "A: the name of its first run, n = 3" for each side, with the folder if both have the same name."""
     shown = [side[0].name for side in sides]
     if shown[0] == shown[1]:
         shown = [f"{side[0].path.absolute().parent.name}/{side[0].name}" for side in sides]
@@ -54,7 +54,7 @@ def render(sides):
 
 
 def differing(sides):
-    """[(name, of A, of B), ...] as text: arguments, precision, hardware and commit, where they differ."""
+    """[(name, value in A, value in B), ...] as text: the arguments, precision, hardware and commit that differ."""
     facts = []
     for run in (side[0] for side in sides):
         what = {"precision": run.precision, "loading": run.record.get("loading"), "images": run.images}
@@ -92,7 +92,7 @@ def _cells(what, old, new):
 
 
 def draw(sides, path):
-    """Write the figure: the phases of a median step, and the curves, each with a band over the runs; returns `path`."""
+    """Write the figure: the phases of a median step, and the curves, each with a band over the runs. Returns `path`."""
     both = names(sides)
     colours = distinct_colours(both)
     with plt.rc_context(STYLE):

@@ -6,14 +6,14 @@ import math
 import numpy as np
 
 SIGNIFICANCE = 0.05
-CONFIDENCE = 1 - SIGNIFICANCE / 2  # Of a t-distribution, on either side.
-TELLS_NOTHING = 20  # An interval that ends at so many times its ratio, as two runs may have.
+CONFIDENCE = 1 - SIGNIFICANCE / 2  # Quantile of the t-distribution for a two-sided interval.
+TELLS_NOTHING = 20  # An interval that extends to this multiple of its ratio, as from two runs, is not shown.
 
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """Mean and standard deviation (of the sample, n - 1; 0.0 for n = 1) of n values. by_seed: {seed: value} where they
-    are of runs, else empty."""
+    """Mean and standard deviation (sample, n - 1; 0.0 for n = 1) of n values. by_seed: {seed: value} if the values come
+    from runs, else empty."""
 
     mean: float
     deviation: float
@@ -22,7 +22,8 @@ class Sample:
 
     @classmethod
     def of(cls, values, seeds=None):
-        """The Sample of those of `values` that are not None; None when all are. seeds: of the runs that they are of."""
+        """The Sample of the `values` that are not None; None if all are. seeds: of the runs that the values come
+        from."""
         values = list(values)
         by_seed = {} if seeds is None else dict(zip(seeds, values, strict=True))
         by_seed = {seed: value for seed, value in by_seed.items() if value is not None}
@@ -34,15 +35,16 @@ class Sample:
 
     @classmethod
     def over(cls, runs, figure):
-        """The Sample of `figure`, of a Record, over `runs` with different seeds; None when it is None of all."""
+        """The Sample of `figure`, a function of a Record, over `runs` with different seeds; None if it is None for
+        all."""
         return cls.of(map(figure, runs), [run.arguments.get("seed") for run in runs])
 
 
 def paired(new, base):
-    """The two Samples over the seeds that both have; where there is none, as they are, but without their seeds.
+    """The two Samples restricted to the seeds that both have; if there are none, unchanged but without their seeds.
 
-    What a run does depends on its seed (which documents its first step has, how its weights begin), and runs of one
-    seed were made in turn, so that runs are compared with those of their own seed.
+    A run depends on its seed (which documents its first step has, how its weights start), and runs with the same seed
+    were made in turn. So runs are compared with those of the same seed.
     """
     seeds = [seed for seed in new.by_seed if seed in base.by_seed]
     if not seeds:
@@ -51,11 +53,11 @@ def paired(new, base):
 
 
 def within_noise(new, base):
-    """Whether the difference of two Samples may be chance: a t-test finds none at the 5 % level.
+    """Whether the difference of two Samples may be chance: whether a t-test finds none at the 5 % level.
 
-    Of runs with the same seeds the paired test; else Welch's, or where one of them is a single value, Student's, which
-    takes it to scatter as the other does. None when both are single values, which say nothing of their noise, and of
-    two pairs whose differences are equal.
+    For runs with the same seeds it is the paired test. Otherwise it is Welch's, or, if one Sample is a single value,
+    Student's, which assumes that both scatter alike. None if both are single values, which say nothing about their
+    noise, and for two pairs with equal differences.
     """
     new, base = paired(new, base)
     if new.n == base.n == 1:
@@ -64,7 +66,7 @@ def within_noise(new, base):
 
     if new.by_seed:
         change = Sample.of(new.by_seed[seed] - base.by_seed[seed] for seed in new.by_seed)
-        if change.deviation == 0:  # Two that are equal may be so by chance, as accuracies of few pictures are.
+        if change.deviation == 0:  # Two pairs may agree by chance, as accuracies on few images do.
             return None if change.mean and change.n < 3 else change.mean == 0
         return bool(abs(change.mean) / (change.deviation / math.sqrt(change.n)) < t.ppf(CONFIDENCE, change.n - 1))
     if new.deviation == base.deviation == 0:
@@ -74,11 +76,11 @@ def within_noise(new, base):
 
 
 def ratio_interval(new, base):
-    """(mean of `new` over that of `base`, low, high): the 95 % interval by the t-distribution of the logarithm.
+    """(mean of `new` over that of `base`, low, high): the 95 % interval from the t-distribution of the logarithm.
 
-    Of runs with the same seeds it is that of the pairs; else with Welch's degrees of freedom, and a single value is
-    taken to scatter as the others do. low and high are None when both Samples are single values, and where a value is
-    not above 0.
+    For runs with the same seeds, it is the interval of the pairs. Otherwise it uses Welch's degrees of freedom, and a
+    single value is assumed to scatter like the others. low and high are None if both Samples are single values, or if
+    any value is not above 0.
     """
     new, base = paired(new, base)
     found = new.mean / base.mean
@@ -89,29 +91,29 @@ def ratio_interval(new, base):
         return found, found, found
     from scipy.stats import t
 
-    factor = math.exp(min(t.ppf(CONFIDENCE, freedom) * math.sqrt(variance), 700))  # Which a float can hold.
+    factor = math.exp(min(t.ppf(CONFIDENCE, freedom) * math.sqrt(variance), 700))  # Within a float's range.
     return found, found / factor, found * factor
 
 
 def _paired_variance(new, base):
-    """(variance of the mean logarithm of the ratio of two Samples with the same seeds, degrees of freedom)."""
+    """(variance of the mean log ratio of two Samples with the same seeds, degrees of freedom)."""
     logs = Sample.of(math.log(new.by_seed[seed] / base.by_seed[seed]) for seed in new.by_seed)
     return logs.deviation**2 / logs.n, logs.n - 1
 
 
 def _variance(new, base):
-    """The same of two Samples that are independent."""
+    """The same for two independent Samples."""
     parts = [((each.deviation / each.mean) ** 2, each.n) for each in (new, base)]
     shared = max(spread for spread, n in parts if n > 1)
     errors = [((spread if n > 1 else shared) / n, n) for spread, n in parts]
     variance = sum(error for error, _ in errors)
     if min(new.n, base.n) == 1 or variance == 0:
-        return variance, max(new.n, base.n) - 1  # All that is known of the scatter, where one side is a single value.
+        return variance, max(new.n, base.n) - 1  # Only the other side's scatter is known.
     return variance, variance**2 / sum(error**2 / (n - 1) for error, n in errors if error)
 
 
 def ratio_with_interval(new, base):
-    """The `interval_text` of the ratio of two Samples, "1.00" of a Sample with itself; None without both."""
+    """The `interval_text` of the ratio of two Samples; "1.00" for a Sample and itself; None without both."""
     if new is base and new:
         return "1.00"
     new, base = paired(new, base) if new and base else (None, None)
@@ -121,7 +123,7 @@ def ratio_with_interval(new, base):
 
 
 def interval_text(found, low, high):
-    """ "0.76 (0.71 to 0.82)", or "0.76" where the noise is not known (low and high are None) or there is none."""
+    """ "0.76 (0.71 to 0.82)", or "0.76" if the noise is unknown (low and high are None) or zero."""
     if high is not None and high > TELLS_NOTHING * found:
         return f"{found:.2f} (too few runs)"
     exact = low is None or f"{low:.2f}" == f"{high:.2f}"
@@ -129,8 +131,8 @@ def interval_text(found, low, high):
 
 
 def difference(new, base):
-    """ "+1.3", or "-0.2, within the noise": the mean of `new` less that of `base`; None without both, and of a Sample
-    with itself."""
+    """ "+1.3", or "-0.2, within the noise": the mean of `new` minus that of `base`; None without both, or for a Sample
+    and itself."""
     if new is None or base is None or new is base:
         return None
     new, base = paired(new, base)
@@ -139,18 +141,18 @@ def difference(new, base):
 
 
 def signed(value):
-    """ "+1.3", "-0.2", or "+0.0" for what is nothing when rounded."""
+    """ "+1.3", "-0.2", or "+0.0" for what rounds to zero."""
     return f"{round(value, 1) + 0.0:+.1f}"
 
 
 def number(value, digits=3):
-    """`value` with `digits` significant digits, more where it has more before the point: 0.0012, 1.60, 104, 8934."""
+    """`value` with `digits` significant digits, but all digits before the decimal point: 0.0012, 1.60, 104, 8934."""
     if value == 0:
         return "0"
     if not math.isfinite(value):
         return str(value)
     rounded = round(value, _decimals(value, digits))
-    # Rounding up may have won a digit: 9.996 is 10.0.
+    # Rounding up may have added a digit: 9.996 becomes 10.0.
     return f"{rounded:.{_decimals(rounded, digits)}f}"
 
 
@@ -161,7 +163,7 @@ def _decimals(value, digits):
 def quantity(sample, places=None):
     """ "104", or "104 ± 2" for several values; None for None. places: decimals, by default 3 significant digits.
 
-    The deviation ends at the digit where the mean does.
+    The deviation has as many decimals as the mean.
     """
     if sample is None:
         return None

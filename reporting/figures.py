@@ -1,12 +1,12 @@
 """The figures, drawn from run records with matplotlib.
 
-Times on a CPU appear as multiples of a baseline's step: they mean nothing away from the machine.
+Times on a CPU appear as multiples of a baseline's step, since they mean nothing on another machine.
 """
 
 import os
 import textwrap
 
-os.environ["MPLBACKEND"] = "agg"  # Figures go to files; of a name that it does not know matplotlib makes an error.
+os.environ["MPLBACKEND"] = "agg"  # Figures go to files; an unknown backend in it makes matplotlib raise an error.
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -24,26 +24,26 @@ from reporting.records import Record, provenance
 from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCLS, TOGETHER, in_words
 from reporting.tables import data_name, groups, hardware, is_toy, multiple, place
 
-WIDTH = 10  # Inches: 1,000 pixels, which README shows about as they are.
+WIDTH = 10  # Inches: 1,000 pixels, about the size at which the README shows them.
 STYLE = {"font.size": 10, "figure.dpi": 100, "axes.grid": True, "grid.alpha": 0.3, "legend.frameon": False,
          "text.parse_math": False}  # fmt: skip
 COLOURS = 256
 CURVES = {"loss": "training loss", "acc": "training accuracy, %", "test_acc": "test accuracy, %"}
 MARKERS = "osD^vP*X<>hd"
 LINES = ("-", "--", ":", "-.")
-LINE_WIDTH = 0.01  # Of a panel's height.
+LINE_WIDTH = 0.01  # As a share of a panel's height.
 TITLE_WIDTH = 110  # Characters.
-LEGEND_WIDTH = 150  # Characters of a line of a legend, those of its marks with them.
+LEGEND_WIDTH = 150  # Characters in a line of a legend, including its marks.
 SMOOTH = 20  # From 2 * SMOOTH losses on, a running mean over 1 / SMOOTH of them is drawn.
 SIDES = {"host": "host time", "device": "GPU time"}
 
 
 def draw_all(runs, measured, folder):
-    """Draw into `folder` every figure that there are records for; returns the paths written.
+    """Draw every figure for which there are records into `folder`; returns the paths written.
 
-    runs: Records. measured: the benchmarks' records, as benchmarks.read gives them.
+    runs: Records. measured: the benchmarks' records, as returned by benchmarks.read.
     """
-    from reporting import frontier, headline, headline_figures, step_memory  # They take their style from this module.
+    from reporting import frontier, headline, headline_figures, step_memory  # They import their style from this module.
 
     pictures = {
         "techniques": (headline_figures.draw, headline.distinct(headline.effects(runs))),
@@ -68,14 +68,14 @@ def draw_all(runs, measured, folder):
 
 
 def chosen_record(measured, benchmark, is_whole):
-    """The record of `benchmark` that its figure shows: of those that have all of it one from a GPU, else one from a
-    CPU; or None. measured: as for `draw_all`."""
+    """The record of `benchmark` that its figure shows: among the complete ones, one from a GPU, else one from a CPU; or
+    None. measured: as for `draw_all`."""
     records = [record for group in measured.values() for record in group if record["benchmark"] == benchmark]
     return min(filter(is_whole, records), key=lambda record: record["machine"].get("device") == "cpu", default=None)
 
 
 def save(figure, path):
-    """Write a PNG of few colours: a third of the size, and the same bytes for the same records. The figure is closed;
+    """Write a PNG with few colours: a third of the size, and the same bytes for the same records. Closes the figure and
     returns `path`."""
     figure.canvas.draw()
     picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]).quantize(
@@ -92,8 +92,8 @@ def on_cpu(group):
 
 
 def chosen_for_curves(study, runs):
-    """The Group of a study whose curves are shown: one of some epochs before short ones, then real data, on a GPU, the
-    longest, most rows; or None."""
+    """The Group of a study whose curves are shown, or None: preferably not of short runs, on real data, on a GPU, with
+    the most epochs and then the most rows."""
 
     def rank(group):
         epochs = pace.epochs(group)
@@ -114,9 +114,9 @@ def heading(group):
 
 
 def facts(machine, repeats):
-    """ "AMD EPYC, 2 cores, torch 2.13.0; n = 3; commit 1f098ca, 2026-11-23": where, how often and of what code.
+    """ "AMD EPYC, 2 cores, torch 2.13.0; n = 3; commit 1f098ca, 2026-11-23": where, how often and with which code.
 
-    machine: as tables.hardware gives it. repeats: the runs of each row, [[Record, ...], ...].
+    machine: as returned by tables.hardware. repeats: the runs of each row, [[Record, ...], ...].
     """
     numbers = sorted({len(runs) for runs in repeats})
     n = f"n = {numbers[0]}" if len(numbers) == 1 else f"n = {numbers[0]} to {numbers[-1]}"
@@ -125,9 +125,9 @@ def facts(machine, repeats):
 
 
 def distinct_colours(names):
-    """{name: a colour that no other has}."""
+    """{name: a distinct colour}."""
     names = list(dict.fromkeys(names))
-    few = matplotlib.color_sequences["petroff10"]  # Told apart by colour-blind readers, too.
+    few = matplotlib.color_sequences["petroff10"]  # Distinguishable for colour-blind readers, too.
     colours = few if len(names) <= len(few) else plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(names)))
     return dict(zip(names, colours, strict=False))
 
@@ -139,8 +139,9 @@ def distinct_styles(rows, styles):
 
 
 def draw_curves(runs, study):
-    """Each of CURVES by epoch: for each arm the mean over its seeds, in a band from the lowest to the highest of them.
-    Where arms differ in one technique, of the seeds that all have: most techniques then give the same curve."""
+    """Each of CURVES by epoch: for each arm the mean over its seeds, with a band from their lowest to their highest.
+    Where arms differ in one technique, only the seeds that all arms have count: most techniques then give the same
+    curve."""
     group = chosen_for_curves(study, [run for run in runs if run.curve("loss")])
     if group is None:
         return None
@@ -166,7 +167,7 @@ def draw_curves(runs, study):
 
 
 def _keep_common_seeds(group):
-    """Leave out the runs of seeds that not all rows of a Group have, where some seed is common to all: other seeds are
+    """Drop the runs of seeds that not all rows of a Group have, if there is a seed that all have: other seeds give
     other curves."""
     seeds = set.intersection(*({run.arguments.get("seed") for run in row.runs} for row in group.rows))
     for row in group.rows if seeds else ():
@@ -174,27 +175,27 @@ def _keep_common_seeds(group):
 
 
 def stacked(curves):
-    """float [curves, points]: as many points as the shortest has."""
+    """float [curves, points], cut to the length of the shortest curve."""
     curves = list(curves)
     return np.array([curve[: min(map(len, curves))] for curve in curves], dtype=float)
 
 
 def draw_band(panel, x, values, colour, **style):
-    """The mean of `values` [runs, points] over x [points], in a band from the lowest run to the highest."""
+    """The mean of `values` [runs, points] over x [points], with a band from the lowest run to the highest."""
     panel.plot(x, values.mean(0), color=colour, **style)
     if len(values) > 1:
         panel.fill_between(x, values.min(0), values.max(0), color=colour, alpha=0.15, linewidth=0)
 
 
 def coincide(curves, panel):
-    """Whether `curves`, sequences of values that `panel` shows, are nowhere further apart than a line is wide."""
+    """Whether `curves`, sequences of values shown in `panel`, are nowhere further apart than a line is wide."""
     if len(set(map(len, curves))) > 1:
         return False
     return bool(np.ptp(curves, axis=0).max(initial=0) <= LINE_WIDTH * np.ptp(panel.get_ylim()))
 
 
 def _width(index, group):
-    """Many techniques change no result: of equal lines the later are drawn thinner, on top."""
+    """Many techniques change no result: later lines are drawn thinner, on top, so that equal ones stay visible."""
     return 1.2 + 4 * (1 - (index + 1) / len(group.rows))
 
 
@@ -211,7 +212,7 @@ def arm_handles(colours):
 
 
 def _key_handles(styles, kind):
-    """The part of a legend that tells batch sizes apart, where there are several. kind: "linestyle" or "marker"."""
+    """The part of a legend that tells batch sizes apart, if there are several. kind: "linestyle" or "marker"."""
     fixed = {"color": "grey", "linestyle": "none"}
     names = {keys: ", ".join(f"batch {key}" for key in keys) for keys in styles}
     handles = [Line2D([], [], label=names[keys], **(fixed | {kind: style})) for keys, style in styles.items()]
@@ -219,8 +220,8 @@ def _key_handles(styles, kind):
 
 
 def draw_losses(runs):
-    """The training loss by update: for each arm the mean over the seeds that all have, in a band from the lowest to the
-    highest of them; as running means where there are many updates."""
+    """The training loss by update: for each arm the mean over the seeds that all have, with a band from their lowest to
+    their highest; as running means if there are many updates."""
     group = chosen_for_curves(SIMCLS, [run for run in runs if run.losses()])
     if group is None:
         return None
@@ -242,7 +243,7 @@ def draw_losses(runs):
 
 
 def finish(figure, handles, title):
-    """Put the title above and one legend below."""
+    """Add the title above and one legend below."""
     figure.get_layout_engine().set(w_pad=0.12)
     if handles:
         longest = max(len(handle.get_label()) for handle in handles)
@@ -282,8 +283,8 @@ def draw_timeline(runs, studies):
 
 
 def _arms(runs, studies):
-    """[(label, Row, its baseline Row), ...] of several studies, of one model, data, batch size and hardware, that with
-    most arms; the baseline comes first, and once."""
+    """[(label, Row, its baseline Row), ...] from several studies, for the one model, data, batch size and hardware with
+    the most arms, preferring a GPU. The baseline comes first, and only once."""
     places = {}
     for study in studies:
         found = groups(study, runs)
@@ -301,8 +302,8 @@ def _arms(runs, studies):
 
 
 def _bars(name, row, base):
-    """[(label, {phase: length}, deviation of the step over the runs or None), ...] of an arm: host, and GPU where that
-    was timed. A length is the mean of the runs' medians, as in the tables."""
+    """[(label, {phase: length}, deviation of the step over the runs or None), ...] of an arm: host, and GPU if timed
+    there. A length is the mean of the runs' medians, as in the tables."""
     on_cpu = row.runs[0].on_cpu
     scale = _medians(base.runs, "host")["step"].mean if on_cpu else 1.0
     bars = []
@@ -317,7 +318,7 @@ def _bars(name, row, base):
 
 
 def _medians(runs, side):
-    """{phase: the Sample of its median milliseconds over `runs`}, of the phases that were timed on this side."""
+    """{phase: the Sample of its median milliseconds over `runs`} for the phases that were timed on this side."""
     times = {}
     for timing in (run.timing() for run in runs if run.epochs):
         for phase, found in timing["phases"].items():
@@ -327,8 +328,8 @@ def _medians(runs, side):
 
 
 def draw_memory(runs):
-    """Memory against step time, both as multiples of the plain run's: a colour for each policy, whose name stands
-    beside its points, and a marker for each batch size."""
+    """Memory against step time, both as multiples of the plain run's: a colour for each policy, whose name is next to
+    its points, and a marker for each batch size."""
     found = groups(CHECKPOINTING, runs)
     group = min(found, key=on_cpu, default=None)
     if group is None:

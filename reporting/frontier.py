@@ -1,4 +1,4 @@
-"""The figure of benchmarks/memory.py: the memory that each way of checkpointing saves, against what that costs."""
+"""The figure of benchmarks/memory.py: the memory that each way of checkpointing saves, against its cost."""
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -9,7 +9,7 @@ from reporting.figures import MARKERS, WIDTH
 from reporting.records import provenance
 from reporting.shapes import TEXT, each, is_number, maybe
 
-# The start of a policy's name -> what the legend calls its family. Those with a line go on from budget to budget.
+# The start of a policy's name -> its family in the legend. Families with a line connect their budgets.
 FAMILIES = {
     "budget held": "our plans for what is saved (--budget_of held)",
     "budget": "our plans for the peak (--memory_budget)",
@@ -19,9 +19,9 @@ FAMILIES = {
     "": "our policies, and plain",
 }
 WITH_LINE = ("budget held", "budget", "compile")
-AS_COMPILE = "as compile"  # Our plans at what one of torch.compile's holds, or peaks at; its name stands beside that.
+AS_COMPILE = "as compile"  # Our plans with as much memory as one of torch.compile's; only the latter is labelled.
 RECORD = {"model": TEXT, "rows": each(list, {}), "training": maybe(each(list, {}))}
-GAP = 10  # Points that a name is moved up by, where it would cover another.
+GAP = 10  # Points by which a name is moved up to avoid covering another.
 
 
 def is_whole(record):
@@ -36,9 +36,9 @@ def points(record, table, x, y):
 
 
 def draw(record):
-    """The FLOPs recomputed against the memory that is saved, and against the peak; then the time of steps against
-    theirs, from the lowest to the highest round. What the record does not know has no panel. Our plans stand where
-    what their budget limits is drawn."""
+    """The FLOPs recomputed against the memory saved for backward, and against the peak; then the time of steps against
+    their peak, from the lowest to the highest round. Panels without data are left out. Our plans appear only where the
+    axis is what their budget limits."""
     redone, on_peak = "FLOPs recomputed, % of forward and backward", "peak of activations and their gradients"
     trained = points(record, "training", "peak_share", "step_times_plain")
     allocated = any(row.get("peak_allocated_bytes") for row in record.get("training") or ())
@@ -68,7 +68,7 @@ def draw(record):
 
 
 def peaks(record):
-    """[(policy, peak as a share of the plain model's, FLOPs recomputed), ...]; [] when that is not known."""
+    """[(policy, peak as a share of the plain model's, FLOPs recomputed), ...]; [] if not known."""
     rows = points(record, "rows", "peak_bytes", "extra")
     plain = next((peak for policy, peak, _ in rows if policy == "plain"), None)
     return [(policy, peak / plain, extra) for policy, peak, extra in rows] if plain else []
@@ -94,7 +94,7 @@ def draw_families(panel, rows):
 
 
 def draw_spread(panel, record):
-    """Whiskers from the lowest to the highest round, of the arms whose steps were timed."""
+    """Whiskers from the lowest to the highest round, for the arms whose steps were timed."""
     for row in record["training"]:
         figures = [row.get(name) for name in ("peak_share", "step_low", "step_high")]
         if all(map(is_number, figures)):
@@ -103,7 +103,7 @@ def draw_spread(panel, record):
 
 
 def keep_names_apart(figure, panels):
-    """Move a name up until it covers none of those before it."""
+    """Move each name up until it covers none of those before it."""
     figure.canvas.draw()
     for panel in panels:
         boxes = []

@@ -1,4 +1,4 @@
-"""What each technique buys, in one row each: the table, the sentences and the figure that the README shows first."""
+"""The effect of each technique, one per row: the table, the sentences and the figure at the top of the README."""
 
 import dataclasses
 
@@ -12,8 +12,8 @@ from reporting.tables import data_name, groups, is_toy, markdown, multiple, plac
 CHECKPOINT = "`resnext_checkpoint.py"  # Flags and the closing quote follow.
 MULTIPLIES_HALF = "on CPUs with bfloat16 instructions, and on GPUs (published)"
 HALF, SIMCLS_HALF = "Half precision: `--half_precision`", "SimCLS, half precision: `main.py --half_precision`"
-# Study, an arm's label or the words that it begins with -> the technique, the way to switch it on, and when it pays. In
-# the order of the table: what buys most comes first.
+# Study, and an arm's label or its first words -> the technique, how to switch it on, and when it pays. In the order of
+# the table: the most effective first.
 TECHNIQUES = {
     ("together", "everything on"): (
         "Everything on, with a new recipe (Muon, one-cycle learning rate): `resnext_fast.py`",
@@ -63,7 +63,7 @@ TECHNIQUES = {
 }
 FEW_UPDATES, SAME, UNKNOWN = 100, "none: identical numbers", "not known"
 PAGES = (*(study.name for study in STUDIES), "freed-memory")
-PUBLISHED = {  # Study -> the original study's figures, and which of them are of its baseline.
+PUBLISHED = {  # Study -> the original study's figures, and which of them is its baseline.
     "data-loader": (published.DATA_LOADER, "2 workers"),
     "mixed-precision": (published.MIXED_PRECISION, "single"),
     "checkpointing": (published.CHECKPOINTING, "none"),
@@ -72,9 +72,10 @@ PUBLISHED = {  # Study -> the original study's figures, and which of them are of
 
 @dataclasses.dataclass(frozen=True)
 class Effect:
-    """What one technique does against its baseline. time, memory: (ratio, low, high), with None where not known."""
+    """The effect of one technique compared with its baseline. time, memory: (ratio, low, high), or None if not
+    known."""
 
-    kind: tuple  # The key of TECHNIQUES.
+    kind: tuple  # The key in TECHNIQUES.
     label: str
     technique: str
     when: str
@@ -84,7 +85,7 @@ class Effect:
     n: int
     group: object
     row: object
-    timed: object  # The Row that its time is of: `row`, or that of short runs.
+    timed: object  # The Row whose times are used: `row`, or that of short runs.
     published: str | None
 
     @property
@@ -117,10 +118,10 @@ class Effect:
 
 
 def effects(runs):
-    """The Effects of all techniques that `runs` show, place by place: real pictures, digits, SimCLS.
+    """The Effects of all techniques in `runs`, ordered by place: real images, digits, SimCLS.
 
-    Each technique is shown for each kind of hardware by one group, the first that has it, as `rank` has it. What has
-    been tried on real pictures is not shown on digits of the same hardware.
+    For each kind of hardware, a technique is shown by one group, the first by `rank` that has it. A technique that was
+    tried on real images is not shown on digits for the same hardware.
     """
     found = []
     for study in STUDIES:
@@ -136,8 +137,8 @@ def effects(runs):
 
 
 def distinct(found):
-    """The Effects whose result is known, without those that say of another machine what an earlier one has said: whose
-    intervals overlap."""
+    """The Effects with a known result. An Effect whose interval overlaps that of an earlier one of the same technique
+    is left out: it only confirms it on another machine."""
     shown = []
     for each in (each for each in found if not each.result.startswith(UNKNOWN)):
         earlier = [one for one in shown if one.technique == each.technique]
@@ -147,21 +148,21 @@ def distinct(found):
 
 
 def _agree(one, other):
-    """Whether the 95 % intervals of two ratios overlap; False where one of them is not known."""
+    """Whether the 95 % intervals of two ratios overlap; False if one of them is not known."""
     known = one and other and None not in one + other
     return bool(known) and max(one[1], other[1]) <= min(one[2], other[2])
 
 
 def rank(group):
-    """What comes first: real pictures, enough epochs to see a result, several seeds, more epochs, more seeds."""
+    """What comes first: real images, enough epochs to see a result, several seeds, more epochs, more seeds."""
     epochs = pace.epochs(group)
     seeds = min(len(row.runs) for row in group.rows)
     return is_toy(group), epochs < pace.FEW_EPOCHS, seeds < 2, -epochs, -seeds
 
 
 def effect(study, group, row, of_study):
-    """The Effect of a Row of one of STUDIES, whose Groups are `of_study`; None for one that has no place among the
-    techniques."""
+    """The Effect of a Row of `study`, one of STUDIES, whose Groups are `of_study`; None if it belongs to no
+    technique."""
     base = group.baseline(row)
     kind = next((kind for kind in TECHNIQUES
                  if kind[0] == study.name and f"{row.arm.label} ".startswith(f"{kind[1]} ")), None)  # fmt: skip
@@ -169,12 +170,12 @@ def effect(study, group, row, of_study):
         return None
     technique, when = TECHNIQUES[kind]
     if row.arm.label.startswith(("budget", "held")):
-        technique = f"{technique[:-1]} {row.arm.label.split()[1]}`"  # Within the quotes.
+        technique = f"{technique[:-1]} {row.arm.label.split()[1]}`"  # Inside the quotes.
     timed, timed_base = pace.timed(group, row, of_study)
     memory = Record.allocated_gb if base.runs[0].allocated_gb() else Record.saved_mib
     memory_ratio = multiple(row, base, memory)
     if row.arm.label.startswith("budget") and memory is Record.saved_mib:
-        # What the peak of activations and their gradients was, over that of the same steps without recomputation.
+        # The peak of activations and their gradients, relative to the same steps without recomputation.
         peaks = Sample.of(run.peak_share() for run in row.runs)
         memory_ratio = peaks and (peaks.mean, None, None)
     return Effect(
@@ -194,18 +195,18 @@ def effect(study, group, row, of_study):
 
 
 def _pairs(row, base):
-    """Of how many seeds, at least, two Rows are compared."""
+    """The number of seeds by which two Rows are compared."""
     samples = paired(*(Sample.over(each.runs, lambda run: len(run.epochs)) for each in (row, base)))
     return min(sample.n for sample in samples)
 
 
 def _result(study, row, base):
-    """The change in test accuracy, or in the validation ROUGE of what a scorer chooses: "none" where each seed's
-    curves are the same numbers."""
+    """The change in test accuracy, or in the validation ROUGE of what a scorer chooses; "none" if the curves of each
+    seed are identical."""
     curve, figure, unit = "test_acc", test_accuracy, "points"
     if study is SIMCLS:
         updates = min(run.losses()[-1][0] if run.losses() else 0 for run in (*row.runs, *base.runs))
-        if updates < FEW_UPDATES:  # Which have taught a scorer nothing yet, so that nothing could change.
+        if updates < FEW_UPDATES:  # Too few to teach a scorer anything, so nothing could change.
             return f"{UNKNOWN}: {updates} updates"
         curve, figure, unit = "val_loss", validation_rouge, "ROUGE"
     if _same_curves(row, base, curve):
@@ -218,13 +219,13 @@ def _result(study, row, base):
     epochs = max(len(run.epochs) for run in (*row.runs, *base.runs))
     if epochs < pace.FEW_EPOCHS:
         return f"too few epochs ({epochs}) to tell"
-    # At the original's constant rate the last epoch is a draw, which may be far below the best.
+    # At the original's constant rate the last epoch is a matter of luck, and may be far below the best.
     best = (Sample.over(each.runs, lambda run: max(run.curve(curve), default=None)) for each in (row, base))
     return f"best epoch: {_change(*best, unit)}; last epoch: {_change(new, old, unit)}"
 
 
 def _change(new, old, unit):
-    """ "+1.3 points, within the noise", of two Samples."""
+    """ "+1.3 points, within the noise", for two Samples."""
     new, old = paired(new, old)
     noise = within_noise(new, old)
     unknown = ", one run" if new.n == 1 else ", too few runs"
@@ -238,7 +239,7 @@ def _same_curves(row, base, key):
 
 
 def _published(study, label):
-    """ "time 0.76, memory 0.65" of the original study's A100 for the same technique; None where it has none."""
+    """ "time 0.76, memory 0.65" of the original study's A100 for the same technique; None if it has none."""
     figures, first = PUBLISHED.get(study, ({}, None))
     new, old = (figures.get((128, each)) for each in ("fp16" if study == "mixed-precision" else label, first))
     if new is None or old is None:
@@ -250,7 +251,7 @@ def _published(study, label):
 
 
 def _own_words(hardware, everywhere):
-    """What `hardware` has that not all of `everywhere` have: ["CPU with AVX2"] of "AMD EPYC, 2 cores, AVX2"."""
+    """What `hardware` has that not all of `everywhere` have: ["CPU with AVX2"] for "AMD EPYC, 2 cores, AVX2"."""
     shared = set.intersection(*(set(each.split(", ")) for each in everywhere))
     words = [word for word in hardware.split(", ") if word not in shared]
     if words and {*words} <= {*VECTOR_INSTRUCTIONS.values(), BFLOAT16}:
@@ -259,15 +260,15 @@ def _own_words(hardware, everywhere):
 
 
 def render(runs, page=None):
-    """Markdown: the headline table, with what its rows ran on below; "" when there are no runs for it.
+    """Markdown: the headline table, followed by what its rows ran on; "" if there are no runs for it.
 
-    page: of PAGES, for its rows alone, and on all machines; without it, those that are `distinct`.
+    page: one of PAGES, to show only its rows, but from all machines; without it, the rows that are `distinct`.
     """
     found = [each for each in effects(runs) if page == each.page] if page else distinct(effects(runs))
     if not found:
         return ""
     techniques = [*TECHNIQUES]
-    # Where machines disagree about a technique, show first the one where it pays.
+    # Where machines disagree about a technique, the one on which it pays comes first.
     found.sort(key=lambda each: (techniques.index(each.kind), each.time[0] if each.time else 0))
     places = list(dict.fromkeys(each.where for each in found))
     everywhere = {each.hardware for each in found}

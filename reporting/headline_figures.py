@@ -1,4 +1,5 @@
-"""What README shows: what each technique adds to the time and memory of training, and how soon each gets where."""
+"""The README's figures: the effect of each technique on training time and memory, and how soon each way reaches an
+accuracy."""
 
 import textwrap
 
@@ -12,14 +13,14 @@ from reporting.records import provenance
 from reporting.studies import in_words
 from reporting.tables import is_toy
 
-LESS, MORE = "#3f90da", "#e76300"  # Told apart by colour-blind readers, too; and they point to different sides.
-ROW, AROUND, LINE = 0.36, 0.42, 0.15  # Inches: a technique, the line above those of one place, and a further line.
-WIDEST = 125  # Characters of such a line.
+LESS, MORE = "#3f90da", "#e76300"  # Distinguishable for colour-blind readers; the bars also differ in direction.
+ROW, AROUND, LINE = 0.36, 0.42, 0.15  # Inches: a technique, the line above those of one place, and each further line.
+WIDEST = 125  # Characters in such a line.
 
 
 def draw(effects):
-    """Bars from 1, the run without the technique, to the multiple with it; whiskers are 95 % intervals. A row of panels
-    for each place that they were measured in, all of one scale."""
+    """Bars from 1, the run without the technique, to the multiple with it; whiskers are 95 % intervals. One row of
+    panels per place of measurement, all on the same scale."""
     places = {}
     for each in effects:
         places.setdefault(each.where, []).append(each)
@@ -58,14 +59,14 @@ def short(effect):
 
 
 def place_line(where, effects):
-    """ "resnext29_2x4d, CIFAR-10, 15 epochs; AMD EPYC, ...; n = 3; commit 1f098ca, 2026-11-25" of a row of panels."""
+    """ "resnext29_2x4d, CIFAR-10, 15 epochs; AMD EPYC, ...; n = 3; commit 1f098ca, 2026-11-25" for a row of panels."""
     n = sorted({each.n for each in effects})
     made = provenance([run.record for each in effects for run in each.runs()])
     return "; ".join(filter(None, [where, f"n = {' or '.join(map(str, n))}", made]))
 
 
 def draw_bar(panel, position, ratio):
-    """One (multiple, low, high), or what is known of it, as a bar with whiskers and its number."""
+    """One (multiple, low, high), as far as known, as a bar with whiskers and its number."""
     if ratio is None:
         return
     found, low, high = ratio
@@ -77,9 +78,9 @@ def draw_bar(panel, position, ratio):
 
 
 def draw_time_to_accuracy(runs):
-    """Test accuracy by minutes, for each way the mean over its runs in a band from the lowest to the highest; None
-    where no runs can be compared so."""
-    # The first is of real pictures, if any is; of those that are, the longest runs.
+    """Test accuracy over minutes: for each way the mean over its runs, with a band from the lowest to the highest; None
+    if no runs can be compared in this way."""
+    # Real images first, if there are any; among those the longest runs.
     race = min(races(runs), key=lambda race: (is_toy(race.group), -pace.epochs(race.group)), default=None)
     if race is None:
         return None

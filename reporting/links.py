@@ -1,6 +1,6 @@
 """Check the links between the Markdown pages: python3 -m reporting.links [FOLDER].
 
-One line on stderr for each that leads nowhere, and then exit code 1.
+Prints one line on stderr for each broken link, and then exits with code 1.
 """
 
 import re
@@ -15,8 +15,8 @@ HEADING = re.compile(r"^#+ +(.*)$", flags=re.MULTILINE)
 
 
 def broken(root):
-    """["docs/gpu.md: results.md#nowhere", ...]: the links in pages below `root` to files or headings that are not
-    there. Links to other sites are not looked at."""
+    """["docs/gpu.md: results.md#nowhere", ...]: links in pages below `root` to missing files or headings. Links to
+    other sites are not checked."""
     found = []
     for page in pages(root):
         for link in LINK.findall(CODE.sub("", page.read_text(encoding="utf-8"))):
@@ -30,7 +30,7 @@ def broken(root):
 
 
 def pages(root):
-    """The Markdown pages below `root`, those alone that Git keeps where it keeps any."""
+    """The Markdown pages below `root`; in a Git repository, only those that Git does not ignore."""
     command = ["git", "-C", str(root), "ls-files", "--cached", "--others", "--exclude-standard", "-z", "*.md"]
     listed = subprocess.run(command, capture_output=True, text=True).stdout.split("\0")
     found = [root / name for name in listed if name] or sorted(root.rglob("*.md"))
@@ -38,7 +38,7 @@ def pages(root):
 
 
 def anchors(page):
-    """What a link to a heading of `page` may say after its #, as GitHub makes it."""
+    """The anchors that a link to a heading of `page` may have after its #, as GitHub makes them."""
     text = CODE.sub(lambda match: "" if "\n" in match[0] else match[0].strip("`"), page.read_text(encoding="utf-8"))
     titles = [re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", title) for title in HEADING.findall(text)]
     return {re.sub(r"[^\w\- ]", "", title.strip().lower()).replace(" ", "-") for title in titles}

@@ -1,4 +1,4 @@
-"""How the training loops of the ResNeXt scripts differ: what a technique is, in code."""
+"""How the training loops of the ResNeXt scripts differ: what a technique means in code."""
 
 import ast
 import difflib
@@ -20,6 +20,6 @@ def whole(script):
 
 
 def difference(script, base="resnext.py"):
-    """What train() of `script` has otherwise than that of `base`: a diff in Markdown, with a line around a change."""
+    """How train() of `script` differs from that of `base`: a diff in Markdown, with one line of context."""
     lines = difflib.unified_diff(loop(base), loop(script), base, script, lineterm="", n=1)
     return "\n".join(["```diff", *("..." if line.startswith("@@") else line for line in lines), "```"])

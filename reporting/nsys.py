@@ -1,9 +1,9 @@
 """The phase table of an Nsight Systems trace, from the SQLite file that `nsys export` writes.
 
 A step is a push/pop range "<label> - step <number>"; the range around it is its epoch; the ranges directly inside a
-step, or beside the steps in their epoch, are phases. Ranges nest within a thread and an NVTX domain: those of other
-domains, such as Nsight's own of the Python lock, may begin in one phase and end in another. Schema: the "SQLite Schema
-Reference" of the Nsight Systems User Guide; tried with traces of 2022.4.
+step, or next to the steps in their epoch, are phases. Ranges nest within a thread and an NVTX domain; those of other
+domains, such as Nsight's own for the Python GIL, may begin in one phase and end in another. Schema: the "SQLite Schema
+Reference" of the Nsight Systems User Guide; tested with traces of version 2022.4.
 """
 
 import dataclasses
@@ -19,9 +19,9 @@ from harness.timing import WARMUP_STEPS, describe_epoch
 from harness.tracing import STEP
 from reporting.records import warn
 
-# What torch.autograd.profiler.emit_nvtx adds to an operator's name, different in every call.
+# What torch.autograd.profiler.emit_nvtx appends to an operator's name; it differs in every call.
 OF_ONE_CALL = re.compile(r", (op_id|seq|stashed seq|sizes|input_op_ids) = .*")
-PUSH_POP_EVENTS = (59, 70)  # NvtxPushPopRange, and the same of imported NVTX text.
+PUSH_POP_EVENTS = (59, 70)  # NvtxPushPopRange, and its imported-text counterpart.
 DEVICE_TABLES = ("KERNEL", "MEMCPY", "MEMSET", "GRAPH_TRACE")
 HOW_TO_EXPORT = "make one with: nsys export --type sqlite FILE.nsys-rep"
 
@@ -41,14 +41,14 @@ class Range:
 
 
 def read_trace(path):
-    """{process id: [timing of each epoch]} of the trace at `path`, as PhaseTimer.end_epoch gives a timing.
+    """{process id: [timing of each epoch]} of the trace at `path`; timings are in the form of PhaseTimer.end_epoch.
 
-    Host times are those of the ranges. Device times are how long the GPU worked on what was launched during the range
-    by any thread of the process: backward's kernels are launched by a thread of autograd's, while the range is open in
-    the main one. They are None in a trace without GPU work. UserError when `path` is no such trace.
+    Host times are the lengths of the ranges. Device times are how long the GPU worked on what any thread of the process
+    launched during the range: backward's kernels are launched by an autograd thread while the range is open in the main
+    thread. They are None in a trace without GPU work. UserError if `path` is no such trace.
     """
     path = Path(path)
-    if not path.is_file():  # Nor a pipe: to open it would wait for ever.
+    if not path.is_file():  # Nor a pipe: opening it would wait forever.
         raise UserError(f"{path} is no file; {HOW_TO_EXPORT}")
     try:
         database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
@@ -80,16 +80,16 @@ def _columns(database, table):
 
 
 def _integers(*columns):
-    """SQL: whether these are integers, as foreign rows need not have them."""
+    """SQL: whether these columns are integers, which foreign rows may violate."""
     return " AND ".join(f"typeof({column}) = 'integer'" for column in columns)
 
 
 def _read_ranges(database, path):
-    """{(globalTid, domain): [Range, ...] by start, each with its parent} of all closed ranges."""
+    """{(globalTid, domain): [Range, ...]} of all closed ranges by start, each with its parent."""
     columns = _columns(database, "NVTX_EVENTS")
     if not columns:
         raise UserError(f"{path} has no NVTX ranges; record with: nsys profile -t nvtx (or cuda,nvtx)")
-    # Registered strings, which the nvtx package uses, are ids; others stand in the row.
+    # Registered strings, which the nvtx package uses, are ids; other strings are in the row itself.
     name, names = "event.text", ""
     if "textId" in columns and _columns(database, "StringIds"):
         name, names = "COALESCE(event.text, string.value)", "LEFT JOIN StringIds string ON string.id = event.textId"
@@ -167,9 +167,10 @@ def _timing(members, warm_from, work):
 
 
 def _busy_time(ranges, work):
-    """Nanoseconds that the GPU worked on what was launched during each of `ranges`, by start and apart: int64 [n].
+    """Nanoseconds that the GPU worked on what was launched during each of `ranges`, which are sorted by start and
+    disjoint: int64 [n].
 
-    Work that ran side by side counts once.
+    Concurrent work counts once.
     """
     starts, ends = (np.array([getattr(each, side) for each in ranges]) for side in ("start", "end"))
     owner = np.searchsorted(starts, work[:, 2], side="right") - 1

@@ -1,4 +1,4 @@
-"""Tables that compare nothing: every run, the phases of a step, the original's figures."""
+"""Tables without comparisons: all runs, the phases of a step, the original's figures."""
 
 import re
 
@@ -14,7 +14,7 @@ PHASES = ("data load", "data copy", "zero grad", "forward", "backward", "optimiz
 
 
 def by_place(runs):
-    """[(hardware dict, [[runs that differ in their seeds alone], ...]), ...], in order of first appearance."""
+    """[(hardware dict, [[runs that differ only in their seeds], ...]), ...], in order of first appearance."""
     places = {}
     for run in runs:
         where, what = hardware(run), settings(run)
@@ -23,7 +23,7 @@ def by_place(runs):
     return [(where, [one_a_seed(runs) for runs in repeats.values()]) for where, repeats in places.values()]
 
 
-# The settings that columns of their own show, in other words.
+# Settings that already appear in other columns, in other words.
 SHOWN = {
     "experiment", "model", "model_type", "dataset", "data_dir", "batch_size", "num_worker", "num_workers", "loader",
     "half_precision", "policy", "memory_budget", "budget_of", "max_steps", "num_epoch",
@@ -31,7 +31,8 @@ SHOWN = {
 
 
 def _tables(runs, cells, with_cpu_times):
-    """A table for each hardware; cells(repeats, with_times) gives a row, to which comes what else tells rows apart."""
+    """A table for each hardware. cells(repeats, with_times) gives a row; further settings that differ are added to
+    it."""
     parts = []
     for where, rows in by_place(runs):
         on_cpu = rows[0][0].on_cpu
@@ -45,8 +46,8 @@ def _tables(runs, cells, with_cpu_times):
 
 
 def further_settings(runs):
-    """For each of `runs` {argument: value as text}, of those that differ between runs of one experiment and that no
-    column shows."""
+    """For each of `runs` {argument: value as text}, with the arguments that differ between runs of one experiment and
+    that no column shows."""
     found = [settings(run, SHOWN) for run in runs]
     differing = []
     for name in dict.fromkeys(name for each in found for name in each):
@@ -123,7 +124,7 @@ def _shares(timings, name):
 
 
 def phase_table(timing):
-    """The phases of a timing, as PhaseTimer.end_epoch gives it, as a Markdown table with host and device times."""
+    """The phases of a timing, as returned by PhaseTimer.end_epoch, as a Markdown table with host and device times."""
     rows = []
     for name, phase in timing["phases"].items():
         cells = {"Phase": name, "Count": str(phase["count"])}
@@ -164,8 +165,8 @@ def original_study():
 
 
 def evaluations(records):
-    """A table of ROUGE by each way to choose a summary, for the records of SimCLS/evaluate_model.py; those that differ
-    in nothing but the scorer, such as its seed, share one."""
+    """A table of ROUGE by each way to choose a summary, for the records of SimCLS/evaluate_model.py; records that
+    differ only in the scorer, such as its seed, share a table."""
     same = {}
     for record in records:
         what = {name: value for name, value in record["arguments"].items() if name not in ("scorer_path", "output")}
@@ -179,7 +180,7 @@ def _evaluation(repeats):
     """The tables of one record, with intervals; or of several, with means and deviations, and the highest p-values."""
     first = repeats[0]
     rows = []
-    # A scorer whose other terms weigh nothing has no row of its own beside SimCLS.
+    # A scorer whose other terms weigh nothing has no row of its own next to SimCLS.
     for name, metrics in max((record["systems"] for record in repeats), key=len).items():
         have_it = [record["systems"][name] for record in repeats if name in record["systems"]]
         cells = {"Summary": name + _how_many(have_it, repeats)}

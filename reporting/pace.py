@@ -1,16 +1,16 @@
-"""Where the times of long runs come from: short runs of the same set-ups, where there are some.
+"""Where the times of long runs come from: short runs of the same set-ups, if there are any.
 
-Runs that show a result take hours, in which a machine that others share is now fast and now slow. `bash run.sh cifar`
-and `simcls` run each set-up for one epoch besides, round by round, so that slow hours fall on all of them alike.
+Runs that show a result take hours, in which a shared machine varies in speed. So `bash run.sh cifar` and `simcls` also
+run each set-up for one epoch, round by round, so that slow hours affect all of them alike.
 """
 
-FEW_EPOCHS = 3  # Fewer show times, and neither a result nor a curve.
+FEW_EPOCHS = 3  # Fewer epochs show times, but neither a result nor a curve.
 
 
 def timed(group, row, found):
-    """(Row, baseline) whose times stand for those of `row` of `group`; the two of `group` itself where none are better.
+    """(Row, baseline) whose times represent those of `row` of `group`; from `group` itself if there are no better ones.
 
-    found: all Groups of the study. The short runs must be of the same settings on the same machine, with as many seeds.
+    found: all Groups of the study. The short runs must have the same settings on the same machine, with as many seeds.
     """
     base = group.baseline(row)
     needed = min(len(each.runs) for each in (row, base or row))
@@ -39,14 +39,17 @@ def _key(row):
 
 
 def epochs(group):
-    """How many epochs the longest run of a Group has."""
+    """The number of epochs of the longest run of a Group."""
     return max(len(run.epochs) for row in group.rows for run in row.runs)
 
 
 def accuracy_by_seconds(group, found):
-    """For each Row of `group`, for each of its runs [(seconds since its start, test accuracy in percent), ...], one for
-    each epoch. At the pace of the short run with its seed, where there are some for the baseline and another Row:
-    start-up once, then epochs with their evaluation and saving; [] for runs without one. Else by their own clocks.
+    """For each Row of `group`, for each of its runs [(seconds since its start, test accuracy in percent), ...], one
+    point per epoch.
+
+    If the baseline and another Row have short runs, the seconds follow the pace of the short run with the same seed:
+    start-up once, then epochs with their evaluation and saving; [] for runs without one. Otherwise they come from the
+    runs' own clocks.
     """
     own = [[run.accuracy_by_seconds() for run in row.runs] for row in group.rows]
     paces = [_paces(row, timed(group, row, found)[0]) for row in group.rows]
@@ -57,7 +60,7 @@ def accuracy_by_seconds(group, found):
 
 
 def _paces(row, short):
-    """For each run of `row` (seconds of starting, seconds of an epoch) of the short run with its seed; [] unless each
+    """For each run of `row`, (start-up seconds, seconds per epoch) of the short run with its seed; [] unless each run
     has one."""
     by_seed = {run.arguments.get("seed"): run for run in short.runs} if short is not row else {}
     found = []

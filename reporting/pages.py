@@ -1,4 +1,4 @@
-"""Rewriting the generated parts of README.md, docs/ and the notebook, and nothing else."""
+"""Rewrites the generated parts of README.md, docs/ and the notebook, and nothing else."""
 
 import json
 import re
@@ -16,7 +16,7 @@ NO_RECORD = "No record of a clean commit yet."
 def pages(folder):
     """The Markdown pages below `folder` that have generated parts: README.md, those in docs/, and the notebook.
 
-    UserError where there is no README.md.
+    UserError if there is no README.md.
     """
     if not (folder / "README.md").is_file():
         raise UserError(f"{folder} has no README.md; name the folder of the repository, or leave it out")
@@ -27,12 +27,11 @@ def pages(folder):
 def rewrite(path, bodies, root=None):
     """Put bodies[NAME] between `<!-- report:NAME -->` and `<!-- /report:NAME -->` in the file `path`, for each pair.
 
-    A link to /PLACE in a body is one to PLACE in `root`. A body of "" says that there is no record. UserError, with the
-    file untouched, when a name is unknown or a marker has no partner. The same bodies twice leave the file as the first
-    time did.
+    A link to /PLACE in a body becomes one to PLACE in `root`. A body of "" is replaced by a note that there is no
+    record. UserError, with the file untouched, if a name is unknown or a marker has no partner. Idempotent.
     """
     try:
-        text = path.read_bytes().decode("utf-8")  # Not as text, which would change its line ends.
+        text = path.read_bytes().decode("utf-8")  # Not as text, which would change its line endings.
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}") from None
     depth = len(path.relative_to(root).parts) - 1 if root else 0
@@ -46,7 +45,7 @@ def rewrite(path, bodies, root=None):
 
 
 def _rewritten_notebook(path, text, bodies, depth):
-    """A notebook's JSON with new parts in its Markdown cells, laid out as Jupyter writes it."""
+    """A notebook's JSON with new parts in its Markdown cells, formatted like Jupyter's."""
     notebook = json.loads(text)
     for cell in notebook["cells"]:
         source = "".join(cell["source"])
@@ -56,7 +55,7 @@ def _rewritten_notebook(path, text, bodies, depth):
 
 
 def _rewritten(path, text, bodies, depth):
-    """`text`, which is of the page `path`, with the bodies between its markers. depth: of the page below the root."""
+    """`text`, from the page `path`, with the bodies between its markers. depth: of the page below the root."""
     pairs = PAIR.findall(text)
     alone = MARKER.findall("".join([PAIR.sub("", text), *(inside for _, _, inside, _ in pairs)]))
     if alone:

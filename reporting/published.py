@@ -1,7 +1,7 @@
 """What the original study published for these techniques, measured on one A100.
 
-ResNeXt29_4x64d on CIFAR-10, 200 epochs, Adam at 0.01, profiled by Nsight Systems with `emit_nvtx` on. Its single
-precision must have been TF32 (docs/original-study.md). A step there starts when the batch is loaded; an epoch contains
+ResNeXt29_4x64d on CIFAR-10, 200 epochs, Adam at 0.01, profiled with Nsight Systems with `emit_nvtx` on. Its single
+precision must have been TF32 (docs/original-study.md). A step there starts when the batch is loaded; an epoch includes
 the validation.
 """
 

@@ -1,4 +1,4 @@
-"""Reading the records that runs leave, and the figures of one run."""
+"""Reads the records of runs, and computes the figures of a single run."""
 
 import dataclasses
 import functools
@@ -19,11 +19,11 @@ from reporting.shapes import ANY, COUNT, NUMBER, PAIR, PERCENT, POSITIVE, TEXT, 
 
 # Candidates of SimCLS, and what resnext/evaluate.py writes.
 NO_RECORD = re.compile(r"\w+\.settings\.json|provenance\.json|.+\.evaluation\.json")
-SAMPLE = re.compile(r"\d+\.json")  # Or a run that somebody named so.
-# What stands in JSON for a byte of a file's name that is no UTF-8, which no font can draw.
+SAMPLE = re.compile(r"\d+\.json")  # Or a run that somebody named like a sample.
+# JSON's escape of a byte in a file name that is not UTF-8, which no font can draw.
 NO_LETTER = re.compile(rb"(?<!\\ud[89ab][0-9a-f]{2})\\ud[c-f][0-9a-f]{2}", re.IGNORECASE)
 EVALUATION = "simcls_evaluation"
-# The experiments, and the arguments without which a record of theirs says too little to be compared.
+# The experiments, and the arguments that their records need in order to be compared.
 OF_IMAGES = {
     "model": TEXT, "dataset": TEXT, "batch_size": WHOLE, "num_worker": COUNT, "half_precision": or_null(ANY),
     "loader": maybe(TEXT), "data_dir": maybe(TEXT), "init": maybe(TEXT),
@@ -82,10 +82,10 @@ def warn(line):
 
 
 def read_folders(folders, published=False):
-    """(runs, evaluations) under `folders` and all folders in them: lists of Record and of dicts, in order of path.
+    """(runs, evaluations) in `folders` and all their subfolders: lists of Record and of dicts, in order of path.
 
-    A file that is cut short, or is no record of ours, is named on stderr and left out; with `published`, so is one of
-    no clean commit. The same record found twice (a copy) counts once. UserError when a folder is not there.
+    A file that is truncated or not one of our records is named on stderr and left out; with `published`, so is one
+    without a clean commit. Copies of a record count once. UserError if a folder does not exist.
     """
     runs, evaluations, seen = [], [], set()
     for path in sorted({path for folder in folders for path in _json_files(Path(folder))}):
@@ -104,7 +104,7 @@ def read_folders(folders, published=False):
 
 
 def _with_data_told_apart(runs):
-    """The Records, whose data is called by its digest, too, where others are of other images of the same name."""
+    """The Records; if data of the same name contain different images, the name includes their digest."""
     images = defaultdict(set)
     for run in runs:
         images[run.data].add(run.images)
@@ -122,7 +122,7 @@ def refused(path, record):
 
 
 def provenance(records):
-    """ "commit 1f098ca, 2026-11-23": what made `records`, dicts, and when; "" where they do not say."""
+    """ "commit 1f098ca, 2026-11-23": what made `records`, dicts, and when; "" if they do not say."""
     machines = [record["machine"] for record in records]
     commits = list(dict.fromkeys(machine["commit"][:7] for machine in machines if machine.get("commit")))
     dates = sorted({machine["date"][:10] for machine in machines if machine.get("date")})
@@ -147,7 +147,7 @@ def _json_files(folder):
     found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True, onerror=_warn_of_folder):
         real = os.path.realpath(place)
-        if real in seen:  # By a link, perhaps to a folder that it lies in.
+        if real in seen:  # Reached through a link, perhaps to a parent folder.
             folders.clear()
             continue
         seen.add(real)
@@ -160,7 +160,7 @@ def _warn_of_folder(error):
 
 
 def _read(path):
-    """The record at `path`, or None after saying what is wrong with it."""
+    """The record at `path`, or None after reporting what is wrong with it."""
     try:
         text = path.read_bytes()
         if SAMPLE.fullmatch(path.name) and b'"experiment":' not in text:
@@ -173,13 +173,13 @@ def _read(path):
     is_ours = isinstance(record, dict) and "experiment" in record
     described = not is_ours or record["experiment"] == "brio"
     if described and (path.parent / "config.json").exists():
-        return None  # A model's folder: these files describe it. What a generator of brio.py is worth, evaluations say.
+        return None  # Files that describe a model. Evaluations show what a generator of brio.py is worth.
     fault = _fault(record) if is_ours else "no record of a run"
     return record if fault is None else warn(f"skipped {path}: {fault}")
 
 
 def _fault(record):
-    """What keeps `record`, a dict, from being one of ours, or None."""
+    """Why `record`, a dict, is not one of ours, or None."""
     experiment = record["experiment"]
     if not isinstance(experiment, str) or experiment not in ARGUMENTS:
         return f"a record of the unknown experiment {experiment!r}"
@@ -192,7 +192,7 @@ def _fault(record):
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """One training run. Its figures are None where they were not taken."""
+    """One training run. Figures that were not measured are None."""
 
     path: Path
     record: dict
@@ -216,14 +216,14 @@ class Record:
 
     @property
     def data(self):
-        """What the data is called: a folder by its own name."""
+        """The name of the data; for a folder, the folder's own name."""
         is_folder = self.arguments.get("dataset") == "folder" and self.arguments.get("data_dir")
         name = Path(self.arguments["data_dir"]).name if is_folder else self.arguments.get("dataset")
         return f"{name} ({self.images})" if self.names_images else name
 
     @property
     def images(self):
-        """The beginning of the digest of the images, or None."""
+        """The first characters of the digest of the images, or None."""
         return ((self.record.get("data") or {}).get("digest") or "")[:8] or None
 
     @property
@@ -239,11 +239,11 @@ class Record:
         return self.machine.get("device") == "cpu"
 
     def timing(self):
-        """The phases over all epochs, as PhaseTimer.end_epoch gives those of one; None without an epoch."""
+        """The phases over all epochs, in the form of PhaseTimer.end_epoch; None without an epoch."""
         return combine([epoch["timing"] for epoch in self.epochs])
 
     def phase_ms(self, name):
-        """Median milliseconds of the phase `name`: on the device where that was measured, else on the host."""
+        """Median milliseconds of the phase `name`, on the device if timed there, else on the host."""
         timing = self.timing()
         phase = timing and self._phase(timing, name)
         return phase and phase["median"]
@@ -258,27 +258,28 @@ class Record:
     optimizer_ms = functools.partialmethod(phase_ms, "optimizer")
 
     def load_percent(self):
-        """The load's time in percent of the steps'. In all: workers deliver in bursts, which a median does not see."""
+        """Loading time in percent of the steps' time. From totals: workers deliver in bursts, which a median does not
+        show."""
         timing = self.timing()
         load, step, validation = (timing and self._phase(timing, name) for name in ("data load", "step", "validation"))
         total = step and step["total"] - (validation["total"] if validation else 0.0)
         return 100 * load["total"] / total if load and total else None
 
     def _whole_epochs(self):
-        """The timings of the epochs that ran from their first step to their last: not resumed in, not cut off."""
+        """The timings of complete epochs: neither resumed within nor cut short."""
         ended = [epoch["timing"] for epoch in self.epochs if epoch.get("loss") is not None]
         whole = max((timing["steps"] for timing in ended), default=0)
         if pictures := (self.record.get("data") or {}).get("train_pictures"):
-            whole = -(-pictures // self.arguments["batch_size"])  # Of a single epoch, resumed, no other could tell.
+            whole = -(-pictures // self.arguments["batch_size"])  # A single resumed epoch has no other to compare with.
         return [timing for timing in ended if timing["steps"] == whole]
 
     def epoch_seconds(self):
-        """Median time of an epoch's training steps, without the first epoch where there are more."""
+        """Median time of an epoch's training steps, without the first epoch if there are more."""
         seconds = [training_seconds(timing) for timing in self._whole_epochs()]
         return float(np.median(seconds[1:] or seconds)) if seconds else None
 
     def overall_seconds(self):
-        """Time of all epochs' training steps; None for a run that was cut off or resumed."""
+        """Time of all epochs' training steps; None for a run that was cut short or resumed."""
         whole = self._whole_epochs()
         return sum(map(training_seconds, whole)) if whole and len(whole) == len(self.epochs) else None
 
@@ -292,26 +293,26 @@ class Record:
         return None if saved is None else saved / 2**20
 
     def peak_share(self):
-        """The measured peak of activations and their gradients over the one without recomputation, of a run with a
-        plan."""
+        """For a run with a plan, the measured peak of activations and their gradients over the peak without
+        recomputation."""
         peak, plain = ((self.record.get(part) or {}).get(name) for part, name in
                        (("measured", "peak_bytes"), ("plan", "plain_peak_bytes")))  # fmt: skip
         return peak / plain if peak and plain else None
 
     def _peak_gb(self, name):
-        """The highest memory of a GPU by that name, in 1e9 bytes."""
+        """The highest GPU memory of this kind, in 1e9 bytes."""
 
         def peaks(epochs):
             found = [epoch["timing"].get("peak_memory") or epoch.get("peak_memory") for epoch in epochs]
             return [peak[name] for peak in found if peak]
 
-        # In a process' first epoch cuDNN may try algorithms that need more memory than the one it takes.
+        # In a process's first epoch cuDNN may try algorithms that need more memory than the one it selects.
         warm = [epoch for epoch in self.epochs if not epoch["timing"].get("warmup_steps")]
         peak = max(peaks(warm) or peaks(self.epochs), default=None)
         return None if peak is None else peak / 1e9
 
     allocated_gb = functools.partialmethod(_peak_gb, "allocated_bytes")  # In tensors.
-    reserved_gb = functools.partialmethod(_peak_gb, "reserved_bytes")  # That PyTorch took.
+    reserved_gb = functools.partialmethod(_peak_gb, "reserved_bytes")  # Taken by PyTorch.
 
     def activation_percent(self):
         """The saved activations in percent of the highest allocated GPU memory."""
@@ -330,8 +331,7 @@ class Record:
     last_loss = functools.partialmethod(last, "loss")
 
     def accuracy_by_seconds(self):
-        """[(seconds since the run's start, test accuracy in percent), ...], one for each epoch; [] where that is not
-        known of all."""
+        """[(seconds since the run's start, test accuracy in percent), ...], one per epoch; [] if any is unknown."""
         points = [(epoch.get("elapsed_seconds"), epoch.get("test_acc")) for epoch in self.epochs]
         return [] if any(None in point for point in points) else points
 
@@ -342,10 +342,10 @@ class Record:
 
 
 def combine(timings):
-    """The timings of several epochs as one, in the same form; None when there are none.
+    """The timings of several epochs as one, in the same form; None if there are none.
 
-    Seconds, steps, counts and totals add up. Medians and 95th percentiles are the median over the epochs, each
-    counted as often as it has samples.
+    Seconds, steps, counts and totals are summed. Medians and 95th percentiles are medians over the epochs, weighted by
+    the number of samples.
     """
     if not timings:
         return None
@@ -378,7 +378,7 @@ def _combine_times(times, counts):
 
 
 def _weighted_median(pairs):
-    """The median of values that stand there so many times, of [(value, times), ...]; None of nothing."""
+    """The median of [(value, weight), ...], where each value counts `weight` times; None for an empty list."""
     values, times = np.array(sorted(pairs), dtype=float).reshape(-1, 2).T
     total = times.sum()
     if not total:

@@ -1,4 +1,4 @@
-"""What the records say in a sentence: one a technique for the README, and what interrupted runs lost."""
+"""What the records say in sentences: one per technique for the README, and what interrupted runs lost."""
 
 from reporting import accuracy, headline, shapes
 from reporting.comparison import Sample, interval_text
@@ -12,7 +12,7 @@ TRIALS = shapes.each(list, {"fault": shapes.TEXT, "tried": shapes.COUNT, "surviv
 
 
 def bullets(runs, evaluations):
-    """Markdown: a list of what each technique bought, with the page that tells more; "" without any record."""
+    """Markdown: a list of the effects of the techniques, with links to their pages; "" without any record."""
     found = headline.effects(runs)
     lines = [
         _loading(found),
@@ -25,8 +25,8 @@ def bullets(runs, evaluations):
 
 
 def _loading(effects):
-    """Of the first effect of loading without workers; or else, without its ratio, of the first baseline that loads as
-    the original did: of real pictures before digits."""
+    """From the first effect of loading without workers; otherwise, without a ratio, from the first baseline that loads
+    as the original did, with real images before digits."""
     without = [each for each in effects if each.label == "0 workers" and each.time]
     bases = [each.group.baseline(each.row).runs for each in without or effects if each.study != "simcls"]
     bases = [runs for runs in bases if loading_label(runs[0]) == "2 workers"]
@@ -40,7 +40,7 @@ def _loading(effects):
 
 
 def _by_hardware(effects, study, title, page):
-    """What an epoch of the first row for each kind of hardware takes."""
+    """The epoch time of the first row for each kind of hardware."""
     ratios = {}
     for each in effects:
         if each.study == study and each.time:
@@ -72,7 +72,7 @@ def _everything(effects, runs):
 
 
 def _furthest(runs):
-    """What the run reached in the end that got furthest on real pictures, in words to follow a sentence."""
+    """The final accuracy of the best run on real images, as text to append to a sentence."""
     fast = [run for run in runs if run.experiment == "resnext_fast" and run.data != "digits"]
     best = max((run for run in fast if run.last("test_acc")), key=lambda run: run.last("test_acc"), default=None)
     if best is None:
@@ -96,7 +96,7 @@ def _re_ranking(evaluations):
 
 
 def _rouge(system):
-    """[ROUGE-1, -2, -L] of a system of an evaluation in percent; None where one is not known."""
+    """[ROUGE-1, -2, -L] of a system of an evaluation in percent; None if one is not known."""
     figures = [system.get(name) for name in ("rouge1", "rouge2", "rougeL")]
     return [100 * figure["mean"] for figure in figures] if all(figures) else None
 

@@ -2,11 +2,11 @@
 
 import sys
 
-# A shape is a pair (words, test); a dict, name -> shape, whose names must be there; or what a function below makes.
+# A shape is a pair (words, test); a dict name -> shape, whose names are required; or the result of a function below.
 
 
 def is_number(value):
-    """Whether `value` is a finite number that a float can hold, and no truth value."""
+    """Whether `value` is a finite number that a float can hold, and not a bool."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
@@ -21,22 +21,23 @@ PAIR = ("two numbers", lambda value: isinstance(value, list) and len(value) == 2
 
 
 def maybe(shape):
-    """null, or of `shape`; as a part of a dict it may also be absent."""
+    """null, or of `shape`; in a dict it may also be absent."""
     return ("maybe", shape)
 
 
 def or_null(shape):
-    """Of `shape`, or null; as a part of a dict it must be there."""
+    """Of `shape`, or null; in a dict it must be present."""
     return ("null", shape)
 
 
 def each(kind, shape):
-    """A list or dict, which `kind` says, whose values are all of `shape`."""
+    """A list or dict (`kind`) whose values are all of `shape`."""
     return ("each", kind, shape)
 
 
 def fault(value, shape, where=""):
-    """What is wrong with `value`, in words that begin with the place: "epochs.0.loss is no number"; None if nothing."""
+    """What is wrong with `value`, as text that begins with the place: "epochs.0.loss is not a number"; None if
+    nothing."""
     if isinstance(shape, dict):
         if not isinstance(value, dict):
             return f"{where or 'it'} is no object"

@@ -1,4 +1,4 @@
-"""The figure of benchmarks/step_memory.py: what one training step holds in memory, over its time."""
+"""The figure of benchmarks/step_memory.py: the memory in use during one training step, over its time."""
 
 import matplotlib
 import matplotlib.pyplot as plt
@@ -15,8 +15,8 @@ CURVE = {"backward_begins": COUNT, "ends": COUNT, "held_bytes": NUMBER, "points"
 RECORD = {
     "model": TEXT, "batch_size": COUNT, "weight_bytes": COUNT, "kinds": each(list, TEXT), "steps": each(dict, CURVE),
 }  # fmt: skip
-ADAM = 3  # Weights, and two moments of each.
-KINDS = {"passing": "temporary, freed at once", "redone": "recomputed for backward"}  # What a legend calls them.
+ADAM = 3  # Weights, and two moments for each.
+KINDS = {"passing": "temporary, freed at once", "redone": "recomputed for backward"}  # Their names in the legend.
 
 
 def is_whole(record):
@@ -25,7 +25,7 @@ def is_whole(record):
 
 
 def draw(record):
-    """A panel for each way to train, all of one scale, with the kinds of memory stacked."""
+    """A panel for each way to train, all on the same scale, with the kinds of memory stacked."""
     steps = record["steps"]
     shape = {"figsize": (WIDTH, 7.2), "layout": "constrained", "sharey": True, "squeeze": False}
     figure, panels = plt.subplots(-(-len(steps) // 2), 2, **shape)

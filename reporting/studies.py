@@ -1,4 +1,4 @@
-"""The tables of run records: which runs each takes, what tells its rows apart, and its columns."""
+"""The tables of run records: which runs each contains, what distinguishes its rows, and its columns."""
 
 from reporting import published
 from reporting.comparison import difference, quantity, ratio_with_interval
@@ -16,7 +16,8 @@ def test_accuracy(run):
 
 
 def loading_label(run):
-    """ "2 workers", "1 worker" or "device": what ran, which is workers where the pictures did not fit on the device."""
+    """ "2 workers", "1 worker" or "device": what actually ran, which is workers if the images did not fit on the
+    device."""
     if run.record.get("loading", run.arguments.get("loader")) == "device":
         return "device"
     workers = run.arguments["num_workers" if run.experiment == "simcls" else "num_worker"]
@@ -24,7 +25,7 @@ def loading_label(run):
 
 
 def recomputation_label(run):
-    """ "none", a policy, "budget 0.5" (of the peak), or "held 0.5": all budgets were, before there was a choice."""
+    """ "none", a policy, "budget 0.5" (of the peak), or "held 0.5", which includes old records without --budget_of."""
     if run.arguments.get("memory_budget") is not None:
         of = "budget" if run.arguments.get("budget_of") == "peak" else "held"
         return f"{of} {run.arguments['memory_budget']:g}"
@@ -47,8 +48,8 @@ BUDGETS = {"budget": "peak at most", "held": "keeping at most"}
 
 
 def in_words(label):
-    """The label of an Arm for figures, which have no table's header to say what it is about."""
-    label, bracket, flags = label.partition(" (--")  # What tells arms of one label apart.
+    """The label of an Arm for figures, which have no table header to give it context."""
+    label, bracket, flags = label.partition(" (--")  # The flags tell arms with the same label apart.
     return ", ".join(map(_in_words, label.split(", "))) + bracket + flags
 
 
@@ -99,7 +100,7 @@ def simcls_arm(run):
 
 
 def together_arm(run):
-    """Of all ResNeXt runs: what tells each from the original's way, which is resnext.py without any argument."""
+    """For all ResNeXt runs: how each differs from the original, which is resnext.py without arguments."""
     kept = ", freed memory kept" if run.arguments.get("keep_memory") else ""
     if run.experiment == "resnext_fast":
         redone, sgd = recomputation_label(run), ", with SGD" * (run.arguments.get("optimizer") == "sgd")
@@ -132,7 +133,7 @@ def validation_rouge(run):
 
 
 def _published(run, figures, key):
-    """The published figures of the arm `key`, or {} for a run that is not of the original's model and data."""
+    """The published figures of the arm `key`, or {} for a run with another model or other data than the original's."""
     is_same = (run.arguments["model"], run.data) == (published.MODEL, published.DATASET)
     return figures.get(key, {}) if is_same else {}
 

@@ -1,4 +1,4 @@
-"""From runs to Markdown: which runs may be compared, and how a comparison is laid out."""
+"""From runs to Markdown: which runs may be compared, and how a comparison is presented."""
 
 import dataclasses
 import re
@@ -9,8 +9,8 @@ from reporting.comparison import Sample, paired, quantity, ratio_interval
 from reporting.published import SETUP
 from reporting.records import machine_letter, provenance
 
-# Runs that differ in these alone are the same experiment: they say where and how the process ran. A folder of pictures
-# is known by its name, as Record.data has it, and device and threads by `hardware`.
+# Runs that differ only in these are the same experiment: they say where and how the process ran. A folder of images is
+# identified by its name, as in Record.data, and device and threads by `hardware`.
 NOT_SETTINGS = (
     "seed", "output_dir", "run_name", "resume", "restart", "log", "port", "gpuid", "evaluate",
     "data_dir", "device", "threads", "save_every", "dry_run",
@@ -28,7 +28,7 @@ ONE_RUN_NOTE = "One run per row: the noise is unknown."
 
 @dataclasses.dataclass(frozen=True)
 class Arm:
-    """One way to run a study: its label, its place among the rows, and the published figures for it."""
+    """One variant in a study: its label, its place among the rows, and the published figures for it."""
 
     label: str
     order: tuple
@@ -40,8 +40,8 @@ class Arm:
 class Column:
     """How a figure is shown: show(sample, baseline's sample) gives text or None.
 
-    is_time: a time, which means nothing away from the machine that it was taken on. timed: of the runs that
-    `pace.timed` names.
+    is_time: whether it is a time, which means nothing on another machine. timed: whether it is taken from the runs that
+    `pace.timed` chooses.
     """
 
     header: str
@@ -61,19 +61,19 @@ def time(header, figure, timed=False):
 
 @dataclasses.dataclass(frozen=True)
 class Study:
-    """A table: one row for each setting of the arguments `varies`, with the runs that differ in their seeds alone.
+    """A table: one row for each combination of the arguments `varies`, with the runs that differ only in their seeds.
 
-    arm: Record -> Arm, or None for a run that has no place in this table. varies: the arguments that tell its arms
-    apart; runs are compared only where everything else is the same, hardware and versions too. same: instead, all that
-    must be the same, where arms may differ in whatever else they like. row_keys: arguments that make rows of their own
-    besides; each value has its own baseline. published: header -> key of Arm.published.
+    arm: Record -> Arm, or None for a run that does not belong in this table. varies: the arguments that distinguish its
+    arms; runs are compared only if everything else is the same, including hardware and versions. same: as an
+    alternative, the arguments that must be the same; arms may differ in all others. row_keys: further arguments that
+    distinguish rows; each value has its own baseline. published: header -> key of Arm.published.
     """
 
     name: str
     title: str
     arm: Callable
     arm_header: str
-    baseline: str  # Which run the others are compared with, in words.
+    baseline: str  # The run that the others are compared with, as text.
     varies: tuple
     columns: tuple
     row_keys: tuple = ()
@@ -100,20 +100,21 @@ class Group:
     rows: list
 
     def baseline(self, row):
-        """The Row that `row` is compared with: of several the first, and for a technique the one of its batch size."""
+        """The Row that `row` is compared with: the first of several, preferably, for a technique, with its batch
+        size."""
         found = [other for other in self.rows if other.arm.is_baseline and other.keys == row.keys]
         alike = [other for other in found if other.flags.get("batch_size") == row.flags.get("batch_size")]
         return next(iter(found if row.arm.is_baseline else alike or found), None)
 
 
 def settings(run, without=()):
-    """What `run` did, as a dict: its experiment and arguments, without those that are no settings or in `without`, and
-    without what is switched off, which records of before it was there do not name."""
+    """The settings of `run`, as a dict: its experiment and arguments, without those in NOT_SETTINGS or `without`, and
+    without what is off, since records older than an option lack it."""
     left_out = {*NOT_SETTINGS, *without}
     everything = {"experiment": run.experiment} | run.arguments
     if "dataset" in everything:
         everything["dataset"] = run.data
-    if everything.get("init"):  # Two files of weights may have one name.
+    if everything.get("init"):  # Two weight files may have the same name.
         everything["init"] += f" ({(run.record.get('places') or {}).get('init')})"
     return {
         name: value
@@ -132,7 +133,7 @@ def hardware(run):
 
 
 def groups(study, runs):
-    """The Groups of `runs` that have something to compare: of real data before digits, then the largest first."""
+    """The Groups of `runs` that have something to compare: real data before digits, then the largest first."""
     found = {}
     for run in runs:
         arm = study.arm(run)
@@ -159,31 +160,31 @@ def groups(study, runs):
     return sorted(kept, key=lambda group: (is_toy(group), -len(group.rows), _key(group.settings, group.machine)))
 
 
-# Other data sets are called by their own name.
+# Other data sets keep their own names.
 DATA = {"cifar10": "CIFAR-10", "digits": "handwritten digits", "samples": "SimCLS texts"}
 
 
 def data_name(group):
-    """What the data of a Group is called in headline and figures."""
+    """The name of a Group's data in the headline and figures."""
     name = str(group.settings.get("dataset"))
     return DATA.get(name, name)
 
 
 def is_toy(group):
-    """Whether a Group is of the digits of scikit-learn, which are there to try things, and show less than pictures."""
+    """Whether a Group uses scikit-learn's digits, which are for trying things out and show less than real images."""
     return group.settings.get("dataset") == "digits"
 
 
 def one_a_seed(runs):
-    """Of `runs`, all of one set-up, the latest with each seed: doing one again tells nothing of how seeds differ."""
+    """The latest of `runs`, all of one set-up, for each seed: repeating a seed shows nothing about how seeds differ."""
     in_time = sorted(runs, key=lambda run: run.machine.get("date") or "")
     return list({run.arguments.get("seed"): run for run in in_time}.values())
 
 
 def _tell_apart(group):
-    """Name the flags of rows that have one label: on a CPU --true_fp32 changes nothing, and every half precision is
-    bfloat16, but such runs are no repeats of each other. The first baseline keeps its name. Rows that are compared with
-    one of another batch size say theirs."""
+    """Add the differing flags to rows with the same label: on a CPU --true_fp32 changes nothing, and every half
+    precision is bfloat16, but such runs do not repeat each other. The first baseline keeps its name. Rows whose
+    baseline has another batch size show their own."""
     rows, labels = group.rows, []
     for row in rows:
         base, batch_size = group.baseline(row), row.flags.get("batch_size")
@@ -199,8 +200,8 @@ def _tell_apart(group):
 
 
 def multiple(row, base, figure):
-    """(multiple, low, high) of the mean over a Row's runs of `figure`, of a Record, over that of the Row `base`; None
-    where it is not known of both, or that of `base` is 0."""
+    """(multiple, low, high) of the mean of `figure`, a function of a Record, over a Row's runs, relative to that of the
+    Row `base`; None if either is unknown, or that of `base` is 0."""
     new, old = (Sample.over(each.runs, figure) for each in (row, base))
     new, old = paired(new, old) if new and old else (None, None)
     return ratio_interval(new, old) if old and old.mean else None
@@ -211,8 +212,8 @@ def _key(*dicts):
 
 
 def render(study, runs, with_cpu_times=True):
-    """The study's tables as Markdown, "" when no runs can be compared. with_cpu_times=False leaves out what a clock
-    said on a CPU, and keeps the ratios."""
+    """The study's tables as Markdown; "" if no runs can be compared. with_cpu_times=False leaves out times measured on
+    a CPU, and keeps the ratios."""
     found = groups(study, runs)
     parts = []
     for group in found:
@@ -231,7 +232,7 @@ def render(study, runs, with_cpu_times=True):
 
 
 def _without_baseline(study, group):
-    """A note for the rows that are compared with nothing: why."""
+    """A note that explains why some rows are compared with nothing."""
     alone = [row for row in group.rows if group.baseline(row) is None]
     if not alone:
         return []
@@ -241,7 +242,7 @@ def _without_baseline(study, group):
 
 
 def _cells(study, group, row, found, with_times):
-    """One row of a table: header -> text, or None for what is not known."""
+    """One row of a table: header -> text, or None if not known."""
     baseline = group.baseline(row)
     label = f"{row.arm.label} (baseline)" if row is baseline else row.arm.label
     cells = dict(zip(map(_words, study.row_keys), map(str, row.keys), strict=True))
@@ -260,7 +261,7 @@ def _cells(study, group, row, found, with_times):
 
 
 def caption(group, all_groups):
-    """What all rows of a group share; the settings that are ordinary and the same in all groups are not repeated."""
+    """What all rows of a group share, without unremarkable settings that are the same in all groups."""
     common = group.settings
     phrases = {"model": "{}", "dataset": "{}", "batch_size": "batch {}", "num_epoch": "{} epochs"}
     words = [phrase.format(common[name]) for name, phrase in phrases.items() if name in common]
@@ -274,7 +275,7 @@ def caption(group, all_groups):
 
 
 def place(machine):
-    """ "AMD EPYC, 2 cores, 1 thread, torch 2.13.0" of what `hardware` gives."""
+    """ "AMD EPYC, 2 cores, 1 thread, torch 2.13.0" for a result of `hardware`."""
     words = [machine["hardware"] or "unknown hardware"]
     if "letter" in machine:
         words.append(f"machine {machine['letter']}")
@@ -288,8 +289,8 @@ def _words(name):
 
 
 def markdown(rows):
-    """A Markdown table of dicts, header -> text or None. A column without any text is left out. What names of runs and
-    classes have in them is shown, and read neither as the end of a cell or line nor as HTML."""
+    """A Markdown table from dicts, header -> text or None. Columns without any text are left out. Special characters in
+    names of runs and classes are escaped, so that they do not end a cell or line, or become HTML."""
     headers = dict.fromkeys(header for row in rows for header in row)
     columns = {header: [row.get(header) for row in rows] for header in headers}
     columns = {header: column for header, column in columns.items() if any(column)}

@@ -1,4 +1,4 @@
-"""Markdown, made for reading on a terminal: its tables in columns that are as wide as what they hold."""
+"""Markdown for reading on a terminal: its tables in columns as wide as their contents."""
 
 import re
 import shutil
@@ -9,10 +9,10 @@ GAP = "  "
 
 
 def aligned(text, width=None):
-    """`text` with every Markdown table in columns: numbers to the right, words to the left, no bars.
+    """`text` with every Markdown table in columns: numbers right-aligned, words left-aligned, no bars.
 
-    In a table that is wider than `width`, by default the terminal's, headers take several lines; where that is not
-    enough, what all rows share is told once, above it.
+    In a table wider than `width`, by default the terminal's, headers are wrapped; if that is not enough, values that
+    all rows share are printed once, above the table.
     """
     width = width or shutil.get_terminal_size().columns
     return TABLE.sub(lambda match: _table(match[0], width), text)

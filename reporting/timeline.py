@@ -1,7 +1,8 @@
-"""Where a training step goes, from traces of `--trace FILE`: its phases on the host, and where the device waits.
+"""Where the time of a training step goes, from traces of `--trace FILE`: its phases on the host, and where the device
+is idle.
 
-The device waits (is idle) while it runs nothing of the training: on a GPU no kernel and no copy, on a CPU no operator
-outside of the phase "data load". What the host does meanwhile is what the device waits for.
+The device is idle while it runs nothing of the training: on a GPU no kernel and no copy, on a CPU no operator outside
+the phase "data load". What the host does meanwhile is what the device waits for.
 """
 
 import dataclasses
@@ -23,21 +24,22 @@ from reporting.overview import PHASES
 from reporting.shapes import is_number
 from reporting.tables import markdown
 
-ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # The categories of what runs there.
+ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # The categories of GPU work.
 LAUNCHES = ("cuda_runtime", "cuda_driver")
 LOAD, NO_PHASE = "data load", "in no phase"
 IDLE = "#d9d9d9"
 SUFFIX = re.compile(r"\.json(\.gz)?$")
-SHORTEST = 1e-3  # Of a panel's width: gaps that are shorter are not drawn.
+SHORTEST = 1e-3  # As a share of a panel's width: shorter gaps are not drawn.
 
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Some training steps of one epoch, all times in milliseconds of one clock.
+    """Some training steps of one epoch; all times are in milliseconds of one clock.
 
     steps: float [n, 2], begin and end on the host. phases: [(name, begin, end), ...] on the host, in order. work: the
-    same of what the device ran, with the phase that launched it. device: what to call it. windows: float [m, 2], begin
-    and end of the `counted` first steps on the device: of each on a CPU; of all on a GPU, where they overlap.
+    same for what the device ran, with the phase that launched it. device: its name. windows: float [m, 2], begin and
+    end of the first `counted` steps on the device: one window per step on a CPU; a single one on a GPU, where steps
+    overlap.
     """
 
     name: str
@@ -51,7 +53,7 @@ class Trace:
 
 
 def read_trace(path):
-    """The Trace in the file `path`, .json or .json.gz; UserError for what is none of `--trace`."""
+    """The Trace in the file `path`, .json or .json.gz; UserError if it was not written by `--trace`."""
     events, properties = _events(path)
     ranges = [event for event in events if event.get("cat") == "user_annotation"]
     steps = sorted((event for event in ranges if STEP.fullmatch(event["name"])), key=lambda event: event["ts"])
@@ -59,7 +61,7 @@ def read_trace(path):
         raise UserError(
             f"{path} has no ranges named '... - step N'; a training script's --trace FILE.json.gz writes them"
         )
-    # An epoch's end, and a validation in it, is no part of a step: of the epoch that most of the steps are of.
+    # An epoch's end, with its validation, belongs to no step, so only the epoch with most of the steps is used.
     epochs = [step["name"].rpartition(" - ")[0] for step in steps]
     longest = max(epochs, key=epochs.count)
     steps = [step for step, epoch in zip(steps, epochs, strict=True) if epoch == longest]
@@ -86,8 +88,8 @@ def _within(spans, begin, end):
 
 
 def _events(path):
-    """(the events of a trace that last for some time, a list of dicts; the properties of its GPUs)"""
-    if not path.is_file():  # Nor a pipe: to open it would wait for ever.
+    """(the events of a trace that have a duration, a list of dicts; the properties of its GPUs)"""
+    if not path.is_file():  # Nor a pipe: opening it would wait forever.
         raise UserError(f"{path} is no file; a training script's --trace FILE.json.gz writes one")
     try:
         data = path.read_bytes()
@@ -112,7 +114,8 @@ def _span(event):
 
 
 def _outermost(ranges):
-    """Those of (name, begin, end) that lie in no other: the profiler itself marks what an optimizer does."""
+    """The (name, begin, end) ranges that lie in no other: the profiler adds its own ranges, for example for an
+    optimizer."""
     found = []
     for each in sorted(ranges, key=lambda each: (each[1], -each[2])):
         if not found or each[1] >= found[-1][2]:
@@ -121,13 +124,13 @@ def _outermost(ranges):
 
 
 def _phase_at(phases, time):
-    """The name of the one of `phases`, in order, in which `time` lies."""
+    """The name of the one of `phases`, in order, that contains `time`."""
     index = np.searchsorted([begin for _, begin, _ in phases], time, side="right") - 1
     return phases[index][0] if index >= 0 and time < phases[index][2] else NO_PHASE
 
 
 def _cpu_work(events, phases, spans):
-    """[(phase, begin, end), ...]: operators of any thread that run for the training: in a step, outside of loading."""
+    """[(phase, begin, end), ...]: operators of any thread that belong to training: within a step, but not loading."""
     found = [_span(event) for event in events if event.get("cat") == "cpu_op" and _within(spans, *_span(event))]
     work = [(_phase_at(phases, begin), begin, end) for begin, end in found]
     return [each for each in work if each[0] != LOAD]
@@ -137,7 +140,7 @@ def _gpu_work(path, events, phases):
     """[(phase that launched it, begin, end, time of the launch), ...] of what ran on the GPU's streams."""
 
     def key(event):
-        return str((event.get("args") or {}).get("correlation"))  # Whatever a foreign trace has there.
+        return str((event.get("args") or {}).get("correlation"))  # A foreign trace may contain anything here.
 
     launched = {key(event): event["ts"] / 1e3 for event in events if event.get("cat") in LAUNCHES}
     found = [event for event in events if event.get("cat") in ON_GPU and key(event) in launched]
@@ -148,8 +151,8 @@ def _gpu_work(path, events, phases):
 
 
 def _gpu_windows(work, steps):
-    """(float [1, 2], how many steps) of whole steps on the GPU, which runs behind the host: from the first work that a
-    step launched to the first of the last step. Of a single step, to the end of its work."""
+    """(float [1, 2], number of steps) of whole steps on the GPU, which runs behind the host: from the first work that a
+    step launched to the first work of the last step. For a single step, to the end of its work."""
     firsts = [
         min((begin for _, begin, _, launch in work if start <= launch < end), default=None) for start, end in steps
     ]
@@ -166,7 +169,7 @@ def covered(intervals, windows):
 
 
 def merged(intervals, window, gap=0.0):
-    """float [m, 2]: the (begin, end) `intervals`, cut to `window`, as few that are more than `gap` apart."""
+    """float [m, 2]: the (begin, end) `intervals`, cut to `window`, merged where they are at most `gap` apart."""
     cut = [(max(begin, window[0]), min(end, window[1])) for begin, end in intervals]
     found = []
     for begin, end in sorted(each for each in cut if each[0] < each[1]):
@@ -188,8 +191,8 @@ def gaps(trace):
 
 
 def summarise(trace):
-    """{phase, NO_PHASE, "step": {"host", "device", "idle"}} in milliseconds a step: what the host spent in it, what the
-    device worked on what it launched, and what the device was idle meanwhile."""
+    """{phase, NO_PHASE, "step": {"host", "device", "idle"}} in milliseconds per step: the host's time in it, the
+    device's work that it launched, and the device's idle time meanwhile."""
     idle, found = gaps(trace), defaultdict(lambda: dict.fromkeys(("host", "device", "idle"), 0.0))
     for name, begin, end in trace.phases:
         if begin < trace.steps[trace.counted - 1, 1]:
@@ -223,7 +226,7 @@ def letters(traces):
 
 
 def line(letter, trace):
-    """ "A: plain, GPU, 4 steps of 22.1 ms; the device is idle for 12.3 % of them"."""
+    """ "A: plain, GPU, 4 steps of 22.1 ms; the device is idle for 12.3 % of the time"."""
     idle = 100 * np.ptp(gaps(trace), axis=1).sum() / length(trace) / trace.counted
     steps = f"{trace.counted} step{'' if trace.counted == 1 else 's'} of {number(length(trace))} ms"
     return f"{letter}: {trace.name}, {trace.device}, {steps}; the device is idle for {idle:.1f} % of the time"
@@ -255,8 +258,8 @@ EXPLANATION = (
 
 
 def draw(traces, path):
-    """Write the figure: for each Trace its step of median length, what the host does above what the device does; all on
-    one scale. Returns `path`."""
+    """Write the figure: for each Trace its step of median length, with the host's lane above the device's, all on the
+    same scale. Returns `path`."""
     lettered = letters(traces)
     names = dict.fromkeys([*PHASES, *(name for trace in traces for name, *_ in trace.phases + trace.work)])
     colours = distinct_colours(names)
@@ -277,7 +280,7 @@ def draw(traces, path):
 
 
 def _draw_lanes(panel, trace, colours):
-    """The host's lane and the device's, of the step of median length."""
+    """The lanes of the host and the device, for the step of median length."""
     begin, end = trace.steps[np.argsort(np.ptp(trace.steps, axis=1))[len(trace.steps) // 2]]
     panel.broken_barh([(0, end - begin)], (0.6, 0.8), color=IDLE)
     for position, ranges in enumerate((trace.phases, trace.work)):

@@ -1,19 +1,19 @@
-"""Which classes a model takes for which: the matrix, and the pictures it was surest and wrong about, told and drawn."""
+"""Which classes a model confuses: the confusion matrix, and its most confident mistakes, as text and figures."""
 
 import os
 from typing import NamedTuple
 
 import numpy as np
 
-os.environ["MPLBACKEND"] = "agg"  # Figures go to files; of a name that it does not know matplotlib makes an error.
-WIDEST_TABLE = 20  # Classes of a matrix that a terminal, and a figure with numbers in it, have room for.
+os.environ["MPLBACKEND"] = "agg"  # Figures go to files; an unknown backend in it makes matplotlib raise an error.
+WIDEST_TABLE = 20  # More classes do not fit a terminal, or a figure with numbers in it.
 HEAD = 5  # Letters of a class's name above its column.
-SHOWN = 12  # Pictures that it was surest and wrong about.
+SHOWN = 12  # Most confident mistakes.
 
 
 class Predictions(NamedTuple):
-    """Of n pictures: the classes taken for theirs and the true ones, int64 [n], and the probabilities that the model
-    gave to the first, float32 [n]."""
+    """For n images: the predicted and the true classes, int64 [n], and the probabilities that the model gave to the
+    predicted ones, float32 [n]."""
 
     predicted: np.ndarray
     labels: np.ndarray
@@ -24,18 +24,18 @@ class Predictions(NamedTuple):
         return 100 * int((self.predicted == self.labels).sum()) / len(self.labels)
 
     def confusion(self, num_classes):
-        """How many pictures of each class (row) were taken for each (column), int64 [num_classes, num_classes]."""
+        """Number of images of each class (row) predicted as each class (column), int64 [num_classes, num_classes]."""
         pairs = self.labels * num_classes + self.predicted
         return np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
     def surest_mistakes(self, count=SHOWN):
-        """The numbers of at most `count` pictures that were taken for another class, the surest first."""
+        """The indices of at most `count` misclassified images, most confident first."""
         wrong = np.flatnonzero(self.predicted != self.labels)
         return wrong[np.argsort(-self.probabilities[wrong], kind="stable")][:count]
 
 
 def class_lines(matrix, classes):
-    """Lines of a table: each class with its pictures, the share that was recognised, and what it was taken for most."""
+    """Lines of a table: each class with its images, the share recognised, and the class it was most often taken for."""
     width = max(5, *map(len, classes))
     yield f"{'class':{width}}  pictures   right  most often taken for"
     for label, name in enumerate(classes):
@@ -47,7 +47,7 @@ def class_lines(matrix, classes):
 
 
 def matrix_lines(matrix, classes):
-    """Lines of the matrix: a row a true class, a column a predicted one."""
+    """Lines of the matrix: rows are true classes, columns predicted ones."""
     heads = [name[:HEAD] for name in classes]
     if len(set(heads)) < len(heads):
         heads = [str(number) for number in range(1, len(classes) + 1)]
@@ -84,7 +84,7 @@ def draw_matrix(matrix, classes, title):
 
 
 def draw_mistakes(mistakes, images, predictions, classes):
-    """A matplotlib Figure of the pictures number `mistakes` of `images` (uint8 [n, H, W, 3])."""
+    """A matplotlib Figure of the images with the indices `mistakes` among `images` (uint8 [n, H, W, 3])."""
     from matplotlib.figure import Figure
 
     columns = min(4, len(mistakes))
@@ -103,8 +103,9 @@ def draw_mistakes(mistakes, images, predictions, classes):
 
 
 def literal(text):
-    """`text` as matplotlib shows it letter by letter: what stands between two dollars it would take for a formula, what
-    its font lacks it would draw as a box, and what is no UTF-8 it refuses; the last two become escapes, as \\u732b."""
+    """`text` escaped so that matplotlib draws it literally. It would read text between two dollar signs as a
+    formula, draw letters missing from its font as boxes, and reject invalid UTF-8; the last two become escapes such
+    as \\u732b."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     letters = get_font(findfont(FontProperties())).get_charmap()

@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""Look at a trained ResNeXt: accuracy by class, which classes it takes for which, and what it is surest and wrong of.
+"""Evaluate a trained ResNeXt: accuracy by class, confusion matrix and most confident mistakes.
 
-    python3 evaluate.py model_history/resnext_2_worker_128.pt                            on the run's own test pictures
-    python3 evaluate.py model_history/resnext_2_worker_128.pt --pictures cat.jpg dog.png           on pictures of yours
-    python3 evaluate.py model_history/resnext_2_worker_128.pt --export resnext.onnx                 for other programs
+    python3 evaluate.py model_history/resnext_2_worker_128.pt                              on the run's own test images
+    python3 evaluate.py model_history/resnext_2_worker_128.pt --pictures cat.jpg dog.png             on your own images
+    python3 evaluate.py model_history/resnext_2_worker_128.pt --export resnext.onnx                  for other programs
 
-The record beside the .pt says what else is needed. Without one, as beside weights of pytorch-cifar, --dataset and
---data_dir name the data that they were trained on, and --mean and --std how its pictures were normalised.
+The record next to the .pt provides everything else. Without one, as with weights of pytorch-cifar, --dataset and
+--data_dir name the data that the weights were trained on, and --mean and --std how its images were normalised.
 """
 
 import hashlib
@@ -37,23 +37,24 @@ from weights import load_model, read_record
 def get_args_parser():
     parser = OneLineParser(description=__doc__)
     add = parser.add_argument
-    add("run", type=Path, metavar="RUN.pt", help="trained weights, as a run or pytorch-cifar has written them")
-    add("--pictures", type=Path, nargs="+", metavar="FILE", help="classify these files, and nothing else")
+    add("run", type=Path, metavar="RUN.pt", help="trained weights, as written by a run or by pytorch-cifar")
+    add("--pictures", type=Path, nargs="+", metavar="FILE", help="classify only these image files")
     add("--export", type=Path, metavar="FILE", help="write the model to a .pt2 (torch.export) or .onnx file")
     add("--dataset", choices=("cifar10", "digits", "folder"), help="by default the run's")
-    add("--data_dir", type=Path, help="where the pictures are; by default where the run's record says, below this "
+    add("--data_dir", type=Path, help="where the images are; by default where the run's record says, below this "
         "folder or the repository")  # fmt: skip
-    add("--mean", type=share, nargs=3, metavar="X", help="of the channels in [0, 1]; by default the run's")
-    add("--std", type=deviation, nargs=3, metavar="X", help="of the channels in [0, 1]; by default the run's")
-    add("--batch_size", type=positive_int, help="pictures at a time; by default the run's")
-    add("--output_dir", type=Path, help="where the figures and numbers go; by default beside the weights")
+    add("--mean", type=share, nargs=3, metavar="X", help="means of the channels in [0, 1]; by default the run's")
+    add("--std", type=deviation, nargs=3, metavar="X",
+        help="standard deviations of the channels in [0, 1]; by default the run's")  # fmt: skip
+    add("--batch_size", type=positive_int, help="images at a time; by default the run's")
+    add("--output_dir", type=Path, help="where the figures and numbers go; by default next to the weights")
     devices.add_arguments(parser)
     return parser
 
 
 class Known(NamedTuple):
-    """What weights alone do not say: class names, mean and std (float32 [3]) of the channels in [0, 1], and the size of
-    the pictures."""
+    """What the weights alone do not say: class names, mean and std (float32 [3]) of the channels in [0, 1], and the
+    height and width of the images."""
 
     classes: list
     mean: np.ndarray
@@ -75,7 +76,7 @@ def main():
         print(export(model, known, args.export))
     settings = record.get("arguments", {})
     precision = choose_precision(settings.get("half_precision"), device, settings.get("true_fp32"))
-    chosen = record.get("layout", {})  # Of resnext_fast.py; the others leave it as it is.
+    chosen = record.get("layout", {})  # Only resnext_fast.py chooses a layout.
     layout = Layout(chosen.get("channels_last", False), chosen.get("form", "groups"))
     layout.apply(model.to(device))
     if args.pictures:
@@ -91,13 +92,13 @@ def main():
 
 
 def missing_facts(args, record):
-    """The names of what neither the arguments nor the record tell."""
+    """The names of the facts that neither the arguments nor the record provide."""
     facts = record.get("data", {})
     return [name for name in ("classes", "mean", "std") if getattr(args, name, None) is None and name not in facts]
 
 
 def load_data(args, record):
-    """The ImageData that the arguments name, or else the record; UserError where neither does."""
+    """The ImageData that the arguments name, else the record; UserError if neither does."""
     settings = record.get("arguments", {})
     dataset = args.dataset or settings.get("dataset")
     if dataset is None:
@@ -111,8 +112,8 @@ def load_data(args, record):
 
 
 def recorded_folder(name, dataset):
-    """The Path that a record calls `name`, since it tells places from the repository, or by their last name alone; by
-    default that of CIFAR-10. UserError where a folder of pictures is not there."""
+    """The Path of the data folder that a record calls `name`, given relative to the repository or by its last component
+    only; by default that of CIFAR-10. UserError if a folder of images is missing."""
     if name is None:
         return Path(__file__).resolve().parent / "data"
     found = next((path for path in (Path(name), ROOT / name) if path.is_dir()), Path(name))
@@ -124,7 +125,7 @@ def recorded_folder(name, dataset):
 
 
 def gather(args, record, data, num_classes):
-    """The Known of arguments and record, and what they do not tell of the ImageData `data`, which a line says."""
+    """The Known from arguments and record; anything missing is taken from the ImageData `data`, with a message."""
     facts, lacks = record.get("data", {}), missing_facts(args, record)
     if lacks:
         mean, std = data.statistics
@@ -151,7 +152,7 @@ def gather(args, record, data, num_classes):
 
 
 def classify(paths, model, known, precision, layout):
-    """Print a line for each picture: its file, the likeliest class, the next one, and their probabilities."""
+    """Print a line for each image: its file, the two most likely classes, and their probabilities."""
     device = model.linear.weight.device
     width = max(len(str(path)) for path in paths)
     for path in paths:
@@ -177,7 +178,7 @@ def predict(model, batches, precision, layout):
 
 
 def what_is_judged(args, data, known):
-    """What an evaluation is of, as its JSON says; UserError where one of something else would be replaced."""
+    """What an evaluation evaluates, as its JSON says; UserError if it would replace an evaluation of something else."""
     judged = {"digest": data.digest, "mean": known.mean.tolist(), "std": known.std.tolist()}
     judged["weights"] = hashlib.sha256(args.run.read_bytes()).hexdigest()[:16]
     path = args.output_dir / f"{args.run.stem}.evaluation.json"
@@ -202,7 +203,7 @@ def what_is_judged(args, data, known):
 
 
 def print_and_write(args, record, data, judged, predictions):
-    """Print what the predictions for the test pictures of `data` show, and write it as figures and JSON."""
+    """Print what the predictions for the test images of `data` show, and write it as figures and JSON."""
     matrix = predictions.confusion(len(data.classes))
     mistakes = predictions.surest_mistakes()
     files = data.test_files or [f"test picture {number}" for number in range(len(data.test_labels))]
@@ -236,7 +237,7 @@ def print_and_write(args, record, data, judged, predictions):
     figures = {"confusion": draw_matrix(matrix, data.classes, f"{args.run.stem}: {predictions.accuracy():.2f} %")}
     if wrong:
         figures["mistakes"] = draw_mistakes(mistakes, data.test_images, predictions, data.classes)
-    else:  # Of an earlier evaluation, in another precision perhaps.
+    else:  # From an earlier evaluation, perhaps in another precision.
         (args.output_dir / f"{args.run.stem}.mistakes.png").unlink(missing_ok=True)
     for name, figure in figures.items():
         with atomic_write(args.output_dir / f"{args.run.stem}.{name}.png") as file:
@@ -245,7 +246,7 @@ def print_and_write(args, record, data, judged, predictions):
 
 
 def beside_record(record, judged, predictions):
-    """What the run's record says of the same accuracy, in words to follow it; "" where that is of something else."""
+    """What the run's record says of the same accuracy, as text to append; "" if the record is of something else."""
     facts = record.get("data", {})
     if any(facts.get(name, value) != value for name, value in judged.items()):
         return ""

@@ -1,4 +1,4 @@
-"""What the ResNeXt scripts share around their loops: arguments, names, metrics, evaluation, records."""
+"""What the ResNeXt scripts share around their loops: arguments, run names, metrics, evaluation and records."""
 
 import argparse
 import re
@@ -23,8 +23,8 @@ from models.resnext import parse_name
 from techniques import describe_effect, describe_prospects, describe_run
 from weights import start_from
 
-LARGEST = 4096  # Sides of a picture, in pixels: all pictures are kept in memory.
-SECONDS_BETWEEN_READS = 2.0  # Of the running loss, which is on the device.
+LARGEST = 4096  # Largest height and width of an image in pixels: all images are kept in memory.
+SECONDS_BETWEEN_READS = 2.0  # Between reads of the running loss, which is on the device.
 
 NOT_RESULTS = (*runs.NOT_RESULTS, "output_dir", "data_dir", "num_worker", "loader", "save_every", "keep_memory")
 
@@ -34,37 +34,37 @@ def get_args_parser(description, kind=arguments.OneLineParser):
     add = parser.add_argument
     add("--num_workers", "--num_worker", dest="num_worker", type=arguments.workers,
         default=arguments.default_workers(2),
-        help="processes that load pictures; 0 loads in this one. Never more by default than there are cores"
+        help="processes that load images; 0 loads them in the main process. By default at most the number of cores"
     )  # fmt: skip
     add_half_precision(parser, "autocast, in float16 with loss scaling when no type is named; on a CPU always in "
                        "bfloat16")  # fmt: skip
-    add("--num_epoch", type=arguments.positive_int, default=200, help="passes over the training pictures")
-    add("--batch_size", type=arguments.positive_int, default=128, help="pictures a step, over all processes")
+    add("--num_epoch", type=arguments.positive_int, default=200, help="passes over the training images")
+    add("--batch_size", type=arguments.positive_int, default=128, help="images per step, over all processes")
     add("--lr", type=arguments.learning_rate, default=0.01, help="learning rate")
-    add("--size", type=picture_size, default=SIZE, help="sides that the pictures of a folder are resized to")
+    add("--size", type=picture_size, default=SIZE, help="height and width that images of a folder are resized to")
     add("--model", type=model_name, default="resnext29_4x64d", help="resnext29_{cardinality}x{width}d")
     add("--dataset", choices=("cifar10", "digits", "folder"), default="cifar10",
         help="cifar10 is downloaded when absent; digits comes with scikit-learn; folder is train/<class>/* and "
              "test/<class>/* in --data_dir")  # fmt: skip
-    add("--data_dir", default=str(Path(__file__).resolve().parent / "data"), help="where the pictures are")
+    add("--data_dir", default=str(Path(__file__).resolve().parent / "data"), help="where the images are")
     add("--loader", choices=("workers", "device"), default="workers",
-        help="load by worker processes, or augment whole batches where the model is")  # fmt: skip
+        help="load in worker processes, or augment whole batches on the model's device")  # fmt: skip
     add("--true_fp32", **arguments.FLAG,
-        help="no TensorFloat-32, which GPUs since Ampere use for single precision")  # fmt: skip
-    add("--seed", type=arguments.seed, default=0, help="of the weights, the order and the augmentation")
-    add("--init", metavar="RUN.pt", help="begin with these trained weights instead of random ones")
+        help="disable TensorFloat-32, which GPUs since Ampere use for single precision")  # fmt: skip
+    add("--seed", type=arguments.seed, default=0, help="seed of the weights, the order and the augmentation")
+    add("--init", metavar="RUN.pt", help="start from these trained weights instead of random ones")
     add("--keep_memory", **arguments.FLAG,
-        help="let memory that is freed on a CPU stay with the process; else the system clears it for each large tensor"
+        help="on a CPU, keep freed memory in the process; otherwise the system clears it again for each large tensor"
     )  # fmt: skip
     determinism.add_argument(parser)
     devices.add_arguments(parser)
     add("--output_dir", default="model_history", help="where the run's files go")
     resume.add_arguments(parser)
     add("--save_every", type=arguments.non_negative_float, default=5.0, metavar="MINUTES",
-        help="how often to save what --resume needs; a stop by Ctrl-C or SIGTERM saves it too. Several processes save "
-             "after epochs alone")  # fmt: skip
+        help="how often to save what --resume needs; it is also saved on Ctrl-C or SIGTERM. With several processes it "
+             "is saved only after an epoch")  # fmt: skip
     add("--max_steps", type=arguments.positive_int,
-        help="stop after so many steps, for profiling; a run stopped so writes its timings alone")  # fmt: skip
+        help="stop after this many steps, for profiling; such a run writes only its timings")  # fmt: skip
     tracing.add_argument(parser)
     runs.add_dry_run(parser)
     run_log.add_argument(parser)
@@ -80,7 +80,7 @@ def model_name(text):
 
 
 def picture_size(text):
-    """An argparse type: the length of a picture's sides, an int that the model halves three times."""
+    """An argparse type: the height and width of an image, an int that the model can halve three times."""
     size = arguments.positive_int(text)
     if size % 8 or size > LARGEST:
         raise argparse.ArgumentTypeError(f"{text!r} is no multiple of 8 up to {LARGEST}")
@@ -112,8 +112,8 @@ def run_name(args, suffix=""):
 
 
 def load_parts(args, world, run, kind, **more):
-    """(the ImageData of the arguments, a model of `kind` for it, on this process's device); the record says what they
-    are. more: what `kind` takes besides its size and the classes."""
+    """(the ImageData that the arguments name, a model of class `kind` for it on this process's device); both are
+    described in the record. more: arguments of `kind` besides its size and the number of classes."""
     if args.init and Path(args.init).resolve() == run.path(".pt").resolve():
         raise UserError(f"--init {args.init} is what this run writes; copy it, or name another --output_dir")
     with world.first_on_machine():
@@ -128,10 +128,10 @@ def load_parts(args, world, run, kind, **more):
 
 
 def training_batches(args, world, data, run, **layout):
-    """(the EpochBatches of this process, the loader that yields their pictures); the record says which loader it is,
-    since the device may have no room for that of --loader.
+    """(the EpochBatches of this process, the loader that yields their images). The record says which loader was used,
+    since --loader device falls back to workers if the device has too little memory.
 
-    layout: memory_format and dtype of the pictures, where they are not the usual ones.
+    layout: memory_format and dtype of the images, if not the defaults.
     """
     batches = EpochBatches(len(data.train_labels), args.batch_size, args.seed, world.rank, world.size)
     loader = training_loader(args.loader, data, args.seed, batches, args.num_worker, world.device, world.say, **layout)
@@ -140,11 +140,11 @@ def training_batches(args, world, data, run, **layout):
 
 
 def conduct(args, experiment, suffix, train, **facts):
-    """What the main() of each script does with its arguments: join the other processes, choose the precision, hold the
+    """The main() of each script after parsing its arguments: join the other processes, choose the precision, lock the
     run's name, and train.
 
-    experiment: the script's name in the record. suffix: the end of the run's name. train: the script's own. facts: as
-    for ImageRun.
+    experiment: the script's name in the record. suffix: the end of the run's name. train: the script's own function.
+    facts: as for ImageRun.
     """
     determinism.apply(args)
     if args.keep_memory:
@@ -159,9 +159,9 @@ def conduct(args, experiment, suffix, train, **facts):
 
 
 class Metrics(torch.nn.Module):
-    """Loss and accuracy of an epoch, summed on the device: nothing waits for it until the epoch ends.
+    """Loss and accuracy of an epoch, summed on the device so that nothing synchronizes until the epoch ends.
 
-    totals: the sums of the losses, of the right predictions, and of the pictures.
+    totals: the sums of the losses, the correct predictions and the images.
     """
 
     def __init__(self, device):
@@ -169,23 +169,24 @@ class Metrics(torch.nn.Module):
         self.register_buffer("totals", torch.zeros(3, dtype=devices.widest_float(device), device=device))
 
     def add(self, loss, output, labels, weight=1.0):
-        """loss: the batch's mean, a scalar; output: logits [n, classes]; labels: int64 [n]. weight 0 leaves it out."""
+        """loss: the batch's mean, a scalar; output: logits [n, classes]; labels: int64 [n]. Ignored if weight is 0."""
         if weight:
             correct = (output.detach().argmax(1) == labels).sum()
             count, wide = torch.full_like(correct, len(labels)), self.totals.dtype
             self.totals += torch.stack([loss.detach().to(wide) * count, correct.to(wide), count.to(wide)])
 
     def result(self, world=None):
-        """(mean loss, accuracy in percent) of all processes; without a World, of this one. It waits for the device."""
+        """(mean loss, accuracy in percent) over all processes, or of this one without a World. Synchronizes with the
+        device."""
         loss, correct, count = (self.totals if world is None else world.sum(self.totals.clone())).tolist()
         return loss / max(count, 1), 100 * correct / max(count, 1)
 
 
 def evaluate(model, data, precision, world, batch_size, stop, **layout):
-    """Accuracy in percent on the test pictures, each counted once, in the precision and layout of training.
+    """Accuracy in percent on the test images, each counted once, in the precision and layout of training.
 
-    layout: memory_format and dtype of the pictures, where they are not the usual ones. The model is not compiled for
-    it: that would take longer than it saves. A StopRequest ends it early, with None.
+    layout: memory_format and dtype of the images, if not the defaults. The model is not compiled for evaluation: that
+    would take longer than it saves. A StopRequest ends it early; the result is then None.
     """
     if stop:
         return None
@@ -204,7 +205,7 @@ def evaluate(model, data, precision, world, batch_size, stop, **layout):
 
 
 class ImageRun(runs.Run):
-    """A Run under --output_dir that ends with the weights (.pt), the curves (.npz) and the record (.json)."""
+    """A Run in --output_dir that ends with the weights (.pt), the curves (.npz) and the record (.json)."""
 
     title = "training resnext"
     unit = "pictures"
@@ -213,32 +214,32 @@ class ImageRun(runs.Run):
 
     def __init__(self, experiment, suffix, args, world, **more):
         if args.dataset == "folder":
-            # Such a data set is known by its place alone, though a run may be resumed when it has moved.
+            # Only its path identifies such a data set; a resumed run may still find it at another path.
             self.only_of_records = (*self.only_of_records, "data_dir")
         super().__init__(experiment, args.output_dir, run_name(args, suffix), args, world, NOT_RESULTS, **more)
         self.weights = self.path(".pt"), self.path(".npz")
-        self._shown_at = 0.0  # When the bar's figures were last read.
-        self.saves_within_epochs = world.size == 1  # Each process has sums of its own, until the epoch ends.
+        self._shown_at = 0.0  # When the progress bar's figures were last read.
+        self.saves_within_epochs = world.size == 1  # Several processes each have their own sums until the epoch ends.
 
     def other_states(self):
-        """Those of runs that differ in how they load alone."""
+        """The states of runs that differ from this one only in how they load images."""
         before, after = self.name.split(loading_name(self.args), 1)
         alike = re.compile(rf"{before}(device|\d+_worker){re.escape(after)}")
         return [path for path in sorted(self.folder.glob("*.state")) if alike.fullmatch(path.stem)]
 
     def add_epoch(self, epoch, test_acc, evaluation_seconds):
-        """Append an Epoch to the history; UserError when its loss or a weight is not finite."""
+        """Append an Epoch to the history; UserError if its loss or a weight is not finite."""
         loss, acc = self.state["metrics"].result(self.world)
         advice = "Use a smaller --lr, or bfloat16 or single precision instead of float16"
         self.check_finite(epoch, loss, advice)
         self.state["metrics"].totals.zero_()
         self.record_epoch(epoch, evaluation_seconds, loss=loss, acc=acc, test_acc=test_acc)
-        # Before the state is saved, so that a run that goes on from it keeps them.
+        # Before the state is saved, so that a resumed run keeps them.
         self.log.line(self.line())
         self.log.plot(self._figures(), epoch.number + 1)
 
     def _figures(self):
-        """{name: float} of the newest epoch, for TensorBoard."""
+        """{name: float} of the latest epoch, for TensorBoard."""
         newest = self.history[-1]
         figures = {name: newest[name] for name in ("loss", "acc", "test_acc", "samples_per_second")}
         figures["rate"] = float(self.state["optimizer"].param_groups[0]["lr"])
@@ -247,17 +248,17 @@ class ImageRun(runs.Run):
         return figures | timing_figures(newest["timing"])
 
     def finish(self, model):
-        """Write the weights, the curves and the record; each file is whole or not there. The state goes, or becomes the
-        one that a longer run can go on from. Of a run that --max_steps ended, there is nothing more to write."""
+        """Write the weights, the curves and the record, each atomically. The state is deleted, or replaced by one from
+        which a longer run can continue. A run that --max_steps ended writes nothing more here."""
         if self.stop.enough or not self.world.is_main:
             return
-        # A state tells a later run, should this one be killed before it has a record, that the weights are its own.
+        # If this run is killed before it has a record, the state shows a later run that the weights are its own.
         if not (self.fixed_length and self.path(".state").exists()):
             self.save(self.args.num_epoch, 0)
         curves = {key: np.array([epoch[key] for epoch in self.history]) for key in ("loss", "acc", "test_acc")}
         with self.writing():
             with atomic_write(self.path(".pt")) as file:
-                # On the CPU, so that the file loads on a machine without this one's GPU.
+                # On the CPU, so that the file also loads on a machine without this GPU.
                 torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, file)
             with atomic_write(self.path(".npz")) as file:
                 np.savez(file, **curves)
@@ -273,7 +274,7 @@ class ImageRun(runs.Run):
         self.log.close()
 
     def progress_bar(self, epoch):
-        """A bar that begins with the last epoch's test accuracy."""
+        """A progress bar that starts with the last epoch's test accuracy."""
         self._shown_at = time.perf_counter()
         bar = super().progress_bar(epoch)
         if not bar.disable:
@@ -281,7 +282,7 @@ class ImageRun(runs.Run):
         return bar
 
     def show_progress(self, bar):
-        """Show the epoch's loss and accuracy so far, every few seconds alone: to ask the device makes it wait."""
+        """Show the epoch's loss and accuracy so far, but only every few seconds: reading them waits for the device."""
         now = time.perf_counter()
         if bar.disable or now < self._shown_at + SECONDS_BETWEEN_READS:
             return
@@ -293,7 +294,7 @@ class ImageRun(runs.Run):
         return {"test_acc": f"{self.history[-1]['test_acc']:.2f} %"} if self.history else {}
 
     def line(self):
-        """The newest epoch in one plain line."""
+        """The latest epoch in one plain line."""
         epoch = self.history[-1]
         return (
             f"epoch {epoch['epoch']}/{self.args.num_epoch}: loss {epoch['loss']:.4f}, acc {epoch['acc']:.2f} %, "

@@ -1,4 +1,4 @@
-"""A trained model for other programs: by torch.export, or as ONNX, with the normalisation in it."""
+"""Export of a trained model for other programs, with torch.export or as ONNX, including the normalisation."""
 
 import importlib.util
 import io
@@ -10,11 +10,11 @@ from torch import nn
 from harness.endings import UserError
 from harness.files import atomic_write
 
-TOLERANCE = 1e-3  # Of the logits; other programs add in another order.
+TOLERANCE = 1e-3  # For the logits; other programs may sum in another order.
 
 
 class Exported(nn.Module):
-    """uint8 [N, 3, size, size], RGB -> logits float32 [N, classes]: `model` with what it needs to know of pictures.
+    """uint8 [N, 3, size, size], RGB -> logits float32 [N, classes]: `model` with its normalisation.
 
     mean, std: float32 [3] of the channels in [0, 1].
     """
@@ -30,10 +30,10 @@ class Exported(nn.Module):
 
 
 def export(model, known, path):
-    """Write `model` to `path`, .pt2 or .onnx, and return a line that says what was written, and how it was checked.
+    """Write `model` to `path`, .pt2 or .onnx, and return a line that says what was written and how it was checked.
 
-    known: the evaluate.Known of the model. UserError where `path` is taken, outputs are others than here, or a
-    package is missing.
+    known: the evaluate.Known of the model. UserError if `path` exists, if the exported outputs differ, or if a package
+    is missing.
     """
     if path.exists():
         raise UserError(f"--export {path} is there already; move it away, or name another")
@@ -70,7 +70,7 @@ def _to_torch(program, classes, pictures):
 
 
 def _to_onnx(program, classes, pictures):
-    """(the bytes of an .onnx file, its outputs for `pictures`, or None where nothing is installed that runs it)"""
+    """(the bytes of an .onnx file, its outputs for `pictures`, or None without onnxruntime)"""
     if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise UserError("--export to ONNX needs two more packages: pip install onnx onnxscript")
     proto = torch.onnx.export(

@@ -1,7 +1,7 @@
-"""Batches of pictures: the augmentation, two ways to load training batches with it, and the test batches.
+"""Batches of images: the augmentation, two loaders of augmented training batches, and the test batches.
 
-The worker loader augments picture by picture in worker processes with torchvision; the device loader augments a whole
-batch at once where the model is. Both draw the same offsets and flips from (seed, epoch, index), and give the same
+The worker loader augments image by image in worker processes with torchvision; the device loader augments a whole batch
+at once on the model's device. Both derive the same offsets and flips from (seed, epoch, index), and give the same
 pixels.
 """
 
@@ -17,11 +17,11 @@ PADDING = 4
 
 
 def augmentation(seed, epoch, indices, flip):
-    """The random part of augmenting pictures `indices` (int [n]) in `epoch`.
+    """The random part of augmenting the images `indices` (int [n]) in `epoch`.
 
     Returns top and left, int64 [n], uniform in 0..2*PADDING, and flip, bool [n], uniform (all False without `flip`):
-    the crop's offsets in the padded picture, and whether the crop is mirrored. A function of its arguments alone, by
-    the SplitMix64 hash (Steele, Lea, Flood 2014).
+    the crop's offsets in the padded image, and whether the crop is mirrored. Depends only on its arguments, through the
+    SplitMix64 hash (Steele, Lea, Flood 2014).
     """
     counter = np.asarray(indices, dtype=np.uint64) + (np.uint64(epoch) << np.uint64(32))
     with np.errstate(over="ignore"):
@@ -42,14 +42,15 @@ def _splitmix64(state):
 
 
 def normalise(images, mean, std):
-    """uint8 [..., 3, H, W] to float32 of the same shape, with `mean` and `std` float32 [3] taken out."""
+    """uint8 [..., 3, H, W] to float32 of the same shape, scaled to [0, 1] and normalised with `mean` and `std` float32
+    [3]."""
     from torchvision.transforms.v2 import functional
 
     return functional.normalize(functional.to_dtype(images, torch.float32, scale=True), mean.tolist(), std.tolist())
 
 
 class AugmentedImages(Dataset):
-    """Training pictures one by one, for the worker loader: (epoch, index) -> (float32 [3, H, W], int)."""
+    """Single training images, for the worker loader: (epoch, index) -> (float32 [3, H, W], int)."""
 
     def __init__(self, data, seed):
         self.images = torch.from_numpy(data.train_images)
@@ -71,28 +72,29 @@ class AugmentedImages(Dataset):
 
 
 class DeviceImages:
-    """Loads and augments whole batches on `device`, where all training pictures lie as uint8.
+    """Loads and augments whole batches on `device`, which holds all training images as uint8.
 
     Iterating yields (`dtype` [n, 3, H, W] in `memory_format`, int64 [n]) on the device, in the order of the
-    EpochBatches `batches`, with the pixels that AugmentedImages gives.
+    EpochBatches `batches`, with the same pixels as AugmentedImages.
     """
 
     def __init__(self, data, seed, batches, device, memory_format=torch.contiguous_format, dtype=torch.float32):
         padded = F.pad(torch.from_numpy(data.train_images).permute(0, 3, 1, 2), [PADDING] * 4)
-        # A mirrored crop is a crop of the mirrored picture.
+        # A mirrored crop is a crop of the mirrored image.
         pictures = torch.cat([padded, padded.flip(3)]) if data.flip else padded
         pictures = pictures.contiguous(memory_format=memory_format).to(device)
         self.size, self.strides = data.size, pictures.stride()
-        # A crop is some lines of bytes: of a row of one channel, or of all where they lie side by side. The lines from
-        # every byte on, which overlap, are a view, and choosing whole lines several times faster than single bytes.
+        # A crop consists of runs of bytes: a row of one channel, or of all channels if they are interleaved. A view
+        # with overlapping runs, one starting at every byte, allows selecting whole runs, several times faster than
+        # single bytes.
         line = self.size * pictures.stride(3)
         self.lines = pictures.as_strided((pictures.numel() - line + 1, line), (1, 1))
         starts = torch.arange(self.size)[None, :] * pictures.stride(2)
         if pictures.stride(1) > 1:
             starts = starts + torch.arange(3)[:, None] * pictures.stride(1)
-        self.starts = starts.flatten().to(device)  # Of a crop's lines, in its picture.
+        self.starts = starts.flatten().to(device)  # Offsets of a crop's runs in its image.
         self.labels = torch.from_numpy(data.train_labels).to(device)
-        # As large as a picture: on a CPU, broadcasting over the last of NHWC's dimensions is slow.
+        # As large as an image: on a CPU, broadcasting over the last dimension of NHWC is slow.
         self.mean, self.std = (
             torch.from_numpy(each)[:, None, None]
             .expand(1, 3, self.size, self.size)
@@ -111,7 +113,7 @@ class DeviceImages:
         return len(self.batches)
 
     def __iter__(self):
-        # One copy of an epoch's order and offsets; after it, the host only enqueues.
+        # One copy of an epoch's order and offsets; after that, the host only enqueues.
         shares = list(self.batches.batches())
         index = np.concatenate(shares) if shares else np.empty(0, dtype=np.int64)
         top, left, mirrored = augmentation(self.seed, self.batches.epoch, index, self.flip)
@@ -120,9 +122,9 @@ class DeviceImages:
             yield self.augment(index, top, left, mirrored), self.labels[index]
 
     def augment(self, index, top, left, mirrored):
-        """Pictures `index`, cropped at `top` and `left`, mirrored where `mirrored` is 1, normalised.
+        """Images `index`, cropped at `top` and `left`, mirrored where `mirrored` is 1, and normalised.
 
-        All int64 [n]; left is counted in the picture before mirroring. Returns `dtype` [n, 3, H, W].
+        All int64 [n]; left is relative to the image before mirroring. Returns `dtype` [n, 3, H, W].
         """
         left = torch.where(mirrored.bool(), 2 * PADDING - left, left)
         picture, _, row, column = self.strides
@@ -136,9 +138,9 @@ class DeviceImages:
 
 
 def training_loader(kind, data, seed, batches, num_workers, device, say=print, **layout):
-    """The loader of training batches: kind "workers" or "device"; falls back to workers where the device is full.
+    """The loader of training batches: kind "workers" or "device"; falls back to workers if the device is full.
 
-    layout: memory_format and dtype, in which the device loader makes its batches; the worker loader knows one.
+    layout: memory_format and dtype of the device loader's batches; the worker loader ignores it.
     """
     if kind == "device":
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
@@ -150,9 +152,9 @@ def training_loader(kind, data, seed, batches, num_workers, device, say=print, *
 
 
 def evaluation_batches(data, batch_size, device, rank=0, world_size=1):
-    """Yield this process's share of the test pictures on `device`, normalised: (float32 [n, 3, H, W], int64 [n]).
+    """Yield this process's share of the test images on `device`, normalised: (float32 [n, 3, H, W], int64 [n]).
 
-    The shares of all processes hold every test picture exactly once.
+    Together, the shares of all processes contain every test image exactly once.
     """
     mean, std = data.statistics
     images, labels = data.test_images[rank::world_size], data.test_labels[rank::world_size]

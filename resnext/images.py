@@ -1,4 +1,4 @@
-"""The pictures: three data sets as arrays. All pictures are uint8 [N, size, size, 3], all labels int64 [N]."""
+"""The images: three data sets as arrays. All images are uint8 [N, size, size, 3], all labels int64 [N]."""
 
 import dataclasses
 import functools
@@ -16,13 +16,13 @@ from harness.endings import UserError
 from picture_files import list_classes, read_picture
 
 SIZE = 32
-DARK = 16  # What 12 bits in a file of 16 reach, of which 8 are kept: as dark as a viewer shows them.
+DARK = 16  # What 12-bit values stored in 16 bits reach after reduction to 8 bits, as dark as in a viewer.
 
 
 @dataclasses.dataclass
 class ImageData:
-    """A data set. flip: whether a mirrored picture keeps its class (a digit does not). left_out: Paths of files that
-    lie among the pictures and are none. test_files: the names of the test pictures, where they are files."""
+    """A data set. flip: whether a mirrored image keeps its class (a digit does not). left_out: Paths of files among the
+    images that are not images. test_files: the names of the test images, if they are files."""
 
     train_images: np.ndarray
     train_labels: np.ndarray
@@ -35,17 +35,17 @@ class ImageData:
 
     @property
     def size(self):
-        """The length of a picture's sides, in pixels."""
+        """Height and width of an image in pixels."""
         return self.train_images.shape[1]
 
     @functools.cached_property
     def statistics(self):
-        """Mean and scale of each channel of the training pictures in [0, 1]; two float32 [3].
+        """Mean and scale of each channel of the training images in [0, 1]; two float32 [3].
 
-        The scale is the standard deviation; or 1 where that is below one level of 255, as of a channel that is the
-        same everywhere: divided by next to nothing, padding and other pictures would drown all that can be learnt.
+        The scale is the standard deviation, or 1 if that is below one level of 255, as for a constant channel: dividing
+        by almost zero would let padding and differing images drown everything that can be learned.
         """
-        # Histograms, since a float copy of CIFAR-10 would take 1.2 GB.
+        # With histograms, since a float copy of CIFAR-10 would take 1.2 GB.
         values = np.arange(256) / 255
         counts = np.stack([np.bincount(self.train_images[..., channel].ravel(), minlength=256) for channel in range(3)])
         share = counts / counts.sum(1, keepdims=True)
@@ -55,7 +55,7 @@ class ImageData:
 
     def __str__(self):
         shown = [*self.classes[:10], "..."] if len(self.classes) > 10 else self.classes
-        # Files may have any size.
+        # Only files can have another size.
         resized = f", resized to {self.size}x{self.size}" if self.test_files is not None else ""
         text = (
             f"{len(self.train_labels)} training and {len(self.test_labels)} test pictures of "
@@ -71,8 +71,8 @@ class ImageData:
         return text
 
     def state_dict(self):
-        """What the record of a run, and its saved state, say of the data: plain values, enough to use the trained
-        weights safely."""
+        """What a run's record and saved state say of the data: plain values, enough to use the trained weights
+        safely."""
         mean, std = self.statistics
         return {
             "classes": self.classes,
@@ -85,13 +85,13 @@ class ImageData:
         }
 
     def load_state_dict(self, state):
-        """UserError when the `state` that a run was saved with is that of another data set."""
+        """UserError if `state`, saved with a run, is that of another data set."""
         changes = self.differs_from(state)
         if changes:
             raise UserError(f"--resume: the data set is not the interrupted run's: {changes}; --restart begins anew")
 
     def differs_from(self, facts):
-        """How this data set differs from that of the `facts`, a state_dict, in words; "" when it is the same."""
+        """How this data set differs from that of `facts`, a state_dict, as text; "" if they are the same."""
         if facts.get("digest", self.digest) == self.digest:
             return ""
         was, now = facts["classes"], self.classes
@@ -104,7 +104,7 @@ class ImageData:
 
     @functools.cached_property
     def digest(self):
-        """Of the classes, and of all pixels and labels in their order, in hexadecimal."""
+        """A hash of the classes and of all pixels and labels in order, in hexadecimal."""
         digest = hashlib.sha256(json.dumps(self.classes).encode())
         for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(np.ascontiguousarray(array))
@@ -114,7 +114,7 @@ class ImageData:
 def load_images(dataset, data_dir, size=SIZE):
     """Load "cifar10", "digits" or "folder" as ImageData; UserError says what is missing or wrong.
 
-    size: of the sides, in pixels, that the pictures of a folder are resized to; the others have SIZE.
+    size: height and width in pixels that the images of a folder are resized to; the other data sets have SIZE.
     """
     if dataset == "folder":
         return _load_folder(Path(data_dir), size)

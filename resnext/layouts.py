@@ -1,7 +1,7 @@
-"""In which memory layout, and in which form of its grouped convolutions, a model trains fastest: measured, not known.
+"""Choose the memory layout and the form of the grouped convolutions in which a model trains fastest, by measuring.
 
-On one GPU and library release channels last doubles the speed of a grouped convolution, and on another it is 30 times
-slower; on CPUs it depends on the instructions and the type.
+They must be measured: on one GPU and library release, channels last doubles the speed of a grouped convolution; on
+another it is 30 times slower. On CPUs it depends on the instruction set and the dtype.
 """
 
 import copy
@@ -16,12 +16,12 @@ from harness.endings import is_out_of_gpu_memory
 from harness.loading import largest_batch
 from models.grouped_convolution import FORMS, set_form
 
-SECONDS = 1.0  # What the choice may take, about: a large model needs more for one step of each.
-RACE_MARGIN = 1.2  # What was slower than the best by more is not measured again.
+SECONDS = 1.0  # Approximate time for the choice; a large model may need more for a single step of each layout.
+RACE_MARGIN = 1.2  # Layouts slower than the best by more than this factor are not measured again.
 
 
 class Layout(NamedTuple):
-    """channels_last: whether pictures and convolutions lie as NHWC. form: of FORMS."""
+    """channels_last: whether images and convolution weights are stored as NHWC. form: one of FORMS."""
 
     channels_last: bool
     form: str
@@ -31,7 +31,7 @@ class Layout(NamedTuple):
         return torch.channels_last if self.channels_last else torch.contiguous_format
 
     def apply(self, model):
-        """Lay `model` out so, and return it."""
+        """Convert `model` to this layout in place, and return it."""
         set_form(model, self.form)
         return model.to(memory_format=self.memory_format)
 
@@ -40,15 +40,15 @@ class Layout(NamedTuple):
 
 
 def open_layouts(channels_last, form):
-    """The Layouts that the arguments leave open; None leaves one open."""
+    """The Layouts that the arguments allow; None allows every value."""
     layouts = (True, False) if channels_last is None else (channels_last,)
     return [Layout(*each) for each in itertools.product(layouts, FORMS if form is None else (form,))]
 
 
 def choose_layout(model, data, args, world, precision, run):
-    """The Layout of a run: what its arguments say, what the state that it resumes has, or else what is fastest here.
+    """The Layout of a run: the one its arguments name, else that of the state it resumes, else the fastest one here.
 
-    data: the ImageData. What is measured is told, and stands in the record.
+    data: the ImageData. The measurements are printed and recorded.
     """
     options = open_layouts(args.channels_last, args.grouped_convolution)
     kept = run.saved_facts().get("layout")
@@ -67,13 +67,13 @@ def choose_layout(model, data, args, world, precision, run):
 
 
 def fastest(model, layouts, precision, world, batch_size, size):
-    """(the Layout in which forward and backward of `model` take the least time, {str(layout): milliseconds a picture}).
+    """(the Layout with the fastest forward and backward of `model`, {str(layout): milliseconds per image}).
 
-    batch_size: of this process. size: of its pictures. As many of them as there is time for are taken at once, in the
-    run's precision, on copies of the model: neither its statistics nor any random state changes. The processes of a job
-    choose together.
+    batch_size: images per step of this process. size: height and width of an image. Each step takes as many images as
+    time allows. It runs in the run's precision on copies of the model, so neither the model's statistics nor any random
+    state changes. The processes of a job choose together.
     """
-    one_each = {each.channels_last: each for each in layouts}  # The form is set for each step.
+    one_each = {each.channels_last: each for each in layouts}  # The form is set again before each step.
     copies = {channels_last: each.apply(copy.deepcopy(model)) for channels_last, each in one_each.items()}
     random = torch.Generator(world.device).manual_seed(0)
 
@@ -92,10 +92,10 @@ def fastest(model, layouts, precision, world, batch_size, size):
         return time.perf_counter() - started
 
     def race(most):
-        # One picture leaves a GPU idle between launches, which would be timed; a batch may take a CPU too long.
+        # A single image would leave a GPU idle between launches and time that; a full batch may take a CPU too long.
         first = most if world.device.type == "cuda" else 1
         step(layouts[0], first)
-        # Each is done twice at least: at first memory is allocated, and algorithms are chosen.
+        # Each layout runs at least twice: the first step also allocates memory and selects algorithms.
         affordable = int(first * SECONDS / (2 * len(layouts) * step(layouts[0], first)))
         pictures = min(most, max(1, affordable))
         times = _race(layouts, lambda layout: step(layout, pictures))
@@ -108,7 +108,7 @@ def fastest(model, layouts, precision, world, batch_size, size):
 
 
 def _halved_until_it_fits(measure, pictures):
-    """measure(pictures), of half as many where a GPU's memory is short, and so on."""
+    """measure(pictures), halving `pictures` while the GPU runs out of memory."""
     while True:
         try:
             return measure(pictures)
@@ -119,7 +119,8 @@ def _halved_until_it_fits(measure, pictures):
 
 
 def _race(arms, measure):
-    """{arm: the least of the seconds that `measure(arm)` gave}, in turns, until SECONDS are over or one is ahead."""
+    """{arm: the lowest of the seconds that `measure(arm)` returned}; arms take turns until SECONDS have passed or only
+    one is left within RACE_MARGIN."""
     deadline = time.perf_counter() + SECONDS
     for arm in arms:
         measure(arm)

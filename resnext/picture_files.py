@@ -1,4 +1,4 @@
-"""Files of pictures: which of a folder's files are some, and their pixels as a viewer shows them."""
+"""Image files: which files of a folder are images, and their pixels as a viewer shows them."""
 
 import contextlib
 import functools
@@ -9,18 +9,18 @@ import numpy as np
 
 from harness.endings import UserError
 
-# Pillow names these formats when it sees them, and cannot decode them by itself.
+# Formats that Pillow recognises but cannot decode by itself.
 ONLY_NAMED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
-# Those whose 16 bits a grey pixel are unsigned, and white where all are set.
+# Formats whose 16-bit grey pixels are unsigned, with white at the maximum.
 SIXTEEN_BITS = {"IM", "JPEG2000", "PNG", "PPM", "TIFF"}
-BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR, COLOUR_MAP, SAMPLE_FORMAT = 258, 262, 284, 320, 339  # Tags of TIFF.
+BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR, COLOUR_MAP, SAMPLE_FORMAT = 258, 262, 284, 320, 339  # TIFF tags.
 
 
 def list_classes(folder):
-    """The pictures below `folder`/<class>/, at any depth, links followed.
+    """The images below `folder`/<class>/, at any depth, following links.
 
-    Returns {class: sorted Paths} and a list of the Paths that are left out: what is hidden, or no picture by its
-    suffix, or in no class. UserError when there is no class, and for a class without a picture.
+    Returns {class: sorted Paths} and a list of the Paths that are left out: hidden ones, those without the suffix of an
+    image, and those in no class. UserError if there is no class, or a class without an image.
     """
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; --data_dir needs train/<class>/* and test/<class>/*")
@@ -43,10 +43,10 @@ def list_classes(folder):
 def _files(folder, above):
     """Yield the Path of every file below `folder`, and of every hidden folder, which is not entered.
 
-    above: the real Paths of the folders that it lies in.
+    above: the real Paths of the folders that contain `folder`.
     """
     place = Path(os.path.realpath(folder))
-    if place in above:  # A link to a folder that it lies in: all there is has been seen.
+    if place in above:  # A link to a folder that contains it: everything there has been seen.
         return
     for path, is_folder in _children(folder):
         if is_folder and not path.name.startswith("."):
@@ -56,7 +56,7 @@ def _files(folder, above):
 
 
 def _children(folder):
-    """[(Path, whether it is a folder)] of what lies in `folder`, by name."""
+    """[(Path, whether it is a folder)] of the entries of `folder`, by name."""
     try:
         with os.scandir(folder) as entries:
             found = [(Path(entry), entry.is_dir() if not entry.is_symlink() else Path(entry).is_dir())
@@ -81,11 +81,11 @@ def _suffixes():
 
 
 def read_picture(path, size):
-    """The picture in `path` as a viewer shows it, resized to uint8 [size, size, 3]. UserError names what cannot be."""
+    """The image in `path` as a viewer shows it, resized to uint8 [size, size, 3]. UserError if that is impossible."""
     from PIL import Image
 
     try:
-        if not path.is_file():  # To open a pipe would wait for ever.
+        if not path.is_file():  # Opening a pipe would wait forever.
             raise UserError("it is no file")
         with Image.open(path) as image:
             image = as_shown(image)
@@ -94,14 +94,14 @@ def read_picture(path, size):
             return np.array(image)
     except MemoryError:
         raise
-    except Exception as error:  # What Pillow raises on a damaged file is an open set.
+    except Exception as error:  # Pillow may raise any exception on a damaged file.
         reason = str(error) if isinstance(error, UserError) else type(error).__name__
         raise UserError(f"cannot decode the picture {path} ({reason}); replace or remove it") from None
 
 
 def as_shown(image):
-    """The Pillow image `image`, just opened, as an RGB one: turned as its EXIF data say, 16 bits a pixel brought to 8
-    by the range of the format, what is transparent put on white. UserError when the range is not certain."""
+    """The newly opened Pillow image `image` as RGB: rotated according to its EXIF data, 16-bit pixels scaled to 8 bits
+    by the range of the format, transparent parts on white. UserError if the range is uncertain."""
     from PIL import Image, ImageOps
 
     if image.format == "TIFF":
@@ -120,7 +120,7 @@ def as_shown(image):
     if key is not None and "16" in coding:
         raise UserError("a transparent colour of 16 bits")
     if isinstance(key, int) and image.mode == "L":
-        image.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(coding, 1)  # As the pixels have been scaled.
+        image.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(coding, 1)  # Scaled as the pixels have been.
     if image.mode == "La":
         image = image.convert("LA")
     image = image.convert("RGBA")
@@ -128,7 +128,7 @@ def as_shown(image):
 
 
 def _check_tiff(image):
-    """UserError for what Pillow decodes to other pixels than those of a TIFF, without a word."""
+    """UserError for TIFF features that Pillow silently decodes to wrong pixels."""
     tags = image.tag_v2
     if tags.get(PLANAR) == 2 and max(tags.get(BITS_PER_SAMPLE, (8,))) > 8 and image.tile[0][0] == "raw":
         raise UserError("colours of 16 bits that lie apart; save it with PlanarConfiguration 1")
@@ -139,7 +139,7 @@ def _check_tiff(image):
 
 
 def _eight_bits(image):
-    """A grey picture of more than 8 bits a pixel, uint8 [H, W], so that the white of its range is 255."""
+    """A grey image with more than 8 bits per pixel, as uint8 [H, W], scaled so that the white of its range is 255."""
     certain = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if not certain or image.format not in SIXTEEN_BITS:
         raise UserError(

@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Train ResNeXt on small pictures: the baseline that every technique is measured against.
+"""Train ResNeXt on small images: the baseline that every technique is compared with.
 
-With no argument: ResNeXt29_4x64d on CIFAR-10, 2 workers, single precision, Adam at a constant rate of 0.01 with weight
-decay 5e-4. --half_precision, --loader device and --keep_memory each add one technique; resnext_checkpoint.py is the
-same loop with activation checkpointing, and resnext_fast.py with everything on.
+By default it trains ResNeXt29_4x64d on CIFAR-10 with 2 workers, in single precision, with Adam at a constant learning
+rate of 0.01 and weight decay 5e-4. --half_precision, --loader device and --keep_memory each add one technique.
+resnext_checkpoint.py is the same loop with activation checkpointing; resnext_fast.py is the same loop with every
+technique on.
 """
 
 import sys
@@ -39,7 +40,7 @@ def train(args, world, precision, run):
 
     for epoch in run.epochs(phase, batches, **state):
         # ------------------------------------------------------------------------------------ the training step
-        for images, labels in epoch.steps(loader):  # The wait for a batch is the phase "data load".
+        for images, labels in epoch.steps(loader):  # Waiting for a batch is the phase "data load".
             with phase("data copy"):
                 images = images.to(device, non_blocking=True)
                 labels = labels.to(device, non_blocking=True)
@@ -49,13 +50,13 @@ def train(args, world, precision, run):
                 output = parallel_model(images)
                 loss = criterion(output, labels)
             with phase("backward"):
-                # Where an epoch's last batch does not fall to all processes alike, its mean is not the mean of means.
+                # The weight corrects the average over processes when they share an epoch's last batch unevenly.
                 scaler.scale(loss * epoch.weight).backward()
             with phase("optimizer"):
                 scaler.step(optimizer)
                 scaler.update()
-            metrics.add(loss, output, labels, epoch.weight)  # On the device: nothing waits for it.
-            run.note_saved(saved.bytes)  # Here, so that a state that is saved within the epoch has it.
+            metrics.add(loss, output, labels, epoch.weight)  # On the device, without synchronizing.
+            run.note_saved(saved.bytes)  # Here, so that a state saved within the epoch contains it.
         # ---------------------------------------------------------------------------------------------------------
         epoch.end(evaluate(model, data, precision, world, args.batch_size, run.stop))
     run.finish(model)

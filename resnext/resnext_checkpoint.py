@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
-"""Train ResNeXt on small pictures with activation checkpointing: the loop of resnext.py, less memory, some work twice.
+"""Train ResNeXt on small images with activation checkpointing: the loop of resnext.py, with less memory and some
+recomputation.
 
---policy says what backward redoes instead of forward keeping it (models/resnext_checkpoint.py tells them apart);
---memory_budget plans it, so that the peak is at most a share of the run's without redoing. Weights, losses and
-BatchNorm statistics are those of resnext.py, bit for bit on a CPU.
+--policy chooses what backward recomputes because forward does not keep it (models/resnext_checkpoint.py explains the
+policies). --memory_budget plans this so that the peak is at most the given share of the peak without recomputation.
+Weights, losses and BatchNorm statistics are those of resnext.py, bit for bit on a CPU.
 """
 
 import sys
@@ -47,7 +48,7 @@ def train(args, world, precision, run):
 
     for epoch in run.epochs(phase, batches, **state):
         # ------------------------------------------------------------------------------------ the training step
-        for images, labels in epoch.steps(loader):  # The wait for a batch is the phase "data load".
+        for images, labels in epoch.steps(loader):  # Waiting for a batch is the phase "data load".
             with phase("data copy"):
                 images = images.to(device, non_blocking=True)
                 labels = labels.to(device, non_blocking=True)
@@ -57,13 +58,13 @@ def train(args, world, precision, run):
                 output = parallel_model(images)
                 loss = criterion(output, labels)
             with phase("backward"), cost.measured_backward():
-                # Where an epoch's last batch does not fall to all processes alike, its mean is not the mean of means.
+                # The weight corrects the average over processes when they share an epoch's last batch unevenly.
                 scaler.scale(loss * epoch.weight).backward()
             with phase("optimizer"):
                 scaler.step(optimizer)
                 scaler.update()
-            metrics.add(loss, output, labels, epoch.weight)  # On the device: nothing waits for it.
-            run.note_saved(saved.bytes)  # Here, so that a state that is saved within the epoch has it.
+            metrics.add(loss, output, labels, epoch.weight)  # On the device, without synchronizing.
+            run.note_saved(saved.bytes)  # Here, so that a state saved within the epoch contains it.
             compare_with_plan(plan, saved, cost, run)
         # ---------------------------------------------------------------------------------------------------------
         epoch.end(evaluate(model, data, precision, world, args.batch_size, run.stop))

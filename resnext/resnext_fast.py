@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Train ResNeXt on small pictures with everything on: the loop of resnext.py, and the techniques that pay together.
+"""Train ResNeXt on small images with everything on: the loop of resnext.py with the techniques that pay off together.
 
-Pictures are augmented on the device, in the layout and type of the model. It runs in bfloat16 where the processor
-multiplies that, in float16 on GPUs before Ampere, and in float32 on a CPU without such instructions. The memory layout,
-and the form of the grouped convolutions, are those that are fastest here, by a second of measuring (not so with
---deterministic, or where flags name both); on CUDA the model is compiled, and on a CPU --keep_memory is on. Muon, which
-is SGD with Nesterov momentum and orthogonal updates of the convolutions (muon.py), follows one cycle to zero, with
-label smoothing and no weight decay on BatchNorm and biases. Each can be switched off, down to the way of resnext.py:
---loader workers --half_precision False --channels_last False --grouped_convolution groups --compile False
---keep_memory False --optimizer adam --label_smoothing 0.
+Images are augmented on the device, in the model's layout and dtype. The dtype is bfloat16 if the processor multiplies
+it natively, float16 on GPUs before Ampere, and float32 on a CPU without such instructions. The memory layout and the
+form of the grouped convolutions are the fastest ones here, measured in about a second (not with --deterministic, or if
+flags set both). On CUDA the model is compiled; on a CPU --keep_memory is on. Muon, which is SGD with Nesterov momentum
+and orthogonalised updates of the convolutions (muon.py), follows one cycle to zero, with label smoothing and no weight
+decay on BatchNorm and biases. Each technique can be switched off, down to the settings of resnext.py: --loader workers
+--half_precision False --channels_last False --grouped_convolution groups --compile False --keep_memory False
+--optimizer adam --label_smoothing 0.
 
-What each technique buys is measured by benchmarks/fast.py, with and without bfloat16 instructions: docs/results.md
-shows it for each processor that has a record, under "Benchmarks", beside the targets of both kinds. Not yet measured: a
-GPU, and accuracy at full length.
+benchmarks/fast.py measures the effect of each technique, with and without bfloat16 instructions. docs/results.md lists
+the results for each processor that has a record, under "Benchmarks", next to the targets of both kinds. Not yet
+measured: a GPU, and accuracy at full length.
 """
 
 import argparse
@@ -42,15 +42,15 @@ from models.resnext_checkpoint import CheckpointResNeXt
 from muon import Muon
 
 WARMUP = 0.2  # The share of training in which the learning rate rises.
-LEARNING_RATES = {"muon": 0.1, "sgd": 0.1, "adam": 0.01}  # Where --lr names none.
+LEARNING_RATES = {"muon": 0.1, "sgd": 0.1, "adam": 0.01}  # Defaults of --lr.
 SWITCHES = (
     "channels_last", "grouped_convolution", "compile", "cuda_graphs", "optimizer", "label_smoothing", "keep_memory",
 )  # fmt: skip
 
 
 class FastParser(OneLineParser):
-    """A OneLineParser that knows which arguments depend on each other and on the device that is asked for, and replaces
-    those that are added again."""
+    """A OneLineParser that resolves arguments that depend on each other and on the requested device. An argument that
+    is added again replaces the earlier one."""
 
     def __init__(self, **more):
         super().__init__(conflict_handler="resolve", **more)
@@ -81,21 +81,21 @@ def get_fast_args_parser():
     add("--lr", type=learning_rate, help=f"peak learning rate, or adam's constant one; by default {rates}")
     add_half_precision(parser, "autocast; by default in the type that the device is fast in, if any",
                        default=argparse.SUPPRESS, metavar="float16|bfloat16|False")  # fmt: skip
-    add("--channels_last", **switch, help="lay pictures and convolutions out as NHWC; by default what is fastest here")
+    add("--channels_last", **switch, help="store images and convolution weights as NHWC; by default the fastest here")
     add("--grouped_convolution", choices=FORMS,
-        help="form in which the grouped convolutions run; by default what is fastest here")  # fmt: skip
-    add("--compile", **switch, help="torch.compile the model; by default on CUDA alone")
+        help="form in which the grouped convolutions run; by default the fastest here")  # fmt: skip
+    add("--compile", **switch, help="torch.compile the model; by default on CUDA only")
     add("--cuda_graphs", **FLAG, help="with --compile, launch its kernels as CUDA graphs")
-    add("--optimizer", choices=LEARNING_RATES, default="muon", help="muon, which is sgd with orthogonal updates of the "
-        "convolutions, or sgd, both in one cycle; or resnext.py's constant adam")  # fmt: skip
+    add("--optimizer", choices=LEARNING_RATES, default="muon", help="muon, which is sgd with orthogonalised updates of "
+        "the convolutions, or sgd, both in one cycle; or adam at a constant rate as in resnext.py")  # fmt: skip
     add("--label_smoothing", type=share, default=0.1, help="weight of the uniform distribution in the target")
     add_budget_arguments(parser, policy=None)
     return parser
 
 
 def fast_type(device):
-    """The half precision that `device`, such as "cpu" or "cuda:1", is fast in, or None: on GPUs products of bfloat16
-    came with Ampere. "cuda" is any GPU that there is."""
+    """The half precision that `device`, such as "cpu" or "cuda:1", is fast in, or None. On GPUs, fast bfloat16 products
+    came with Ampere. "cuda" stands for all GPUs."""
     kind, _, number = device.partition(":")
     if kind != "cuda":
         return "bfloat16" if kind == "cpu" and multiplies_bfloat16() else None
@@ -121,9 +121,9 @@ def suffix(args):
 
 
 def make_optimizer(model, name, lr, device, scaler):
-    """resnext.py's Adam; or SGD, or Muon, that leaves what has one dimension (BatchNorm and biases) undecayed.
+    """resnext.py's Adam; or SGD or Muon without weight decay on one-dimensional weights (BatchNorm and biases).
 
-    scaler: the GradScaler that takes its steps.
+    scaler: the GradScaler that takes the optimizer's steps.
     """
     if name == "adam":
         return torch.optim.Adam(model.parameters(), lr=lr, weight_decay=5e-4, fused=device.type == "cuda")
@@ -131,42 +131,42 @@ def make_optimizer(model, name, lr, device, scaler):
         {"params": [weight for weight in model.parameters() if weight.ndim > 1], "weight_decay": 5e-4},
         {"params": [weight for weight in model.parameters() if weight.ndim == 1], "weight_decay": 0.0},
     ]
-    # Not with loss scaling: a first step that overflows is skipped, but leaves fused SGD a momentum of stray memory.
+    # Not fused with loss scaling: after a first step that overflows and is skipped, its momentum is uninitialised.
     how = {"lr": lr, "momentum": 0.9, "nesterov": True, "fused": None if scaler.is_enabled() else True}
     return Muon(model, groups, **how) if name == "muon" else torch.optim.SGD(groups, **how)
 
 
 def one_cycle(step, steps):
-    """The factor of the learning rate in step `step` of `steps`: linearly up, then to zero (Smith and Topin 2018)."""
+    """The learning-rate factor of step `step` of `steps`: linearly up, then linearly to zero (Smith and Topin 2018)."""
     done = (step + 1) / (steps + 1)
     return min(done / WARMUP, (1 - done) / (1 - WARMUP))
 
 
 def set_rate(optimizer, args, step, steps):
-    """Give `optimizer` the learning rate of step `step` of `steps`: it follows one cycle, but adam's is constant."""
+    """Set the learning rate for step `step` of `steps`: constant for adam, otherwise one cycle."""
     for group in optimizer.param_groups:
         group["lr"] = args.lr if args.optimizer == "adam" else args.lr * one_cycle(step, steps)
 
 
 def compiled(model, args, channels_last):
-    """`model` under torch.compile, for batches of one size."""
-    # Left alone, Inductor gives up channels last for a training graph that holds a grouped convolution.
+    """`model` under torch.compile, for batches of a single size."""
+    # By default, Inductor drops channels last for a training graph that contains a grouped convolution.
     options = {"force_layout_optimization": channels_last, "triton.cudagraphs": args.cuda_graphs}
     return torch.compile(model, dynamic=False, options=options)
 
 
 def for_full_batches(model, data, args, precision, run, layout):
-    """`model`, where args.compile says so compiled for the batches that are full. An epoch's last batch is smaller: to
-    compile for it would take longer than it does. layout: memory_format and dtype of the pictures."""
+    """`model`, compiled for full batches if args.compile is set. An epoch's last batch, if smaller, runs uncompiled,
+    since compiling for it would take longer. layout: memory_format and dtype of the images."""
     if not args.compile:
         return model
     fast_model = compiled(model, args, layout["memory_format"] == torch.channels_last)
     full = largest_batch(len(data.train_labels), args.batch_size, run.world.size)
     if policy_label(args):
-        torch._dynamo.config.optimize_ddp = False  # With several processes it would split what redoing needs in one.
+        torch._dynamo.config.optimize_ddp = False  # Else DDP splits the graph, which recomputation needs in one piece.
         with precision.autocast():
             getattr(model, "module", model).prepare_to_compile()
-    # A step without its update, so that the record tells the time of compiling from that of training.
+    # A step without an update, so that the record separates compile time from training time.
     started, before = time.perf_counter(), [buffer.clone() for buffer in model.buffers()]
     with precision.autocast():
         output = fast_model(torch.zeros(full, 3, data.size, data.size, device=run.world.device).to(**layout))
@@ -179,9 +179,9 @@ def for_full_batches(model, data, args, precision, run, layout):
 
 
 def load_laid_out(args, world, precision, run):
-    """(the ImageData, the model on this process's device, memory_format and dtype of pictures in it)"""
+    """(the ImageData, the model on this process's device, {memory_format and dtype of its images})"""
     if policy_label(args):
-        # A budget's plan is made for the layout: until then nothing is redone.
+        # A memory budget is planned for the chosen layout; until then nothing is recomputed.
         data, model = load_parts(args, world, run, CheckpointResNeXt, policy=args.policy or frozenset())
     else:
         data, model = load_parts(args, world, run, ResNeXt)
@@ -206,7 +206,7 @@ def train(args, world, precision, run):
 
     for epoch in run.epochs(phase, batches, **state):
         # ------------------------------------------------------------------------------------ the training step
-        for images, labels in epoch.steps(loader):  # The wait for a batch is the phase "data load".
+        for images, labels in epoch.steps(loader):  # Waiting for a batch is the phase "data load".
             with phase("data copy"):
                 images = images.to(device, non_blocking=True, **layout)
                 labels = labels.to(device, non_blocking=True)
@@ -216,14 +216,14 @@ def train(args, world, precision, run):
                 output = fast_model(images)
                 loss = criterion(output, labels)
             with phase("backward"), cost.measured_backward():
-                # Where an epoch's last batch does not fall to all processes alike, its mean is not the mean of means.
+                # The weight corrects the average over processes when they share an epoch's last batch unevenly.
                 scaler.scale(loss * epoch.weight).backward()
             with phase("optimizer"):
                 set_rate(optimizer, args, epoch.number * steps + epoch.step, args.num_epoch * steps)
                 scaler.step(optimizer)
                 scaler.update()
-            metrics.add(loss, output, labels, epoch.weight)  # On the device: nothing waits for it.
-            run.note_saved(saved.bytes)  # Here, so that a state that is saved within the epoch has it.
+            metrics.add(loss, output, labels, epoch.weight)  # On the device, without synchronizing.
+            run.note_saved(saved.bytes)  # Here, so that a state saved within the epoch contains it.
             compare_with_plan(plan, saved, cost, run)
         # ---------------------------------------------------------------------------------------------------------
         epoch.end(evaluate(model, data, precision, world, args.batch_size, run.stop, **layout))

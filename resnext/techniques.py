@@ -1,4 +1,5 @@
-"""What a run of the ResNeXt scripts tells of itself: at its start what it is, at its end what its techniques did."""
+"""What a run of the ResNeXt scripts prints about itself: its settings at the start, the effect of its techniques at the
+end."""
 
 import contextlib
 import datetime
@@ -17,10 +18,10 @@ from models.resnext_checkpoint import CheckpointResNeXt
 
 
 def describe_run(run):
-    """The two lines that an ImageRun begins with."""
+    """The two lines that an ImageRun prints first."""
     args, facts, device = run.args, run.facts, run.world.device
     layout = "channels last" if facts.get("layout", {}).get("channels_last") else "contiguous"
-    form = facts.get("layout", {}).get("form", "groups")  # Of models.grouped_convolution.FORMS.
+    form = facts.get("layout", {}).get("form", "groups")  # One of models.grouped_convolution.FORMS.
     compiled = "compiled" if getattr(args, "compile", False) else "not compiled"
     processes = f", {run.world.size} processes" if run.world.size > 1 else ""
     half_precision = explain_half_precision(facts["precision"], device)
@@ -52,7 +53,7 @@ def _recomputation(run):
 
 
 def _fast(run):
-    """What resnext_fast.py can switch."""
+    """The settings that only resnext_fast.py can switch."""
     args, layout = run.args, run.facts.get("layout")
     if layout is None:
         return [*_freed_memory(run), "compiling, choice of layout off (resnext_fast.py)"]
@@ -78,8 +79,8 @@ def _freed_memory(run):
 
 
 def plan_of(run, policy=frozenset(), half_precision=False):
-    """The Plan of a step of an ImageRun by `policy`, of CheckpointResNeXt's, in single precision or in the run's own.
-    Nothing is compiled for it; no random state changes."""
+    """The Plan of a step of an ImageRun under `policy`, as for CheckpointResNeXt; in single precision, or in the run's
+    own precision with half_precision. Nothing is compiled for it, and no random state changes."""
     args, data, device = run.args, run.state["data"], run.world.device
     dtype = HALF.get(run.facts["precision"]) if half_precision else None
     with torch.random.fork_rng(devices=[]):
@@ -92,8 +93,8 @@ def plan_of(run, policy=frozenset(), half_precision=False):
 
 
 def describe_effect(run):
-    """What forward kept for backward in an ImageRun's first step, beside what it would be without the techniques, and
-    beside the plan, in words; None where it was not measured."""
+    """What forward kept for backward in an ImageRun's first step, compared with the same step without the techniques
+    and with the plan, as text; None if it was not measured."""
     facts, kept = run.facts, run.facts.get("saved_activation_bytes")
     if kept is None:
         return None
@@ -106,10 +107,10 @@ def describe_effect(run):
     if plan:
         text += f" (planned {in_mib(plan['held_bytes'])})"
     text += f", without {' and '.join(changes)} {in_mib(plain.plain_bytes)} ({kept / plain.plain_bytes:.2f} x)"
-    peak = facts.get("measured", {}).get("peak_bytes")  # None where compiled code hides it.
+    peak = facts.get("measured", {}).get("peak_bytes")  # None for compiled code, which hides it.
     if plan and peak is not None:
         before = plan["plain_peak_bytes"]
-        # On CUDA the peak has the gradients of the weights in it, and what cuDNN works in, which no plan knows of.
+        # On CUDA the peak includes the gradients of the weights and cuDNN's workspace, which no plan accounts for.
         share = "" if run.world.device.type == "cuda" else f" ({peak / before:.2f} x)"
         text += (
             f"; peak {in_mib(peak)} (planned {in_mib(plan['peak_bytes'])}), without recomputation {in_mib(before)}"
@@ -119,8 +120,9 @@ def describe_effect(run):
 
 
 def describe_prospects(run, timing):
-    """What an ImageRun would take, of which --dry_run has done some steps, in lines. timing: of them, by a PhaseTimer;
-    the median step counts, for as many pictures as there are, and evaluation as so many forward passes."""
+    """Lines that predict the cost of an ImageRun from the steps of --dry_run. timing: of those steps, from a
+    PhaseTimer. The time is that of the median step, scaled to the number of images; evaluation counts as forward
+    passes."""
     args, data, world = run.args, run.state["data"], run.world
     pictures, tests = len(data.train_labels), len(data.test_labels)
     batch = min(args.batch_size, pictures)
@@ -142,7 +144,7 @@ def describe_prospects(run, timing):
         f"predicted: {in_mib(plan.held_bytes)} MiB kept from forward to backward, {in_mib(plan.peak_bytes)} at the peak"
     )
     least = "about"
-    if asked == "nested":  # Which no plan tells of: these are the operations of a step that redoes none.
+    if asked == "nested":  # No plan covers this policy: these are the operations of a step without recomputation.
         least, memory = "at least", "what the policy nested holds is not predicted"
     peak = timing["peak_memory"]
     allocated = f"; the allocator's peak was {in_mib(peak['allocated_bytes'])}" if peak else ""

@@ -1,4 +1,4 @@
-"""Trained weights in a file: the model that they are of, and what the record beside them says of their run."""
+"""Trained weights in a file: the model that they belong to, and what the record next to them says of their run."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from models.grouped_convolution import FORMS
 from models.resnext import ResNeXt
 from reporting.shapes import NUMBER, TEXT, WHOLE, each, fault, is_number, maybe
 
-# What the record of weights says of their use, as far as it says it.
+# What the record may say that is needed to use the weights.
 CHANNELS = ("three numbers", lambda value: isinstance(value, list) and len(value) == 3 and all(map(is_number, value)))
 DEVIATIONS = (f"three numbers of at least {LEAST_DEVIATION:g}",
               lambda value: CHANNELS[1](value) and min(value) >= LEAST_DEVIATION)  # fmt: skip
@@ -28,22 +28,22 @@ RECORD = {
                    "size": maybe(SIDE)}),
     "layout": maybe({"form": maybe(("a known form", lambda value: value in [*FORMS]))}),
 }  # fmt: skip
-PREFIXES = ("module.", "_orig_mod.")  # Of a model in DataParallel and the like, and in torch.compile.
+PREFIXES = ("module.", "_orig_mod.")  # Added by DataParallel and the like, and by torch.compile.
 
 
 def read_weights(path):
-    """{name: tensor on the CPU} of the file `path`: a run's .pt, or what pytorch-cifar saves. UserError when it holds
-    anything else; nothing in it can run code."""
-    if Path(path).is_fifo():  # To open it would wait for ever.
+    """{name: tensor on the CPU} from the file `path`: a run's .pt, or what pytorch-cifar saves. UserError if it holds
+    anything else; it cannot run code."""
+    if Path(path).is_fifo():  # Opening it would wait forever.
         raise no_weights(path)
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; name a run's .pt file") from None
-    except Exception:  # What torch.load raises on a foreign file is an open set.
+    except Exception:  # torch.load may raise any exception on a foreign file.
         raise no_weights(path) from None
     if isinstance(weights, dict):
-        weights = weights.get("net", weights)  # Where pytorch-cifar keeps them.
+        weights = weights.get("net", weights)  # Where pytorch-cifar keeps the weights.
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise no_weights(path)
     for prefix in PREFIXES:
@@ -59,7 +59,7 @@ def no_weights(path):
 
 
 def load_model(path):
-    """The ResNeXt whose weights lie in the file `path`, on the CPU; their shapes tell which it is."""
+    """The ResNeXt whose weights are in the file `path`, on the CPU; their shapes determine the model."""
     weights = read_weights(path)
     try:
         channels, bottleneck_width = weights["layer1.0.conv2.weight"].shape[:2]
@@ -71,8 +71,8 @@ def load_model(path):
 
 
 def start_from(path, model, classes, say):
-    """Give `model`, which tells `classes` (names) apart, the weights in the file `path`, unless that is None. Its last
-    layer stays as it is where the weights are of other classes, which is said."""
+    """Load the weights in the file `path` into `model`, which distinguishes `classes` (names); nothing if it is None.
+    If the weights are for other classes, the last layer keeps its own weights, with a message."""
     if path is None:
         return
     weights, own = read_weights(path), model.state_dict()
@@ -89,7 +89,7 @@ def start_from(path, model, classes, say):
 
 
 def read_record(path):
-    """The record beside the weights `path`, a dict with "arguments"; {} when there is none, UserError when it is no
+    """The record next to the weights `path`, a dict with "arguments"; {} if there is none; UserError if it is not a
     record of the ResNeXt scripts."""
     path = path.with_suffix(".json")
     try:
@@ -105,7 +105,7 @@ def read_record(path):
 
 
 def _without_null(value):
-    """A dict, and those in it, without what is null, which says as little as what is not there."""
+    """A dict, and those in it, without null values, which mean the same as missing ones."""
     if not isinstance(value, dict):
         return value
     return {name: _without_null(part) for name, part in value.items() if part is not None}

@@ -113,6 +113,7 @@ def make_models(good, folder):
     configs = {"penalty": {"length_penalty": 2.0}, "sequences": {"num_return_sequences": 4}}
     configs |= {"end": {"eos_token_id": [1, 400]}, "never": {"suppress_tokens": [-1]}, "length": {"max_length": 0}}
     configs |= {"start": {"decoder_start_token_id": 5}, "starts": {"decoder_start_token_id": [3, 4]}}
+    configs |= {"endless": {"eos_token_id": None}}
     for name, config in configs.items():
         shutil.copytree(good / "t5", folder / name)
         usual = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}

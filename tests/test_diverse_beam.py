@@ -279,9 +279,15 @@ def test_contradictory_settings_are_refused():
     with pytest.raises(ValueError, match="suppresses all tokens"):
         DiverseBeamSearch(model, **good)
     model.generation_config.suppress_tokens = None
-    model.generation_config.repetition_penalty = 1.2
-    with pytest.raises(ValueError, match="repetition_penalty"):
-        DiverseBeamSearch(model, **good)
+    for name, value in (
+        ("repetition_penalty", 1.2),
+        ("watermarking_config", {"bias": 2.0}),
+        ("force_words_ids", [[3]]),
+    ):
+        setattr(model.generation_config, name, value)
+        with pytest.raises(ValueError, match=f"sets {name}, which the search leaves out"):
+            DiverseBeamSearch(model, **good)
+        setattr(model.generation_config, name, None)
 
 
 def test_of_equal_hypotheses_the_first_stays_and_the_last_comes_first():

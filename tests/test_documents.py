@@ -29,9 +29,10 @@ def twenty_documents(words="words"):
 
 
 def test_text_is_one_line_and_repeats_and_empty_rows_are_dropped_and_counted(tmp_path, capsys):
-    rows = ['"a\n b\x0b\x1c\x85\u2028\t c\x00",  first ', "a b c,again", ",no text", "no summary, ", "", ",no text,,"]
+    rows = ['"a\n b\x0b\x1c\x85\u2028\t c\x00",  first ', "a b c,again", ",no text", "no summary, ", "", ",no text"]
+    rows += ["\u200b,no text", "\u2060 \ufeff,no text"]
     read = read_documents(write_csv(tmp_path / "x.csv", rows + twenty_rows()))
-    told = "4 of 25 rows dropped: 3 without text or summary, 1 that repeat an earlier text\n"
+    told = "6 of 27 rows dropped: 5 without text or summary, 1 that repeat an earlier text\n"
     assert capsys.readouterr().out == f"{tmp_path / 'x.csv'}: {told}"
     read_documents(write_csv(tmp_path / "y.csv", twenty_rows()))
     assert capsys.readouterr().out == ""
@@ -48,13 +49,21 @@ def test_compressed_file_byte_order_mark_and_named_columns(tmp_path):
     assert read[3] == Document("text number 3", "summary 3")
 
 
-def test_a_header_within_is_counted(tmp_path, capsys):
+@pytest.mark.parametrize(
+    "again", ["abstract,title", "\ufeffabstract,title", '\ufeff"abstract",title', "Abstract,TITLE"]
+)
+def test_a_header_within_is_counted(tmp_path, capsys, again):
     path = write_csv(tmp_path / "x.csv", twenty_rows())
     lines = path.read_text().splitlines()
-    (tmp_path / "twice.csv").write_text("\n".join([*lines[:5], lines[0], *lines[5:]]))
+    (tmp_path / "twice.csv").write_text("\n".join([*lines[:5], again, *lines[5:]]))
     assert read_documents(tmp_path / "twice.csv") == read_documents(path)
     told = "1 of 21 rows dropped: 0 without text or summary, 0 that repeat an earlier text, 1 that repeat the header"
     assert told in capsys.readouterr().out
+
+
+def test_a_space_may_come_before_quotes(tmp_path):
+    rows = [f'text number {index}, "summary, {index}"' for index in range(20)]
+    assert read_documents(write_csv(tmp_path / "x.csv", rows))[3] == Document("text number 3", "summary, 3")
 
 
 def test_blank_lines_are_no_rows(tmp_path):
@@ -62,6 +71,14 @@ def test_blank_lines_are_no_rows(tmp_path):
     lines = path.read_text().splitlines()
     (tmp_path / "blank.csv").write_text("\n".join(["", " ", *lines[:5], "", *lines[5:], "", ""]))
     assert read_documents(tmp_path / "blank.csv") == read_documents(path)
+
+
+def test_empty_fields_behind_the_header_are_forgiven_where_all_rows_have_them(tmp_path):
+    path = write_csv(tmp_path / "x.csv", twenty_rows())
+    wide = write_csv(tmp_path / "wide.csv", [f"{row},," for row in [*twenty_rows(), "no summary,", "abstract,title"]])
+    assert read_documents(wide) == read_documents(path)
+    write_csv(wide, [*(f"{row},," for row in twenty_rows()), "abstract,title"])
+    assert read_documents(wide) == read_documents(path)
 
 
 @pytest.mark.parametrize(
@@ -77,6 +94,11 @@ def test_blank_lines_are_no_rows(tmp_path):
         (b"abstract,title\nx,y\nbroken\nin two,z\n", "line 3: 1 fields, where the header has 2"),
         (b'abstract,title\nx,y\n"quoted" and on,z\n', "line 3: not a CSV file"),
         (b'abstract,title\nx,y\n"never closed,z\na,b\n', "not a CSV file"),
+        (b"abstract,title,notes\nx,y,\nmice, rats and men,z,\n", "line 3: 4 fields, where the header has 3; quote the"),
+        (
+            b"abstract,title,notes\nmice, rats and men,z,\nx,y,\n",
+            "line 3: 3 fields, .* has 3 and the first row 4; quote",
+        ),
         (b"title,abstract,year\nx,y,2020\nx,y\n", "line 3: 2 fields, where the header has 3"),
     ],
 )
@@ -122,6 +144,7 @@ def test_percentage_is_a_prefix_of_at_least_one():
     assert take_percent(list(range(50)), 10) == [0, 1, 2, 3, 4]
     assert take_percent(list(range(50)), 0.1) == [0]
     assert take_percent(list(range(50)), 100) == list(range(50))
+    assert len(take_percent(list(range(1000)), 32.3)) == 323
     for percent in (0, -1, 101, float("nan")):
         with pytest.raises(UserError, match="above 0"):
             take_percent([1], percent)

@@ -106,11 +106,15 @@ def test_rules_choose_what_they_say():
 
 def test_what_does_not_belong_together_is_told():
     mine = {"digest": "a", "generator": "x", "search": {"num_beams": 8}, "text": "t", "text_name": "mine.csv"}
-    check = evaluate_model.check_belonging
-    for ours, theirs in ((mine, None), (None, {"candidates": mine}), (mine | {"text_name": "y"}, {"candidates": mine})):
-        assert check(ours, theirs) == []
-    (line,) = check(mine, {"candidates": mine | {"search": {}, "generator": "y"}})
+    check, trained = provenance.check_belonging, {"split": "train", "candidates": mine}
+    renamed = {"split": "test", "candidates": mine | {"text_name": "y"}}
+    for ours in (None, {"candidates": None}, renamed):
+        assert check(ours, trained) == check(renamed, None) == []
+    (line,) = check(renamed, {"candidates": mine | {"search": {}, "generator": "y"}})
     assert "trained on candidates of other generator, search than" in line
+    (line,) = check(renamed | {"split": "train", "files": "x"}, trained | {"files": "y"})  # Of another search, say.
+    assert "trained on the documents it judges here" in line
+    assert [len(check({"split": "val", "files": name}, {"split": "val", "files": "x"})) for name in "xy"] == [1, 0]
     warnings, both = [], {"likelihood": 0.04, "power": 1.0, "agreement": 0.1}
     assert evaluate_model.usable_weights(both, [{"likelihood": []}], warnings) == both
     assert evaluate_model.usable_weights(both | {"likelihood": 0.0, "agreement": 0.0}, [{}], warnings) is None

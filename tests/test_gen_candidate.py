@@ -17,14 +17,15 @@ import gen_candidate
 import pytest
 import torch
 from conftest import script_command
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
+from pretrained import tokenizer_text
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 from utils import read_lines
 
 from harness.endings import UserError
 from harness.precision import Precision
 from search.generator import CandidateGenerator, generator_dtype, length_batches, load_generator
-from texts import candidate_files
+from texts import candidate_files, provenance
 from texts.documents import read_documents, split_documents
 from texts.sentences import ptb_tokenize
 
@@ -280,6 +281,26 @@ def test_half_precision_that_names_no_type_is_bfloat16_for_the_t5_family():
     parse = gen_candidate.get_args_parser().parse_args
     for words, value in (([], "auto"), (["True"], "auto"), (["1"], "auto"), (["fp16"], "float16"), (["no"], None)):
         assert parse(["--generator_name", "x", "--half_precision", *words]).half_precision == value
+
+
+def test_candidates_of_a_tokenizer_that_cuts_or_reads_otherwise_are_others(tiny, whole):
+    _, tokenizer = load_generator(str(tiny / "generator"), torch.float32)
+    text = tokenizer_text(tokenizer)
+    tokenizer("a call", truncation=True, max_length=5)
+    assert tokenizer_text(tokenizer) == text
+    path = only_folder(whole) / "val.settings.json"
+    settings = json.loads(path.read_text())
+    assert settings["tokenizer"] == provenance.digest(text)
+    tokenizer.truncation_side = "left"
+    other = settings | {"tokenizer": provenance.digest(tokenizer_text(tokenizer))}
+    for ours, complete in ((settings, True), (other, False)):
+        files = candidate_files.CandidateFiles(path.parent, "val", ours, SimpleNamespace(rank=0))
+        assert files.complete() == complete
+        assert files.changed(settings) == ("" if complete else "tokenizer")
+        assert files.changed({name: value for name, value in settings.items() if name != "tokenizer"}) == ""
+    tokenizer.truncation_side = "right"
+    tokenizer.backend_tokenizer.normalizer = normalizers.Lowercase()
+    assert tokenizer_text(tokenizer) != text
 
 
 def test_a_complete_run_is_left_alone(tiny, whole, monkeypatch, capsys):

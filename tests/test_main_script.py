@@ -120,7 +120,9 @@ def test_half_precision_and_profiling(run_script, tiny, tmp_path):
 
 def test_weights_go_on_and_are_evaluated(run_script, tiny, baseline, sample_folder):
     folder = baseline[0]
-    result = run_script(MAIN, "-e", "--dataset", sample_folder, "--model_pt", f"{NAME}/scorer.bin", cwd=folder)
+    command = ["-e", "--dataset", sample_folder, "--model_pt", f"{NAME}/scorer.bin"]
+    result = run_script(MAIN, *command, "--num_epoch", 7, "--resume", cwd=folder)
+    assert "warning: -e leaves out --resume, --num_epoch: of training alone\n" in result.stderr
     systems = json.loads((folder / f"cache/{NAME}/evaluation.json").read_text())["systems"]
     assert systems["best"]["rouge1"]["mean"] > systems["SimCLS"]["rouge1"]["mean"] > 0
     own = run_script("SimCLS/evaluate_model.py", "--samples", sample_folder / "test", "--scorer_path",

@@ -1,5 +1,6 @@
 """What a stage asks of a model before it works with it: lengths, the first token of a text and of a summary."""
 
+import contextlib
 import os
 import sys
 from types import SimpleNamespace
@@ -20,8 +21,8 @@ from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel, 
 from harness.distributed import World
 from harness.endings import UserError
 from scorer.scorer_arguments import get_args_parser
-from search.generator import CandidateGenerator, check_generation, check_start, own_length, search_settings
-from search.token_rules import check_settings
+from search.generator import CandidateGenerator, check_generation, own_length, search_settings
+from search.token_rules import check_end, check_settings, check_start
 
 SMALL_BERT = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 SMALL_BERT |= {"num_hidden_layers": 1, "max_position_embeddings": 48, "pad_token_id": 0}
@@ -118,6 +119,21 @@ def test_a_generator_that_was_tuned_to_20_tokens_generates_no_more(tmp_path, enc
     assert CandidateGenerator(model, tokenizer, settings).max_source_length == 30
 
 
+@pytest.mark.parametrize(("asked", "most"), [({"min_length": 50}, 4), ({}, 4), ({"min_length": 11}, None)])
+def test_summaries_of_more_tokens_than_are_allowed_are_refused(asked, most):
+    model, tokenizer = tiny_seq2seq.build("t5"), SimpleNamespace(model_max_length=30)
+    model.generation_config.min_length, model.generation_config.max_length = 5, 10
+    for search in ("beam", "sample", "beam+sample"):
+        args = SimpleNamespace(num_cands=2, diversity_penalty=1.0, top_p=0.9, seed=0, decoder_max_len=most, **asked)
+        with pytest.raises(UserError, match=r"a min_length of \d+ tokens is above the max_length of (4|10); set --min"):
+            search_settings(args, model.generation_config, search)
+    with pytest.raises(UserError, match="a min_length of 5 tokens is above the max_length of 4; set --max_target"):
+        finetune_model.set_lengths(SimpleNamespace(max_source_length=30, max_target_length=4), model, tokenizer)
+    finetune_model.set_lengths(SimpleNamespace(max_source_length=30, max_target_length=5), model, tokenizer)
+    args = SimpleNamespace(num_cands=2, num_groups=1, diversity_penalty=1.0, decoder_max_len=None)
+    assert search_settings(args, model.generation_config)["min_length"] == 5
+
+
 def test_a_sentencepiece_model_alone_names_the_package_that_reads_it(tmp_path, monkeypatch):
     tiny_inputs.make_model(tmp_path / "t5", "t5")
     for path in (tmp_path / "t5").glob("tokenizer*"):
@@ -204,6 +220,27 @@ def test_summaries_start_alike_in_training_and_generation_or_are_refused(model, 
     else:
         with pytest.raises(ValueError, match=reason):
             check_start(model, target_tokens)
+
+
+@pytest.mark.parametrize(
+    ("ends", "template", "reason"),
+    [
+        (1, "$A </s>", None),
+        ([7, 1], "$A </s>", None),
+        (1, "$A </s> <unk>", None),  # As mBART's, where the language comes last.
+        (5, "$A", None),
+        (5, "$A </s>", r"summaries end with token 1 in training and with \[5\] in generation; set eos_token_id"),
+        (None, "$A </s>", "end with token 1 in training and with none in generation"),
+    ],
+)
+def test_summaries_end_alike_in_training_and_generation_or_are_refused(ends, template, reason):
+    model, tokenizer = tiny_seq2seq.build("t5"), tiny_inputs.make_tokenizer("t5")
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[("</s>", 1), ("<unk>", 2)]
+    )
+    model.generation_config.eos_token_id = ends
+    with contextlib.nullcontext() if reason is None else pytest.raises(ValueError, match=reason):
+        check_end(model, tokenizer)
 
 
 def test_a_tokenizer_of_many_languages_without_a_target_is_refused():

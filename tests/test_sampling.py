@@ -99,7 +99,8 @@ class Tokens(list):
 def test_dropout_is_all_of_the_generator_s(tmp_path, monkeypatch):
     tiny_seq2seq.build("bart").save_pretrained(tmp_path)
     monkeypatch.setattr(pretrained, "load_tokenizer", lambda *_, **__: Tokens())
-    monkeypatch.setattr(generator, "check_start", lambda *_: None)
+    for check in ("check_start", "check_end"):
+        monkeypatch.setattr(generator, check, lambda *_: None)
     config = generator.load_generator(str(tmp_path), dropout=0.25)[0].config
     assert (config.dropout, config.attention_dropout, config.activation_dropout) == (0.25, 0.25, 0.25)
     monkeypatch.setattr(Tokens, "pad_token", None)

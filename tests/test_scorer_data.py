@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import data_utils
@@ -14,7 +15,8 @@ from model import Scorer, load_encoder, load_scorer, score_samples
 
 from harness.endings import UserError
 from harness.precision import choose_precision
-from texts.samples import read_sample, sample_files
+from texts import provenance
+from texts.samples import check_training, provenance_of, read_sample, sample_files
 
 CPU = torch.device("cpu")
 FP32 = choose_precision(None, CPU)
@@ -106,6 +108,7 @@ def test_token_file_is_used_until_something_changes(sample_folder, encoding, tmp
         return dataset, bool(said)
 
     first, made = load()
+    (path,) = tmp_path.glob("*.tokens")
     assert made
     again, made = load()
     assert not made
@@ -123,7 +126,6 @@ def test_token_file_is_used_until_something_changes(sample_folder, encoding, tmp
     assert load(max_num=3)[1]
     assert load(texts=TextEncoding(encoding.tokenizer, 60, 21))[1]
     assert not load()[1]
-    (path,) = [path for path in tmp_path.glob("*.tokens") if not load()[1]][:1]
     assert str(path) in Path("/proc/self/maps").read_text()  # Which is Linux's: it is mapped, not read.
     foreign = safetensors.numpy.save({"ids": np.zeros(3)})
     for damaged in (b"", b"\x08\0\0\0\0\0\0\0garbage", path.read_bytes()[:-50], foreign):
@@ -175,6 +177,8 @@ BAD_SAMPLES = [
         ({"candidates": [each]}, "candidates.0 is not [sentences, score]")
         for each in (["a"], "ab", [[1], 0.5], [["a"], True], [["a"], 0.5, 1])
     ],
+    ({"abstract": ["\ud800Number 7"]}, "abstract is not a list of sentences in UTF-8"),
+    ({"candidates_untok": [[["\ud800"], 0.5]]}, "candidates_untok.0 is not [sentences, score], in UTF-8"),
     ({"candidates": [[["a"], 1], [["b"], 0.5]]}, "it has 2 candidates, 1 candidates_untok"),
     ({"likelihood": []}, "it has 1 candidates, 1 candidates_untok, 0 likelihood"),
     ({"likelihood": None}, "it has 1 candidates, 1 candidates_untok, 0 likelihood"),
@@ -192,6 +196,27 @@ def test_bad_sample_is_named(tmp_path, change, wanted):
         read_sample(path)
     assert wanted in str(error.value)
     assert str(path) in str(error.value)
+
+
+def test_training_documents_are_not_those_that_validate(sample_folder, tmp_path, capsys):
+    folder = tmp_path / "samples"
+    shutil.copytree(sample_folder, folder)
+    assert check_training(folder) == [provenance_of(folder / split) for split in ("train", "val")]
+
+    def write(place, split, generator):
+        made = {"generator": generator, "text": "t"}
+        provenance.write(folder / place, provenance.describe(split=split, files=place, candidates=made))
+
+    write("train", "train", "x")
+    write("val", "val", "x")
+    check_training(folder)
+    assert capsys.readouterr().out == ""
+    write("val", "val", "y")
+    check_training(folder)
+    assert "val have candidates that were made with other generator\n" in capsys.readouterr().out
+    write("val", "train", "y")
+    with pytest.raises(UserError, match="are both of the train documents of one text; make each with its own --split"):
+        check_training(folder)
 
 
 def test_no_samples(tmp_path):

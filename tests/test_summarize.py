@@ -55,6 +55,13 @@ def test_each_line_of_text_gets_a_line_however_it_comes(run_here, encoders, tmp_
     assert run_here("-") == lines
 
 
+def test_a_byte_order_mark_is_no_text(tmp_path):
+    for name, header in (("x.txt", ""), ("x.csv", "\ufeffabstract\n")):
+        (tmp_path / name).write_text(f"{header}\ufeffone\n\ufeffABSTRACT\n\ufefftwo\n")
+    assert [*map(summarize.clean, summarize.read_documents(str(tmp_path / "x.csv"), "abstract"))] == ["one", "two"]
+    assert next(summarize.read_documents(str(tmp_path / "x.txt"), "abstract")) == "one"
+
+
 def test_a_job_of_several_processes_is_refused(run_here, tmp_path, monkeypatch):
     job = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}
     for name, value in job.items():

@@ -38,7 +38,10 @@ def add_judge_arguments(parser):
 
 
 def check_scorer_path(args):
-    """UserError if --scorer_path is given and is not a file."""
+    """UserError if --scorer_path is not a file, or is missing while other arguments of the scorer are given."""
+    for name in ("model_type", "total_len", "max_len"):
+        if getattr(args, name) is not None and not args.scorer_path:
+            raise UserError(f"--{name} is of a scorer; name that by --scorer_path, or leave it out")
     if args.scorer_path and not args.scorer_path.is_file():
         raise UserError(f"--scorer_path {args.scorer_path} is no file; main.py writes cache/<run>/scorer.bin")
 
@@ -100,6 +103,15 @@ def by_rules(samples):
     rules["longest"] = lambda sample: np.argmax([words(sentences) for sentences, _ in sample["candidates_untok"]])
     rules["Bayes risk"] = lambda sample: sample["agreement"].argmax()
     return {name: np.array([rule(sample) for sample in samples]) for name, rule in rules.items()}
+
+
+def usable_weights(weights, samples, warnings):
+    """`weights`, or None if only the scorer's score counts. If samples have no likelihoods, their weight becomes 0, and
+    a line is added to `warnings`."""
+    if weights and weights["likelihood"] and not all("likelihood" in sample for sample in samples):
+        warnings.append("the scorer counts on likelihoods, which the samples have not: it chooses without")
+        weights = weights | {"likelihood": 0.0}
+    return weights if weights and (weights["likelihood"] or weights["agreement"]) else None
 
 
 def words(sentences):

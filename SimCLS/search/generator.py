@@ -21,7 +21,7 @@ from harness.endings import UserError
 from search.ctranslate2_beams import CTranslate2Beams
 from search.diverse_beam import DiverseBeamSearch
 from search.sampling import NucleusSampling
-from search.token_rules import check_settings, check_tokens
+from search.token_rules import check_end, check_settings, check_start
 from texts import provenance
 from texts.documents import clean
 from texts.samples import as_sample
@@ -33,6 +33,9 @@ CANDIDATES = 16
 SEARCHES = ("diverse", "beam", "sample")
 ENGINES = {"pytorch": None, "ctranslate2": "float32", "ctranslate2_int8": "int8"}  # Name -> compute type.
 TOKENIZED_TOGETHER = 1000
+# Arguments of a single kind of search -> (this kind, values that are also allowed with other kinds).
+OF_ONE_SEARCH = {"num_groups": ("diverse", (None, 1)), "diversity_penalty": ("diverse", (1.0, 0.0))}
+OF_ONE_SEARCH |= {"top_p": ("sample", (0.9,)), "seed": ("sample", (0,))}
 
 
 def add_search_arguments(parser):
@@ -76,7 +79,11 @@ def candidates_a_document(args):
 
 
 def check_search(args):
-    """UserError unless --num_groups, if given, divides --num_cands, and --engine supports the search and precision."""
+    """UserError unless --num_groups, if given, divides --num_cands, --engine supports the search and precision, and
+    --search has the kinds of search whose arguments are given."""
+    for name, (search, silent) in OF_ONE_SEARCH.items():
+        if search not in args.search.split("+") and getattr(args, name) not in silent:
+            raise UserError(f"--{name} is of --search {search}, and not of {args.search}; leave one of them out")
     if ENGINES[args.engine] and args.search != "beam":
         raise UserError(f"--engine {args.engine} knows --search beam alone; name that, or leave the engine out")
     if ENGINES[args.engine] and args.half_precision:
@@ -89,7 +96,8 @@ def search_settings(args, config, search="diverse"):
     """The arguments of DiverseBeamSearch or NucleusSampling: the user's, else the generation config's, else neutral
     ones. For several searches {"searches": a list of such arguments, "max_length"}.
 
-    search: "diverse"; "beam" for one group, whatever the arguments say; "sample"; or several, joined by "+".
+    search: "diverse"; "beam" for one group, whatever the arguments say; "sample"; or several, joined by "+". UserError
+    if the minimum length exceeds the maximum.
     """
     if "+" in search:
         each = [search_settings(args, config, name) for name in search.split("+")]
@@ -106,6 +114,7 @@ def search_settings(args, config, search="diverse"):
         "min_length": choose("min_length", 0),
         "no_repeat_ngram_size": choose("no_repeat_ngram_size", 0),
     }
+    check_least(both["min_length"], both["max_length"], "--min_length, --decoder_max_len")
     if search == "sample":
         return {"num_samples": args.num_cands, "top_p": args.top_p, "seed": args.seed, **both}
     groups = 1 if search == "beam" else args.num_groups or args.num_cands
@@ -119,6 +128,15 @@ def search_settings(args, config, search="diverse"):
         "length_penalty": choose("length_penalty", 1.0),
         "early_stopping": choose("early_stopping", False),
     } | both
+
+
+def check_least(least, most, flags):
+    """UserError if the minimum length `least` exceeds the maximum `most`. flags: that set them, for the message."""
+    if least > most:
+        raise UserError(
+            f"a min_length of {least} tokens is above the max_length of {most}; set {flags} or the generator's "
+            "generation_config.json"
+        )
 
 
 def own_length(config):
@@ -161,6 +179,7 @@ def load_generator(name, dtype=torch.float32, dropout=None):
             raise ValueError("its tokenizer has no pad token; name one as pad_token in tokenizer_config.json")
         check_settings(model.generation_config)
         check_start(model, tokenizer)
+        check_end(model, tokenizer)
     except ValueError as error:
         raise UserError(f"--generator_name {name!r}: {error}") from None
     return model.eval(), tokenizer
@@ -179,40 +198,6 @@ class Candidate(NamedTuple):
     text: str
     log_prob: float
     tokens: int
-
-
-def check_start(model, tokenizer):
-    """ValueError unless summaries start with the same token in generation as in training.
-
-    A decoder_start_token_id that is a list of one token is replaced by that token.
-    """
-    for config in (model.config, model.generation_config):
-        start = getattr(config, "decoder_start_token_id", None)
-        if isinstance(start, list):
-            if len(set(start)) != 1:
-                raise ValueError(f"decoder_start_token_id is {start}; it has to be one token")
-            config.decoder_start_token_id = start[0]
-    generated = model.generation_config.decoder_start_token_id
-    if generated is None:
-        generated = model.generation_config.bos_token_id
-    check_tokens(model, [] if generated is None else [generated])
-    if hasattr(tokenizer, "tgt_lang") and tokenizer.tgt_lang is None:
-        raise ValueError("its tokenizer names no target language; set tgt_lang in tokenizer_config.json")
-    try:
-        labels = torch.tensor([tokenizer(text_target="a")["input_ids"]])  # mBART moves the last one to the front.
-        trained = int(model.prepare_decoder_input_ids_from_labels(labels=labels)[0, 0])
-    except AttributeError:  # The model shifts its labels itself.
-        trained = getattr(model.config, "decoder_start_token_id", None)
-    except (ValueError, TypeError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        if "pad_token_id" in reason:
-            reason = "its config.json names no pad_token_id; set it"
-        raise ValueError(reason) from None
-    if trained != generated:
-        raise ValueError(
-            f"summaries start with token {trained} in training and with {generated} in generation; set "
-            "decoder_start_token_id in config.json and generation_config.json"
-        )
 
 
 def check_generation(name, model, tokenizer, beams):

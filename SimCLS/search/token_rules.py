@@ -20,6 +20,8 @@ UNSUPPORTED = {
     "sequence_bias": (None, {}),
     "stop_strings": (None, []),
     "min_new_tokens": (None, 0),
+    "watermarking_config": (None,),
+    "force_words_ids": (None,),
 }
 # `check_tokens` checks that they are in the vocabulary.
 TOKEN = ("the number of a token", lambda value: is_number(value) and isinstance(value, int))
@@ -120,6 +122,53 @@ def check_settings(config):
     wrong = fault(vars(config), {name: maybe(shape) for name, shape in SETTINGS.items()})
     if wrong:
         raise ValueError(f"in its generation_config.json {wrong}")
+
+
+def check_start(model, tokenizer):
+    """ValueError unless summaries start with the same token in generation as in training.
+
+    A decoder_start_token_id that is a list of one token is replaced by that token.
+    """
+    for config in (model.config, model.generation_config):
+        start = getattr(config, "decoder_start_token_id", None)
+        if isinstance(start, list):
+            if len(set(start)) != 1:
+                raise ValueError(f"decoder_start_token_id is {start}; it has to be one token")
+            config.decoder_start_token_id = start[0]
+    generated = model.generation_config.decoder_start_token_id
+    if generated is None:
+        generated = model.generation_config.bos_token_id
+    check_tokens(model, [] if generated is None else [generated])
+    if hasattr(tokenizer, "tgt_lang") and tokenizer.tgt_lang is None:
+        raise ValueError("its tokenizer names no target language; set tgt_lang in tokenizer_config.json")
+    try:
+        labels = torch.tensor([tokenizer(text_target="a")["input_ids"]])  # mBART moves the last one to the front.
+        trained = int(model.prepare_decoder_input_ids_from_labels(labels=labels)[0, 0])
+    except AttributeError:  # The model shifts its labels itself.
+        trained = getattr(model.config, "decoder_start_token_id", None)
+    except (ValueError, TypeError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        if "pad_token_id" in reason:
+            reason = "its config.json names no pad_token_id; set it"
+        raise ValueError(reason) from None
+    if trained != generated:
+        raise ValueError(
+            f"summaries start with token {trained} in training and with {generated} in generation; set "
+            "decoder_start_token_id in config.json and generation_config.json"
+        )
+
+
+def check_end(model, tokenizer):
+    """ValueError unless the end tokens of generation include one that the tokenizer puts into texts in training. Not
+    checked for tokenizers that add no end token."""
+    known = tokenizer.eos_token_id, tokenizer.sep_token_id
+    trained = [token for token in tokenizer(text_target="a")["input_ids"] if token in known]
+    generated = _as_list(model.generation_config.eos_token_id)
+    if trained and not set(trained) & set(generated):
+        raise ValueError(
+            f"summaries end with token {trained[-1]} in training and with {generated or 'none'} in generation; set "
+            "eos_token_id in generation_config.json"
+        )
 
 
 def check_tokens(model, tokens):

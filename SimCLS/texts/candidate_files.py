@@ -34,8 +34,15 @@ class CandidateFiles:
 
     def complete(self):
         """Whether all files exist and were made with these settings."""
-        found = _read_json(self.settings_path) == self.settings
-        return found and all((self.folder / f"{self.split}.{name}").is_file() for name in FILES)
+        found = _read_json(self.settings_path)
+        same = isinstance(found, dict) and not self.changed(found)
+        return same and all((self.folder / f"{self.split}.{name}").is_file() for name in FILES)
+
+    def changed(self, found):
+        """The settings that differ in the dict `found`, in words. Older files do not have the tokenizer."""
+        found = {"tokenizer": self.settings.get("tokenizer")} | found
+        names = found.keys() | self.settings.keys()
+        return ", ".join(sorted(name for name in names if found.get(name) != self.settings.get(name)))
 
     def prepare(self):
         """In the main process: remove leftovers of killed writes. UserError if there are candidates with other or
@@ -50,8 +57,7 @@ class CandidateFiles:
                 "is not there or is torn; choose another --output_dir, or move them away"
             )
         for found in (settings, *partials.values()):
-            names = found.keys() | self.settings.keys() if isinstance(found, dict) else ()
-            changed = ", ".join(sorted(name for name in names if found.get(name) != self.settings.get(name)))
+            changed = self.changed(found) if isinstance(found, dict) else ""
             if changed:
                 raise UserError(
                     f"{self.folder} has {self.split} candidates that were made with other {changed}; choose another "

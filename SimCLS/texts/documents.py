@@ -12,6 +12,7 @@ import io
 import os
 import re
 import zlib
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +29,8 @@ LONGEST_NAME = 200  # bytes; file systems allow 255, and callers add to the name
 # White space and control characters: a superset of what str.splitlines() splits on, since the candidate files have one
 # text per line.
 _BLANKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029]+")
+# Zero-width characters. One is the byte order mark, which may also be inside a file that was concatenated from several.
+_INVISIBLE = "\u200b\u2060\ufeff"
 
 
 class Document(NamedTuple):
@@ -71,7 +74,7 @@ def read_documents(path, document_column="abstract", summary_column="title"):
     documents, rows, empty, headers = {}, 0, 0, 0
     for text, summary in read_columns(path, document_column, summary_column):
         text, summary, rows = clean(text), clean(summary), rows + 1
-        if (text, summary) == (document_column, summary_column):  # Concatenated files.
+        if is_header((text, summary), (document_column, summary_column)):  # Concatenated files.
             headers += 1
         elif text and summary:
             documents.setdefault(text, Document(text, summary))
@@ -94,22 +97,28 @@ def read_columns(path, *columns):
     """Yield the texts in the named columns of a .csv or .csv.gz file, one tuple per row; blank lines are skipped.
 
     The file is never in memory as a whole. Raises UserError if it cannot be read, is empty or is not UTF-8, if a column
-    is missing, and if a row has more or fewer fields than the header.
+    is missing, and if a row has more or fewer fields than the header. Extra empty fields at the end are allowed if all
+    rows have equally many; in a single row, an unquoted comma in a text may have shifted the fields.
     """
     csv.field_size_limit(2**31 - 1)  # A document may be longer than the default limit of 131,072 characters.
     rows = None
     try:
         with _open(path) as file:
-            rows = csv.reader(io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True)
+            rows = csv.reader(
+                io.TextIOWrapper(file, encoding="utf-8-sig", newline=""), strict=True, skipinitialspace=True
+            )
             header = next((row for row in rows if any(map(clean, row))), None)
             if header is None:
                 raise UserError(f"{path} is empty; it needs a header row and rows below it")
             places = _places(path, header, columns)
+            width = None  # Fields of the first row.
             for row in filter(None, rows):
-                if len(row) < len(header) or any(row[len(header) :]):
+                width = width or max(len(row), len(header))
+                if (len(row) != width and row != header) or any(row[len(header) :]):
                     raise UserError(
-                        f"{path}, line {rows.line_num}: {len(row)} fields, where the header has {len(header)}; quote "
-                        "the fields that hold a comma or a line end"
+                        f"{path}, line {rows.line_num}: {len(row)} fields, where the header has {len(header)}"
+                        + f" and the first row {width}" * (width > len(header))
+                        + "; quote the fields that hold a comma or a line end"
                     )
                 yield tuple(row[place] for place in places)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
@@ -124,8 +133,15 @@ def read_columns(path, *columns):
 
 
 def clean(text):
-    """`text` on one line: runs of white space and control characters become one space, none at the ends."""
-    return _BLANKS.sub(" ", text).strip()
+    """`text` on one line: runs of white space and control characters become one space. Spaces and zero-width characters
+    at the ends are removed."""
+    return _BLANKS.sub(" ", text).strip(" " + _INVISIBLE)
+
+
+def is_header(fields, columns):
+    """Whether the cleaned `fields` of a row are the names of these columns, ignoring case. A name keeps its quotes if a
+    byte order mark precedes them, so these are ignored, too."""
+    return all(field.strip('"').casefold() == name.casefold() for field, name in zip(fields, columns, strict=True))
 
 
 def split_documents(documents):
@@ -143,7 +159,7 @@ def take_percent(documents, percent):
     """The first `percent` (above 0, at most 100) of a split, at least one document."""
     if not 0 < percent <= 100:
         raise UserError(f"a dataset percentage of {percent} is not above 0 and at most 100")
-    return documents[: max(1, int(len(documents) * percent / 100))]
+    return documents[: max(1, len(documents) * Fraction(str(percent)) // 100)]  # Exact: 32.3 has no exact float.
 
 
 def find_dataset(name):

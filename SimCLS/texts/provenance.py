@@ -52,3 +52,23 @@ def differences(ours, theirs):
         return ""
     known = (ours.keys() & theirs.keys()) - {"digest", *NAMES}
     return ", ".join(sorted(key for key in known if ours[key] != theirs[key]))
+
+
+def same_documents(ours, theirs):
+    """Whether two provenances of samples show that they are from the same split of the same text; False if unknown."""
+    if not ours or not theirs or ours.get("split") is None or ours["split"] != theirs.get("split"):
+        return False
+    texts = [(each.get("candidates") or {}).get("text", each.get("files")) for each in (ours, theirs)]
+    return texts[0] is not None and texts[0] == texts[1]
+
+
+def check_belonging(made, trained):
+    """A list of warnings if the samples are not suitable for judging a scorer.
+
+    made, trained: the provenance of the samples, and of the scorer's training samples, or None.
+    """
+    different = differences(*((each or {}).get("candidates") for each in (made, trained)))
+    wrong = [f"the scorer was trained on candidates of other {different} than those it judges here"] * bool(different)
+    if same_documents(made, trained):
+        wrong.append("the scorer was trained on the documents it judges here: its figures say nothing of others")
+    return wrong

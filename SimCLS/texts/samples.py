@@ -10,6 +10,7 @@ import re
 from pathlib import Path
 
 from harness.endings import UserError
+from harness.files import is_utf8
 from reporting.shapes import NUMBER, WHOLE, each, fault, maybe
 from texts import provenance
 from texts.candidate_files import Lines
@@ -26,12 +27,12 @@ def _pair(first, second):
 
 
 def _are_sentences(value):
-    return isinstance(value, list) and all(isinstance(sentence, str) for sentence in value)
+    return isinstance(value, list) and all(isinstance(sentence, str) and is_utf8(sentence) for sentence in value)
 
 
-SENTENCES = ("a list of sentences", _are_sentences)
+SENTENCES = ("a list of sentences in UTF-8", _are_sentences)  # JSON also allows "\ud800", which no tokenizer accepts.
 SAMPLE = dict.fromkeys(KEYS[:4], SENTENCES)
-SAMPLE |= dict.fromkeys(KEYS[4:], each(list, ("[sentences, score]", _pair(SENTENCES, NUMBER))))
+SAMPLE |= dict.fromkeys(KEYS[4:], each(list, ("[sentences, score], in UTF-8", _pair(SENTENCES, NUMBER))))
 SAMPLE["likelihood"] = maybe(each(list, ("[log-probability, tokens]", _pair(NUMBER, WHOLE))))
 
 
@@ -57,6 +58,21 @@ def provenance_of(folder):
     files = sample_files(folder)
     made_of = provenance.read(folder)
     return made_of or provenance.describe(files=[[path.name, path.stat().st_size] for path in files])
+
+
+def check_training(folder, say=print):
+    """[the provenance of the training samples in `folder`, that of the validation samples], two dicts. Warns if their
+    candidates were made differently. UserError if both are from the same documents, which would choose the weights."""
+    made_of = [provenance_of(folder / split) for split in ("train", "val")]
+    if provenance.same_documents(*made_of):
+        raise UserError(
+            f"{folder / 'train'} and {folder / 'val'} are both of the {made_of[0]['split']} documents of one text; "
+            "make each with its own --split of preprocess.py"
+        )
+    different = provenance.differences(*(made.get("candidates") for made in made_of))
+    if different:
+        say(f"warning: {folder / 'train'} and {folder / 'val'} have candidates that were made with other {different}")
+    return made_of
 
 
 def read_sample(path):

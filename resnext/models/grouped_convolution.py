@@ -1,8 +1,9 @@
-"""A grouped convolution in three forms that compute the same (Xie et al. 2017, figure 3, shows the first two equal).
+"""A grouped convolution in three forms that compute the same result (Xie et al. 2017, figure 3, shows that the first
+two are equivalent).
 
 groups      one convolution with `groups`
-separate    a convolution for each group, and their outputs side by side
-dense       one convolution without groups, whose weight is block-diagonal: more FLOPs, in a form that is ordinary
+separate    one convolution per group, with their outputs concatenated
+dense       one convolution without groups and with a block-diagonal weight: more FLOPs, but an ordinary convolution
 
 Which is fastest depends on device, layout and precision: benchmarks/layout.py measures the convolutions alone,
 benchmarks/fast.py whole training steps.
@@ -49,7 +50,7 @@ class GroupedConv2d(nn.Conv2d):
 
 
 def set_form(model, form):
-    """Let every GroupedConv2d of `model` run in `form`."""
+    """Make every GroupedConv2d of `model` run in `form`."""
     for layer in model.modules():
         if isinstance(layer, GroupedConv2d):
             layer.form = form

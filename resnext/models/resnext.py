@@ -1,7 +1,7 @@
-"""ResNeXt for small pictures (Xie et al. 2017, "Aggregated Residual Transformations for Deep Neural Networks").
+"""ResNeXt for small images (Xie et al. 2017, "Aggregated Residual Transformations for Deep Neural Networks").
 
-Three stages of three bottleneck blocks, 29 layers, as pytorch-cifar (github.com/kuangliu/pytorch-cifar) lays them
-out; parameter counts and state dict keys agree with it.
+Three stages of three bottleneck blocks, 29 layers, as in pytorch-cifar (github.com/kuangliu/pytorch-cifar), with the
+same parameter counts and state dict keys.
 """
 
 import re
@@ -12,7 +12,7 @@ from torch import nn
 
 from models.grouped_convolution import GroupedConv2d
 
-EXPANSION = 2  # Output channels of a block for each channel of its grouped convolution.
+EXPANSION = 2  # Output channels of a block per channel of its grouped convolution.
 BLOCKS = (3, 3, 3)
 NAME = re.compile(r"resnext29_([1-9]\d{0,3})x([1-9]\d{0,3})d")
 
@@ -24,8 +24,8 @@ class Shortcut(nn.Conv2d):
         super().__init__(in_channels, out_channels, kernel_size=1, stride=stride, bias=False)
 
     def forward(self, x):
-        # In channels last, where channels are few, oneDNN writes past its workspace if it is to skip pixels itself
-        # (uxlfoundation/oneDNN issue 6035), and pictures of 48x48 end the process.
+        # In channels last with few channels, oneDNN writes past its workspace when it applies the stride itself
+        # (uxlfoundation/oneDNN issue 6035), and images of 48x48 crash the process.
         if self.in_channels < 16 and x.is_contiguous(memory_format=torch.channels_last):
             return F.conv2d(x[:, :, :: self.stride[0], :: self.stride[1]], self.weight)
         return super().forward(x)
@@ -86,7 +86,7 @@ class ResNeXt(nn.Module):
 
 
 def parse_name(name):
-    """(cardinality, bottleneck width) of "resnext29_4x64d" or the like; ValueError when it is none."""
+    """(cardinality, bottleneck width) of a name such as "resnext29_4x64d"; ValueError for any other."""
     match = NAME.fullmatch(name)
     if not match:
         raise ValueError(f"{name!r} is not of the form resnext29_{{cardinality}}x{{width}}d, as in resnext29_4x64d")

@@ -1,15 +1,14 @@
-"""ResNeXt with activation checkpointing: the model of resnext.py, with forward told step by step.
+"""ResNeXt with activation checkpointing: the model of resnext.py, with forward split into named steps.
 
-A policy says which steps backward redoes instead of forward keeping them (steps of a block: conv1, relu1, conv2,
-relu2, conv3, shortcut, out):
+A policy says which steps backward recomputes because forward does not keep their outputs (steps of a block: conv1,
+relu1, conv2, relu2, conv3, shortcut, out):
 
-chain     relu1, relu2 and out: each BatchNorm, ReLU and sum is redone from the convolutions before it; no convolution
-          is. (The block's input comes back from the sums before it, too.)
-block     all but out: a block keeps its input alone (the usual practice; Chen et al. 2016).
-nested    the original study's way, by torch.utils.checkpoint: stages, and in them blocks again. It is here to be
-          compared with.
+chain     relu1, relu2 and out: each BatchNorm, ReLU and sum is recomputed from the convolutions before it; no
+          convolution is. (A block's input is also recomputed, from the sums before it.)
+block     all but out: a block keeps only its input (the usual practice; Chen et al. 2016).
+nested    the original study's way, with torch.utils.checkpoint: stages, and blocks within them. Kept for comparison.
 
-A collection of step names ("layer1.0.conv1", ...) works as a policy too: the `redo` of a harness.planning.Plan is one.
+A collection of step names ("layer1.0.conv1", ...) is also a policy, such as the `redo` of a harness.planning.Plan.
 """
 
 import contextlib
@@ -29,12 +28,12 @@ DEFAULT_POLICY = "chain"
 
 
 class CheckpointBlock(Block):
-    """Block, whose training forward runs as named steps on `tape`."""
+    """A Block whose training forward runs as named steps on `tape`."""
 
     def forward(self, x, tape=None, name=""):
         if tape is None:
             return super().forward(x)
-        norm = tape.batch_norm  # What it returns may be changed in place: nothing needs it for backward.
+        norm = tape.batch_norm  # Its result may be changed in place: backward does not need it.
         out = tape.run(f"{name}.conv1", self.conv1, x)
         out = tape.run(f"{name}.relu1", lambda out: norm(self.bn1, out).relu_(), out)
         out = tape.run(f"{name}.conv2", self.conv2, out)
@@ -48,7 +47,7 @@ class CheckpointBlock(Block):
 
 
 class CheckpointResNeXt(ResNeXt):
-    """ResNeXt with the same parameters and results; in training, backward redoes what `policy` names."""
+    """ResNeXt with the same parameters and results; in training, backward recomputes what `policy` names."""
 
     block = CheckpointBlock
 
@@ -57,7 +56,7 @@ class CheckpointResNeXt(ResNeXt):
         self.policy = policy
 
     def redo(self, name):
-        """Whether the policy redoes the step `name`."""
+        """Whether the policy recomputes the step `name`."""
         if self.policy in POLICIES:
             return name.rpartition(".")[2] in POLICIES[self.policy]
         return name in self.policy
@@ -73,8 +72,8 @@ class CheckpointResNeXt(ResNeXt):
             return self.run_steps(tape, x)
 
     def prepare_to_compile(self):
-        """To be called before torch.compile, under the run's autocast, once the policy is chosen."""
-        pictures = torch.empty(2, 3, 32, 32, device="meta")  # The steps are the same for any number and size.
+        """Call this before torch.compile, under the run's autocast, once the policy is set."""
+        pictures = torch.empty(2, 3, 32, 32, device="meta")  # The steps do not depend on batch or image size.
         self.contexts = selective_contexts(copy.deepcopy(self).to("meta").run_steps, pictures, self.redo)
 
     def run_steps(self, tape, x):
@@ -90,9 +89,10 @@ class CheckpointResNeXt(ResNeXt):
     def rehearse(self, batch_size, side=32, timed=True, **layout):
         """The harness.rehearsal.Timeline of a training step, for harness.planning. Call it under the run's autocast.
 
-        side: of the pictures, in pixels. layout: their memory_format and dtype. timed: whether to take seconds, too.
+        side: height and width of an image in pixels. layout: memory_format and dtype of the images. timed: whether to
+        measure seconds as well.
         """
-        # On a copy, since forward moves BatchNorm's statistics. What the pictures show does not matter.
+        # On a copy, since forward updates BatchNorm's statistics. The content of the images does not matter.
         model, device = copy.deepcopy(self).train(), self.linear.weight.device
 
         def pictures(count):
@@ -119,7 +119,7 @@ class CheckpointResNeXt(ResNeXt):
     @staticmethod
     @contextlib.contextmanager
     def _frozen_statistics(module):
-        # Redoing a BatchNorm would move its running statistics a second time.
+        # Recomputing a BatchNorm would update its running statistics a second time.
         norms = [norm for norm in module.modules() if isinstance(norm, torch.nn.BatchNorm2d)]
         before = [(norm.momentum, norm.num_batches_tracked) for norm in norms]
         try:
