@@ -281,6 +281,7 @@ def test_work_of_the_published_model_is_what_it_is_known_to_be():
 
 def test_on_cuda_everything_is_on_and_the_half_precision_of_the_original_is_an_arm(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(fast, "ON_CUDA", True)
     rows = fast.make_rows(fast.get_args_parser().parse_args([]), torch.device("cuda"), LAYOUT)
     assert fast.fast_row(rows, fast.get_args_parser().parse_args([]), LAYOUT).label == "label smoothing"
     carried = {row.label: row.carried for row in rows}
