@@ -68,7 +68,8 @@ def test_everything_on_takes_a_budget_when_it_is_compiled(pictures, tmp_path, mo
     without_code = functools.partial(torch.compile, dynamic=False, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", lambda model, **options: without_code(model))
     arguments = ["--dataset", "folder", "--data_dir", pictures, "--model", "resnext29_2x4d", "--batch_size", 8,
-                 "--num_epoch", 1, "--compile", "--memory_budget", 0.7, "--output_dir", tmp_path]  # fmt: skip
+                 "--num_epoch", 1, "--compile", "--memory_budget", 0.7, "--output_dir", tmp_path,
+                 "--channels_last", "--grouped_convolution", "groups"]  # fmt: skip
     monkeypatch.setattr(sys, "argv", ["resnext_fast.py", *map(str, arguments)])
     resnext_fast.main()
     (record,) = (json.loads(path.read_text()) for path in tmp_path.glob("*.json"))
