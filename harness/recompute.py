@@ -106,7 +106,7 @@ class Tape:
         return saved
 
     def _unpack(self, saved):
-        return saved.tensor if saved.step is None else saved.step.use()
+        return saved.tensor if saved.step is None else saved.view(saved.step.use())
 
 
 class _Saved:
@@ -116,13 +116,24 @@ class _Saved:
         self.tensor, self.step = tensor, None
 
     def settle(self, redone):
-        """Drop the tensor if it is one of `redone`, pairs of (tensor, step)."""
+        """Drop the tensor if it is one of `redone`, pairs of (tensor, step), or a view of one, such as a chunk."""
         for tensor, step in redone:
-            if self.tensor.dtype == tensor.dtype and self.tensor.is_set_to(tensor):  # Same memory, same layout.
+            if self.tensor.dtype == tensor.dtype and _share_memory(self.tensor, tensor):
+                offset = self.tensor.storage_offset() - tensor.storage_offset()
+                self._layout = self.tensor.size(), self.tensor.stride(), offset
                 self.tensor, self.step = None, step
                 step.uses += 1
                 return
         count_saved(self.tensor)
+
+    def view(self, result):
+        """The part of the step's `result` that autograd saved."""
+        size, stride, offset = self._layout
+        return result.as_strided(size, stride, result.storage_offset() + offset)
+
+
+def _share_memory(one, other):
+    return one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr()
 
 
 class _Step:
