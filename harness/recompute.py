@@ -114,6 +114,7 @@ class _Saved:
 
     def __init__(self, tensor):
         self.tensor, self.step = tensor, None
+        self._layout = None  # Of a dropped tensor within the step's output: size, stride, offset.
 
     def settle(self, redone):
         """Drop the tensor if it is one of `redone`, pairs of (tensor, step), or a view of one, such as a chunk."""

@@ -34,8 +34,10 @@ SEARCHES = ("diverse", "beam", "sample")
 ENGINES = {"pytorch": None, "ctranslate2": "float32", "ctranslate2_int8": "int8"}  # Name -> compute type.
 TOKENIZED_TOGETHER = 1000
 # Arguments of a single kind of search -> (this kind, values that are also allowed with other kinds).
-OF_ONE_SEARCH = {"num_groups": ("diverse", (None, 1)), "diversity_penalty": ("diverse", (1.0, 0.0))}
-OF_ONE_SEARCH |= {"top_p": ("sample", (0.9,)), "seed": ("sample", (0,))}
+OF_ONE_SEARCH = {
+    "num_groups": ("diverse", (None, 1)), "diversity_penalty": ("diverse", (1.0, 0.0)), "top_p": ("sample", (0.9,)),
+    "seed": ("sample", (0,)),
+}  # fmt: skip
 
 
 def add_search_arguments(parser):
