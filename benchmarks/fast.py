@@ -48,6 +48,7 @@ TECHNIQUES = {
     "channels last": "--channels_last True",
     "bfloat16": "--half_precision bfloat16",
     "torch.compile": "--compile True",
+    "max-autotune": "--compile True --max_autotune True",
     "CUDA graphs": "--compile True --cuda_graphs True",
     "separate convolutions": "--grouped_convolution separate",
     "dense convolutions": "--grouped_convolution dense",
@@ -55,6 +56,7 @@ TECHNIQUES = {
     "Muon in one cycle": "--optimizer muon --lr 0.1",
     "label smoothing": "--label_smoothing 0.1",
 }
+ON_CUDA_ONLY = ("max-autotune", "CUDA graphs")
 HALF = "original, float16"
 FAST = "resnext_fast.py"
 TARGETS = {
@@ -125,7 +127,7 @@ def make_rows(args, device, layout):
     if device.type == "cuda":
         rows.append(Row(HALF, [*flags, "--half_precision", "float16"], carried=False))
     for label in args.techniques:
-        if label == "CUDA graphs" and device.type == "cpu":
+        if label in ON_CUDA_ONLY and device.type == "cpu":
             continue
         row = Row(label, [*flags, *TECHNIQUES[label].split()])
         changed = [flag[2:] for flag in TECHNIQUES[label].split() if flag.startswith("--")]

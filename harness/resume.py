@@ -126,8 +126,13 @@ def check_arguments(path, saved, arguments):
 
 
 def changes(saved, arguments):
-    """ "--lr 0.1 (now 0.2), ...": the differences between two dicts of plain values; "" if there are none."""
-    changed = [name for name in sorted({*saved, *arguments}) if saved.get(name) != arguments.get(name)]
+    """ "--lr 0.1 (now 0.2), ...": the differences between two dicts of plain values; "" if there are none.
+
+    A flag that one of them lacks counts as off: it is newer than that run, or gone since.
+    """
+    both = sorted({*saved, *arguments})
+    off = {name for name in both if not (name in saved and name in arguments) and {**saved, **arguments}[name] is False}
+    changed = [name for name in both if saved.get(name) != arguments.get(name) and name not in off]
     return ", ".join(f"--{name} {saved.get(name)} (now {arguments.get(name)})" for name in changed)
 
 

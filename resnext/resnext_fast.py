@@ -44,7 +44,8 @@ from muon import Muon
 WARMUP = 0.2  # The share of training in which the learning rate rises.
 LEARNING_RATES = {"muon": 0.1, "sgd": 0.1, "adam": 0.01}  # Defaults of --lr.
 SWITCHES = (
-    "channels_last", "grouped_convolution", "compile", "cuda_graphs", "optimizer", "label_smoothing", "keep_memory",
+    "channels_last", "grouped_convolution", "compile", "max_autotune", "cuda_graphs", "optimizer", "label_smoothing",
+    "keep_memory",
 )  # fmt: skip
 
 
@@ -63,8 +64,9 @@ class FastParser(OneLineParser):
             args.compile = devices.kind(args) == "cuda"
         if args.keep_memory is None:
             args.keep_memory = devices.kind(args) == "cpu"
-        if args.cuda_graphs and not args.compile:
-            self.error("--cuda_graphs launches what --compile makes; add --compile")
+        for name in ("max_autotune", "cuda_graphs"):
+            if getattr(args, name) and not args.compile:
+                self.error(f"--{name} needs a compiled model; add --compile")
         if args.compile and args.policy == "nested":
             self.error("--policy nested cannot be compiled; add --compile False, or take another policy")
         if args.lr is None:
@@ -85,6 +87,7 @@ def get_fast_args_parser():
     add("--grouped_convolution", choices=FORMS,
         help="form in which the grouped convolutions run; by default the fastest here")  # fmt: skip
     add("--compile", **switch, help="torch.compile the model; by default on CUDA only")
+    add("--max_autotune", **FLAG, help="with --compile, time more kernels for each operator; compiling takes minutes")
     add("--cuda_graphs", **FLAG, help="with --compile, launch its kernels as CUDA graphs")
     add("--optimizer", choices=LEARNING_RATES, default="muon", help="muon, which is sgd with orthogonalised updates of "
         "the convolutions, or sgd, both in one cycle; or adam at a constant rate as in resnext.py")  # fmt: skip
@@ -152,6 +155,8 @@ def compiled(model, args, channels_last):
     """`model` under torch.compile, for batches of a single size."""
     # By default, Inductor drops channels last for a training graph that contains a grouped convolution.
     options = {"force_layout_optimization": channels_last, "triton.cudagraphs": args.cuda_graphs}
+    if args.max_autotune:
+        options |= torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
     return torch.compile(model, dynamic=False, options=options)
 
 

@@ -83,7 +83,8 @@ TABLE = {
     ],
     "resnext/resnext_fast.py": [
         ("--label_smoothing 2", "--label_smoothing: '2' is not"),
-        ("--cuda_graphs", "--cuda_graphs launches what --compile makes; add --compile"),
+        ("--cuda_graphs", "--cuda_graphs needs a compiled model; add --compile"),
+        ("--max_autotune --compile False", "--max_autotune needs a compiled model; add --compile"),
         ("--optimizer lion", "--optimizer: invalid choice"),
     ],
     "resnext/evaluate.py": [

@@ -293,6 +293,10 @@ def test_compiled_it_computes_the_same(monkeypatch):
     expected = model(images)
     assert torch.allclose(resnext_fast.compiled(model, args, True)(images), expected, rtol=1e-4, atol=1e-6)
     assert seen == {"force_layout_optimization": True, "triton.cudagraphs": False, "dynamic": False}
+    args.max_autotune = True
+    resnext_fast.compiled(model, args, True)
+    assert seen["max_autotune"] is True
+    assert seen["triton.cudagraphs"] is False
 
 
 def test_bad_arguments_are_one_line(run_script, tiny):

@@ -205,3 +205,11 @@ def test_an_argument_that_only_one_of_two_runs_has_is_a_change():
     assert changes({"a": 1}, {"a": 1, "lr": 0.1}) == "--lr None (now 0.1)"
     assert changes({"a": 1, "lr": 0.1}, {"a": 1}) == "--lr 0.1 (now None)"
     assert changes({"a": 1}, {"a": 1}) == ""
+
+
+def test_a_flag_that_is_off_and_that_only_one_of_two_runs_knows_is_no_change():
+    """A state saved before there was such a flag can be resumed."""
+    older, newer = {"lr": 0.1, "old": False}, {"lr": 0.1, "new": False}
+    assert changes(older, newer) == ""
+    assert changes(older, newer | {"new": True}) == "--new None (now True)"
+    assert changes({"auto": None}, {"auto": False}) == "--auto None (now False)"
