@@ -38,8 +38,10 @@ def run(main):
     the terminal closes, with 129. Any other exception is a bug here and keeps its traceback, as all do with
     TRACEBACK=1.
     """
-    for number in TERMINATING:
-        if signal.getsignal(number) != signal.SIG_IGN:  # The caller may want it to survive one, as nohup does.
+    # The caller may want it to survive a signal, as nohup does.
+    heeded = [number for number in (signal.SIGINT, *TERMINATING) if signal.getsignal(number) != signal.SIG_IGN]
+    for number in heeded:
+        if number != signal.SIGINT:  # Which Python raises as KeyboardInterrupt.
             signal.signal(number, _terminate)
     _print_what_can_be_printed()
     usual = sys.unraisablehook
@@ -48,6 +50,7 @@ def run(main):
         try:
             main()
         finally:
+            _set_action(heeded, signal.SIG_IGN)  # A second Ctrl-C must not interrupt the line that tells of the first.
             # When a data worker is killed, torch raises wherever the process is; not while it ends.
             if hasattr(signal, "SIGCHLD"):  # Not on Windows.
                 signal.signal(signal.SIGCHLD, signal.SIG_DFL)
@@ -64,6 +67,13 @@ def run(main):
         if line is None or os.environ.get("TRACEBACK"):
             raise
         _end(2, line)
+    finally:
+        _set_action(heeded, signal.SIG_DFL)  # Python's exit may hang, and a traceback from within it would help nobody.
+
+
+def _set_action(signals, action):
+    for number in signals:
+        signal.signal(number, action)
 
 
 def _print_what_can_be_printed():

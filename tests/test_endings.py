@@ -214,6 +214,40 @@ def test_a_terminal_that_hangs_up_stops_a_run_as_sigterm_does(kind, tmp_path):
     assert (tmp_path / "log").read_text() == (lines if kind == "file" else "")
 
 
+TWICE = """
+import atexit, os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from harness import endings
+number = getattr(signal, sys.argv[2])
+atexit.register(lambda: (os.kill(os.getpid(), number), time.sleep(60)))  # While Python ends, which may take long.
+def args(error):
+    os.kill(os.getpid(), number)  # While the line is made.
+    return ("saved",)
+kind = KeyboardInterrupt if number == signal.SIGINT else endings.Terminated
+first = type("First", (kind,), {"args": property(args), "number": number})
+def main():
+    if sys.argv[3] == "interrupted":
+        raise first.__new__(first)
+endings.run(main)
+"""
+
+
+@pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
+@pytest.mark.parametrize("first", ["interrupted", "finished"])
+def test_a_signal_while_the_script_ends_gives_no_traceback(number, first):
+    """The one that hits Python's exit ends the process at once, by the system's hand."""
+    command = [sys.executable, "-c", TWICE, os.path.dirname(os.path.dirname(endings.__file__)), number, first]
+    ended = subprocess.run(command, capture_output=True, text=True, preexec_fn=heed_signals)
+    assert ended.returncode == -getattr(signal, number)
+    assert "Traceback" not in ended.stderr
+    assert ended.stderr.count("\n") == (first == "interrupted")
+
+
+def heed_signals():
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def test_streams_that_are_closed_take_what_is_printed():
     command = f"{sys.executable} -c '{CLOSED}' {os.path.dirname(os.path.dirname(endings.__file__))} >&- 2>&-"
     assert subprocess.run(command, shell=True).returncode == 2
