@@ -38,7 +38,7 @@ positive_share = _number(float, lambda value: 0 < value <= 1, "a number above 0 
 deviation = _number(float, lambda value: LEAST_DEVIATION <= value <= 1,
                     f"a number from {LEAST_DEVIATION:g} to 1")  # fmt: skip
 share = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
-share_below_one = _number(float, lambda value: 0 <= value < 1, "a number from 0 to below 1")
+share_below_one = _number(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
 learning_rate = _number(float, lambda value: 0 < value <= LARGEST_LEARNING_RATE,
                         f"a number above 0 and at most {LARGEST_LEARNING_RATE:g}")  # fmt: skip
 

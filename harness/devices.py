@@ -29,7 +29,7 @@ def widest_float(device):
 def device_name(text):
     """An argparse type: the name of a device of a kind that the scripts support."""
     if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda, cuda:1 and the like, and mps")
+        raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda, mps, or a GPU such as cuda:1")
     return text
 
 
@@ -60,14 +60,16 @@ def choose(args):
     name = args.device or ("cuda" if gpus else "cpu")
     kind, _, number = name.partition(":")
     if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError("--device mps: PyTorch finds no GPU of Apple's on this machine")
+        raise UserError("--device mps: PyTorch finds no Apple GPU on this machine")
     if kind != "cuda":
         return torch.device(kind)
     if not gpus:
         raise UserError(f"--device {name}: PyTorch finds no CUDA GPU on this machine; leave it out to use the CPU")
     if number and job.local_size > 1:
-        raise UserError(f"--device {name}: this job has {job.local_size} processes; --device cuda gives each its GPU")
+        raise UserError(
+            f"--device {name}: this job has {job.local_size} processes; --device cuda gives each its own GPU"
+        )
     index = int(number or job.local_rank)
     if index >= gpus:
-        raise UserError(f"--device {name}: there is no GPU {index}; this machine has {gpus}, counted from 0")
+        raise UserError(f"--device {name}: there is no GPU {index}; this machine has {gpus}, numbered from 0")
     return torch.device("cuda", index)

@@ -42,7 +42,8 @@ class World(NamedTuple):
         """UserError if a global batch cannot be split equally over the processes."""
         if batch_size % self.size:
             raise UserError(
-                f"--batch_size {batch_size} is shared out over {self.size} processes; make it a multiple of {self.size}"
+                f"--batch_size {batch_size} cannot be split equally over {self.size} processes; choose a multiple of "
+                f"{self.size}"
             )
 
     def wrap(self, model):
@@ -119,7 +120,7 @@ class World(NamedTuple):
 def refuse_job():
     """UserError under torchrun, for a script that would repeat all its work in each process."""
     if read_job().size > 1:
-        raise UserError("this script works in one process; start it with python3 in the place of torchrun")
+        raise UserError("this script runs in a single process; start it with python3 instead of torchrun")
 
 
 class Job(NamedTuple):
@@ -146,8 +147,8 @@ def read_job():
     if not fit:
         words = " ".join(f"{name}={value}" for name, value in told.items())
         raise UserError(
-            f"the environment has {words}, which torchrun did not set so; unset {', '.join(told)}, or start the script "
-            "by torchrun"
+            f"the environment has {words}, which torchrun never sets like this; unset {', '.join(told)}, or start the "
+            "script with torchrun"
         )
     return Job(True, rank, local_rank, size, local_size)
 

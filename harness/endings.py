@@ -106,14 +106,14 @@ def explain(error):
     no_lock = isinstance(error, OSError) and error.filename is None and _passed_through(error, "synchronize")
     if no_lock or any(words in text for words in _NO_SHARED_MEMORY):
         return (
-            "the processes that load data have no room for batches in shared memory (/dev/shm; in a container "
-            "--shm-size makes it larger), or no more files to open (ulimit -n); with --num_worker 0 (--num_workers 0 "
-            "for SimCLS, --workers 1 for preprocess.py) none is needed, and --resume goes on from the last epoch"
+            "the worker processes are out of shared memory (/dev/shm; in a container, --shm-size enlarges it) or of "
+            "open files (ulimit -n); use --num_worker 0 (--num_workers 0 for SimCLS, --workers 1 for preprocess.py), "
+            "which needs neither; --resume continues from the last saved state"
         )
     no_process = isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOMEM)
     if "can't start new thread" in text or (no_process and _passed_through(error, "multiprocessing")):
         return (
-            "no more processes or threads can be started (ulimit -u; a container has a limit, too); use fewer "
+            "cannot start more processes or threads (ulimit -u, or the limit of a container); use fewer workers: "
             "--num_worker (--num_workers for SimCLS, --workers for preprocess.py)"
         )
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
@@ -124,7 +124,7 @@ def explain(error):
         what = f"cannot open or write {number[2] or 'the output'}"
         return f"{what}: {os.strerror(int(number[1]))}; {_DISK_ERRORS[int(number[1])]}"
     if "PytorchStreamWriter failed" in text:
-        return "cannot write the output: its disk is full or has failed; free some space and run the same command again"
+        return "cannot write the output: the disk is full or has failed; free some space and run the same command again"
     if is_out_of_gpu_memory(error):
         return (
             "the GPU is out of memory; use a smaller --batch_size, add --half_precision, or recompute activations "
@@ -132,20 +132,21 @@ def explain(error):
         )
     is_short = isinstance(error, MemoryError) or re.match(r"Caught \w*MemoryError in", str(error))
     if is_short or "DefaultCPUAllocator: can't allocate memory" in text:
-        return "the machine is out of memory; use a smaller --batch_size, a smaller model, or smaller pictures (--size)"
+        return "the machine is out of memory; use a smaller --batch_size, a smaller model, or smaller images (--size)"
     if type(error).__module__.startswith(("torch._dynamo.", "torch._inductor.", "triton.")):
         return (
-            f"torch.compile failed ({_reason(text)}); is there a C++ compiler on this machine? --compile False does "
-            "without, TRACEBACK=1 shows where it failed"
+            f"torch.compile failed ({_reason(text)}); install a C++ compiler if there is none, or use --compile False; "
+            "TRACEBACK=1 shows where it failed"
         )
     if "RANK" in os.environ and any(words in text for words in _PEER_IS_GONE):
-        return "another process of this job has ended; its own line says why"
+        return "another process of this job has ended; its own message says why"
     # The latter is raised when a worker is killed while a tensor is taken from it.
     broken = isinstance(error, (ConnectionError, EOFError)) and _passed_through(error, "multiprocessing")
     if text.startswith("DataLoader worker (pid") or broken:
         return (
-            "a process that loads data was killed; is memory short, or /dev/shm, or the number of open files (ulimit "
-            "-n)? Try fewer --num_worker (--num_workers for SimCLS), or 0; --resume goes on from the last saved state"
+            "a worker process was killed, perhaps for lack of memory, of /dev/shm, or of open files (ulimit -n); use "
+            "fewer workers (--num_worker, or --num_workers for SimCLS) or 0; --resume continues from the last saved "
+            "state"
         )
     return None
 
@@ -169,7 +170,7 @@ def _reason(text):
     """The first informative line of a compiler's error; the lines before it only name its stages."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     telling = [line for line in lines if not line.endswith("raised:")]
-    return (telling or lines or ["it does not say why"])[0].rstrip(".")
+    return (telling or lines or ["no reason given"])[0].rstrip(".")
 
 
 # PyTorch's own allocator raises OutOfMemoryError; everything else on the GPU reports it only as text.
@@ -193,14 +194,14 @@ _PEER_IS_GONE = ("Connection closed by peer", "Connection reset by peer", "remot
 _DISK_ERRORS = {
     errno.ENOSPC: "free some space and run the same command again",
     errno.EDQUOT: "free some of your quota and run the same command again",
-    errno.EFBIG: "choose an output folder that takes larger files",
-    errno.EISDIR: "a folder has its name; move that, or choose another output folder",
-    errno.ENOTDIR: "a file stands where a folder should; choose another output folder",
-    errno.ELOOP: "its links lead in a circle; choose another output folder",
+    errno.EFBIG: "choose an output folder that can hold larger files",
+    errno.EISDIR: "it is a folder; move it away, or choose another output folder",
+    errno.ENOTDIR: "part of the path is a file; choose another output folder",
+    errno.ELOOP: "its links form a loop; choose another output folder",
     errno.ENAMETOOLONG: "choose a shorter name",
     errno.EIO: "the disk has failed; choose another",
-    errno.ESTALE: "the file server has lost it; run the same command again",
-    errno.EROFS: "choose an output folder on a file system that can be written",
+    errno.ESTALE: "the file server has lost the file; run the same command again",
+    errno.EROFS: "choose an output folder on a writable file system",
     errno.EACCES: "choose a folder that you may write to",
     errno.EPERM: "choose a folder that you may write to",
 }

@@ -140,9 +140,9 @@ def make_folder(folder):
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
-        raise UserError(f"the output folder {folder} is a file, or lies in one; name another") from None
+        raise UserError(f"the output folder {folder} is a file, or inside one; choose another") from None
     except OSError as error:
-        raise UserError(f"cannot make the output folder {folder}: {error.strerror}; name another") from None
+        raise UserError(f"cannot create the output folder {folder}: {error.strerror}; choose another") from None
 
 
 @contextlib.contextmanager
@@ -164,7 +164,7 @@ def output_lock(path, output=None):
             if isinstance(error, OSError) and error.errno not in NO_LOCKS:
                 raise
             reason = getattr(error, "strerror", error)
-            _warn_of_no_locks(f"the file system of {output} has no locks ({reason})")
+            _warn_of_no_locks(f"the file system of {output} does not support locks ({reason})")
         yield
 
 
@@ -176,11 +176,11 @@ def _refuse_lock(path, output, error):
     # An error that names a file is from opening it.
     odd_name = isinstance(error, OSError) and error.errno in NO_LOCKS and error.filename is not None
     if isinstance(error, Timeout) or odd_name:
-        raise UserError(f"cannot make the lock file {path}; choose another output") from None
+        raise UserError(f"cannot create the lock file {path}; choose another output") from None
     if os.path.islink(path):
         raise UserError(f"the lock file {path} is a link; remove it, or choose another output") from None
     if isinstance(error, PermissionError) and is_there:
-        owner = f"of the user with the id {path.stat().st_uid}"
+        owner = f"which belongs to user id {path.stat().st_uid}"
         raise UserError(f"cannot use the lock file {path}, {owner}; remove it, or choose another output") from None
 
 
@@ -211,7 +211,7 @@ def _make_anew(folder):
     try:
         folder.mkdir()
     except FileExistsError:
-        raise UserError(f"{folder} is in the way; remove it, or choose another output") from None
+        raise UserError(f"cannot replace {folder}; remove it, or choose another output") from None
 
 
 def publish(stage, folder):
@@ -226,4 +226,4 @@ def publish(stage, folder):
 
 @functools.cache  # Once per process is enough.
 def _warn_of_no_locks(reason):
-    print(f"warning: {reason}; see to it that no second run writes the same output", file=sys.stderr, flush=True)
+    print(f"warning: {reason}; make sure that no second run writes the same output", file=sys.stderr, flush=True)

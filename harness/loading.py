@@ -80,7 +80,7 @@ def worker_loader(dataset, batches, num_workers, device, collate=None, say=print
     receives the warning about more workers than cores."""
     warnings.filterwarnings("ignore", "This DataLoader will create")  # PyTorch's version is printed twice, and is long.
     if num_workers > usable_cores():
-        say(f"--num_workers {num_workers}: more processes than the {usable_cores()} cores here; they take turns")
+        say(f"--num_workers {num_workers}: more workers than the {usable_cores()} cores here; they will share them")
     return DataLoader(
         dataset,
         batch_sampler=batches,

@@ -46,7 +46,7 @@ class Plan(NamedTuple):
         held, plain, peak, plain_peak = map(in_mib, sizes)
         return (
             f"peak {peak} of {plain_peak} MiB ({self.peak_bytes / self.plain_peak_bytes:.3f}), held after "
-            f"forward {held} of {plain} MiB ({self.held_bytes / self.plain_bytes:.3f}), redoing {len(self.redo)} "
+            f"forward {held} of {plain} MiB ({self.held_bytes / self.plain_bytes:.3f}), recomputing {len(self.redo)} "
             f"operations: {100 * self.extra_flops / self.plain_flops:+.2f} % FLOPs, {1e3 * self.extra_seconds:+.0f} ms"
         )
 
@@ -112,13 +112,13 @@ def plan_recomputation(timeline, peak=None, held=None, cost="seconds"):
 
 def _what_is_least(timeline, peak, held, plain_peak, plain_held):
     if held is not None and (least := timeline.fixed / plain_held) > held:
-        return f"a memory budget of {held:g} cannot be met; the least share that can be held is {least:.3f}"
+        return f"a memory budget of {held:g} cannot be met; the smallest share that can be held is {least:.3f}"
     low, high = 0.0, 1.0
     while high - low > 5e-4:
         middle = (low + high) / 2
         fits = _cheapest(timeline, middle * plain_peak, held and held * plain_held, lambda step: 0) is not None
         low, high = (low, middle) if fits else (middle, high)
-    return f"a memory budget of {peak:g} cannot be met; the least peak that this model can have is {high:.3f}"
+    return f"a memory budget of {peak:g} cannot be met; the lowest peak that this model can have is {high:.3f}"
 
 
 class StepCost:

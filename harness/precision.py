@@ -9,7 +9,7 @@ import torch
 from harness.machine import multiplies_bfloat16
 
 HALF = {"fp16": torch.float16, "bf16": torch.bfloat16}  # By a Precision's label.
-NO_INSTRUCTIONS = "; this one has no instructions for it, so that it saves memory and costs time"
+NO_INSTRUCTIONS = "; this CPU has no bfloat16 instructions: it saves memory but takes longer"
 
 
 def half_precision_type(text, unnamed="float16"):
@@ -76,8 +76,8 @@ def explain_half_precision(label, device):
     """Whether a run with the Precision `label` on `device` uses half precision, and why, as text."""
     slow = device.type == "cpu" and not multiplies_bfloat16()
     if label in HALF:
-        return f"half precision on ({label}{', slow on this processor' * slow})"
-    return f"half precision off ({'slow on this processor' if slow else '--half_precision'})"
+        return f"half precision on ({label}{', slow on this CPU' * slow})"
+    return f"half precision off ({'slow on this CPU' if slow else '--half_precision'})"
 
 
 def _label(dtype, device):

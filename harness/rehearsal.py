@@ -116,7 +116,7 @@ def _rehearse_part(model, forward, batch):
     needed = {event.step for group in tape.groups for event in group.backward if event.kind == "need"}
     unneeded = {step.name for group in tape.groups for step in group.steps} - needed
     if unneeded:  # Keeping it would take no memory, so there is nothing to plan.
-        raise ValueError(f"backward does not need the outputs of {sorted(unneeded)}: no steps of their own")
+        raise ValueError(f"backward does not need the outputs of {sorted(unneeded)}: they cannot be steps")
     return Timeline(tape.groups, saved.bytes)
 
 

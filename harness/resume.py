@@ -81,7 +81,7 @@ def refuse_unknown(record, weights, elsewhere):
         unknown = [path for path in weights if path.exists()]
     if unknown:
         raise UserError(
-            f"{unknown[0]} would be replaced, and no record tells of which run it is; move it away, choose another "
+            f"{unknown[0]} already exists, and no record says which run it is from; move it away, choose another "
             f"{elsewhere}, or --restart to replace it"
         )
 
@@ -115,7 +115,9 @@ def load_state(path, arguments):
 
 
 def no_state(path):
-    return UserError(f"{path} is not a whole training state of this program; delete it, or --restart the run")
+    return UserError(
+        f"{path} is not a complete training state of this program; delete it, or use --restart to start over"
+    )
 
 
 def check_arguments(path, saved, arguments):

@@ -76,7 +76,7 @@ class RunLog:
             from torch.utils.tensorboard import SummaryWriter  # It takes a second to import.
         except ModuleNotFoundError:
             raise UserError(
-                "-l needs the package tensorboard, of requirements.txt; install it, or leave -l out"
+                "-l needs the package tensorboard, which is in requirements.txt; install it, or leave -l out"
             ) from None
 
         # TensorBoard discards what earlier files contain from this step on.

@@ -129,10 +129,10 @@ class Run:
             return
         if resume.is_interrupted(saved, finished):
             done = f"{saved['parts'].get('epoch')} of {asked.get('num_epoch')} epochs done"
-            ways = "--resume goes on with it, --restart begins anew"
+            ways = "--resume continues it, --restart starts over"
             raise UserError(f"{self.path('.state')} holds an interrupted run ({done}); {ways}")
         if finished:
-            longer = "" if self.fixed_length else ", --resume with a larger --num_epoch goes on from it"
+            longer = "" if self.fixed_length else ", --resume with a larger --num_epoch continues it"
             raise UserError(f"{self.path('.json')} is a finished run; --restart runs it again{longer}")
 
     def _refuse_another(self, path, theirs, ours):
@@ -140,9 +140,9 @@ class Run:
         was = theirs and resume.changes({name: theirs.get(name) for name in ours}, ours)
         if was:
             longer = self.fixed_length and "--num_epoch" in was
-            why = f"{self.fixed_length}, so that no other length goes on from it; " if longer else ""
+            why = f"{self.fixed_length}, so it cannot be continued to another length; " if longer else ""
             raise UserError(
-                f"{path} is of a run with {was}; {why}choose another {self.elsewhere}, or --restart to replace it"
+                f"{path} is from a run with {was}; {why}choose another {self.elsewhere}, or --restart to replace it"
             )
 
     def temporary_files(self):
@@ -228,7 +228,7 @@ class Run:
         if self.may_go_on():
             self.save(epoch.number, epoch.done)
         state = self.path(".state")
-        self.stop.leave(*[f"the same command with --resume goes on ({state})"] * state.exists())
+        self.stop.leave(*[f"run the same command with --resume to continue ({state})"] * state.exists())
 
     def finish_profiling(self, timing):
         """Write the record of a run that --max_steps ended; its last epoch contains only timings. For --dry_run, print
@@ -254,7 +254,7 @@ class Run:
         if math.isfinite(loss) and self.may_go_on():
             return
         what = "weights became NaN or infinite" if math.isfinite(loss) else f"the loss became {loss}"
-        kept = f"; {self.path('.state')} is from before it" if self.path(".state").exists() else ""
+        kept = f"; {self.path('.state')} was saved before that" if self.path(".state").exists() else ""
         raise UserError(f"{what} in epoch {epoch.number + 1}{kept}. {advice}")
 
     def record_epoch(self, epoch, evaluation_seconds, **figures):
@@ -307,10 +307,10 @@ class Run:
         """
         path = self._state_to_resume()
         state = resume.load_state(path, self.arguments)
-        self.world.check_equal(state is not None, f"whether {path} exists; the processes must share it")
+        self.world.check_equal(state is not None, f"whether {path} exists; put it where all processes see it")
         if state is None:
             if resume.recorded_arguments(self.path(".json")):
-                raise UserError(f"{path}, from which a longer run would go on, is not there any more; --restart")
+                raise UserError(f"{path}, which a longer run continues from, is gone; --restart starts over")
             self.world.say(f"no saved state {path}; starting from the beginning")
             return 0, 0
         try:
@@ -325,14 +325,14 @@ class Run:
                 raise
             raise resume.no_state(path) from None
         if (epoch, step) > (self.args.num_epoch, 0):
-            there = f"{epoch} epochs" + f" and {step} steps" * (step > 0)
-            raise UserError(f"{path} is of {there}, more than --num_epoch {self.args.num_epoch}; name a larger one")
+            there = f"epoch {epoch + 1}, step {step + 1}"
+            raise UserError(f"{path} is at {there}, beyond --num_epoch {self.args.num_epoch}; choose a larger one")
         self.log.resume(state.get("log", {}), self.logged_step(epoch, step))
         if path != self.path(".state"):
             self.facts["continues"] = path.stem
             if self.world.is_main:
                 self.take_over(path)
-        self.world.say(f"going on from {path}: epoch {epoch + 1}, step {step + 1}")
+        self.world.say(f"resuming from {path}: epoch {epoch + 1}, step {step + 1}")
         return epoch, step
 
     def save(self, epoch, step):

@@ -40,7 +40,7 @@ def add_argument(parser):
 
 def _trace_file(text):
     if not text.endswith(SUFFIXES):
-        raise argparse.ArgumentTypeError(f"{text} must end with {' or '.join(SUFFIXES)}, which viewers open")
+        raise argparse.ArgumentTypeError(f"{text} must end with {' or '.join(SUFFIXES)}, which trace viewers can open")
     return text
 
 
@@ -70,14 +70,17 @@ def _check_writable(path, device):
     if path.is_dir():
         raise UserError(f"--trace {path} is a folder; name a file in it")
     if path.exists() and not _is_trace(path):
-        raise UserError(f"--trace {path} is there, and is no trace that could be replaced; name another file")
+        raise UserError(f"--trace {path} already exists and is not a trace; choose another name or remove it")
     memory = _memory_file(path)
     if device.type == "cuda" and memory.exists() and not path.exists():
-        raise UserError(f"--trace {path}: {memory.name}, which is written beside it, is there already; name another")
+        raise UserError(
+            f"--trace {path}: {memory.name}, which is written next to it, already exists; choose another name or "
+            "remove it"
+        )
     try:
         tempfile.TemporaryFile(dir=path.parent).close()
     except OSError as error:
-        raise UserError(f"--trace {path}: cannot write into its folder ({error.strerror}); name another") from None
+        raise UserError(f"--trace {path}: cannot write into its folder ({error.strerror}); choose another") from None
 
 
 def _memory_file(path):
@@ -128,7 +131,7 @@ class _Tracer:
             return
         self._is_done = True
         if self._profile is None:
-            self._say(f"no trace: the run has no {timing.WARMUP_STEPS + 1} steps")
+            self._say(f"no trace: the run has fewer than {timing.WARMUP_STEPS + 1} steps")
             return
         synchronize(self._device)
         self._profile.stop()
@@ -136,7 +139,7 @@ class _Tracer:
         try:
             first = f"traced {steps} steps: {', '.join(self._write())}"
         except OSError:  # Training need not end for it.
-            first = f"warning: no trace: {self._path} could not be written; is there room on its disk?"
+            first = f"warning: no trace: cannot write {self._path}; its disk may be full"
         if self._device.type == "cuda":
             torch.cuda.memory._record_memory_history(enabled=None)
         rows = costliest(self._profile.events(), self._device)
@@ -151,7 +154,7 @@ class _Tracer:
             self._profile.export_chrome_trace(str(made))  # A full disk raises nothing: the file is missing or partial.
             content = made.read_bytes()
         if not END.search(content, max(0, len(content) - 9999)):
-            raise OSError("the trace was not written whole")
+            raise OSError("the trace was not written completely")
         with atomic_write(self._path) as file:
             file.write(gzip.compress(content) if self._path.suffix == ".gz" else content)
         if self._device.type != "cuda":
@@ -185,7 +188,7 @@ def costliest(events, device):
         cost[1] += 1
     total = sum(microseconds for microseconds, _ in costs.values())
     most = sorted(costs.items(), key=lambda item: -item[1][0])[:COSTLIEST]
-    lines = [f"{'phase':12} {'operator':45} {'ms a step':>10} {'share':>7} {'calls a step':>13}"]
+    lines = [f"{'phase':12} {'operator':45} {'ms/step':>10} {'share':>7} {'calls/step':>13}"]
     for (phase, name), (microseconds, calls) in most:
         share, milliseconds = microseconds / total if total else 0.0, microseconds / 1e3 / len(steps)
         lines.append(f"{phase:12} {name[:45]:45} {milliseconds:10.3f} {share:7.1%} {calls / len(steps):13.1f}")

@@ -110,7 +110,7 @@ def fast_type(device):
 def main():
     args = get_fast_args_parser().parse_args()
     torch.backends.cudnn.benchmark = not args.deterministic
-    length = "the rate follows one cycle over all epochs" if args.optimizer != "adam" else None
+    length = "the learning rate follows one cycle over all epochs" if args.optimizer != "adam" else None
     policy = {"policy": policy_label(args)} if policy_label(args) else {}
     conduct(args, "resnext_fast", suffix(args), train, fixed_length=length, **policy)
 

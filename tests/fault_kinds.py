@@ -224,7 +224,7 @@ def killed_worker(trial):
         os.kill(trial.random.choice(workers), signal.SIGKILL)
     script.wait()
     if script.code != 0:  # Else the worker had just ended.
-        said_in_one_line(script, 2, "process (that loads data )?was killed")
+        said_in_one_line(script, 2, "process was killed")
     check(wait_until(lambda: not script.relatives(), 15, 0.1), "a process has outlived it")
     again = trial.start(*trial.experiment.workers, *trial.experiment.go_on)
     check(again.wait() == 0, f"going on ended with {again.code}: {last_line(again.err)}")

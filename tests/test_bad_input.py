@@ -139,7 +139,7 @@ def test_checkpoints_of_another_program_stay(state, place, folders):
 def test_a_model_beside_a_torn_record_is_not_replaced(place, folders):
     (place / "model/brio.json").write_text("{")
     said = refused("SimCLS/brio.py", "--save_dir model", place, folders)
-    assert "brio.json would be replaced, and no record tells" in said
+    assert "brio.json already exists, and no record says" in said
 
 
 def whole_state(**changes):
@@ -165,7 +165,7 @@ def test_resume_from_what_is_no_state(content, place, folders):
     path.parent.mkdir()
     STATES[content](path)
     line = refused("resnext/resnext.py", "--resume", place, folders)
-    assert f"{STATE} is not a whole training state of this program; delete it" in line
+    assert f"{STATE} is not a complete training state of this program; delete it" in line
 
 
 def test_resume_with_other_arguments(place, folders):
@@ -186,7 +186,7 @@ def test_resume_from_a_state_whose_parts_are_wrong(place, folders):
             state | {"parts": {name: value for name, value in state["parts"].items() if name != part}}, place / STATE
         )
         line = refused("resnext/resnext.py", "--resume --num_epoch 2", place, folders)
-        assert "is not a whole training state" in line
+        assert "is not a complete training state" in line
 
 
 def test_resume_from_a_folder(place, folders):

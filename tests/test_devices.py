@@ -48,7 +48,7 @@ def test_with_gpus(two_gpus, monkeypatch):
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:-1", "cuda:x", "cpu:1", "xla", ""])
 def test_a_name_of_no_device(name):
-    with pytest.raises(argparse.ArgumentTypeError, match="is none of cpu, cuda, cuda:1 and the like, and mps"):
+    with pytest.raises(argparse.ArgumentTypeError, match="is not cpu, cuda, mps, or a GPU such as cuda:1"):
         devices.device_name(name)
 
 

@@ -39,7 +39,7 @@ def test_a_lost_peer_is_told_in_one_line_within_a_job_alone(monkeypatch):
     monkeypatch.delenv("RANK", raising=False)
     assert explain(error) is None
     monkeypatch.setenv("RANK", "1")
-    assert explain(error) == "another process of this job has ended; its own line says why"
+    assert explain(error) == "another process of this job has ended; its own message says why"
 
 
 def test_a_compiler_that_fails_is_one_line_with_its_reason():
@@ -55,7 +55,7 @@ def test_a_compiler_that_fails_is_one_line_with_its_reason():
 
 
 def test_a_killed_data_worker_is_one_line():
-    assert "a process that loads data was killed" in explain(
+    assert "a worker process was killed" in explain(
         RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
     )
 
@@ -64,9 +64,13 @@ def test_a_killed_data_worker_is_one_line():
     ("error", "by", "line"),
     [
         # As where /dev/shm is read-only, or absent: no file is named.
-        (OSError(errno.EROFS, "Read-only file system"), "multiprocessing.synchronize", "no room for batches"),
-        (OSError(errno.ENOENT, "No such file or directory"), "multiprocessing.synchronize", "no room for batches"),
-        (OSError(errno.EAGAIN, "Resource temporarily unavailable"), "multiprocessing.popen_fork", "no more processes"),
+        (OSError(errno.EROFS, "Read-only file system"), "multiprocessing.synchronize", "out of shared memory"),
+        (OSError(errno.ENOENT, "No such file or directory"), "multiprocessing.synchronize", "out of shared memory"),
+        (
+            OSError(errno.EAGAIN, "Resource temporarily unavailable"),
+            "multiprocessing.popen_fork",
+            "cannot start more processes",
+        ),
         (OSError(errno.EROFS, "Read-only file system"), "harness.files", "cannot open or write the output"),
         (OSError(errno.EAGAIN, "Resource temporarily unavailable"), "harness.files", None),
     ],
@@ -89,7 +93,7 @@ def test_a_connection_that_ends_is_a_killed_data_worker_where_it_was_to_one(kind
             scope["receive"]()
         return caught.value
 
-    assert "a process that loads data was killed" in explain(raised("multiprocessing.connection"))
+    assert "a worker process was killed" in explain(raised("multiprocessing.connection"))
     assert explain(raised("csv")) is None  # A defect of ours, whose traceback stays.
 
 
@@ -119,11 +123,11 @@ def raised_again(error):
         ),
         (MemoryError(), "the machine is out of memory"),
         (np._core._exceptions._ArrayMemoryError((9, 9), np.dtype("float64")), "the machine is out of memory"),
-        (RuntimeError("can't start new thread"), "no more processes or threads can be started"),
-        (RuntimeError("unable to allocate shared memory(shm) for file </torch_9_1>: Success"), "no room for batches"),
-        (RuntimeError("unable to write to file </torch_9_1_0>: No space left on device (28)"), "no room for batches"),
-        (RuntimeError("received 0 items of ancdata"), "no room for batches"),
-        (OSError(errno.EMFILE, "Too many open files"), "no room for batches"),
+        (RuntimeError("can't start new thread"), "cannot start more processes or threads"),
+        (RuntimeError("unable to allocate shared memory(shm) for file </torch_9_1>: Success"), "out of shared memory"),
+        (RuntimeError("unable to write to file </torch_9_1_0>: No space left on device (28)"), "out of shared memory"),
+        (RuntimeError("received 0 items of ancdata"), "out of shared memory"),
+        (OSError(errno.EMFILE, "Too many open files"), "out of shared memory"),
         (ValueError("a defect of ours"), None),
     ],
 )

@@ -82,7 +82,7 @@ def strings(value):
 
 def test_finished_runs_on_two_folders_of_one_name_are_told_apart(tmp_path):
     make_run(tmp_path, data_dir="/one/pictures").write_record()
-    another = r"is of a run with --data_dir pictures \(\w{8}\) \(now pictures \(\w{8}\)\)"
+    another = r"is from a run with --data_dir pictures \(\w{8}\) \(now pictures \(\w{8}\)\)"
     for folder, line in (("/one/pictures", "is a finished run"), ("/two/pictures", another)):
         with pytest.raises(UserError, match=line), make_run(tmp_path, data_dir=folder).lock():
             pass
@@ -130,7 +130,7 @@ def test_where_there_are_no_locks_a_warning_says_so_once(number, tmp_path, monke
     errors = capsys.readouterr().err
     assert errors.startswith("warning: ")
     # The run and the folder are told of by name.
-    assert errors.count("\n") == errors.count("see to it that no second run writes the same output") == 2
+    assert errors.count("\n") == errors.count("make sure that no second run writes the same output") == 2
 
 
 def test_another_failure_of_a_lock_is_not_hidden(tmp_path, monkeypatch):
@@ -145,11 +145,11 @@ def test_another_failure_of_a_lock_is_not_hidden(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (files.Timeout("run.lock"), "cannot make the lock file .*run.lock; choose another output"),
-        (OSError(errno.EINVAL, "Invalid argument", "run.lock"), "cannot make the lock file .*run.lock; choose another"),
+        (files.Timeout("run.lock"), "cannot create the lock file .*run.lock; choose another output"),
+        (OSError(errno.EINVAL, "Invalid argument", "run.lock"), "cannot create the lock file .*run.lock; choose"),
         (PermissionError(errno.EACCES, "lock file belongs to uid 7", "run.lock"),
-         f"cannot use the lock file .*run.lock, of the user with the id {os.getuid()}; remove it"),
-        (NotImplementedError("FileSystem does not appear to support flock"), "the file system of .*run has no locks"),
+         f"cannot use the lock file .*run.lock, which belongs to user id {os.getuid()}; remove it"),
+        (NotImplementedError("FileSystem does not appear to support flock"), ".*run does not support locks"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_with_a_lock_file_is_told_apart(error, line, tmp_path, monkeypatch, capsys, no_warning_yet):
@@ -187,7 +187,7 @@ def test_what_stands_in_the_place_of_unfinished_files_goes_or_is_told(left, tmp_
     else:
         place.mkdir()
         monkeypatch.setattr(files.shutil, "rmtree", lambda *args, **more: None)
-        with pytest.raises(UserError, match=r"\.unfinished is in the way; remove it"), staging(tmp_path):
+        with pytest.raises(UserError, match=r"cannot replace .*\.unfinished; remove it"), staging(tmp_path):
             pass
         place.rmdir()
     if left != "what stays":

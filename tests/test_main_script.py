@@ -246,13 +246,13 @@ def test_a_run_goes_on_with_other_workers_but_with_no_other_samples(tiny, baseli
     assert stopped.code == 143, stopped.err
     there = tmp_path / "cache/simcls_2_worker"
     (samples / "val/0.json").write_bytes((sample_folder / "val/0.json").read_bytes() + b"\n")
-    for workers, line in ((2, "is of a run with --samples_digest"), (0, "starting from the beginning")):
+    for workers, line in ((2, "is from a run with --samples_digest"), (0, "starting from the beginning")):
         ended = run("--num_workers", workers, "--resume", before=STOP_IN_STEP.format(1))
         assert (ended.code, line in ended.err + ended.out) == ({2: 2, 0: 143}[workers], True), ended.err
     shutil.rmtree(tmp_path / "cache" / NAME)
     (samples / "val/0.json").write_bytes((sample_folder / "val/0.json").read_bytes())
     # It has the other run's weights, of which no later ones may be better.
-    assert f"going on from {there.relative_to(tmp_path)}" in run("--resume", before=STOP_IN_STEP.format(1)).out
+    assert f"resuming from {there.relative_to(tmp_path)}" in run("--resume", before=STOP_IN_STEP.format(1)).out
     assert (there / "scorer.bin").read_bytes() == (tmp_path / "cache" / NAME / "scorer.bin").read_bytes()
     assert run("--resume").code == 0
     assert_same_results(baseline[0], tmp_path)

@@ -136,7 +136,7 @@ def test_where_the_main_process_fails_alone_the_others_end_in_one_line(tmp_path)
     (tmp_path / "check.py").write_text(LONG_WORK_ALONE)
     main, other = run_two(tmp_path / "check.py", launch.ROOT, "fail", cwd=tmp_path, code=2)
     assert main.err == "check.py: the disk is full\n"
-    assert other.err == "check.py: another process of this job has ended; its own line says why\n"
+    assert other.err == "check.py: another process of this job has ended; its own message says why\n"
 
 
 def test_scorers_of_two_processes_are_equal_and_validate_each_sample_once(encoders, sample_folder, tmp_path):
@@ -171,7 +171,7 @@ def test_fine_tuning_of_two_processes_leaves_one_set_of_files(encoders, tmp_path
     refused = launch.run("SimCLS/finetune_model.py", *command, "--batch_size", 9, cwd=tmp_path, **JOB,
                          RANK="0", LOCAL_RANK="0")  # fmt: skip
     assert refused.code == 2
-    assert "shared out over 2 processes" in refused.err
+    assert "cannot be split equally over 2 processes" in refused.err
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,9 @@ def test_what_is_left_over_of_another_job_is_one_line(left_over, monkeypatch):
     for name, value in left_over.items():
         monkeypatch.setenv(name, value)
     name = next(iter(left_over))
-    with pytest.raises(UserError, match=f"{name}={left_over[name]}.*, which torchrun did not set so; unset .*{name}"):
+    with pytest.raises(
+        UserError, match=f"{name}={left_over[name]}.*, which torchrun never sets like this; unset .*{name}"
+    ):
         distributed.read_job()
 
 
@@ -210,4 +212,4 @@ def test_every_script_refuses_what_is_left_over_of_another_job(script, tmp_path)
     good = {"good": tmp_path, "bad": tmp_path}
     ended = launch.run(script, *bad_inputs.GOOD[script].format(**good).split(), cwd=tmp_path, WORLD_SIZE="")
     assert (ended.code, ended.err.count("\n")) == (2, 1)
-    assert "the environment has WORLD_SIZE=, which torchrun did not set so" in ended.err
+    assert "the environment has WORLD_SIZE=, which torchrun never sets like this" in ended.err

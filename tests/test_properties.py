@@ -166,7 +166,7 @@ def test_hostile_files_do_not_run(tmp_path, monkeypatch, sample_folder, encoding
     """A state, and the token ids beside samples; --scorer_path, --model_pt and models are in test_bad_input.py."""
     monkeypatch.chdir(tmp_path)
     torch.save({"format": 1, "arguments": {}, "random": Mark(), "parts": {}}, tmp_path / "run.state")
-    with pytest.raises(UserError, match="not a whole training state"):
+    with pytest.raises(UserError, match="not a complete training state"):
         load_state(tmp_path / "run.state", {})
     np.savez(tmp_path / "curves.npz", loss=np.array([Mark()], dtype=object))
     with pytest.raises(ValueError, match="allow_pickle"):

@@ -86,7 +86,7 @@ def test_more_workers_than_cores_are_one_line_of_ours(pictures, recwarn):
         loader = worker_loader(dataset, EpochBatches(44, 44, seed=0), number, CPU, say=said.append)
     assert len(list(loader)) == 1
     (line,) = said
-    assert line.startswith(f"--num_workers {usable_cores() + 1}: more processes than the {usable_cores()} cores here")
+    assert line.startswith(f"--num_workers {usable_cores() + 1}: more workers than the {usable_cores()} cores here")
     assert not recwarn.list
 
 

@@ -71,7 +71,7 @@ def test_stopped_twice_in_one_epoch_and_at_its_very_end(run, whole, tmp_path):
     for steps, where in ((2, (0, 2)), (1, (0, 3)), (3, (0, 6)), (8, (2, 2))):
         go_on = ["--resume"] if where != (0, 2) else []
         stopped = run("--num_epoch", 3, *go_on, code=143, before=STOP_IN_STEP.format(steps))
-        assert "the same command with --resume goes on" in stopped.err
+        assert "run the same command with --resume to continue" in stopped.err
         assert position(tmp_path) == where
     run("--num_epoch", 3, "--resume")
     assert_same_results(whole, tmp_path)
@@ -87,7 +87,7 @@ def test_an_interrupted_run_is_not_begun_anew_unasked(run, tmp_path):
     state = (tmp_path / f"{NAME}.state").read_bytes()
     line = run("--num_epoch", 2, code=2).err
     assert f"{NAME}.state holds an interrupted run (1 of 2 epochs done)" in line
-    assert "--resume goes on with it, --restart begins anew" in line
+    assert "--resume continues it, --restart starts over" in line
     assert "--lr 0.002 (now 0.1)" in run("--num_epoch", 2, "--lr", 0.1, code=2).err
     assert (tmp_path / f"{NAME}.state").read_bytes() == state
     assert "epoch 1/2" in run("--num_epoch", 2, "--restart").out
@@ -104,7 +104,7 @@ def test_a_finished_run_is_not_replaced_unasked(run, pictures, tmp_path):
     moved = ["--data_dir", tmp_path / "moved"]
     for more, change in ((["--lr", 0.001], "--lr 0.003 (now 0.001)"), (moved, f"--data_dir {pictures.name} (")):
         line = run(*again, *more, code=2).err
-        assert f"is of a run with {change}" in line
+        assert f"is from a run with {change}" in line
         assert "choose another --output_dir, or --restart to replace it" in line
     assert "nothing to resume" in run(*again, *moved, "--resume").out
     assert (tmp_path / f"{NAME}.pt").read_bytes() == finished
@@ -123,7 +123,7 @@ def test_what_nothing_tells_the_run_of_is_not_replaced_unasked(run, tmp_path):
             record.write_bytes(torn)
         for more in ([], ["--resume"]):
             line = run("--num_epoch", 1, "--lr", 0.003, *more, code=2).err
-            assert f"{named.name} would be replaced, and no record tells of which run it is; move it away" in line
+            assert f"{named.name} already exists, and no record says which run it is from; move it away" in line
     kept.rename(state)
     run("--num_epoch", 1, "--resume")  # As a run that was killed before it had a record.
     assert weights.read_bytes() == before
@@ -135,7 +135,7 @@ def test_timings_of_a_few_steps_give_way_to_the_same_again_alone_and_of_all_step
     run(*few)
     run(*few)
     before = (tmp_path / f"{NAME}_2_steps.json").read_bytes()
-    assert "_2_steps.json is of a run with --lr 0.002 (now 0.003); choose" in run(*few, "--lr", 0.003, code=2).err
+    assert "_2_steps.json is from a run with --lr 0.002 (now 0.003); choose" in run(*few, "--lr", 0.003, code=2).err
     assert (tmp_path / f"{NAME}_2_steps.json").read_bytes() == before
     whole = ["--num_epoch", 1, "--max_steps", 2000]  # There are 6.
     run(*whole)
@@ -145,7 +145,7 @@ def test_timings_of_a_few_steps_give_way_to_the_same_again_alone_and_of_all_step
 
 def test_what_is_no_state_is_not_replaced_unasked(run, tmp_path):
     (tmp_path / f"{NAME}.state").write_text("no state")
-    assert "not a whole training state" in run("--num_epoch", 1, code=2).err
+    assert "not a complete training state" in run("--num_epoch", 1, code=2).err
     run("--num_epoch", 1, "--restart")
 
 
@@ -160,14 +160,14 @@ def test_a_finished_run_is_made_longer(run, whole, tmp_path):
     assert "nothing to resume" in run("--num_epoch", 3, "--resume").out
     assert "is of 3 epochs, more than --num_epoch 2" in run("--num_epoch", 2, "--resume", code=2).err
     (tmp_path / f"{NAME}.state").unlink()
-    assert "is not there any more" in run("--num_epoch", 4, "--resume", code=2).err
+    assert "is gone; --restart starts over" in run("--num_epoch", 4, "--resume", code=2).err
 
 
 def test_a_run_that_was_stopped_within_an_epoch_does_not_end_before_it(run, tmp_path):
     run("--num_epoch", 3, code=143, before=STOP_IN_STEP.format(9))
     state = (tmp_path / f"{NAME}.state").read_bytes()
     line = run("--num_epoch", 1, "--resume", code=2).err
-    assert f"{NAME}.state is of 1 epochs and 3 steps, more than --num_epoch 1; name a larger one" in line
+    assert f"{NAME}.state is at epoch 2, step 4, beyond --num_epoch 1; choose a larger one" in line
     assert (tmp_path / f"{NAME}.state").read_bytes() == state
     assert not list(tmp_path.glob("*.pt"))
 
@@ -177,14 +177,14 @@ def test_a_run_whose_rate_depends_on_its_length_is_not_made_longer(run, tmp_path
     run("--num_epoch", 1, **fast)
     assert not list(tmp_path.glob("*.state"))
     line = run("--num_epoch", 2, "--resume", code=2, **fast).err
-    assert "--num_epoch 1 (now 2); the rate follows one cycle over all epochs, so that no other length" in line
+    assert "--num_epoch 1 (now 2); the learning rate follows one cycle over all epochs, so it cannot be" in line
 
 
 def test_a_run_goes_on_with_other_workers(run, whole, tmp_path):
     other = NAME.replace("0_worker", "2_worker")
     run("--num_epoch", 3, "--num_worker", 2, code=143, before=STOP_IN_STEP.format(8))
     assert position(tmp_path, other) == (1, 2)
-    assert f"going on from {other}.state" in run("--num_epoch", 3, "--resume").out
+    assert f"resuming from {other}.state" in run("--num_epoch", 3, "--resume").out
     assert_same_results(whole, tmp_path)
     assert json.loads((tmp_path / f"{NAME}.json").read_text())["continues"] == other
     # A finished run's state is no interrupted one: other arms of a study begin anew.
@@ -198,7 +198,7 @@ def test_of_two_states_of_one_run_the_further_is_gone_on_from(run, tmp_path):
     run("--num_epoch", 3, "--num_worker", 1, "--resume", code=143, before=STOP_IN_STEP.format(4))
     further = NAME.replace("0_worker", "1_worker")
     assert position(tmp_path, NAME) < position(tmp_path, further)
-    assert f"going on from {further}.state" in run("--num_epoch", 3, "--resume").out
+    assert f"resuming from {further}.state" in run("--num_epoch", 3, "--resume").out
 
 
 def test_an_argument_that_only_one_of_two_runs_has_is_a_change():

@@ -66,7 +66,7 @@ def test_a_job_of_several_processes_is_refused(run_here, tmp_path, monkeypatch):
     job = {"RANK": 0, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "x", "MASTER_PORT": 1}
     for name, value in job.items():
         monkeypatch.setenv(name, str(value))
-    with pytest.raises(UserError, match="works in one process; start it with python3"):
+    with pytest.raises(UserError, match="runs in a single process; start it with python3"):
         run_here(tmp_path / "texts.txt")
 
 
