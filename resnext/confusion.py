@@ -37,7 +37,7 @@ class Predictions(NamedTuple):
 def class_lines(matrix, classes):
     """Lines of a table: each class with its images, the share recognised, and the class it was most often taken for."""
     width = max(5, *map(len, classes))
-    yield f"{'class':{width}}  pictures   right  most often taken for"
+    yield f"{'class':{width}}    images   right  most often mistaken for"
     for label, name in enumerate(classes):
         others = matrix[label].copy()
         others[label] = 0
@@ -67,7 +67,7 @@ def draw_matrix(matrix, classes, title):
     axes = figure.subplots()
     shares = 100 * matrix / np.maximum(matrix.sum(1, keepdims=True), 1)
     picture = axes.imshow(shares, cmap="Blues", vmin=0, vmax=100)
-    figure.colorbar(picture, label="share of the class's pictures (%)", shrink=0.8)
+    figure.colorbar(picture, label="share of the class's images (%)", shrink=0.8)
     axes.set_title(literal(title))
     axes.set_xlabel("predicted class")
     axes.set_ylabel("true class")
@@ -90,7 +90,7 @@ def draw_mistakes(mistakes, images, predictions, classes):
     columns = min(4, len(mistakes))
     rows = -(-len(mistakes) // columns)
     figure = Figure(figsize=(max(4.5, 2.2 * columns), 2.5 * rows), layout="constrained")
-    figure.suptitle("surest and wrong: predicted class, probability, true class", fontsize=10)
+    figure.suptitle("most confident mistakes: predicted class, probability, true class", fontsize=10)
     for number, axes in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         axes.axis("off")
         if number < len(mistakes):

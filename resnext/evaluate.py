@@ -70,7 +70,9 @@ def main():
     on_test_pictures = not (args.pictures or args.export)
     data = load_data(args, record) if on_test_pictures or missing_facts(args, record) else None
     if data is None and (args.dataset or args.data_dir):
-        raise UserError("--dataset and --data_dir are of test pictures, of which --pictures and --export take none")
+        raise UserError(
+            "--dataset and --data_dir are for test images, which --pictures and --export do not use; leave them out"
+        )
     known = gather(args, record, data, len(model.linear.weight))
     if args.export:
         print(export(model, known, args.export))
@@ -102,10 +104,9 @@ def load_data(args, record):
     settings = record.get("arguments", {})
     dataset = args.dataset or settings.get("dataset")
     if dataset is None:
-        lacks = f", the record that would tell {', '.join(missing_facts(args, record))}, is not there"
         raise UserError(
-            f"{args.run.with_suffix('.json')}{lacks}; name the data that the weights were trained on by --dataset and "
-            "--data_dir"
+            f"no record {args.run.with_suffix('.json')} says what data the weights were trained on; name it with "
+            "--dataset and --data_dir"
         )
     data_dir = args.data_dir or recorded_folder(settings.get("data_dir"), dataset)
     return load_images(dataset, data_dir, record.get("data", {}).get("size", SIZE))
@@ -119,7 +120,7 @@ def recorded_folder(name, dataset):
     found = next((path for path in (Path(name), ROOT / name) if path.is_dir()), Path(name))
     if dataset == "folder" and not found.is_dir():
         raise UserError(
-            f"the run's record tells only the name of its folder of pictures, {name}; say where that is by --data_dir"
+            f"the run's record gives only the name of its image folder, {name}; give the path with --data_dir"
         )
     return found
 
@@ -132,17 +133,18 @@ def gather(args, record, data, num_classes):
         facts = {"classes": data.classes, "mean": mean, "std": std, "size": data.size} | facts
         size = facts["size"]
         print(
-            f"no record tells {', '.join(lacks)}; taken from the {len(data.train_labels)} training pictures, at "
+            f"no record gives {', '.join(lacks)}; using those of the {len(data.train_labels)} training images, at "
             f"{size}x{size} pixels"
         )
     elif data and data.differs_from(facts):
-        print(f"this is not the data set of the run: {data.differs_from(facts)}")
+        print(f"this data set differs from the run's: {data.differs_from(facts)}")
     classes = facts["classes"]
     for found in (classes, data.classes if data else classes):
         if len(found) != num_classes or found != classes:
+            own = f" ({', '.join(classes[:10])})" * (len(classes) == num_classes)
             raise UserError(
-                f"{args.run} tells {num_classes} classes apart ({', '.join(classes[:10])}), and not these "
-                f"{len(found)}: {', '.join(found[:10])}; name the pictures of those by --dataset and --data_dir"
+                f"{args.run} distinguishes {num_classes} classes{own}, not these {len(found)}: "
+                f"{', '.join(found[:10])}; name the images that it was trained on with --dataset and --data_dir"
             )
     mean, std = (np.array(value, np.float32) for value in (args.mean or facts["mean"], args.std or facts["std"]))
     return Known(classes, mean, std, facts.get("size", SIZE))
@@ -188,16 +190,15 @@ def what_is_judged(args, data, known):
         for figure in ("confusion", "mistakes"):
             if (drawn := path.with_name(f"{args.run.stem}.{figure}.png")).exists():
                 raise UserError(
-                    f"{drawn} is there without the {path.name} of its evaluation; move it away, or name another "
-                    "--output_dir"
+                    f"{drawn} already exists, without its {path.name}; move it away, or choose another --output_dir"
                 ) from None
         return judged
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         there = None
     if there != judged:
         raise UserError(
-            f"{path} is no evaluation of these weights and pictures by this --mean and --std; move it away, or name "
-            "another --output_dir"
+            f"{path} already exists and is not of these weights and images with this --mean and --std; move it away, "
+            "or choose another --output_dir"
         )
     return judged
 
@@ -206,8 +207,8 @@ def print_and_write(args, record, data, judged, predictions):
     """Print what the predictions for the test images of `data` show, and write it as figures and JSON."""
     matrix = predictions.confusion(len(data.classes))
     mistakes = predictions.surest_mistakes()
-    files = data.test_files or [f"test picture {number}" for number in range(len(data.test_labels))]
-    accuracy = f"test accuracy {predictions.accuracy():.2f} % of {len(files)} pictures"
+    files = data.test_files or [f"test image {number}" for number in range(len(data.test_labels))]
+    accuracy = f"test accuracy {predictions.accuracy():.2f} % of {len(files)} images"
     print(f"{accuracy}{beside_record(record, judged, predictions)}\n")
     print(*class_lines(matrix, data.classes), sep="\n")
     if len(data.classes) <= WIDEST_TABLE:
@@ -221,7 +222,7 @@ def print_and_write(args, record, data, judged, predictions):
         }
         for index in mistakes
     ]
-    print("\nsurest and wrong:" if wrong else "\nno picture was taken for another class's")
+    print("\nmost confident mistakes:" if wrong else "\nno image was misclassified")
     for each in wrong:
         print(f"  {each['picture']}: {each['predicted']} {100 * each['probability']:.1f} %, is {each['class']}")
     by_class = {name: 100 * matrix[label, label] / matrix[label].sum() for label, name in enumerate(data.classes)}
@@ -256,7 +257,7 @@ def beside_record(record, judged, predictions):
     if recorded[-1] == predictions.accuracy():
         return ", as the run's record says"
     where = record.get("machine", {}).get("hardware", "unknown hardware")
-    return f"; the run's record says {recorded[-1]:.2f} %, of {record.get('precision', 'unknown precision')} on {where}"
+    return f"; the run's record says {recorded[-1]:.2f} %, in {record.get('precision', 'unknown precision')} on {where}"
 
 
 if __name__ == "__main__":

@@ -83,7 +83,7 @@ def picture_size(text):
     """An argparse type: the height and width of an image, an int that the model can halve three times."""
     size = arguments.positive_int(text)
     if size % 8 or size > LARGEST:
-        raise argparse.ArgumentTypeError(f"{text!r} is no multiple of 8 up to {LARGEST}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a multiple of 8 up to {LARGEST}")
     return size
 
 
@@ -115,7 +115,7 @@ def load_parts(args, world, run, kind, **more):
     """(the ImageData that the arguments name, a model of class `kind` for it on this process's device); both are
     described in the record. more: arguments of `kind` besides its size and the number of classes."""
     if args.init and Path(args.init).resolve() == run.path(".pt").resolve():
-        raise UserError(f"--init {args.init} is what this run writes; copy it, or name another --output_dir")
+        raise UserError(f"--init {args.init} is the file that this run writes; copy it, or choose another --output_dir")
     with world.first_on_machine():
         data = load_images(args.dataset, args.data_dir, args.size)
     run.facts["data"] = data.state_dict()
@@ -208,7 +208,7 @@ class ImageRun(runs.Run):
     """A Run in --output_dir that ends with the weights (.pt), the curves (.npz) and the record (.json)."""
 
     title = "training resnext"
-    unit = "pictures"
+    unit = "images"
     elsewhere = "--output_dir"
     opening, prospects = describe_run, describe_prospects
 
@@ -265,7 +265,7 @@ class ImageRun(runs.Run):
         self.write_record()
         if self.fixed_length:
             self.drop_state()
-        longer = "" if self.fixed_length else ", .state (a larger --num_epoch --resume goes on from it)"
+        longer = "" if self.fixed_length else ", .state (for --resume with a larger --num_epoch)"
         logged = f"; {self.log_folder()} (log)" * self.args.log
         self.say(f"{self.path('.pt')} (weights), .npz (curves), .json (record){longer}{logged}")
         effect = describe_effect(self)
@@ -299,5 +299,5 @@ class ImageRun(runs.Run):
         return (
             f"epoch {epoch['epoch']}/{self.args.num_epoch}: loss {epoch['loss']:.4f}, acc {epoch['acc']:.2f} %, "
             f"test acc {epoch['test_acc']:.2f} %, {epoch['timing']['seconds']:.1f} s, "
-            f"{epoch['samples_per_second']:.0f} pictures/s"
+            f"{epoch['samples_per_second']:.0f} images/s"
         )

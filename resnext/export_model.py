@@ -36,7 +36,7 @@ def export(model, known, path):
     is missing.
     """
     if path.exists():
-        raise UserError(f"--export {path} is there already; move it away, or name another")
+        raise UserError(f"--export {path} already exists; choose another name or remove it")
     module = Exported(model.eval(), known.mean, known.std).eval()
     generator = torch.Generator().manual_seed(0)
     pictures = torch.randint(0, 256, (3, 3, known.size, known.size), dtype=torch.uint8, generator=generator)
@@ -44,7 +44,7 @@ def export(model, known, path):
         expected = module(pictures)
     write = {".pt2": _to_torch, ".onnx": _to_onnx}.get(path.suffix)
     if write is None:
-        raise UserError(f"--export {path}: name a file that ends with .pt2 (torch.export) or .onnx")
+        raise UserError(f"--export {path}: the name must end with .pt2 (torch.export) or .onnx")
     program = torch.export.export(module, (pictures[:2],), dynamic_shapes=({0: torch.export.Dim("pictures")},))
     content, outputs = write(program, known.classes, pictures)
     form = f"written: {path} (uint8 [N, 3, {known.size}, {known.size}] -> logits [N, {len(known.classes)}])"
@@ -53,8 +53,10 @@ def export(model, known, path):
     else:
         largest = float((outputs - expected).abs().max())
         if not largest <= TOLERANCE * max(1.0, float(expected.abs().max())):
-            raise UserError(f"--export {path}: its outputs differ by {largest:.1e} from those here; nothing is written")
-        checked = f"its outputs differ by at most {largest:.1e} from those here"
+            raise UserError(
+                f"--export {path}: its outputs differ from the model's by {largest:.1e}; nothing was written"
+            )
+        checked = f"its outputs differ from the model's by at most {largest:.1e}"
     with atomic_write(path) as file:
         file.write(content)
     return f"{form}; {checked}"

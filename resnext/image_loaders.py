@@ -147,7 +147,7 @@ def training_loader(kind, data, seed, batches, num_workers, device, say=print, *
         needed = DeviceImages.bytes_needed(data)
         if needed <= free / 2:
             return DeviceImages(data, seed, batches, device, **layout)
-        say(f"the {needed / 1e9:.1f} GB of pictures do not fit on the device; loading by workers")
+        say(f"the {needed / 1e9:.1f} GB of images do not fit on the device; loading by workers instead")
     return worker_loader(AugmentedImages(data, seed), batches, num_workers, device, say=say)
 
 

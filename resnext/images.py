@@ -58,15 +58,16 @@ class ImageData:
         # Only files can have another size.
         resized = f", resized to {self.size}x{self.size}" if self.test_files is not None else ""
         text = (
-            f"{len(self.train_labels)} training and {len(self.test_labels)} test pictures of "
+            f"{len(self.train_labels)} training and {len(self.test_labels)} test images of "
             f"{len(self.classes)} classes ({', '.join(shown)}){resized}"
         )
         if self.left_out:
             names = [str(path) for path in self.left_out[:3]] + ["..."] * (len(self.left_out) > 3)
-            text += f"; {len(self.left_out)} files left out, no pictures by their names ({', '.join(names)})"
+            text += f"; {len(self.left_out)} files left out, not named as images ({', '.join(names)})"
         if (brightest := self.train_images.max()) <= DARK:
             text += (
-                f"; no training pixel is above {brightest} of 255: do files of 16 bits hold fewer? Scale them up first"
+                f"; no training pixel is above {brightest} of 255: if 16-bit files hold fewer bits, scale their values "
+                "up first"
             )
         return text
 
@@ -88,7 +89,9 @@ class ImageData:
         """UserError if `state`, saved with a run, is that of another data set."""
         changes = self.differs_from(state)
         if changes:
-            raise UserError(f"--resume: the data set is not the interrupted run's: {changes}; --restart begins anew")
+            raise UserError(
+                f"--resume: the data set differs from the interrupted run's: {changes}; --restart starts over"
+            )
 
     def differs_from(self, facts):
         """How this data set differs from that of `facts`, a state_dict, as text; "" if they are the same."""
@@ -97,10 +100,11 @@ class ImageData:
         was, now = facts["classes"], self.classes
         words = [f"class {name!r} is gone" for name in was if name not in now]
         words += [f"class {name!r} is new" for name in now if name not in was]
-        for key, labels in (("train_pictures", self.train_labels), ("test_pictures", self.test_labels)):
-            if facts[key] != len(labels):
-                words.append(f"{len(labels)} {key.replace('_', ' ')}, then {facts[key]}")
-        return ", ".join(words) or "other pictures, or their order, under the same names"
+        for part, labels in (("train", self.train_labels), ("test", self.test_labels)):
+            before = facts[f"{part}_pictures"]
+            if before != len(labels):
+                words.append(f"{len(labels)} {part} images instead of {before}")
+        return ", ".join(words) or "other images, or another order, in the same classes"
 
     @functools.cached_property
     def digest(self):
@@ -120,7 +124,7 @@ def load_images(dataset, data_dir, size=SIZE):
         return _load_folder(Path(data_dir), size)
     if size != SIZE:
         raise UserError(
-            f"the pictures of {dataset} have sides of {SIZE}, not {size}, which --dataset folder alone can have"
+            f"the images of {dataset} are {SIZE}x{SIZE}, not {size}x{size}; only --dataset folder has other sizes"
         )
     return {"cifar10": _load_cifar10, "digits": _load_digits}[dataset](Path(data_dir))
 
@@ -159,9 +163,9 @@ def _load_folder(data_dir, size):
     (train, others), (test, more) = (list_classes(data_dir / split) for split in ("train", "test"))
     for has, lacks, classes in (("test", "train", test.keys() - train), ("train", "test", train.keys() - test)):
         if classes:
-            raise UserError(f"{data_dir / has} has the class {min(classes)!r}, which {data_dir / lacks} lacks")
+            raise UserError(f"{data_dir / has} has the class {min(classes)!r}, but {data_dir / lacks} does not")
     if len(train) == 1:
-        raise UserError(f"{data_dir} has the class {min(train)!r} alone; there is nothing to tell it from")
+        raise UserError(f"{data_dir} has only the class {min(train)!r}; training needs at least two")
     arrays, files = [], []
     for classes in (train, test):
         files = [(path, label) for label, name in enumerate(sorted(train)) for path in classes[name]]

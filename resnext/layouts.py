@@ -61,7 +61,7 @@ def choose_layout(model, data, args, world, precision, run):
         layout, taken = fastest(model, options, precision, world, pictures, data.size)
         kept = layout._asdict() | {"milliseconds_a_picture": taken, "measured": "not compiled"}
         slower = ", ".join(f"{name} {each:.3g}" for name, each in taken.items() if name != str(layout))
-        world.say(f"layout: {layout}, {taken[str(layout)]:.3g} ms a picture ({slower})")
+        world.say(f"layout: {layout}, {taken[str(layout)]:.3g} ms per image ({slower})")
     run.facts["layout"] = kept
     return layout
 

@@ -34,9 +34,9 @@ def list_classes(folder):
         classes[path.name] = sorted(file for file in files if is_picture(file))
         left_out += [file for file in files if not is_picture(file)]
         if not classes[path.name]:
-            raise UserError(f"{path} has no picture in it, but stands for a class; put some there, or remove it")
+            raise UserError(f"{path} is a class folder without images; add some, or remove it")
     if not classes:
-        raise UserError(f"{folder} has no class folders with pictures in them; it needs <class>/*.png or the like")
+        raise UserError(f"{folder} has no class folders with images; it needs <class>/*.png or similar")
     return classes, left_out
 
 
@@ -63,7 +63,7 @@ def _children(folder):
                      for entry in entries]  # fmt: skip
     except OSError as error:
         raise UserError(
-            f"cannot read the folder {folder}: {error.strerror}; mend its permissions or remove it"
+            f"cannot read the folder {folder}: {error.strerror}; correct its permissions or remove it"
         ) from None
     return sorted(found)
 
@@ -86,7 +86,7 @@ def read_picture(path, size):
 
     try:
         if not path.is_file():  # Opening a pipe would wait forever.
-            raise UserError("it is no file")
+            raise UserError("it is not a file")
         with Image.open(path) as image:
             image = as_shown(image)
             if image.size != (size, size):
@@ -96,7 +96,7 @@ def read_picture(path, size):
         raise
     except Exception as error:  # Pillow may raise any exception on a damaged file.
         reason = str(error) if isinstance(error, UserError) else type(error).__name__
-        raise UserError(f"cannot decode the picture {path} ({reason}); replace or remove it") from None
+        raise UserError(f"cannot decode the image {path} ({reason}); replace or remove it") from None
 
 
 def as_shown(image):
@@ -118,7 +118,7 @@ def as_shown(image):
     if not image.has_transparency_data:
         return image.convert("RGB")
     if key is not None and "16" in coding:
-        raise UserError("a transparent colour of 16 bits")
+        raise UserError("a 16-bit transparent colour")
     if isinstance(key, int) and image.mode == "L":
         image.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(coding, 1)  # Scaled as the pixels have been.
     if image.mode == "La":
@@ -131,11 +131,11 @@ def _check_tiff(image):
     """UserError for TIFF features that Pillow silently decodes to wrong pixels."""
     tags = image.tag_v2
     if tags.get(PLANAR) == 2 and max(tags.get(BITS_PER_SAMPLE, (8,))) > 8 and image.tile[0][0] == "raw":
-        raise UserError("colours of 16 bits that lie apart; save it with PlanarConfiguration 1")
+        raise UserError("16-bit colours in separate planes; save it with PlanarConfiguration 1")
     if image.mode == "P" and 0 < max(tags.get(COLOUR_MAP, (0,))) < 256:
-        raise UserError("a palette of 8 bits, where TIFF has 16; save it as RGB")
+        raise UserError("an 8-bit palette, where TIFF has 16 bits; save it as RGB")
     if image.mode == "L" and 2 in tags.get(SAMPLE_FORMAT, ()):
-        raise UserError("grey that may be below 0 has no certain white; save it with 8 or 16 bits")
+        raise UserError("signed grey values have no certain white level; save it with 8 or 16 bits")
 
 
 def _eight_bits(image):
@@ -143,7 +143,7 @@ def _eight_bits(image):
     certain = image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM"))
     if not certain or image.format not in SIXTEEN_BITS:
         raise UserError(
-            f"pixels of mode {image.mode} in {image.format} have no certain white; save it with 8 or 16 bits"
+            f"pixels of mode {image.mode} in {image.format} have no certain white level; save it with 8 or 16 bits"
         )
     white, inverted = 65535, False
     if image.format == "TIFF":

@@ -68,7 +68,7 @@ class FastParser(OneLineParser):
             if getattr(args, name) and not args.compile:
                 self.error(f"--{name} needs a compiled model; add --compile")
         if args.compile and args.policy == "nested":
-            self.error("--policy nested cannot be compiled; add --compile False, or take another policy")
+            self.error("--policy nested cannot be compiled; add --compile False, or choose another policy")
         if args.lr is None:
             args.lr = LEARNING_RATES[args.optimizer]
         return args, unknown

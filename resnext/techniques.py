@@ -28,23 +28,23 @@ def describe_run(run):
     return (
         f"{args.model}, {facts['parameters']:,} parameters, {facts['precision']}, {layout} (convolutions: {form}), "
         f"{compiled}, on {device} ({hardware_name(device)}{processes}); {len(run.batches)} steps of "
-        f"{args.batch_size} pictures an epoch",
+        f"{args.batch_size} images per epoch",
         "; ".join([_loading(run), half_precision, _recomputation(run), *_fast(run)]),
     )
 
 
 def _loading(run):
     if run.facts["loading"] == "device":
-        return "pictures augmented on the device"
+        return "images augmented on the device"
     number = run.args.num_worker
-    return f"pictures loaded by {number} worker{'s' * (number != 1)}" if number else "pictures loaded without workers"
+    return f"images loaded by {number} worker{'s' * (number != 1)}" if number else "images loaded without workers"
 
 
 def _recomputation(run):
     args = run.args
     if getattr(args, "memory_budget", None):
         what = "activations held" if args.budget_of == "held" else "peak"
-        return f"recomputation on ({what} at most {args.memory_budget:g} of what it is without)"
+        return f"recomputation on ({what} at most {args.memory_budget:g} of that without recomputation)"
     if getattr(args, "policy", None):
         return f"recomputation on (policy {args.policy})"
     if run.experiment == "resnext":
@@ -57,7 +57,7 @@ def _fast(run):
     args, layout = run.args, run.facts.get("layout")
     if layout is None:
         return [*_freed_memory(run), "compiling, choice of layout off (resnext_fast.py)"]
-    why_layout = "as asked"
+    why_layout = "as requested"
     if "milliseconds_a_picture" in layout:
         why_layout = "the fastest here" + " before compiling" * args.compile
     elif None in (args.channels_last, args.grouped_convolution):
@@ -67,7 +67,7 @@ def _fast(run):
         f"layout {why_layout}",
         f"compiling {'on' if args.compile else 'off'}{why}",
         f"{args.optimizer} {'at a constant rate' if args.optimizer == 'adam' else 'in one cycle'}, "
-        f"smoothing {args.label_smoothing:g}",
+        f"label smoothing {args.label_smoothing:g}",
         *_freed_memory(run),
     ]
 
@@ -114,7 +114,7 @@ def describe_effect(run):
         share = "" if run.world.device.type == "cuda" else f" ({peak / before:.2f} x)"
         text += (
             f"; peak {in_mib(peak)} (planned {in_mib(plan['peak_bytes'])}), without recomputation {in_mib(before)}"
-            f"{share}, by redoing {len(plan['redo'])} operations"
+            f"{share}, by recomputing {len(plan['redo'])} operations"
         )
     return text
 
@@ -145,15 +145,15 @@ def describe_prospects(run, timing):
     )
     least = "about"
     if asked == "nested":  # No plan covers this policy: these are the operations of a step without recomputation.
-        least, memory = "at least", "what the policy nested holds is not predicted"
+        least, memory = "at least", "memory is not predicted for the policy nested"
     peak = timing["peak_memory"]
     allocated = f"; the allocator's peak was {in_mib(peak['allocated_bytes'])}" if peak else ""
     steps = -(-pictures // args.batch_size)
     return (
-        f"{run.facts['parameters']:,} parameters; {least} {flops / 1e9:.4g} GFLOP a step, forward and backward"
+        f"{run.facts['parameters']:,} parameters; {least} {flops / 1e9:.4g} GFLOP per step, forward and backward"
         + f", in each of {world.size} processes" * (world.size > 1),
         f"{memory}; {in_mib(2 * weights + moments)} for weights, gradients and the optimizer{allocated}",
-        f"{steps} steps an epoch, {step:.4g} s each (the median of {timing['phases']['step']['count'] or 1}); "
+        f"{steps} steps per epoch, {step:.4g} s each (the median of {timing['phases']['step']['count'] or 1}); "
         f"{args.num_epoch} epochs with evaluation would take about {seconds:.0f} s "
         f"({datetime.timedelta(seconds=round(seconds))})",
     )

@@ -39,7 +39,7 @@ def read_weights(path):
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}; name a run's .pt file") from None
+        raise UserError(f"cannot read {path}: {error.strerror}; choose the .pt file of a run") from None
     except Exception:  # torch.load may raise any exception on a foreign file.
         raise no_weights(path) from None
     if isinstance(weights, dict):
@@ -50,12 +50,12 @@ def read_weights(path):
         weights = {str(name).removeprefix(prefix): value for name, value in weights.items()}
     for name, value in weights.items():
         if value.is_floating_point() and not value.isfinite().all():
-            raise UserError(f"{path}: its weights {name} are not all finite numbers; name others")
+            raise UserError(f"{path}: the weights {name} contain NaN or infinity; choose another")
     return weights
 
 
 def no_weights(path):
-    return UserError(f"{path} holds no weights of a ResNeXt-29; name the .pt file of a run")
+    return UserError(f"{path} does not contain the weights of a ResNeXt-29; choose the .pt file of a run")
 
 
 def load_model(path):
@@ -80,12 +80,15 @@ def start_from(path, model, classes, say):
     layer = weights.get("linear.weight", torch.zeros(0))
     count = len(layer) if layer.ndim else 0
     if count != len(classes) or there != classes:
-        say(f"--init {path}: its {count} classes are others than the {len(classes)} here; the last layer starts anew")
+        say(
+            f"--init {path}: trained on {count} other classes than the {len(classes)} here; the last layer starts from "
+            "random weights"
+        )
         weights |= {name: own[name] for name in ("linear.weight", "linear.bias")}
     try:
         model.load_state_dict(weights)
     except RuntimeError:
-        raise UserError(f"--init {path} holds no weights of this model; name another, or another --model") from None
+        raise UserError(f"--init {path} does not fit this model; choose another, or another --model") from None
 
 
 def read_record(path):
@@ -100,7 +103,7 @@ def read_record(path):
         record = None
     wrong = fault(record, RECORD)
     if wrong:
-        raise UserError(f"{path} is no record of a run ({wrong}); mend it, or move it away")
+        raise UserError(f"{path} is not a record of a run ({wrong}); correct it, or move it away")
     return _without_null(record)
 
 

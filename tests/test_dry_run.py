@@ -34,7 +34,7 @@ def test_a_dry_run_tells_its_steps_and_writes_nothing(pictures, tmp_path, more):
     counts = (
         ("6 steps", "3") if "--trace" in more else ("1 steps", "1")
     )  # An epoch of one step has no warm-up after it.
-    assert steps.startswith(f"{counts[0]} an epoch, ")
+    assert steps.startswith(f"{counts[0]} per epoch, ")
     assert f"(the median of {counts[1]}); 3 epochs with evaluation would take about " in steps
     assert last == "--dry_run: nothing was written"
 

@@ -112,7 +112,7 @@ def raised_again(error):
 @pytest.mark.parametrize(
     ("error", "line"),
     [
-        (UserError("cannot decode the picture a/b.png"), "cannot decode the picture a/b.png"),
+        (UserError("cannot decode the image a/b.png"), "cannot decode the image a/b.png"),
         (
             OSError(errno.ENOSPC, "No space left on device", "x"),
             "cannot open or write x: No space left on device; free",
@@ -142,12 +142,12 @@ def test_of_what_a_worker_met_the_last_is_told():
         try:
             raise ValueError("what was behind it")
         except ValueError as error:
-            raise UserError("cannot decode the picture a/b.png") from error
+            raise UserError("cannot decode the image a/b.png") from error
     except UserError:
         wrapper = ExceptionWrapper(where="in DataLoader worker process 0")
     with pytest.raises(UserError) as again:
         wrapper.reraise()
-    assert explain(again.value) == "cannot decode the picture a/b.png"
+    assert explain(again.value) == "cannot decode the image a/b.png"
 
 
 ENDS = """

@@ -71,7 +71,7 @@ def test_on_the_test_pictures(place):
     accuracy = 100 - 10 * len(wrong)
     assert wrong  # Or there would be little to see.
     shown = evaluate(place)
-    assert shown.startswith(f"test accuracy {accuracy}.00 % of 10 pictures, as the run's record says\n")
+    assert shown.startswith(f"test accuracy {accuracy}.00 % of 10 images, as the run's record says\n")
     results = json.loads((place / f"model_history/{NAME}.evaluation.json").read_text())
     confusion = [[sum(1 for number in range(5 * row, 5 * row + 5) if output[number].argmax() == column)
                   for column in (0, 1)] for row in (0, 1)]  # fmt: skip
@@ -92,7 +92,7 @@ def test_a_figure_that_no_evaluation_drew_is_not_replaced(place, figure):
     mine = place / f"own_{figure}/{NAME}.{figure}.png"
     mine.parent.mkdir()
     mine.write_bytes(b"precious")
-    assert f"{mine.name} is there without the" in evaluate(place, "--output_dir", mine.parent, code=2)
+    assert f"{mine.name} already exists, without its" in evaluate(place, "--output_dir", mine.parent, code=2)
     assert list(mine.parent.iterdir()) == [mine]
     assert mine.read_bytes() == b"precious"
 
@@ -104,7 +104,7 @@ def test_an_evaluation_of_other_pictures_replaces_none_and_claims_nothing_of_the
     (place / "others/test/dark/0.png").unlink()
     evaluate(place)  # Of the same again.
     for other in (["--data_dir", "others"], ["--mean", 0.1, 0.1, 0.1]):
-        assert f"{NAME}.evaluation.json is no evaluation of these weights and pictures" in evaluate(
+        assert f"{NAME}.evaluation.json already exists and is not of these weights and images" in evaluate(
             place, *other, code=2
         )
         assert "record says" not in evaluate(place, *other, "--output_dir", f"own{len(other)}")
@@ -119,7 +119,7 @@ def test_an_evaluation_of_other_weights_is_not_replaced_nor_is_what_is_none(plac
     torch.save(changed, weights)
     for content in (path.read_bytes(), b"mine"):
         path.write_bytes(content)
-        assert "is no evaluation of these weights" in evaluate(place, "--output_dir", "ev", code=2)
+        assert "already exists and is not of these weights" in evaluate(place, "--output_dir", "ev", code=2)
         assert path.read_bytes() == content
 
 
@@ -139,7 +139,7 @@ def test_the_folder_of_a_record_is_found_where_records_tell_it_from(place, monke
     assert evaluate_script.recorded_folder("pictures", "folder") == Path("pictures")
     assert evaluate_script.recorded_folder("resnext/data", "cifar10") == place / "clone/resnext/data"
     assert evaluate_script.recorded_folder("elsewhere", "cifar10") == Path("elsewhere")
-    with pytest.raises(UserError, match="only the name of its folder of pictures, elsewhere; say where that is"):
+    with pytest.raises(UserError, match="only the name of its image folder, elsewhere; give the path with"):
         evaluate_script.recorded_folder("elsewhere", "folder")
     assert evaluate_script.recorded_folder(None, None) == Path(evaluate_script.__file__).parent / "data"
 
@@ -166,9 +166,9 @@ def test_weights_of_pytorch_cifar(place, prefix):
     data = ["--dataset", "folder", "--data_dir", "pictures"]
     normalised = ["--mean", *record["data"]["mean"], "--std", *record["data"]["std"]]
     shown = evaluate(place, *data, *normalised)
-    assert f"test accuracy {record['epochs'][-1]['test_acc']:.2f} % of 10 pictures\n" in shown
-    assert "no record tells classes; taken from the 44 training pictures" in shown
-    assert "no record tells classes, mean, std; taken from" in evaluate(place, *data)
+    assert f"test accuracy {record['epochs'][-1]['test_acc']:.2f} % of 10 images\n" in shown
+    assert "no record gives classes; using those of the 44 training images" in shown
+    assert "no record gives classes, mean, std; using those of" in evaluate(place, *data)
 
 
 @pytest.mark.parametrize(
@@ -180,7 +180,9 @@ def test_weights_of_pytorch_cifar(place, prefix):
 )  # fmt: skip
 def test_a_record_that_makes_no_sense_is_refused_by_name(place, part, name, value):
     change_record(place, lambda record: record.setdefault(part, {}).update({name: value}))
-    with pytest.raises(UserError, match=rf"{NAME}.json is no record of a run \({part}.{name}.* is not? .*\); mend it"):
+    with pytest.raises(
+        UserError, match=rf"{NAME}.json is not a record of a run \({part}.{name}.* is not .*\); correct"
+    ):
         read_record(place / f"model_history/{NAME}.pt")
 
 
@@ -189,10 +191,10 @@ def test_weights_that_are_not_finite_are_refused(place):
     weights = torch.load(path, weights_only=True)
     weights["bn1.weight"][0] = float("nan")
     torch.save(weights, path)
-    with pytest.raises(UserError, match="its weights bn1.weight are not all finite numbers"):
+    with pytest.raises(UserError, match="the weights bn1.weight contain NaN or infinity"):
         load_model(path)
     os.mkfifo(place / "pipe.pt")
-    with pytest.raises(UserError, match="pipe.pt holds no weights"):
+    with pytest.raises(UserError, match="pipe.pt does not contain the weights"):
         load_model(place / "pipe.pt")
 
 
@@ -200,7 +202,7 @@ def test_an_old_record_is_told_in_a_line(place):
     change_record(place, lambda record: record.pop("data"))
     shown = evaluate(place)
     assert shown.startswith(
-        "no record tells classes, mean, std; taken from the 44 training pictures, at 32x32 pixels\n"
+        "no record gives classes, mean, std; using those of the 44 training images, at 32x32 pixels\n"
     )
     assert "as the run's record says" in shown
 
@@ -208,16 +210,16 @@ def test_an_old_record_is_told_in_a_line(place):
 def test_another_data_set_is_told_or_refused(place):
     Image.new("RGB", (32, 32)).save(place / "pictures/test/dark/more.png")
     shown = evaluate(place)
-    assert shown.startswith("this is not the data set of the run: 11 test pictures, then 10\n")
+    assert shown.startswith("this data set differs from the run's: 11 test images instead of 10\n")
     for split in ("train", "test"):
         (place / f"pictures/{split}/dark").rename(place / f"pictures/{split}/night")
-    assert "2 classes apart (dark, light), and not these 2: light, night" in evaluate(place, code=2)
+    assert "2 classes (dark, light), not these 2: light, night" in evaluate(place, code=2)
 
 
 def test_export(place):
     inputs = torch.from_numpy(np.array(Image.open(place / "pictures/test/light/0.png"))).permute(2, 0, 1)[None]
     expected = logits(place, "pictures/test/light/0.png")
-    assert "differ by at most" in evaluate(place, "--export", "out.pt2")
+    assert " by at most" in evaluate(place, "--export", "out.pt2")
     more = {"classes.json": ""}
     program = torch.export.load(place / "out.pt2", extra_files=more)
     torch.testing.assert_close(program.module()(inputs.expand(3, -1, -1, -1)), expected.expand(3, -1))
@@ -304,7 +306,7 @@ def test_an_export_whose_outputs_are_others_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.export, "export", lambda *arguments, **more: None)
     for wrong in (9.0, float("nan")):
         monkeypatch.setattr(export_model, "_to_torch", lambda *_, wrong=wrong: (b"", torch.full((3, 2), wrong)))
-        with pytest.raises(UserError, match="out.pt2: its outputs differ by .* from those here; nothing is written"):
+        with pytest.raises(UserError, match="out.pt2: its outputs differ from the model's by .*; nothing was written"):
             export_model.export(model, known, tmp_path / "out.pt2")
     assert list(tmp_path.iterdir()) == []
 

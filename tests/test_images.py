@@ -165,7 +165,7 @@ def test_folder(pictures, tmp_path):
     (tmp_path / "train" / "a").mkdir(parents=True)
     (tmp_path / "test").mkdir()
     Image.new("L", (50, 40), 7).save(tmp_path / "train" / "a" / "grey and wide.png")
-    with pytest.raises(UserError, match=r"test has no class folders with pictures"):
+    with pytest.raises(UserError, match=r"test has no class folders with images"):
         load_images("folder", tmp_path)
     (tmp_path / "test" / "a").mkdir()
     Image.new("RGB", (32, 32)).save(tmp_path / "test" / "a" / "x.webp")
@@ -180,7 +180,7 @@ def test_folder(pictures, tmp_path):
     Image.new("RGB", (32, 32)).save(tmp_path / "train" / "b" / "x.png")
     assert (load_images("folder", tmp_path).train_images[0] == 7).all()
     (tmp_path / "train" / "b" / "broken.jpg").write_bytes(b"\xff\xd8 no picture")
-    with pytest.raises(UserError, match=r"cannot decode the picture .*broken\.jpg"):
+    with pytest.raises(UserError, match=r"cannot decode the image .*broken\.jpg"):
         load_images("folder", tmp_path)
     with pytest.raises(UserError, match="there is no folder"):
         load_images("folder", tmp_path / "nowhere")

@@ -109,19 +109,19 @@ def tiff(bits, kind, samples, planes, pixels, *extra):
 
 
 UNCERTAIN = {
-    "planes.tif": (tiff(16, 2, 3, 2, struct.pack("<12H", *[40000] * 4, *[0] * 8)), "colours of 16 bits that lie apart"),
-    "palette.tif": (tiff(8, 3, 1, 1, bytes(range(4)), (320, [*range(256)] * 3)), "a palette of 8 bits, where TIFF has"),
-    "signed.tif": (tiff(8, 1, 1, 1, bytes([0, 1, 254, 255]), (339, [2])), "grey that may be below 0"),
+    "planes.tif": (tiff(16, 2, 3, 2, struct.pack("<12H", *[40000] * 4, *[0] * 8)), "16-bit colours in separate planes"),
+    "palette.tif": (tiff(8, 3, 1, 1, bytes(range(4)), (320, [*range(256)] * 3)), "an 8-bit palette, where TIFF has"),
+    "signed.tif": (tiff(8, 1, 1, 1, bytes([0, 1, 254, 255]), (339, [2])), "signed grey values have no certain white"),
     "float.tif": (saved(Image.fromarray(GREY.astype(np.float32))), "pixels of mode F in TIFF"),
     "float.pfm": (saved(Image.fromarray(GREY.astype(np.float32))), "pixels of mode F in PPM"),
     "32 bits.tif": (saved(Image.fromarray(GREY.astype(np.int32))), "pixels of mode I in TIFF"),
     "16 bits and a transparent colour.png": (
         raw(png(16, 2, bytes(26), (b"tRNS", bytes([1, 0] * 3)))),
-        "a transparent colour of 16 bits",
+        "a 16-bit transparent colour",
     ),
-    "pipe.png": (os.mkfifo, "it is no file"),
-    "nowhere.png": (lambda path: path.symlink_to("no/such/file"), "it is no file"),
-    "itself.png": (lambda path: path.symlink_to(path), "it is no file"),
+    "pipe.png": (os.mkfifo, "it is not a file"),
+    "nowhere.png": (lambda path: path.symlink_to("no/such/file"), "it is not a file"),
+    "itself.png": (lambda path: path.symlink_to(path), "it is not a file"),
 }
 
 
@@ -129,7 +129,7 @@ UNCERTAIN = {
 def test_what_is_not_certain_is_refused_by_name(name, tmp_path):
     make, reason = UNCERTAIN[name]
     make(tmp_path / name)
-    with pytest.raises(UserError, match=rf"cannot decode the picture .*/{name} \({reason}"):
+    with pytest.raises(UserError, match=rf"cannot decode the image .*/{name} \({reason}"):
         read_picture(tmp_path / name, 2)
 
 
@@ -156,9 +156,7 @@ def test_classes_are_walked_down_and_what_is_left_out_is_counted(tmp_path):
     assert data.train_images[:, 0, 0, 0].tolist() == [10, 20, 20, 20]
     assert data.test_labels.tolist() == [0, 1, 1]
     assert len(data.left_out) == 8
-    assert str(data).startswith(
-        "4 training and 3 test pictures of 2 classes (cat, dog), resized to 32x32; 8 files left"
-    )
+    assert str(data).startswith("4 training and 3 test images of 2 classes (cat, dog), resized to 32x32; 8 files left")
     first = ", ".join(f"{tmp_path}/train/{name}" for name in ("cat/.trash", "dog/.DS_Store", "dog/film.mpeg"))
     assert f"({first}, ...)" in str(data)
 
@@ -168,7 +166,7 @@ def test_a_class_without_a_picture_is_named(tmp_path):
     for split in ("train", "test"):
         (tmp_path / split / "c/deep").mkdir(parents=True)
         (tmp_path / split / "c/deep/text.md").touch()
-        with pytest.raises(UserError, match=rf"{split}/c has no picture in it"):
+        with pytest.raises(UserError, match=rf"{split}/c is a class folder without images"):
             load_images("folder", tmp_path)
         paint(tmp_path / split / "c/0.png")
     (tmp_path / "test/c/0.png").unlink()

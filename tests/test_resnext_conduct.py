@@ -169,7 +169,7 @@ def test_a_bar_on_a_terminal_and_plain_lines_when_piped(tiny, tmp_path):
     os.close(parent)
     bar = shown.decode()
     assert "epoch 1/2" in bar
-    assert "pictures" in bar
+    assert " images" in bar
     assert "test_acc=" in bar
     assert "test_acc=" in bar
     assert [line.split(":")[0] for line in lines[3:-2]] == ["epoch 1/2", "epoch 2/2"]

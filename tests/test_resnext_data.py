@@ -32,9 +32,7 @@ def train(place, *more, script="resnext", code=0):
 def test_the_data_set_is_said_and_recorded(place):
     (place / "pictures/test/notes.txt").touch()
     said = train(place).splitlines()[0]
-    assert said.startswith(
-        "44 training and 10 test pictures of 2 classes (dark, light), resized to 32x32; 1 files left"
-    )
+    assert said.startswith("44 training and 10 test images of 2 classes (dark, light), resized to 32x32; 1 files left")
     data = json.loads((place / f"model_history/{NAME}.json").read_text())["data"]
     paths = sorted((place / "pictures/train").rglob("*.png"))
     pixels = np.stack([np.array(Image.open(path)) for path in paths]).reshape(-1, 3) / 255
@@ -59,11 +57,11 @@ def swap(place):
 CHANGES = {
     "class 'dark' is gone, class 'night' is new": lambda place: rename(place, "dark", "night"),
     "class 'dark' is gone, class 'darl' is new": lambda place: rename(place, "dark", "darl"),
-    "45 train pictures, then 44": lambda place: shutil.copy(
+    "45 train images instead of 44": lambda place: shutil.copy(
         place / "pictures/train/dark/0.png", place / "pictures/train/dark/new.png"
     ),
-    "11 test pictures, then 10": lambda place: Image.new("L", (9, 9)).save(place / "pictures/test/dark/new.gif"),
-    "other pictures, or their order, under the same names": swap,
+    "11 test images instead of 10": lambda place: Image.new("L", (9, 9)).save(place / "pictures/test/dark/new.gif"),
+    "other images, or another order, in the same classes": swap,
 }
 
 
@@ -75,7 +73,9 @@ def test_a_run_goes_on_with_the_same_pictures_alone(place):
         shutil.copytree(place / "pictures", changed / "pictures")
         change(changed)
         line = train(changed, "--num_epoch", 2, "--resume", code=2)
-        assert line.startswith(f"resnext.py: --resume: the data set is not the interrupted run's: {words}; --restart")
+        assert line.startswith(
+            f"resnext.py: --resume: the data set differs from the interrupted run's: {words}; --restart"
+        )
     moved = place / "elsewhere"
     (place / "pictures").rename(moved)
     assert "epoch 2/2" in train(place, "--data_dir", moved, "--num_epoch", 2, "--resume")
@@ -123,10 +123,10 @@ def test_training_starts_from_trained_weights(tmp_path):
     assert not started(["a", "b", "c"])
     assert said == []
     assert started(["a", "b"])
-    assert "its 3 classes are others than the 2 here; the last layer starts anew" in said.pop()
+    assert "trained on 3 other classes than the 2 here; the last layer starts from random" in said.pop()
     (tmp_path / "run.json").write_text(json.dumps({"arguments": {}, "data": {"classes": ["a", "b", "d"]}}))
     assert started(["a", "b", "c"])
-    assert "its 3 classes are others than the 3 here" in said.pop()
+    assert "trained on 3 other classes than the 3 here" in said.pop()
 
 
 def test_the_scripts_take_trained_weights(place):
@@ -138,5 +138,5 @@ def test_the_scripts_take_trained_weights(place):
     # Its own weights would be gone with what they become.
     before = (place / f"model_history/{NAME}_init.pt").read_bytes()
     line = train(place, "--init", f"model_history/{NAME}_init.pt", "--restart", code=2)
-    assert f"--init model_history/{NAME}_init.pt is what this run writes" in line
+    assert f"--init model_history/{NAME}_init.pt is the file that this run writes" in line
     assert (place / f"model_history/{NAME}_init.pt").read_bytes() == before

@@ -57,12 +57,12 @@ def test_files_of_a_run(baseline):
     assert [curves[key].shape for key in ("loss", "acc", "test_acc")] == [(2,)] * 3
     assert curves["loss"][1] < curves["loss"][0]
     pictures, what, techniques, *epochs, files, kept = printed.splitlines()
-    assert pictures == "44 training and 10 test pictures of 2 classes (dark, light), resized to 32x32"
+    assert pictures == "44 training and 10 test images of 2 classes (dark, light), resized to 32x32"
     parameters = sum(weight.numel() for name, weight in weights.items() if not re.search("running|tracked", name))
     assert what.startswith(f"resnext29_1x4d, {parameters:,} parameters, fp32, contiguous (convolutions: groups), not ")
-    assert what.endswith("; 6 steps of 8 pictures an epoch")
+    assert what.endswith("; 6 steps of 8 images per epoch")
     assert "on cpu (" in what
-    assert techniques.startswith("pictures loaded without workers; half precision off (")
+    assert techniques.startswith("images loaded without workers; half precision off (")
     assert "; recomputation off (resnext_checkpoint.py); " in techniques
     record = json.loads((history / f"{NAME}.json").read_text())
     assert kept == f"kept from forward to backward: {record['saved_activation_bytes'] / 2**20:.1f} MiB"
@@ -111,7 +111,7 @@ def test_checkpointing_gives_the_same_run(run_script, tiny, baseline, tmp_path, 
     if "--memory_budget" in extra:
         assert saved == pytest.approx(ours["plan"]["held_bytes"], rel=0.01)
         assert "plan: peak" in result.stdout
-        assert effect.endswith(f"by redoing {len(ours['plan']['redo'])} operations")
+        assert effect.endswith(f"by recomputing {len(ours['plan']['redo'])} operations")
         (line,) = (line for line in result.stdout.splitlines() if line.startswith("measured: peak"))
         measured = ours["measured"]
         assert measured["held_bytes"] == saved

@@ -36,7 +36,7 @@ def test_compiling_is_named_among_what_changed_the_memory(monkeypatch):
         ({"milliseconds_a_picture": {}}, {}, "layout the fastest here before compiling"),
         ({"milliseconds_a_picture": {}}, {"compile": False}, "layout the fastest here"),
         ({"form": "groups"}, {}, "layout not measured (--deterministic)"),
-        ({"form": "dense"}, {"channels_last": False, "grouped_convolution": "dense"}, "layout as asked"),
+        ({"form": "dense"}, {"channels_last": False, "grouped_convolution": "dense"}, "layout as requested"),
     ],
 )
 def test_why_a_layout_was_taken_is_told(layout, arguments, told):
@@ -81,6 +81,6 @@ def test_a_measured_peak_is_told_as_a_share_of_that_without_recomputation(monkey
     plan = {"redo": ["stem.relu1"], "held_bytes": 80, "peak_bytes": 150 * 2**20, "plain_peak_bytes": 200 * 2**20}
     facts = {"saved_activation_bytes": 80, "precision": "fp32", "policy": ["stem.relu1"], "plan": plan}
     told = techniques.describe_effect(run_with(facts | {"measured": {"peak_bytes": 160 * 2**20}}, compile=False))
-    assert "peak 160.0 (planned 150.0), without recomputation 200.0 (0.80 x), by redoing 1 operations" in told
+    assert "peak 160.0 (planned 150.0), without recomputation 200.0 (0.80 x), by recomputing 1 operations" in told
     whole = techniques.describe_effect(run_with(facts | {"plan": None, "policy": "block"}, compile=False))
     assert "without recomputation 0.0 (0.80 x)" in whole
