@@ -55,9 +55,11 @@ def main():
     parser = get_args_parser()
     args = parser.parse_args()
     if args.folders and (args.nsys or args.phases or args.timeline or args.compare):
-        parser.error(f"{args.folders[0]}: name no folder beside --nsys, --phases, --timeline or --compare")
+        parser.error(
+            f"{args.folders[0]}: --nsys, --phases, --timeline and --compare take no other folder; leave it out"
+        )
     if args.image_dir and (args.nsys or args.phases):
-        parser.error("--image_dir: --nsys and --phases draw nothing")
+        parser.error("--image_dir: --nsys and --phases draw nothing; leave it out")
     aligned = not args.markdown and sys.stdout.isatty()
     show = (lambda text: print(terminal.aligned(text))) if aligned else print
     if args.nsys:
@@ -76,7 +78,7 @@ def report(args, show):
     folders = args.folders or default_folders(published=args.readme is not None)
     runs, evaluations = records.read_folders(folders, published=args.readme is not None)
     if not runs:
-        records.warn("no runs found; bash run.sh makes some")
+        records.warn("no runs found; bash run.sh trains some")
     from reporting import figures  # Only once the folders are known to be good: importing matplotlib takes a second.
 
     measured = benchmarks.read(args.benchmark_dir, published=args.readme is not None)
@@ -88,7 +90,7 @@ def report(args, show):
     else:
         shown = [parts[name] for name in args.only or parts]
         show("\n\n".join(f"## {title}\n\n{body}" for title, body in shown if body))
-        show("\nThe words are explained in docs/glossary.md.")
+        show("\nThe terms are explained in docs/glossary.md.")
     for path in figures.draw_all(runs, measured, args.image_dir or (args.readme or beside(folders)) / "image"):
         print(f"drawn: {path}", file=sys.stderr)
 
@@ -146,9 +148,9 @@ def compare_two(args, show):
 def print_phases(path, show):
     runs = [run for run in records.read_folders([path])[0] if run.epochs]
     if not runs:
-        raise UserError(f"{path} is no record of a training run with an epoch in it")
+        raise UserError(f"{path} is not a record of a training run with an epoch in it")
     if len(runs) > 1:
-        raise UserError(f"{path} holds {len(runs)} runs; name one: {', '.join(run.path.name for run in runs)}")
+        raise UserError(f"{path} has {len(runs)} runs; choose one: {', '.join(run.path.name for run in runs)}")
     epochs = runs[0].epochs[-1]["epoch"]
     show(f"{runs[0].path}, {epochs} epoch{'s' * (epochs > 1)}:\n\n{overview.phase_table(runs[0].timing())}")
 

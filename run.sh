@@ -35,7 +35,7 @@ setup() {
     [ -z "${DRY:-}${NO_SETUP:-}" ] || return 0
     python=${PYTHON:-python3}
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || {
-        echo "run.sh: $python is older than 3.11; name a newer one, as in PYTHON=python3.12 bash run.sh" >&2
+        echo "run.sh: $python is older than 3.11; choose a newer one, as in PYTHON=python3.12 bash run.sh" >&2
         exit 2
     }
     [ -x .venv/bin/python ] || "$python" -m venv .venv
@@ -63,7 +63,7 @@ show() {
 # once FILE COMMAND...: run the command unless the file exists.
 once() {
     if [ -z "${AGAIN:-}" ] && [ -e "$1" ]; then
-        echo "# $1 is there (AGAIN=1 makes it again)"
+        echo "# $1 already exists (AGAIN=1 makes it again)"
     else
         show "${@:2}"
     fi

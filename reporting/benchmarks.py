@@ -90,11 +90,11 @@ def read(folder, published=False):
         try:
             record = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
-            warn(f"skipped {path}: not whole JSON ({type(error).__name__}); run its benchmark again, or delete it")
+            warn(f"skipped {path}: not complete JSON ({type(error).__name__}); run its benchmark again, or delete it")
             continue
         fault = shapes.fault(record, RECORD) or _ratio_fault(record)
         if fault is not None:
-            warn(f"skipped {path}: no record of a benchmark: {fault}")
+            warn(f"skipped {path}: not a record of a benchmark: {fault}")
         elif not (published and refused(path, record)):
             letter = machine_letter(path)
             record["machine"]["hardware"] += f", machine {letter}" if letter else ""

@@ -29,10 +29,10 @@ def read_side(path):
     for run in runs:
         set_ups.setdefault(str((sorted(settings(run).items()), hardware(run))), []).append(run)
     if not runs:
-        raise UserError(f"{path} has no record of a training run; name a run's .json, or a folder of them")
+        raise UserError(f"{path} has no record of a training run; choose a run's .json, or a folder of them")
     if len(set_ups) > 1:
         names = ", ".join(each[0].path.name for each in set_ups.values())
-        raise UserError(f"{path} has runs of {len(set_ups)} set-ups; name one of them: {names}")
+        raise UserError(f"{path} has runs of {len(set_ups)} set-ups; choose one of them: {names}")
     return one_a_seed(runs)
 
 

@@ -48,7 +48,7 @@ def main():
     root = Path(sys.argv[1]).resolve() if len(sys.argv) > 1 else ROOT
     found = broken(root)
     for line in found:
-        print(f"leads nowhere: {line}", file=sys.stderr)
+        print(f"broken link: {line}", file=sys.stderr)
     sys.exit(bool(found))
 
 

@@ -49,7 +49,7 @@ def read_trace(path):
     """
     path = Path(path)
     if not path.is_file():  # Nor a pipe: opening it would wait forever.
-        raise UserError(f"{path} is no file; {HOW_TO_EXPORT}")
+        raise UserError(f"{path} is not a file; {HOW_TO_EXPORT}")
     try:
         database = sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)
         try:
@@ -62,11 +62,13 @@ def read_trace(path):
     for (thread, _), ranges in lanes.items():
         process, steps = _process(thread), sum(each.is_step for each in ranges)
         if steps and process in most:
-            warn(f"{path}: process {process} has steps in several threads or domains; told are those that are most")
+            warn(
+                f"{path}: process {process} has steps in several threads or domains; using the one with the most steps"
+            )
         if steps > most.get(process, 0):
             timings[process], most[process] = _epochs(ranges, work.get(process)), steps
     if not timings:
-        raise UserError(f"{path} has no ranges named '... - step N'; record a training script of this repository")
+        raise UserError(f"{path} has no ranges named '... - step N'; trace a training script of this repository")
     return timings
 
 

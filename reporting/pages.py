@@ -19,7 +19,7 @@ def pages(folder):
     UserError if there is no README.md.
     """
     if not (folder / "README.md").is_file():
-        raise UserError(f"{folder} has no README.md; name the folder of the repository, or leave it out")
+        raise UserError(f"{folder} has no README.md; choose the folder of the repository, or leave it out")
     found = [folder / "README.md", *sorted((folder / "docs").rglob("*.md")), folder / NOTEBOOK]
     return [path for path in found if path.is_file() and b"<!-- report:" in path.read_bytes()]
 
@@ -33,7 +33,7 @@ def rewrite(path, bodies, root=None):
     try:
         text = path.read_bytes().decode("utf-8")  # Not as text, which would change its line endings.
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is no UTF-8 text'}") from None
+        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
     depth = len(path.relative_to(root).parts) - 1 if root else 0
     if path.suffix == ".ipynb":
         new = _rewritten_notebook(path, text, bodies, depth)
@@ -61,12 +61,12 @@ def _rewritten(path, text, bodies, depth):
     if alone:
         raise UserError(f"{path}: the marker {alone[0]} has no partner; each table needs both of its markers")
     if not pairs:
-        raise UserError(f"{path} has no marker such as <!-- report:data-loader -->; put one where a table should stand")
+        raise UserError(f"{path} has no marker such as <!-- report:data-loader -->; put one where a table should be")
 
     def filled(pair):
         start, name, _, end = pair.groups()
         if name not in bodies:
-            raise UserError(f"{path}: the marker {start} names no table; there are {', '.join(bodies)}")
+            raise UserError(f"{path}: the marker {start} names no table; choose from {', '.join(bodies)}")
         if not bodies[name]:
             warn(f"{path.name} has no records for {name}")
         body = bodies[name].replace("](/", f"]({'../' * depth}") or NO_RECORD

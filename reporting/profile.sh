@@ -19,7 +19,7 @@ fi
 if ! command -v nsys >/dev/null; then
     # PyTorch's own profiler shows the same phases, and on CUDA the memory, without another program.
     echo "profile.sh: nsys is not installed (https://developer.nvidia.com/nsight-systems, or on Debian: apt install" \
-        "nsight-systems, in non-free); $1.json.gz is by PyTorch's profiler, for https://ui.perfetto.dev" >&2
+        "nsight-systems, in non-free); using PyTorch's profiler: $1.json.gz, for https://ui.perfetto.dev" >&2
     set -- "$@" --trace "$1.json.gz"
     shift
     [[ " $* " == *" --max_steps"* ]] || set -- "$@" --max_steps "${STEPS:-30}"
@@ -31,7 +31,7 @@ quietly() {
     local said
     said=$("${@:2}" 2>&1 </dev/null) || {
         said=$(grep -v '^[[:space:]]*$' <<<"$said" | tail -n 1 || true)
-        echo "profile.sh: $1 failed: ${said:-it gives no reason}" >&2
+        echo "profile.sh: $1 failed: ${said:-no reason given}" >&2
         exit 2
     }
 }
@@ -53,7 +53,7 @@ if [ ! -f "$output.nsys-rep" ]; then
     # Debian's nsys looks for its importer in the wrong place, and leaves the raw trace.
     importer=$(find /usr/lib/nsight-systems /opt/nvidia -name QdstrmImporter -type f 2>/dev/null | head -n 1 || true)
     if [ -z "$importer" ] || [ ! -f "$output.qdstrm" ]; then
-        echo "profile.sh: nsys wrote no report $output.nsys-rep, and its QdstrmImporter is not there to make one" >&2
+        echo "profile.sh: nsys wrote no report $output.nsys-rep, and there is no QdstrmImporter to make one" >&2
         exit 2
     fi
     quietly "making a report of $output.qdstrm" "$importer" -i "$output.qdstrm"

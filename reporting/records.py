@@ -116,8 +116,8 @@ def refused(path, record):
     commit = record["machine"].get("commit")
     if commit and not commit.endswith("-dirty"):
         return False
-    what = "changed files beside a commit" if commit else "no commit"
-    warn(f"refused {path}: it is of {what}; commit, then make it again")
+    made = f"from uncommitted changes (on commit {commit[:7]})" if commit else "without a commit"
+    warn(f"refused {path}: made {made}; commit, then run it again")
     return True
 
 
@@ -143,7 +143,7 @@ def _json_files(folder):
     if folder.is_file():
         return [folder]
     if not folder.is_dir():
-        raise UserError(f"there is no folder {folder}; name one that holds run records, as bash run.sh makes them")
+        raise UserError(f"there is no folder {folder}; choose one with run records, which bash run.sh makes")
     found, seen = [], set()
     for place, folders, names in os.walk(folder, followlinks=True, onerror=_warn_of_folder):
         real = os.path.realpath(place)
@@ -169,12 +169,12 @@ def _read(path):
     except OSError as error:
         return warn(f"skipped {path}: {error.strerror}")
     except (ValueError, RecursionError):
-        return warn(f"skipped {path}: not whole JSON; run its script again, or delete it")
+        return warn(f"skipped {path}: not complete JSON; run its script again, or delete it")
     is_ours = isinstance(record, dict) and "experiment" in record
     described = not is_ours or record["experiment"] == "brio"
     if described and (path.parent / "config.json").exists():
         return None  # Files that describe a model. Evaluations show what a generator of brio.py is worth.
-    fault = _fault(record) if is_ours else "no record of a run"
+    fault = _fault(record) if is_ours else "not a record of a run"
     return record if fault is None else warn(f"skipped {path}: {fault}")
 
 

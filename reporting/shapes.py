@@ -40,7 +40,7 @@ def fault(value, shape, where=""):
     nothing."""
     if isinstance(shape, dict):
         if not isinstance(value, dict):
-            return f"{where or 'it'} is no object"
+            return f"{where or 'it'} is not an object"
         parts = [(name, value.get(name), part) for name, part in shape.items()]
         needed = (name for name, part in shape.items() if isinstance(part, dict) or part[0] != "maybe")
         missing = next((name for name in needed if name not in value), None)
@@ -50,7 +50,7 @@ def fault(value, shape, where=""):
         return None if value is None else fault(value, shape[1], where)
     elif shape[0] == "each":
         if not isinstance(value, shape[1]):
-            return f"{where or 'it'} is no {'list' if shape[1] is list else 'object'}"
+            return f"{where or 'it'} is not {'a list' if shape[1] is list else 'an object'}"
         names = value if isinstance(value, dict) else range(len(value))
         parts = [(name, value[name], shape[2]) for name in names]
     else:

@@ -59,7 +59,7 @@ def read_trace(path):
     steps = sorted((event for event in ranges if STEP.fullmatch(event["name"])), key=lambda event: event["ts"])
     if not steps:
         raise UserError(
-            f"{path} has no ranges named '... - step N'; a training script's --trace FILE.json.gz writes them"
+            f"{path} has no ranges named '... - step N'; make it with a training script's --trace FILE.json.gz"
         )
     # An epoch's end, with its validation, belongs to no step, so only the epoch with most of the steps is used.
     epochs = [step["name"].rpartition(" - ")[0] for step in steps]
@@ -67,10 +67,12 @@ def read_trace(path):
     steps = [step for step, epoch in zip(steps, epochs, strict=True) if epoch == longest]
     lanes = {(str(step.get("pid")), str(step.get("tid"))) for step in steps}
     if len(lanes) > 1:
-        raise UserError(f"{path} has steps of {len(lanes)} processes or threads at one time; give a trace of one")
+        raise UserError(
+            f"{path} has steps of {len(lanes)} processes or threads at the same time; choose a trace of one"
+        )
     spans = np.array([_span(step) for step in steps])
     if not (spans[:, 1] > spans[:, 0]).all():
-        raise UserError(f"{path} has steps that take no time; a training script's --trace FILE.json.gz writes others")
+        raise UserError(f"{path} has steps that take no time; make it with a training script's --trace FILE.json.gz")
     thread = [event for event in ranges if (str(event.get("pid")), str(event.get("tid"))) in lanes]
     inside = [event for event in thread if not STEP.fullmatch(event["name"]) and _within(spans, *_span(event))]
     phases = _outermost((event["name"], *_span(event)) for event in inside)
@@ -90,7 +92,7 @@ def _within(spans, begin, end):
 def _events(path):
     """(the events of a trace that have a duration, a list of dicts; the properties of its GPUs)"""
     if not path.is_file():  # Nor a pipe: opening it would wait forever.
-        raise UserError(f"{path} is no file; a training script's --trace FILE.json.gz writes one")
+        raise UserError(f"{path} is not a file; make one with a training script's --trace FILE.json.gz")
     try:
         data = path.read_bytes()
         content = json.loads(gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data)
@@ -102,9 +104,7 @@ def _events(path):
     except (OSError, EOFError, ValueError, TypeError, KeyError, AttributeError, RecursionError, zlib.error):
         whole = False
     if not whole:
-        raise UserError(
-            f"{path} is no whole trace of torch.profiler; a training script's --trace FILE.json.gz writes one"
-        )
+        raise UserError(f"{path} is not a complete trace; make one with a training script's --trace FILE.json.gz")
     return events, properties
 
 
@@ -145,7 +145,7 @@ def _gpu_work(path, events, phases):
     launched = {key(event): event["ts"] / 1e3 for event in events if event.get("cat") in LAUNCHES}
     found = [event for event in events if event.get("cat") in ON_GPU and key(event) in launched]
     if not found:
-        raise UserError(f"{path} has work of a GPU, and no launches of it: it was not traced whole")
+        raise UserError(f"{path} has GPU work but no launches of it: the trace is incomplete")
     times = [launched[key(event)] for event in found]
     return [(_phase_at(phases, time), *_span(event), time) for event, time in zip(found, times, strict=True)]
 

@@ -151,7 +151,7 @@ def test_of_two_threads_with_steps_the_one_with_more_is_told(tmp_path, capsys):
 
 def test_a_pipe_is_no_trace(tmp_path):
     os.mkfifo(tmp_path / "pipe.sqlite")
-    with pytest.raises(UserError, match="pipe.sqlite is no file"):
+    with pytest.raises(UserError, match="pipe.sqlite is not a file"):
         read_trace(tmp_path / "pipe.sqlite")
 
 
@@ -214,7 +214,7 @@ def fake_nsys(tmp_path):
     ("export", "reason"),
     [
         ("echo Processing; echo 'Failed: the report is corrupt' >&2; echo; exit 1", "Failed: the report is corrupt"),
-        ("exit 3", "it gives no reason"),
+        ("exit 3", "no reason given"),
     ],
 )
 def test_an_export_that_fails_is_one_line_with_its_reason(fake_nsys, tmp_path, export, reason):

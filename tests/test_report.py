@@ -116,7 +116,7 @@ def test_a_deleted_record_takes_its_row_and_nothing_else(call_report, run_folder
     (run_folder / "resnext" / "no_workers.json").unlink()
     (run_folder / "resnext" / "half.json").write_bytes((run_folder / "resnext" / "cut.json").read_bytes())
     after = call_report(run_folder)
-    assert "half.json: not whole JSON" in after.err
+    assert "half.json: not complete JSON" in after.err
     kept = [row for row in section(before, "Runs") if row["Loading"] != "0 workers" and row["Precision"] != "bf16"]
     assert section(after.out, "Runs") == kept
     kept = [row for row in section(before, "Loading images") if row["Loading"] != "0 workers"]
@@ -206,11 +206,11 @@ def having(record, *path, value):
         # Of another program, or of a wrong type.
         ({"experiment": {"name": "x"}}, "unknown experiment {'name': 'x'}"),
         ({"experiment": ["resnext"], "format": 1}, "unknown experiment"),
-        (having(make_record(), "epochs", value={"1": 2}), "epochs is no list"),
+        (having(make_record(), "epochs", value={"1": 2}), "epochs is not a list"),
         (having(make_record(), "epochs", 0, "loss", value="0.5"), "epochs.0.loss is not a number"),
         (having(make_record(), "epochs", 0, "timing", "seconds", value=0), "seconds is not a number above 0"),
-        (having(make_record(), "epochs", 0, "timing", "phases", "step", "host_ms", value=1), "host_ms is no object"),
-        (having(make_record(), "epochs", 0, "timing", "peak_memory", value=8e9), "peak_memory is no object"),
+        (having(make_record(), "epochs", 0, "timing", "phases", "step", "host_ms", value=1), "is not an object"),
+        (having(make_record(), "epochs", 0, "timing", "peak_memory", value=8e9), "peak_memory is not an object"),
         (having(make_record(), "machine", "hardware", value={"cpu": 1}), "machine.hardware is not text"),
         (having(make_record(), "arguments", "batch_size", value="128"), "batch_size is not a whole number"),
         (having(make_record(), "epochs", 0, "test_acc", value=-1e308), "epochs.0.test_acc is not a percentage"),

@@ -77,7 +77,7 @@ def test_the_figure_has_the_phases_of_a_step_then_the_loss_and_the_test_accuracy
 
 def test_what_cannot_be_compared_is_one_line(folders):
     write(folders / "a" / "other.json", make_record(num_worker=7))
-    with pytest.raises(UserError, match="2 set-ups; name one of them: a0.json, other.json"):
+    with pytest.raises(UserError, match="2 set-ups; choose one of them: a0.json, other.json"):
         compare.read_side(folders / "a")
     (folders / "empty").mkdir()
     with pytest.raises(UserError, match="no record of a training run"):
@@ -94,7 +94,7 @@ def test_phases_of_a_folder_name_the_run_or_list_them(run_script, folders):
     output = run_script("report.py", "--phases", folders / "a" / "a0.json").stdout
     assert "a0.json, 3 epochs:" in output
     said = run_script("report.py", "--phases", folders / "b", code=2).stderr
-    assert "holds 3 runs; name one: b0.json, b1.json, b2.json" in said
+    assert "has 3 runs; choose one: b0.json, b1.json, b2.json" in said
 
 
 def test_tables_on_a_terminal_are_aligned():

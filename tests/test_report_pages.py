@@ -264,7 +264,7 @@ def place_line_of(runs):
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("<!-- report:nothing -->\n<!-- /report:nothing -->", "names no table"),
+        ("<!-- report:nothing -->\n<!-- /report:nothing -->", "names no table; choose from"),
         ("<!-- report:runs -->\ntext", "no partner"),
         ("text <!-- /report:runs -->", "no partner"),
         ("<!-- report:runs -->\n<!-- /report:phases -->", "no partner"),

@@ -107,7 +107,7 @@ def test_what_is_finished_is_not_done_again(copy_of_run_sh):
     finished.touch()
     calls = copy_of_run_sh / "calls.txt"
     lines = run_job("simcls", folder=copy_of_run_sh)
-    assert "# samples/train/0.json is there (AGAIN=1 makes it again)" in lines
+    assert "# samples/train/0.json already exists (AGAIN=1 makes it again)" in lines
     made = calls.read_text()
     assert made.count("--split train") == 1  # Of the times.
     assert made.count("--split val") == 2

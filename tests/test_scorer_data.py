@@ -167,12 +167,12 @@ def test_published_samples_load(tmp_path, encoding):
 BAD_SAMPLES = [
     (b"{", "is not JSON"),
     (b'{"article": "\xff"}', "is not JSON"),
-    (b"[1]", "it is no object"),
+    (b"[1]", "it is not an object"),
     (b'{"article": []}', "it has no abstract"),
     ({"candidates": [], "candidates_untok": []}, "it has no candidates"),
     ({"article": "one string"}, "article is not a list of sentences"),
     ({"abstract_untok": [1]}, "abstract_untok is not a list of sentences"),
-    ({"candidates": 1}, "candidates is no list"),
+    ({"candidates": 1}, "candidates is not a list"),
     *[
         ({"candidates": [each]}, "candidates.0 is not [sentences, score]")
         for each in (["a"], "ab", [[1], 0.5], [["a"], True], [["a"], 0.5, 1])

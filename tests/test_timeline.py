@@ -128,13 +128,13 @@ def test_the_figure_has_a_lane_for_the_host_and_one_for_the_device(gpu_trace, tm
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"", "no whole trace"),
-        (b"[]", "no whole trace"),
-        (gzip.compress(b'{"traceEvents": []}')[:-4], "no whole trace"),
-        (b'{"traceEvents": [{"ph": "X", "name": "step", "ts": "now", "dur": 1}]}', "no whole trace"),
-        (b'{"traceEvents": [], "deviceProperties": ["H100"]}', "no whole trace"),
-        (b'{"traceEvents": [], "deviceProperties": {"name": "H100"}}', "no whole trace"),
-        (b'{"traceEvents": [{"ph": "X", "name": "x", "ts": 1, "dur": 1, "args": [1]}]}', "no whole trace"),
+        (b"", "not a complete trace"),
+        (b"[]", "not a complete trace"),
+        (gzip.compress(b'{"traceEvents": []}')[:-4], "not a complete trace"),
+        (b'{"traceEvents": [{"ph": "X", "name": "step", "ts": "now", "dur": 1}]}', "not a complete trace"),
+        (b'{"traceEvents": [], "deviceProperties": ["H100"]}', "not a complete trace"),
+        (b'{"traceEvents": [], "deviceProperties": {"name": "H100"}}', "not a complete trace"),
+        (b'{"traceEvents": [{"ph": "X", "name": "x", "ts": 1, "dur": 1, "args": [1]}]}', "not a complete trace"),
         (b'{"traceEvents": []}', "has no ranges named"),
         (
             b'{"traceEvents": [{"ph": "X", "cat": "user_annotation", "name": "epoch 1 - step 1", "ts": 1, "dur": 0}]}',
@@ -162,7 +162,7 @@ def test_what_is_no_trace_of_ours_is_one_line(content, words, tmp_path):
 
 def test_a_pipe_is_no_trace(tmp_path):
     os.mkfifo(tmp_path / "a.json")
-    with pytest.raises(timeline.UserError, match="a.json is no file"):
+    with pytest.raises(timeline.UserError, match="a.json is not a file"):
         timeline.read_trace(tmp_path / "a.json")
 
 
