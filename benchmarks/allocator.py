@@ -75,7 +75,7 @@ def compare(way, args):
     check_equal(way, answers)
     faults, peaks = ({name: answers[name][key] for name in SIDES} for key in ("faults_a_step", "peak_mib"))
     both = (" and ".join(f"{each[name]:.0f}" for name in SIDES) for each in (faults, peaks))
-    print("{}: {}: page faults a step {}; at most {} MiB".format(way, " and ".join(SIDES), *both), flush=True)
+    print("{}: {}: page faults per step {}; peak memory {} MiB".format(way, " and ".join(SIDES), *both), flush=True)
     ratio = ratio_summary(*(seconds[name] for name in SIDES))
     return {"seconds": seconds, "ratio": ratio, "faults_a_step": faults, "peak_mib": peaks}
 
@@ -83,7 +83,7 @@ def compare(way, args):
 def check_equal(way, answers):
     """Raise AssertionError unless both sides have the same weights."""
     one, other = (answers[name]["weights"] for name in SIDES)
-    check(one == other, f"{way}: the weights of both sides differ")
+    check(one == other, f"{way}: the two sides' weights differ")
 
 
 def take_steps(args):

@@ -144,7 +144,7 @@ class Case:
         print(
             f"candidates of {same} of {documents} documents are equal; scores differ by at most {apart:.1e}", flush=True
         )
-        check(apart <= TIE, "CTranslate2's candidates are others, and not as good")
+        check(apart <= TIE, "CTranslate2's candidates have other scores")
         return {"documents_with_equal_candidates": same, "largest_difference_of_scores": apart}
 
 

@@ -144,8 +144,8 @@ def time_case(name, model_folder, sources, reference, args):
     outputs = {arm: run()[1] for arm, run in arms.items()}
     for arm in ("original", "sorted"):
         equal = sum(a == b for a, b in zip(outputs[arm], outputs["ours"], strict=True))
-        print(f"{name}: tokens of {equal} of {len(sources)} documents equal those of {arm}", flush=True)
-        check(equal == len(sources), f"{name}: tokens differ from those of {arm}")
+        print(f"{name}: the tokens of {equal} of {len(sources)} documents equal those of {arm}", flush=True)
+        check(equal == len(sources), f"{name}: the tokens differ from those of {arm}")
     # The reference's seconds are measured inside its process.
     seconds = interleaved({arm: lambda run=run: run()[0] for arm, run in arms.items()}, args.rounds)
     lengths = [len(candidate) for some in outputs["ours"] for candidate in some]

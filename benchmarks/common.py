@@ -125,9 +125,9 @@ class Reference:
 
     def __init__(self, python, script, *arguments, needs=None):
         command = [python, str(HERE / script), *map(str, arguments)]
-        self._error = f"{shlex.join(command)}: it ended without an answer"
+        self._error = f"{shlex.join(command)} ended without an answer"
         if needs:
-            self._error = f"--reference_python {python}: cannot run {script} there; it needs {needs}"
+            self._error = f"--reference_python {python}: cannot run {script} with it; it needs {needs}"
         try:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True

@@ -202,7 +202,7 @@ def check_equal(plain, ours):
         f"{same} of {len(ours['summaries'])} choices are the same; ROUGE differs by at most {difference:.1e}",
         flush=True,
     )
-    check(same == len(ours["summaries"]) and difference <= 1e-12, "both sides choose or score otherwise")
+    check(same == len(ours["summaries"]) and difference <= 1e-12, "the two sides choose or score differently")
 
 
 if __name__ == "__main__":

@@ -148,7 +148,7 @@ def measure_speed(rows, record, write, args, device, layout):
     limits. Calls `write()` each time, since a borrowed GPU may be withdrawn."""
     data = load_images(args.dataset, args.data_dir)
     if args.batch_size > len(data.train_labels):
-        raise UserError(f"--batch_size {args.batch_size} is more than the {len(data.train_labels)} training pictures")
+        raise UserError(f"--batch_size {args.batch_size} is more than the {len(data.train_labels)} training images")
     steps = checked_steps(rows, data, args, device)
     own = fast_row(rows, args, layout).label
     record["pictures"] = len(data.train_labels)
@@ -188,7 +188,7 @@ def fast_ratios(seconds, own):
 def check_enough_steps(steps, loaded_ahead):
     if steps <= loaded_ahead:
         raise UserError(
-            f"--steps {steps}: the workers have {loaded_ahead} batches ready; a round needs more steps than that"
+            f"--steps {steps}: the workers load {loaded_ahead} batches ahead; a round needs more steps than that"
         )
 
 

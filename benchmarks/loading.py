@@ -56,7 +56,7 @@ def main():
     data = random_pictures(50_000, SIZE) if args.dataset == "random" else load_images(args.dataset, args.data_dir)
     torch.set_num_threads(1)  # For the original's loader; device_arm sets its own.
     largest = largest_difference(data, args.batch_size, DEVICE)
-    print(f"{len(data.train_labels)} pictures; largest difference from torchvision's: {largest:.1e}", flush=True)
+    print(f"{len(data.train_labels)} images; largest difference from torchvision's: {largest:.1e}", flush=True)
     check(largest <= TOLERANCE, f"the device loader is off by {largest:.1e}")
     check_evenly_spread()
 
@@ -77,7 +77,7 @@ def main():
         record |= {"seconds": seconds, "pictures_per_second": rates, "ratios": ratios}
         save(record, args)
     for name, rate in rates.items():
-        print(f"{name}: {rate:.0f} pictures/s")
+        print(f"{name}: {rate:.0f} images/s")
     finish(record, args)
 
 
@@ -129,7 +129,7 @@ def largest_difference(data, batch_size, device):
     mean, std = (each.tolist() for each in data.statistics)
     largest = 0.0
     for index, (images, labels) in zip(batches.batches(), DeviceImages(data, 0, batches, device), strict=True):
-        check(labels.tolist() == data.train_labels[index].tolist(), "the device loader has other labels")
+        check(labels.tolist() == data.train_labels[index].tolist(), "the device loader's labels differ")
         expected = []
         for number, top, left, mirrored in zip(index, *augmentation(0, 0, index, data.flip), strict=True):
             picture = functional.pad(Image.fromarray(data.train_images[number]), PADDING)
@@ -148,7 +148,7 @@ def check_evenly_spread(pictures=200_000):
     counts = np.bincount((top * span + left) * 2 + mirrored, minlength=2 * span**2)
     share = 1 / (2 * span**2)
     worst = np.abs(counts - pictures * share).max() / np.sqrt(pictures * share * (1 - share))
-    check(worst <= 5, f"a crop is {worst:.1f} standard deviations from its share")
+    check(worst <= 5, f"a crop's frequency is {worst:.1f} standard deviations from the expected one")
 
 
 if __name__ == "__main__":

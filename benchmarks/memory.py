@@ -87,7 +87,7 @@ def main():
     arms = bench.arms()
     unknown = set(args.policies or ()) - arms.keys()
     if unknown:
-        raise UserError(f"--policies: there is no {min(unknown)!r}; there are {', '.join(arms)}")
+        raise UserError(f"--policies: {min(unknown)!r} is unknown; choose from {', '.join(arms)}")
     arms = {name: arm for name, arm in arms.items() if name in ("plain", *(args.policies or arms))}
     timed = {name: arm for name, arm in arms.items() if DEVICE.type == "cuda" or args.policies or name in TIMED}
     targets = TIMED if DEVICE.type == "cpu" and args.model == CLAIMED else {}
@@ -261,7 +261,7 @@ def broken_claims(row, rows, model, device):
         what, _, other = name.removeprefix("budget ").partition(" as ")
         limits, most = {what: rows[other][SHARES[what]]}, rows[other]["extra"] + SLACK
     if model == CLAIMED and most is not None and row["extra"] > most:
-        broken.append(f"redoes {100 * row['extra']:.2f} % FLOPs, over {100 * most:.2f} %")
+        broken.append(f"recomputes {100 * row['extra']:.2f} % of the FLOPs, over {100 * most:.2f} %")
     # On CUDA, the measured peak includes the workspaces of the device's libraries.
     for what in ("held", "peak") if device.type == "cpu" else ("held",):
         share = row[SHARES[what]]

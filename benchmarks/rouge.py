@@ -50,7 +50,7 @@ def main():
     largest = largest_difference(titles + paragraphs[: args.timed_paragraphs], args.workers)
     pairs = CANDIDATES * (len(titles) + len(paragraphs[: args.timed_paragraphs]))
     print(f"largest difference from rouge-score over {pairs} pairs: {largest:.1e}", flush=True)
-    check(largest <= TOLERANCE, "ours are not rouge-score's")
+    check(largest <= TOLERANCE, "our scores differ from rouge-score's")
     work = {"titles": titles[: args.timed_titles], "paragraphs": paragraphs[: args.timed_paragraphs]}
     needs = "compare-mt, or at least rouge-score"
     with Reference(args.reference_python, "rouge_reference.py", args.workers, needs=needs) as reference:
@@ -116,7 +116,7 @@ def time_both(name, pairs, reference, args):
         return list(map_in_order(score_document, pairs, args.workers, CHUNK))
 
     theirs = np.array(reference.ask(pairs)["scores"])
-    check(np.abs(np.array(ours()) - theirs).max() <= TOLERANCE, f"{name}: both sides differ")
+    check(np.abs(np.array(ours()) - theirs).max() <= TOLERANCE, f"{name}: the two sides differ")
     # Their seconds are measured inside their process, so they do not include sending the text.
     seconds = interleaved({"theirs": lambda: reference.ask(pairs)["seconds"], "ours": ours}, args.rounds)
     ratio = ratio_summary(seconds["theirs"], seconds["ours"])

@@ -90,7 +90,7 @@ def main():
             load_share = arms["ours"].waited / sum(seconds["ours"])
             record |= {"seconds": seconds, "ratios": ratios, "load_share": load_share}
             save(record, args, name)
-    print(f"ours: {100 * load_share:.2f} % of the epoch spent waiting for data, the first batch left out")
+    print(f"ours: {100 * load_share:.2f} % of the epoch spent waiting for data, without the first batch")
     finish(record, args, name)
 
 

@@ -111,7 +111,7 @@ def test_a_reference_that_cannot_run_is_one_line(script):
 
 
 def test_a_script_of_this_interpreter_that_ends_is_named(script):
-    with pytest.raises(UserError, match=r"reference\.py --side kept: it ended without an answer"):
+    with pytest.raises(UserError, match=r"reference\.py --side kept ended without an answer"):
         common.Reference(sys.executable, script("sys.exit()"), "--side", "kept")
 
 

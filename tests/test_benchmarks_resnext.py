@@ -104,7 +104,7 @@ def test_memory(run_script, tmp_path):
     assert [row["policy"] for row in read_table(text, 1)] == list(timed)
     assert "Activation memory and recomputation: resnext29_2x16d" in printed
     errors = run_script("benchmarks/memory.py", "--policies", "chains", code=2).stderr
-    assert "there is no 'chains'; there are plain, torch.utils.checkpoint, chain" in errors
+    assert "'chains' is unknown; choose from plain, torch.utils.checkpoint, chain" in errors
 
 
 def test_live_bytes_follow_what_is_freed():

@@ -113,6 +113,6 @@ def test_allocator(run_script, tmp_path):
     assert list(record["results"]) == ["original", "resnext_fast.py"]
     for way, found in record["results"].items():
         assert all(peak > 100 for peak in found["peak_mib"].values())
-        assert f"{way}: given back and kept: page faults a step" in printed
+        assert f"{way}: given back and kept: page faults per step" in printed
     table = read_table(benchmarks.render({"here": [record]}))
     assert [row["Case"] for row in table] == ["resnext29_1x4d, original", "resnext29_1x4d, resnext_fast.py"]
