@@ -293,7 +293,7 @@ benchmarks() {
     for script in ${ONLY:-phase_overhead layout fast memory allocator scaling loading scorer_step step_memory}; do
         code=0 started=$SECONDS
         show ${LIMIT:+timeout --foreground "$LIMIT"} python3 "benchmarks/$script.py" ${OUT:+--output "$OUT/$script.json"} || code=$?
-        [ $code = 0 ] || { failed=$code; echo "# exit code $code: $script" >&2; }
+        [ $code = 0 ] || { failed=$code; echo "# failed, exit code $code: $script" >&2; }
         [ -n "${DRY:-}" ] || echo "# $script took $((SECONDS - started)) s"
         case $code in 130 | 143) exit $code ;; esac  # Stopped on purpose.
     done

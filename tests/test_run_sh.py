@@ -137,7 +137,7 @@ def test_benchmarks_are_run_one_by_one_with_the_python_that_is_there(copy_of_run
     (folder / "python3").write_text(failing)
     environment = {"NO_SETUP": "1", "PATH": f"{folder}:{os.environ['PATH']}", "ONLY": "layout fast", "LIMIT": "60"}
     lines = run_job("benchmarks", folder=copy_of_run_sh, code=1, OUT="there", **environment)
-    assert lines == ["# exit code 1: layout"]
+    assert lines == ["# failed, exit code 1: layout"]
     assert calls.read_text().splitlines() == [
         f"benchmarks/{name}.py --output there/{name}.json" for name in ("layout", "fast")
     ]
