@@ -68,7 +68,7 @@ def trace(path, device, say):
 def _check_writable(path, device):
     make_folder(path.parent)
     if path.is_dir():
-        raise UserError(f"--trace {path} is a folder; name a file in it")
+        raise UserError(f"--trace {path} is a folder; choose a file in it")
     if path.exists() and not _is_trace(path):
         raise UserError(f"--trace {path} already exists and is not a trace; choose another name or remove it")
     memory = _memory_file(path)
