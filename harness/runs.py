@@ -325,8 +325,8 @@ class Run:
                 raise
             raise resume.no_state(path) from None
         if (epoch, step) > (self.args.num_epoch, 0):
-            there = f"epoch {epoch + 1}, step {step + 1}"
-            raise UserError(f"{path} is at {there}, beyond --num_epoch {self.args.num_epoch}; choose a larger one")
+            done = f"{epoch} epoch{'s' * (epoch != 1)}" + f" and {step} step{'s' * (step != 1)}" * (step > 0)
+            raise UserError(f"{path} is after {done}, more than --num_epoch {self.args.num_epoch}; choose a larger one")
         self.log.resume(state.get("log", {}), self.logged_step(epoch, step))
         if path != self.path(".state"):
             self.facts["continues"] = path.stem

@@ -158,7 +158,7 @@ def test_a_finished_run_is_made_longer(run, whole, tmp_path):
     run("--num_epoch", 3, "--resume")
     assert_same_results(whole, tmp_path)
     assert "nothing to resume" in run("--num_epoch", 3, "--resume").out
-    assert "is of 3 epochs, more than --num_epoch 2" in run("--num_epoch", 2, "--resume", code=2).err
+    assert "is after 3 epochs, more than --num_epoch 2; choose" in run("--num_epoch", 2, "--resume", code=2).err
     (tmp_path / f"{NAME}.state").unlink()
     assert "is gone; --restart starts over" in run("--num_epoch", 4, "--resume", code=2).err
 
@@ -167,7 +167,7 @@ def test_a_run_that_was_stopped_within_an_epoch_does_not_end_before_it(run, tmp_
     run("--num_epoch", 3, code=143, before=STOP_IN_STEP.format(9))
     state = (tmp_path / f"{NAME}.state").read_bytes()
     line = run("--num_epoch", 1, "--resume", code=2).err
-    assert f"{NAME}.state is at epoch 2, step 4, beyond --num_epoch 1; choose a larger one" in line
+    assert f"{NAME}.state is after 1 epoch and 3 steps, more than --num_epoch 1; choose a larger one" in line
     assert (tmp_path / f"{NAME}.state").read_bytes() == state
     assert not list(tmp_path.glob("*.pt"))
 
