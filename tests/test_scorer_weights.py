@@ -35,7 +35,7 @@ def test_weights_of_another_encoder_are_refused(encoders, tmp_path):
     assert str(encoders["t5"]) in str(error.value)
     assert str(encoders["bert"]) in str(error.value)
     (tmp_path / "scorer.json").unlink()
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="has no scorer weights"):
         load_scorer(encoders["bert"], path)
 
 
@@ -120,7 +120,7 @@ def test_a_model_whose_first_token_reads_nothing_behind_it_is_no_encoder(encoder
     model.config.is_decoder = True
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(encoders["bert"]).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is no encoder of texts"):
+    with pytest.raises(UserError, match="is not a text encoder"):
         load_encoder(str(tmp_path))
 
 
