@@ -124,7 +124,7 @@ def test_what_does_not_belong_together_is_told():
     assert evaluate_model.usable_weights(both, [{"likelihood": []}, {}], warnings) == without
     assert evaluate_model.usable_weights(both | {"agreement": 0.0}, [{}], warnings) is None
     assert len(warnings) == 2
-    assert "chooses without" in warnings[0]
+    assert "choosing without" in warnings[0]
 
 
 def test_samples_are_scored_as_in_training(run_script, sample_folder, encoders, scorer_path, tmp_path):

@@ -109,7 +109,7 @@ def test_a_diverged_run_leaves_the_files_as_they_were(run, loss, good_sums):
     epoch = Epoch(run, 0, 20)
     epoch.step = 8
     for keep, more in ((run.keep_within_epoch, ()), (run.add_epoch, (0,))):
-        with pytest.raises(UserError, match=r"loss became (nan|inf) in epoch 1: cache/x keeps .* at update 3; .* --lr"):
+        with pytest.raises(UserError, match=r"loss became (nan|inf) in epoch 1: cache/x keeps .* of update 3; .* --lr"):
             keep(epoch, result_of(loss), *more)
         assert files(run.folder) == before
 

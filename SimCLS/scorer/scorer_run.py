@@ -165,7 +165,7 @@ class ScorerRun(runs.Run):
         if np.isfinite(value):
             return
         every = [each for past in self.history for each in past["validations"]] + self.validations
-        kept = f"keeps the weights of update {every[-1]['update']}" if every else "has no weights of this run"
+        kept = f"keeps the weights as of update {every[-1]['update']}" if every else "has no weights of this run"
         single = ", or with bfloat16 or single precision" if self.facts["precision"] == "fp16" else ""
         raise UserError(
             f"the {what} became {value} in epoch {epoch + 1}: {self.folder} {kept}; train again with another "
@@ -265,9 +265,9 @@ class ScorerRun(runs.Run):
         seconds += self.seconds["start_up_seconds"]
         kept = in_mib(self.facts["saved_activation_bytes"])
         return (
-            f"{self.facts['parameters']:,} parameters; about {self._flops() / 1e9:.4g} GFLOP a step, forward and "
+            f"{self.facts['parameters']:,} parameters; about {self._flops() / 1e9:.4g} GFLOP per step, forward and "
             f"backward; {kept} MiB kept from forward to backward in the first step",
-            f"{steps} steps and {self._updates_an_epoch} updates an epoch, {step:.4g} s a step (the median of "
+            f"{steps} steps and {self._updates_an_epoch} updates per epoch, {step:.4g} s per step (the median of "
             f"{timing['phases']['step']['count'] or 1}); {self.args.num_epoch} epochs with {validations} validations "
             f"each would take about {seconds:.0f} s ({datetime.timedelta(seconds=round(seconds))})",
         )
