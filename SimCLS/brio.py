@@ -79,7 +79,7 @@ def get_args_parser():
 def main():
     args = get_args_parser().parse_args()
     if not (args.rank_weight or args.mle_weight):
-        raise UserError("--rank_weight 0 and --mle_weight 0 leave nothing to learn; give one of them")
+        raise UserError("--rank_weight 0 and --mle_weight 0 leave nothing to learn; set one of them above 0")
     check_apart(args.save_dir, args.generator_name)
     determinism.apply(args)
     with distributed.world(devices.choose(args)) as world:
@@ -148,12 +148,12 @@ def load_own_generator(args, made_of, world):
     """
     model, tokenizer = load_generator(args.generator_name)
     if not hasattr(model, "prepare_decoder_input_ids_from_labels"):
-        raise UserError(f"--generator_name {args.generator_name}: models of {model.config.model_type} hide how they "
-                        "shift summaries, which this script does itself; name another kind")  # fmt: skip
+        raise UserError(f"--generator_name {args.generator_name}: {model.config.model_type} models have no method to "
+                        "shift summaries, which this script needs; choose another")  # fmt: skip
     if not all(is_of(model, tokenizer, made) for made in made_of):
         world.say(
-            f"warning: {args.dataset} has candidates of another generator than {args.generator_name}; BRIO is made for "
-            "those that a generator finds itself"
+            f"warning: the candidates in {args.dataset} were made with another generator than {args.generator_name}; "
+            "BRIO is meant for a generator's own candidates"
         )
     config = model.generation_config
     args.max_source_length = args.max_source_length or own_source_length(model, tokenizer)
@@ -175,8 +175,8 @@ def load_data(args, tokenizer):
     train_set = RankedSamples(train, tokenizer, args.num_cands, args.max_source_length, args.max_target_length)
     if args.rank_weight and train_set.all_tied:
         raise UserError(
-            f"{Path(args.dataset) / 'train'}: of the first {args.num_cands} candidates of a document none is better "
-            "than another, so that there is nothing to learn; make more of them, or give --rank_weight 0"
+            f"{Path(args.dataset) / 'train'}: in every document, the first {args.num_cands} candidates have equal "
+            "scores, so there is nothing to learn; generate more candidates, or set --rank_weight 0"
         )
     return train_set, val
 

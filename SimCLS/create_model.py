@@ -58,7 +58,9 @@ def main():
     if args.d_model % args.num_heads:
         raise UserError(f"--d_model {args.d_model} is not a multiple of --num_heads {args.num_heads}")
     if args.vocab_size < 300:
-        raise UserError(f"--vocab_size {args.vocab_size} is below 300: 256 bytes, the special tokens, and some merges")
+        raise UserError(
+            f"--vocab_size {args.vocab_size} is below 300, the least for 256 bytes, special tokens and merges"
+        )
     refuse_to_replace(args.save_dir)
     documents = read_documents(find_dataset(args.dataset_name), args.doc_col_name, args.sum_col_name)
     transformers.set_seed(args.seed)

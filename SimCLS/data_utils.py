@@ -298,7 +298,7 @@ def load_samples(folder, encoding, max_num, rouge_tokens, device_type, say=print
     fingerprint = _digest(json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]))
     arrays = _read_arrays(path, fingerprint)
     if arrays is None:
-        say(f"making token ids of {len(files)} samples" + f": {path}" * keep)
+        say(f"tokenizing {len(files)} samples" + f": {path}" * keep)
         samples = map(read_sample, tqdm(files, unit=" samples", leave=False, disable=not sys.stderr.isatty()))
         arrays = tokenize_samples(samples, encoding, max_num, rouge_tokens)
         if keep:

@@ -83,10 +83,10 @@ OF_GENERATOR = (*ASKED.values(), "engine")
 OF_CANDIDATES = ("scorer_path", "half_precision", "num_cands")
 # Keys of a record besides its arguments -> what differs from another record that has another value.
 USED = {
-    "places": "other folders of the same names",
+    "places": "other folders with the same names",
     "precision": "another precision",
-    "scorer_digest": "other weights of the scorer",
-    "input_digest": "other contents under these names",
+    "scorer_digest": "other scorer weights",
+    "input_digest": "other contents of the input files",
 }
 ORDER = (*FREE, "worst", "best", ALONE, "SimCLS")
 # Arguments that do not affect the figures.
@@ -146,11 +146,11 @@ def check_arguments(args, given):
     """
     sources = [name for name in ("samples", "generator_name", "summaries") if getattr(args, name)]
     if len(sources) != 1 and sources != ["samples", "generator_name"]:
-        raise UserError("name one of --generator_name, --samples, and --summaries with --references")
+        raise UserError("give --generator_name, --samples, or --summaries with --references")
     if bool(args.summaries) != bool(args.references):
         raise UserError("--summaries and --references go together")
     if args.sources and not args.summaries:
-        raise UserError("--sources goes with --summaries; the other candidates come with their documents")
+        raise UserError("--sources goes only with --summaries; leave it out")
     if sources != ["generator_name"]:
         unused = OF_DOCUMENTS + OF_GENERATOR * (not args.generator_name) + OF_CANDIDATES * bool(args.summaries)
         for name in given:
@@ -189,8 +189,8 @@ def refuse_to_replace(output, arguments, used):
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         ours = False
     if not ours or was:
-        what = was if ours else "something else"
-        raise UserError(f"{output} is there, an evaluation of {what}; name another --output, or delete it")
+        what = f"from an evaluation with {was}" if ours else "not an evaluation"
+        raise UserError(f"{output} already exists and is {what}; choose another --output, or delete it")
 
 
 # --------------------------------------------------------------------------------------------------- the figures
@@ -209,7 +209,7 @@ def judge_files(args):
     texts, targets = list(read_lines(args.summaries)), list(read_lines(args.references))
     if len(texts) != len(targets) or not texts:
         raise UserError(
-            f"{args.summaries} has {len(texts)} lines, {args.references} {len(targets)}; they need the same, and one"
+            f"{args.summaries} has {len(texts)} lines, {args.references} {len(targets)}; both need the same, at least 1"
         )
     check_references(targets, args.rouge_tokens, args.references)
     splitter = SentenceSplitter(read_lines(args.sources) if args.sources else None)
@@ -231,7 +231,7 @@ def judge_candidates(args, world, judge):
     made = provenance.read(args.samples) if args.samples else {"split": "test", "candidates": candidates.origin}
     warnings = provenance.check_belonging(made, trained.get("samples"))
     if args.generator_name and not candidates.origin:
-        warnings.append("the samples do not tell what made them: the plain beam may be of another generator or search")
+        warnings.append("the samples' generator is unknown; the plain beam may be from another generator or search")
     weights = usable_weights(fitted_to(args.scorer_path), samples, warnings)
     for line in warnings:
         world.say(f"warning: {line}")
@@ -288,8 +288,8 @@ def load_search(args, world, precision, search, origin=None):
     generator = CandidateGenerator(model.to(world.device), tokenizer, settings, source_length)
     if origin and generator.fingerprint != origin["generator"]:
         raise UserError(
-            f"--generator_name {args.generator_name}: the samples are of {origin['generator_name']}, of other "
-            "weights or in another precision; name that generator, with --half_precision as there"
+            f"--generator_name {args.generator_name}: the samples were made with {origin['generator_name']}, with "
+            "other weights or in another precision; give that generator and the same --half_precision"
         )
     return generator
 
@@ -317,7 +317,7 @@ def read_samples(args):
     origin = made.get("candidates")
     is_plain = origin is not None and begins_with_beam_search(origin["search"])
     if not is_plain and not args.generator_name:
-        print("no row of plain beam search, which these samples have not; --generator_name beside --samples makes it")
+        print("no row for plain beam search, which these samples do not contain; add --generator_name to get it")
     return JudgedCandidates(samples, samples if is_plain else None, origin, made.get("sentences", "as in the samples"))
 
 
@@ -353,11 +353,11 @@ def compare_counts(samples, wanted, trained):
     counts = sorted({len(sample["candidates"]) for sample in samples})
     found = "-".join(map(str, {counts[0]: 0, counts[-1]: 0}))
     if wanted and counts != [wanted]:
-        raise UserError(f"the samples have {found} candidates a document, not the {wanted} of --num_cands")
+        raise UserError(f"the samples have {found} candidates per document, not --num_cands {wanted}; leave it out")
     if len(counts) > 1:
-        print(f"the documents have {found} candidates; are they of one run?")
+        print(f"the documents have {found} candidates each; are they from one run?")
     if trained and counts[-1] != trained:
-        print(f"the scorer was trained on {trained} candidates a document, and chooses among {found} here")
+        print(f"the scorer was trained on {trained} candidates per document, but chooses among {found} here")
 
 
 # -------------------------------------------------------------------------------------------------------- printing
@@ -379,7 +379,7 @@ def show_documents(samples, choices):
 
 
 def print_table(result):
-    print(f"{result['documents']} documents; mean F in percent, 95 % interval; words a summary")
+    print(f"{result['documents']} documents; mean F in percent, 95 % interval; words per summary")
     print(f"{'':<21}" + "".join(f"{metric:>21}" for metric in ROUGE) + f"{'words':>7}")
     for name, metrics in result["systems"].items():
         cells = [
@@ -391,7 +391,7 @@ def print_table(result):
             strongest = " *" if name == result["strongest"] else ""
             print(f"{'p, ' + name + strongest:<21}" + "".join(f"{p:>21.2g}" for p in p_values.values()))
         if key in result:
-            print(f"p: of {whose} against that row; * the strongest of those that need no scorer")
+            print(f"p: {whose} against that row; * the strongest row that needs no scorer")
     print(result["rouge"])
 
 

@@ -96,7 +96,9 @@ def main():
     check_apart(args.save_dir, args.generator_name)
     job = read_job()
     if args.batch_size % job.size:
-        raise UserError(f"--batch_size {args.batch_size} is shared out over {job.size} processes; make it a multiple")
+        raise UserError(
+            f"--batch_size {args.batch_size} cannot be split equally over {job.size} processes; choose a multiple"
+        )
     if not job.is_started:
         show_only_one_gpu(args)
     determinism.apply(args)
@@ -173,11 +175,11 @@ def state_to_resume(args, checkpoints):
     if args.restart and is_main:
         shutil.rmtree(checkpoints, ignore_errors=True)
     elif last and not args.resume:
-        raise UserError(f"{args.save_dir} holds an interrupted run; --resume goes on with it, --restart begins anew")
+        raise UserError(f"{args.save_dir} holds an interrupted run; --resume continues it, --restart starts over")
     elif not args.restart and any(checkpoints.glob("[!.]*")) and not begun.is_file():  # It is deleted in the end.
         raise UserError(
-            f"{checkpoints} holds files that this script did not make; choose another --save_dir, or --restart to "
-            "replace them"
+            f"{checkpoints} contains files that this script did not write; choose another --save_dir, or --restart "
+            "to replace them"
         )
     elif args.resume and begun.is_file():  # There may be no state yet, if it was killed in its first epoch.
         check_arguments(last or begun, json.loads(begun.read_bytes()), settings_of(args))
@@ -204,7 +206,7 @@ def refuse_a_finished_run(args):
         return
     was = changes({name: finished.get(name) for name in ours}, ours)
     if was:
-        raise UserError(f"{path} is of a run with {was}; choose another --save_dir, or --restart to replace it")
+        raise UserError(f"{path} is from a run with {was}; choose another --save_dir, or --restart to replace it")
     if not args.resume:
         raise UserError(f"{path} is a finished run; --restart runs it again")
 
@@ -263,7 +265,7 @@ def check_finite(state, checkpoints):
     if not (math.isfinite(loss) and math.isfinite(state.best_metric)):
         raise UserError(
             f"training has diverged: the validation loss is {loss}, the best ROUGE {state.best_metric}; the last state "
-            f"is kept in {checkpoints}; start again with a smaller --lr and another --save_dir"
+            f"is kept in {checkpoints}; run the script again with a smaller --lr and another --save_dir"
         )
 
 

@@ -91,17 +91,17 @@ def candidate_files(generator, folder, split, documents, world):
 def generate_split(generator, files, split, documents, batch_size, world):
     """Complete the candidate files of one split; every process of `world` makes its share of the batches."""
     if files.complete():
-        world.say(f"{split}: the candidates of {len(documents)} documents are there already")
+        world.say(f"{split}: the candidates of {len(documents)} documents already exist")
         return
     sources = generator.tokenize([document.text for document in documents])
     finished = files.finished()
     world.barrier()  # All processes must have read what is finished before any of them adds to it.
     if finished:
-        world.say(f"{split}: going on after {len(finished)} of {len(documents)} documents")
+        world.say(f"{split}: resuming after {len(finished)} of {len(documents)} documents")
     started, batches = time.perf_counter(), unfinished_batches(sources, batch_size, finished)
     share = batches[world.rank :: world.size]
     with files.open() as file:
-        for places in progress(share, len(share), f"{split}, in batches") if world.is_main else share:
+        for places in progress(share, len(share), f"{split} batches") if world.is_main else share:
             candidates = generator.generate([sources[place] for place in places])
             files.add(file, places, [documents[place] for place in places], candidates)
     world.barrier()

@@ -133,13 +133,13 @@ def load_data(args, world, encoding, description):
         val_set = load_samples(folder / "val", encoding, args.max_num, args.rouge_tokens, **to_load)
     if train_set.all_tied:
         raise UserError(
-            f"{folder / 'train'}: no document has candidates of different scores, so that there is nothing to learn; "
-            "make more of them, or score them with preprocess.py --rouge_tokens, if their script is not a to z"
+            f"{folder / 'train'}: in every document, all candidates have equal scores, so there is nothing to learn; "
+            "generate more candidates or, if the texts are not in letters a-z, use preprocess.py --rouge_tokens"
         )
     description["candidates"] = train_set.most_candidates
     world.say(
-        f"{len(train_set)} training and {len(val_set)} validation documents of up to {train_set.most_candidates} "
-        f"candidates, cut to {encoding.total_len} and {encoding.max_len} tokens"
+        f"{len(train_set)} training and {len(val_set)} validation documents with up to {train_set.most_candidates} "
+        f"candidates; documents are cut to {encoding.total_len} tokens, candidates to {encoding.max_len}"
     )
     return train_set, val_set
 
@@ -172,16 +172,16 @@ def become_evaluation(args, device, given):
     """For `-e`: replace this process by evaluate_model.py with the test samples and --model_pt. Warns of arguments in
     `given`, a list of names, that are only for training."""
     if not args.model_pt:
-        raise UserError("-e evaluates trained weights: name them by --model_pt, such as run/scorer.bin")
+        raise UserError("-e evaluates trained weights; give them with --model_pt, such as run/scorer.bin")
     if distributed.read_job().is_started or len(args.gpuid) > 1:
-        raise UserError("-e takes one process: start it without torchrun, with one --gpuid")
+        raise UserError("-e runs in a single process; start it without torchrun, with one --gpuid")
     command = [sys.executable, Path(__file__).resolve().with_name("evaluate_model.py")]
     command += ["--samples", Path(args.dataset) / "test", "--scorer_path", cached_path(args.model_pt)]
     command += ["--device", device]
     passed_on = ("threads", "model_type", "total_len", "max_len", "half_precision", "batch_size", "rouge_tokens")
     left_out = [f"--{name}" for name in given if name not in (*passed_on, *OF_EVALUATION)]
     if left_out:
-        print(f"warning: -e leaves out {', '.join(left_out)}: of training alone", file=sys.stderr, flush=True)
+        print(f"warning: -e ignores arguments of training: {', '.join(left_out)}", file=sys.stderr, flush=True)
     for name in passed_on:
         if getattr(args, name) is not None:
             command += [f"--{name}", getattr(args, name)]

@@ -92,12 +92,14 @@ class Scorer(nn.Module):
         kind, depth = self.encoder.config.model_type, self.encoder.config.num_hidden_layers
         where = f"--frozen_layers {count}: {self.encoder.name_or_path}"
         if kind in NO_LAYERS:
-            raise UserError(f"{where}: the layers of {kind} cannot be told apart; leave it out")
+            raise UserError(f"{where}: the layers of {kind} cannot be frozen one by one; leave it out")
         lists = (each for each in self.encoder.modules() if isinstance(each, nn.ModuleList) and len(each) == depth)
         layers = next(lists, ())
         first = next(iter(layers[count].parameters()), None) if count < len(layers) else None
         if first is None:
-            raise UserError(f"{where}: the encoder has {len(layers)} layers that could be told apart; name fewer")
+            raise UserError(
+                f"{where}: the encoder has {len(layers)} layers, and one has to learn; give a smaller number"
+            )
         for weights in self.encoder.parameters():  # In the order of the forward pass.
             if weights is first:
                 break
@@ -166,7 +168,7 @@ def load_encoder(name, dropout=0.0):
     encoder, tokenizer = load(
         minilm.resolve(name),
         AutoModelForTextEncoding,
-        problem=f"no encoder can be loaded from {name!r}, as a folder or as a name on the hub",
+        problem=f"cannot load an encoder from {name!r}, as a folder or as a name on the hub",
         advice=minilm.ADVICE if name == minilm.NAME else "create_model.py makes one from scratch",
         dtype=torch.float32,
         **dict.fromkeys(DROPOUT_KEYS, dropout),
@@ -191,7 +193,7 @@ def check_reads_on(encoder, name):
             raise
         reads_on = False
     if not reads_on:
-        raise UserError(f"{name!r} is no encoder of texts: a text is the state of its first token, which must read on")
+        raise UserError(f"{name!r} is not a text encoder whose first token attends to later ones; choose another")
 
 
 def load_scorer(name=None, weights=None, total_len=None, max_len=None, dropout=0.0):
@@ -270,7 +272,7 @@ def load_weights(path, scorer, description):
         if key in trained and trained[key] != description[key]:
             raise UserError(
                 f"{path} was trained for the encoder {trained['encoder']} ({key} {trained[key]}), not for "
-                f"{description['encoder']} ({key} {description[key]}); name that encoder, or another scorer"
+                f"{description['encoder']} ({key} {description[key]}); give that encoder, or choose another scorer"
             )
     try:
         weights = torch.load(path, map_location="cpu", weights_only=True)
@@ -281,6 +283,6 @@ def load_weights(path, scorer, description):
         raise UserError(f"cannot read the scorer {path}: {error.strerror or error}") from None
     except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, pickle.UnpicklingError):
         raise UserError(
-            f"{path} holds no weights of a scorer for the encoder {description['encoder']}; train it for this encoder, "
-            "or name the encoder that it was trained for"
+            f"{path} has no scorer weights for the encoder {description['encoder']}; give the encoder that "
+            "it was trained for, or train another scorer"
         ) from None

@@ -62,7 +62,9 @@ def get_args_parser():
 def main():
     args = get_args_parser().parse_args()
     if args.src_dir.is_dir() and args.tgt_dir.is_dir() and args.src_dir.samefile(args.tgt_dir):
-        raise UserError(f"--tgt_dir {args.tgt_dir} is the --src_dir; name another, or {provenance.FILE} is lost")
+        raise UserError(
+            f"--tgt_dir {args.tgt_dir} is also the --src_dir, and {provenance.FILE} would be lost; choose another"
+        )
     plain, tokenized = text_files(args.src_dir, args.split)
     likelihood = likelihood_file(args.src_dir, args.split)
     documents = check_counts(plain, tokenized, likelihood, args.cand_num)
@@ -102,8 +104,9 @@ def refuse_to_replace(folder, made_of):
     """UserError if `folder` has samples whose provenance is not `made_of`."""
     found = provenance.read(folder)
     if own_samples(folder) and (found is None or found["digest"] != made_of["digest"]):
-        other = provenance.differences(made_of, found) or "files, which it does not tell"
-        raise UserError(f"{folder} has samples of other {other}; choose another --tgt_dir, or delete that folder")
+        other = provenance.differences(made_of, found)
+        settings = f"other settings ({other})" if other else "unknown settings"
+        raise UserError(f"{folder} has samples made with {settings}; choose another --tgt_dir, or delete that folder")
 
 
 def publish_samples(stage, tgt_dir, documents):

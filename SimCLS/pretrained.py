@@ -63,14 +63,14 @@ def load(name, kind, problem, advice, dtype=torch.float32, **settings):
         if wrong := fault(tokenizer.model_max_length, TOKENS, "its tokenizer's model_max_length"):
             raise ValueError(wrong)
         if len(tokenizer) > embeddings:  # A text with one of the rest would end the run.
-            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, more than its {embeddings} embeddings")
+            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, more than the {embeddings} embeddings")
         return model, tokenizer
     except Exception as error:  # Damaged folders cause OSError, ValueError, KeyError, SafetensorError and more.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if _needs_sentencepiece(Path(name)):
-            reason, advice = "its tokenizer is one of sentencepiece", "install that: pip install sentencepiece"
+            reason, advice = "its tokenizer needs the package sentencepiece", "install it: pip install sentencepiece"
         elif "tiktoken" in reason:  # The library tries it if sentencepiece cannot read a file.
-            reason = "its tokenizer's .model file is none of sentencepiece"
+            reason = "its tokenizer's .model file is not a sentencepiece model"
         raise UserError(f"{problem} ({reason}); {advice}") from None
 
 
@@ -83,14 +83,14 @@ def check_files(folder):
         with open(path, "rb") as file:
             start = file.read(len(LFS_POINTER))
         if start == LFS_POINTER:
-            raise ValueError(f"{path.name} is a pointer to the file itself, which git lfs pull fetches")
+            raise ValueError(f"{path.name} is only a Git LFS pointer; fetch the file with git lfs pull")
         if not start and path.suffix in (".model", ".safetensors", ".bin"):
             raise ValueError(f"{path.name} is empty")
     for path in sorted(path for pattern in JSON_FILES for path in folder.glob(pattern)):
         try:
             json.loads(path.read_bytes())
         except ValueError:
-            raise ValueError(f"{path.name} is not whole JSON") from None
+            raise ValueError(f"{path.name} is not valid JSON") from None
 
 
 def check_weights(model, missing, unexpected):
@@ -101,18 +101,18 @@ def check_weights(model, missing, unexpected):
     """
     missing = sorted(name for name in missing if "pooler." not in name)
     if missing:
-        raise ValueError(f"its files lack {len(missing)} of the model's weights, such as {missing[0]}")
+        raise ValueError(f"{len(missing)} of the model's weights are missing from its files, such as {missing[0]}")
     kinds = {_in_any_layer(name) for name, _ in model.named_parameters()}
     # In files of whole models, the encoder's weights have the model type as a prefix.
     layers = [name for name in unexpected if {_in_any_layer(name), _in_any_layer(name.partition(".")[2])} & kinds]
     if layers:
-        raise ValueError(f"its config.json leaves out {len(layers)} weights of its files, such as {sorted(layers)[0]}")
+        raise ValueError(f"{len(layers)} weights in its files do not fit its config.json, such as {sorted(layers)[0]}")
     for name, weights in model.named_parameters():
         if not weights.isfinite().all():
-            raise ValueError(f"its weights {name} are not all finite numbers")
+            raise ValueError(f"its weights {name} contain NaN or infinity")
     for name, buffer in model.named_buffers():  # Infinity is allowed: it may forbid a token.
         if buffer.isnan().any():
-            raise ValueError(f"its weights {name} are not all numbers")
+            raise ValueError(f"its weights {name} contain NaN")
 
 
 def _in_any_layer(name):
@@ -127,7 +127,7 @@ def refuse_to_replace(folder, restart=""):
     """
     _check_name(folder)
     if any(any(Path(folder).glob(pattern)) for pattern in (*JSON_FILES, "*.safetensors")):
-        raise UserError(f"{folder} holds a model already; choose another --save_dir{restart}")
+        raise UserError(f"{folder} already contains a model; choose another --save_dir{restart}")
 
 
 def check_apart(folder, source):
@@ -139,7 +139,7 @@ def check_apart(folder, source):
 
 def _check_name(folder):
     if not is_utf8(Path(folder).absolute()):
-        raise UserError(f"--save_dir {folder}: the name of that place is not UTF-8, which tokenizers need")
+        raise UserError(f"--save_dir {folder}: its full path is not UTF-8, which tokenizers need; choose another")
 
 
 def _needs_sentencepiece(folder):
@@ -153,7 +153,7 @@ def load_tokenizer(name, **options):
     tokenizer = AutoTokenizer.from_pretrained(name, **options)
     files = {*tokenizer.vocab_files_names.values(), "tokenizer.json"}
     if Path(name).is_dir() and not any((Path(name) / file).is_file() for file in files):
-        raise OSError(f"it has no tokenizer: none of {', '.join(sorted(files))}")
+        raise OSError(f"it has no tokenizer file ({', '.join(sorted(files))})")
     return tokenizer
 
 

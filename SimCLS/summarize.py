@@ -62,7 +62,7 @@ def main():
     documents = map(clean, read_documents(args.text, args.doc_col_name))
     first = next(documents, None)
     if first is None:
-        raise UserError(f"{args.text} is empty; it needs a document a line")
+        raise UserError(f"{args.text} is empty; it needs one document per line")
     with distributed.world(devices.choose(args)) as world:
         summarizer = Summarizer(args, world)
         documents = itertools.chain([first], documents)
@@ -83,8 +83,7 @@ def read_documents(name, column):
         return
     if column in [field.strip(" \"'") for field in re.split("[,;\t|]", first)]:
         raise UserError(
-            f"{name}: its first line is the header of a table, which has the column {column!r}; give it as a .csv file "
-            "with commas"
+            f"{name}: its first line is a table header with the column {column!r}; save it as a .csv file with commas"
         )
     yield first
     yield from lines

@@ -68,7 +68,7 @@ def map_in_order(function, items, workers, chunk):
         while waiting:
             yield from waiting.popleft().result()
     except BrokenProcessPool:
-        raise UserError("a worker process was killed; is memory short? Try fewer --num_workers") from None
+        raise UserError("a worker process was killed, perhaps for lack of memory; use fewer --num_workers") from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

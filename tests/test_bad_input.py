@@ -118,7 +118,7 @@ def test_an_interrupted_run_is_not_overwritten(place, folders):
     for name in ("trainer_state.json", "model.safetensors", "optimizer.pt", "scheduler.pt", "rng_state.pth"):
         (state / name).write_text("{}")
     line = refused("SimCLS/finetune_model.py", "", place, folders)
-    assert "holds an interrupted run; --resume goes on with it, --restart begins anew" in line
+    assert "holds an interrupted run; --resume continues it, --restart starts over" in line
     (state.parent / "arguments.json").write_text(json.dumps({"lr": 5}))
     assert "--lr 5 (now 0.0003)" in refused("SimCLS/finetune_model.py", "--resume", place, folders)
 
@@ -130,10 +130,10 @@ def test_checkpoints_of_another_program_stay(state, place, folders):
         (place / "tuned/checkpoints" / state / name).write_text("{}")
     for more in ("", "--resume"):
         line = refused("SimCLS/finetune_model.py", more, place, folders)
-        assert "checkpoints holds files that this script did not make; choose another --save_dir" in line
+        assert "checkpoints contains files that this script did not write; choose another --save_dir" in line
     (place / "tuned/checkpoints/arguments.json").write_text("{}")
     (place / "tuned/config.json").write_text("{}")  # Ours, in a run that is refused all the same.
-    assert "tuned holds a model already" in refused("SimCLS/finetune_model.py", "", place, folders)
+    assert "tuned already contains a model" in refused("SimCLS/finetune_model.py", "", place, folders)
 
 
 def test_a_model_beside_a_torn_record_is_not_replaced(place, folders):

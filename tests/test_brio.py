@@ -76,7 +76,7 @@ def test_what_makes_it_worse_and_samples_of_another_generator_are_said(run_scrip
     arguments = ["--generator_name", encoders["t5"], "--dataset", samples, "--save_dir", "brio", "--num_epoch", 1,
                  "--num_workers", 0, "--lr", 1.0, "--rouge_tokens", "characters"]  # fmt: skip
     printed = run_script(SCRIPT, *arguments, cwd=tmp_path).stdout
-    assert f"warning: {samples} has candidates of another generator than {encoders['t5']}" in printed
+    assert f"warning: the candidates in {samples} were made with another generator than {encoders['t5']}" in printed
     assert f"warning: no epoch is better than {encoders['t5']}" in printed
     record = json.loads((tmp_path / "brio" / "brio.json").read_text())
     assert record["before"]["val_rouge1"] >= record["epochs"][0]["val_rouge1"]

@@ -75,10 +75,10 @@ def test_int8_finds_something_like_it():
 
 
 def test_what_it_cannot_do_is_one_line(monkeypatch):
-    with pytest.raises(UserError, match="knows --search beam alone"):
+    with pytest.raises(UserError, match="supports only --search beam"):
         make_generator("ctranslate2", "--search", "diverse")
     with pytest.raises(UserError, match="computes in int8; leave --half_precision out"):
         make_generator("ctranslate2_int8", "--half_precision")
     monkeypatch.setitem(sys.modules, "ctranslate2", None)
-    with pytest.raises(UserError, match="--engine ctranslate2 needs that package; pip install ctranslate2=="):
+    with pytest.raises(UserError, match="needs the package ctranslate2; pip install ctranslate2=="):
         make_generator("ctranslate2")

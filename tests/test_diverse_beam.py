@@ -285,7 +285,7 @@ def test_contradictory_settings_are_refused():
         ("force_words_ids", [[3]]),
     ):
         setattr(model.generation_config, name, value)
-        with pytest.raises(ValueError, match=f"sets {name}, which the search leaves out"):
+        with pytest.raises(ValueError, match=f"sets {name}, which this search does not support"):
             DiverseBeamSearch(model, **good)
         setattr(model.generation_config, name, None)
 

@@ -90,16 +90,16 @@ def test_empty_fields_behind_the_header_are_forgiven_where_all_rows_have_them(tm
         (b"abstract,title\nx,y\nx,\xff\n", "line 3: not UTF-8"),
         (b"abstract,title\n" + b"x,y\n" * 5000 + b"x,\xe2\x82", "line 5002: not UTF-8"),
         (b"abstract,title\n" + b"a,b\n" * 30, "has 1 usable documents"),
-        (b"abstract,title\nx,y\nno quotes, shifted,z\n", "line 3: 3 fields, where the header has 2; quote the fields"),
-        (b"abstract,title\nx,y\nbroken\nin two,z\n", "line 3: 1 fields, where the header has 2"),
+        (b"abstract,title\nx,y\nno quotes, shifted,z\n", "line 3: 3 fields, but the header has 2; quote fields"),
+        (b"abstract,title\nx,y\nbroken\nin two,z\n", "line 3: 1 fields, but the header has 2"),
         (b'abstract,title\nx,y\n"quoted" and on,z\n', "line 3: not a CSV file"),
         (b'abstract,title\nx,y\n"never closed,z\na,b\n', "not a CSV file"),
-        (b"abstract,title,notes\nx,y,\nmice, rats and men,z,\n", "line 3: 4 fields, where the header has 3; quote the"),
+        (b"abstract,title,notes\nx,y,\nmice, rats and men,z,\n", "line 3: 4 fields, but the header has 3; quote"),
         (
             b"abstract,title,notes\nmice, rats and men,z,\nx,y,\n",
             "line 3: 3 fields, .* has 3 and the first row 4; quote",
         ),
-        (b"title,abstract,year\nx,y,2020\nx,y\n", "line 3: 2 fields, where the header has 3"),
+        (b"title,abstract,year\nx,y,2020\nx,y\n", "line 3: 2 fields, but the header has 3"),
     ],
 )
 def test_bad_files_are_user_errors_that_say_where(tmp_path, content, message):
@@ -116,7 +116,7 @@ def test_missing_and_truncated_files_are_user_errors(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
         read_documents(tmp_path / "none.csv")
     (tmp_path / "x.csv.gz").write_bytes(gzip.compress(b"abstract,title\n" * 99)[:-9])
-    with pytest.raises(UserError, match="no complete gzip file"):
+    with pytest.raises(UserError, match="not a complete gzip file"):
         read_documents(tmp_path / "x.csv.gz")
 
 

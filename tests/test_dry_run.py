@@ -116,9 +116,9 @@ def test_a_dry_run_of_the_scorer_writes_nothing(sample_folder, encoders, tmp_pat
     assert sorted(tmp_path.rglob("*")) == before
     figures, steps, last = ended.out.splitlines()[-3:]
     assert re.fullmatch(
-        r"32,064 parameters; about [\d.]+ GFLOP a step, .* [1-9][\d.]* MiB kept from forward .*", figures
+        r"32,064 parameters; about [\d.]+ GFLOP per step, .* [1-9][\d.]* MiB kept from forward .*", figures
     )
     assert re.fullmatch(
-        r"11 steps and 4 updates an epoch, \S+ s a step \(the median of 3\); 2 epochs with 4 validations .*", steps
+        r"11 steps and 4 updates per epoch, \S+ s per step \(the median of 3\); 2 epochs with 4 validations .*", steps
     )
     assert last == "--dry_run: nothing was written"

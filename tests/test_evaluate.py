@@ -111,9 +111,9 @@ def test_what_does_not_belong_together_is_told():
     for ours in (None, {"candidates": None}, renamed):
         assert check(ours, trained) == check(renamed, None) == []
     (line,) = check(renamed, {"candidates": mine | {"search": {}, "generator": "y"}})
-    assert "trained on candidates of other generator, search than" in line
+    assert "trained on candidates made with other settings (generator, search) than" in line
     (line,) = check(renamed | {"split": "train", "files": "x"}, trained | {"files": "y"})  # Of another search, say.
-    assert "trained on the documents it judges here" in line
+    assert "trained on the documents judged here" in line
     assert [len(check({"split": "val", "files": name}, {"split": "val", "files": "x"})) for name in "xy"] == [1, 0]
     warnings, both = [], {"likelihood": 0.04, "power": 1.0, "agreement": 0.1}
     assert evaluate_model.usable_weights(both, [{"likelihood": []}], warnings) == both
@@ -124,7 +124,7 @@ def test_what_does_not_belong_together_is_told():
     assert evaluate_model.usable_weights(both, [{"likelihood": []}, {}], warnings) == without
     assert evaluate_model.usable_weights(both | {"agreement": 0.0}, [{}], warnings) is None
     assert len(warnings) == 2
-    assert "chooses without" in warnings[0]
+    assert "choosing without" in warnings[0]
 
 
 def test_samples_are_scored_as_in_training(run_script, sample_folder, encoders, scorer_path, tmp_path):
@@ -138,7 +138,7 @@ def test_samples_are_scored_as_in_training(run_script, sample_folder, encoders, 
     assert list(record["words"]) == list(record["systems"])
     assert record["rouge"].startswith("ROUGE-1, -2, -Lsum F1: rouge-score")
     assert result.stdout.splitlines()[-1] == record["rouge"]
-    assert "no row of plain beam search" in result.stdout
+    assert "no row for plain beam search" in result.stdout
 
     cpu = torch.device("cpu")
     scorer, encoding, _ = load_scorer(weights=scorer_path)
@@ -219,13 +219,13 @@ def test_generated_candidates_are_those_of_the_chain(run_script, encoders, score
     assert used["scorer_digest"] == provenance.digest_files([scorer_path])
     check = functools.partial(evaluate_model.refuse_to_replace, tmp_path / "one.json")
     with pytest.raises(
-        UserError, match=r"one.json is there, an evaluation of --samples None \(now test\); name another"
+        UserError, match=r"is from an evaluation with --samples None \(now test\); choose another --output"
     ):
         check(one["arguments"] | {"samples": "test"}, used)
-    for name, value, what in (("places", {"scorer_path": "another"}, "other folders of the same names"),
+    for name, value, what in (("places", {"scorer_path": "another"}, "other folders with the same names"),
                               ("precision", "another", "another precision"),
-                              ("scorer_digest", "another", "other weights of the scorer")):  # fmt: skip
-        with pytest.raises(UserError, match=f"one.json is there, an evaluation of {what};"):
+                              ("scorer_digest", "another", "other scorer weights")):  # fmt: skip
+        with pytest.raises(UserError, match=f"one.json already exists and is from an evaluation with {what};"):
             check(one["arguments"], used | {name: value})
     check(one["arguments"], used)
 
@@ -243,10 +243,10 @@ def test_an_evaluation_by_relative_paths_can_be_repeated_and_replaces_nothing_el
     run_script(EVALUATE, *words, cwd=tmp_path)
     shutil.copy(tmp_path / "test/1.json", tmp_path / "test/0.json")
     refused = run_script(EVALUATE, *words, cwd=tmp_path, code=2).stderr
-    assert "evaluation.json is there, an evaluation of other contents under these names; name" in refused
+    assert "already exists and is from an evaluation with other contents of the input files; choose" in refused
     output.write_text(json.dumps(json.loads(output.read_text()) | {"experiment": "another"}))
     refused = run_script(EVALUATE, *words, cwd=tmp_path, code=2).stderr
-    assert "evaluation.json is there, an evaluation of something else; name another --output" in refused
+    assert "evaluation.json already exists and is not an evaluation; choose another --output" in refused
 
 
 def test_an_input_is_known_by_its_documents_and_its_generator(encoders, tmp_path):
@@ -313,7 +313,7 @@ def test_generated_samples_are_those_of_gen_candidate_and_preprocess(encoders, t
     with pytest.raises(UserError, match="--min_length 2: the samples were made with 5; leave it out"):
         evaluate_model.load_search(args, *how, "beam", beside.origin)
     args.min_length = None
-    with pytest.raises(UserError, match=f"the samples are of {Path(encoders['t5']).name}, of other weights"):
+    with pytest.raises(UserError, match=f"the samples were made with {Path(encoders['t5']).name}, with other weights"):
         evaluate_model.load_search(args, *how, "beam", beside.origin | {"generator": "another"})
 
 
@@ -340,8 +340,8 @@ def test_counts_of_candidates_that_differ_are_told(capsys):
     evaluate_model.compare_counts(samples, None, None)
     assert capsys.readouterr().out == ""
     evaluate_model.compare_counts(samples, None, 16)
-    assert "trained on 16 candidates a document, and chooses among 6 here" in capsys.readouterr().out
-    with pytest.raises(UserError, match="have 6 candidates a document, not the 4"):
+    assert "trained on 16 candidates per document, but chooses among 6 here" in capsys.readouterr().out
+    with pytest.raises(UserError, match="have 6 candidates per document, not --num_cands 4"):
         evaluate_model.compare_counts(samples, 4, None)
     evaluate_model.compare_counts([*samples, {"candidates": [0] * 5}], None, None)
     assert "the documents have 5-6 candidates" in capsys.readouterr().out

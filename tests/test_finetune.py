@@ -266,9 +266,9 @@ def test_a_finished_generator_is_not_replaced_unasked(workplace, tuned):
         ([], "finetune.json is a finished run; --restart runs it again"),
         (
             ["--lr", 0.1],
-            "is of a run with --lr 0.0003 (now 0.1); choose another --save_dir, or --restart to replace it",
+            "is from a run with --lr 0.0003 (now 0.1); choose another --save_dir, or --restart to replace it",
         ),
-        (["--lr", 0.1, "--resume"], "is of a run with --lr 0.0003 (now 0.1)"),
+        (["--lr", 0.1, "--resume"], "is from a run with --lr 0.0003 (now 0.1)"),
         (["--data_file", "other.csv", "--resume"], "--documents_digest "),
     ):
         (workplace / "other.csv").write_text((workplace / "data.csv").read_text() + "one more,more\n")

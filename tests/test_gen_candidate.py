@@ -92,7 +92,7 @@ def whole(tiny, tmp_path_factory, run_script):
     output_dir = tmp_path_factory.mktemp("whole")
     result = run_script("SimCLS/gen_candidate.py", *arguments(tiny, output_dir))
     assert re.search(r"^train: 48 documents, [\d.]+ documents/s$", result.stdout, re.MULTILINE)
-    shown = r"(train|val|test), in batches: \d+ of \d+"
+    shown = r"(train|val|test) batches: \d+ of \d+"
     assert all(re.fullmatch(shown, line) for line in result.stderr.splitlines()), result.stderr
     return output_dir
 
@@ -181,7 +181,7 @@ def test_two_processes_give_the_same_bytes(tiny, whole, tmp_path):
     command = launch + script_command("SimCLS/gen_candidate.py", *arguments(tiny, tmp_path))[1:]
     result = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr
-    assert "train, in batches: 8 of 8" in result.stderr  # Half of them.
+    assert "train batches: 8 of 8" in result.stderr  # Half of them.
     assert "train: 48 documents, " in result.stdout
     assert contents(tmp_path) == contents(whole)
 
@@ -228,8 +228,8 @@ def test_another_batch_size_goes_on_with_what_is_made(tiny, whole, tmp_path, mon
     capsys.readouterr()
     run_here(monkeypatch, *arguments(tiny, tmp_path, "--cand_gen_batch", size))
     out = capsys.readouterr().out
-    assert "train: the candidates of 48 documents are there already" in out
-    assert "going on after 3 of 6 documents" in out
+    assert "train: the candidates of 48 documents already exist" in out
+    assert "resuming after 3 of 6 documents" in out
     assert "val: 3 documents, " in out  # Nothing is made a second time.
     assert "starting over" not in out
     made, expected = contents(tmp_path), contents(whole)
@@ -265,9 +265,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line_and_is_asked_once(tiny, tmp_pa
     assert calls[0] == "HEAD /"
     assert not [call for call in calls if "some/model" in call]
     assert len(result.stderr.splitlines()) == 1, result.stderr
-    assert (
-        "'some/model': no sequence-to-sequence model with its tokenizer can be loaded under this name" in result.stderr
-    )
+    assert "'some/model': cannot load a sequence-to-sequence model and its tokenizer from this name" in result.stderr
 
 
 def test_half_precision_that_names_no_type_is_bfloat16_for_the_t5_family():
@@ -306,7 +304,7 @@ def test_candidates_of_a_tokenizer_that_cuts_or_reads_otherwise_are_others(tiny,
 def test_a_complete_run_is_left_alone(tiny, whole, monkeypatch, capsys):
     before = {path: path.stat().st_mtime_ns for path in only_folder(whole).iterdir()}
     run_here(monkeypatch, *arguments(tiny, whole))
-    assert "train: the candidates of 48 documents are there already" in capsys.readouterr().out
+    assert "train: the candidates of 48 documents already exist" in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in only_folder(whole).iterdir()} == before
 
 
@@ -315,10 +313,10 @@ def test_a_complete_run_is_left_alone(tiny, whole, monkeypatch, capsys):
     [
         (
             ["--decoder_max_len", 6, "--diversity_penalty", 2],
-            "train candidates that were made with other diversity_penalty",
+            "train candidates made with other settings (diversity_penalty",
         ),
-        (["--dataset_name", "{tmp}/changed.csv"], "train candidates that were made with other documents"),
-        (["--dataset_percent", 50], "train candidates that were made with other documents"),
+        (["--dataset_name", "{tmp}/changed.csv"], "train candidates made with other settings (documents)"),
+        (["--dataset_percent", 50], "train candidates made with other settings (documents)"),
     ],
 )
 @pytest.mark.parametrize("killed", [False, True])
@@ -380,7 +378,7 @@ def test_settings_that_one_side_alone_has_are_others(tmp_path):
         files.settings_path.write_text(json.dumps(there))
         if there == files.settings:
             files.prepare()
-    with pytest.raises(UserError, match="val candidates that were made with other b, c, d; choose"):
+    with pytest.raises(UserError, match=r"val candidates made with other settings \(b, c, d\); choose"):
         files.prepare()
 
 
@@ -388,5 +386,5 @@ def test_settings_that_one_side_alone_has_are_others(tmp_path):
 def test_candidates_that_do_not_tell_what_made_them_are_not_replaced(tmp_path, name, text):
     files = candidate_files.CandidateFiles(tmp_path, "val", {"a": 1}, SimpleNamespace(rank=0))
     (tmp_path / f"val.{name}").write_text(text)
-    with pytest.raises(UserError, match=r"val candidates whose val.settings.json, .*, is not there or is torn; choose"):
+    with pytest.raises(UserError, match=r"val candidates whose val.settings.json is missing or damaged; choose"):
         files.prepare()

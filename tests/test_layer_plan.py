@@ -129,9 +129,7 @@ def test_a_budget_is_planned_for_the_largest_call_and_the_plan_is_told(monkeypat
     args, world = SimpleNamespace(memory_budget=0.6), SimpleNamespace(say=said.append)
     layer_plan._plan_budget(None, batch, args, world, SINGLE, run)
     assert calls == ["many"]
-    assert said == [
-        "plan: backward redoes 2 times attention and 1 times feed-forward, for a peak of 0.500 (planned 0.600)"
-    ]
+    assert said == ["plan: backward recomputes 2 x attention and 1 x feed-forward, for a peak of 0.500 (planned 0.600)"]
     assert run.facts["plan"] == {"redo": sorted(redo), "peak_share": 0.5, "planned_peak_share": 0.6}
 
 

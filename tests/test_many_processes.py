@@ -171,7 +171,7 @@ def test_fine_tuning_of_two_processes_leaves_one_set_of_files(encoders, tmp_path
     refused = launch.run("SimCLS/finetune_model.py", *command, "--batch_size", 9, cwd=tmp_path, **JOB,
                          RANK="0", LOCAL_RANK="0")  # fmt: skip
     assert refused.code == 2
-    assert "shared out over 2 processes" in refused.err
+    assert "cannot be split equally over 2 processes" in refused.err
 
 
 @pytest.mark.parametrize(

@@ -115,7 +115,7 @@ def test_likelihoods_reach_their_candidates_and_a_wrong_line_is_named(tmp_path, 
     args = [tmp_path / "bad" if word == tmp_path / "out" else word for word in args]
     for line in ("-1.5", "nan 3", "-2 0", "- 4"):
         path.write_text("\n".join([*lines[:4], line, *lines[5:]]) + "\n")
-        assert f"train.likelihood, line 5: {line!r} is no log-prob" in run_script(SCRIPT, *args, code=2).stderr
+        assert f"train.likelihood, line 5: {line!r} is not a log-prob" in run_script(SCRIPT, *args, code=2).stderr
     path.write_text("\n".join(lines[:8]) + "\n")
     assert "train.likelihood has 8 lines, not 9" in run_script(SCRIPT, *args, code=2).stderr
 
@@ -137,14 +137,14 @@ def test_samples_of_another_input_are_never_replaced(tmp_path, run_script):
     run(7)
     (tmp_path / "out" / "notes.txt").write_text("mine")
     before = contents(tmp_path / "out")
-    assert "out has samples of other files; choose another --tgt_dir, or delete" in run(3, code=2)
-    assert "has samples of other rouge_tokens;" in run(7, "--rouge_tokens", "unicode", code=2)
+    assert "out has samples made with other settings (files); choose another --tgt_dir, or delete" in run(3, code=2)
+    assert "has samples made with other settings (rouge_tokens);" in run(7, "--rouge_tokens", "unicode", code=2)
     assert contents(tmp_path / "out") == before
     (tmp_path / "published").mkdir()
     (tmp_path / "published" / "0.json").write_text("{}")
-    assert "has samples of other files, which it does not tell" in run(7, code=2, into="published")
+    assert "has samples made with unknown settings;" in run(7, code=2, into="published")
     (tmp_path / "out" / "3.json").unlink()  # As a kill between the old samples' end and the new ones' names leaves it.
-    with pytest.raises(UserError, match=r"out has 6 of its 7 samples; the same preprocess\.py makes the others"):
+    with pytest.raises(UserError, match=r"out has 6 of its 7 samples; run the same preprocess\.py command again"):
         sample_files(tmp_path / "out")
     run(7)
     assert len(sample_files(tmp_path / "out")) == 7

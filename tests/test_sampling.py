@@ -86,7 +86,7 @@ def test_a_maximum_length_without_room_is_refused():
 def test_settings_that_would_change_the_draws_are_refused(name, value):
     model = tiny_seq2seq.build("t5")
     setattr(model.generation_config, name, value)
-    with pytest.raises(ValueError, match=f"generation config sets {name}, which the search leaves out"):
+    with pytest.raises(ValueError, match=f"generation config sets {name}, which this search does not support"):
         search(model)
 
 

@@ -213,9 +213,9 @@ def test_training_documents_are_not_those_that_validate(sample_folder, tmp_path,
     assert capsys.readouterr().out == ""
     write("val", "val", "y")
     check_training(folder)
-    assert "val have candidates that were made with other generator\n" in capsys.readouterr().out
+    assert "val have candidates made with other settings (generator)\n" in capsys.readouterr().out
     write("val", "train", "y")
-    with pytest.raises(UserError, match="are both of the train documents of one text; make each with its own --split"):
+    with pytest.raises(UserError, match=r"were made from the same documents \(train\); make each with its own --split"):
         check_training(folder)
 
 

@@ -35,7 +35,7 @@ def test_weights_of_another_encoder_are_refused(encoders, tmp_path):
     assert str(encoders["t5"]) in str(error.value)
     assert str(encoders["bert"]) in str(error.value)
     (tmp_path / "scorer.json").unlink()
-    with pytest.raises(UserError, match="holds no weights"):
+    with pytest.raises(UserError, match="has no scorer weights"):
         load_scorer(encoders["bert"], path)
 
 
@@ -109,7 +109,7 @@ def test_a_diverged_run_leaves_the_files_as_they_were(run, loss, good_sums):
     epoch = Epoch(run, 0, 20)
     epoch.step = 8
     for keep, more in ((run.keep_within_epoch, ()), (run.add_epoch, (0,))):
-        with pytest.raises(UserError, match=r"loss became (nan|inf) in epoch 1: cache/x keeps .* at update 3; .* --lr"):
+        with pytest.raises(UserError, match=r"loss became (nan|inf) in epoch 1: cache/x keeps .* of update 3; .* --lr"):
             keep(epoch, result_of(loss), *more)
         assert files(run.folder) == before
 
@@ -120,7 +120,7 @@ def test_a_model_whose_first_token_reads_nothing_behind_it_is_no_encoder(encoder
     model.config.is_decoder = True
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(encoders["bert"]).save_pretrained(tmp_path)
-    with pytest.raises(UserError, match="is no encoder of texts"):
+    with pytest.raises(UserError, match="is not a text encoder"):
         load_encoder(str(tmp_path))
 
 

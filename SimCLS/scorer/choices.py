@@ -41,9 +41,9 @@ def check_scorer_path(args):
     """UserError if --scorer_path is not a file, or is missing while other arguments of the scorer are given."""
     for name in ("model_type", "total_len", "max_len"):
         if getattr(args, name) is not None and not args.scorer_path:
-            raise UserError(f"--{name} is of a scorer; name that by --scorer_path, or leave it out")
+            raise UserError(f"--{name} goes with --scorer_path; add that, or leave it out")
     if args.scorer_path and not args.scorer_path.is_file():
-        raise UserError(f"--scorer_path {args.scorer_path} is no file; main.py writes cache/<run>/scorer.bin")
+        raise UserError(f"--scorer_path {args.scorer_path} is not a file; main.py writes cache/<run>/scorer.bin")
 
 
 def load_judge(args, world, say=print):
@@ -109,7 +109,7 @@ def usable_weights(weights, samples, warnings):
     """`weights`, or None if only the scorer's score counts. If samples have no likelihoods, their weight becomes 0, and
     a line is added to `warnings`."""
     if weights and weights["likelihood"] and not all("likelihood" in sample for sample in samples):
-        warnings.append("the scorer counts on likelihoods, which the samples have not: it chooses without")
+        warnings.append("the choice also uses likelihoods, but the samples have none; choosing without them")
         weights = weights | {"likelihood": 0.0}
     return weights if weights and (weights["likelihood"] or weights["agreement"]) else None
 

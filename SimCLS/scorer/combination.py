@@ -140,7 +140,7 @@ def fit_best(run, scorer, description, samples, args, precision, world):
     names = {"likelihood": f"log-probability / tokens^{fitted['power']:g}", "agreement": "agreement with the others"}
     for name, words in names.items():
         run.say(
-            f"beside the score counts {words} with weight {fitted[name]:.3g}; a unit of it is worth "
+            f"the choice adds {fitted[name]:.3g} x ({words}) to the score; one unit, before weighting, is worth "
             f"{100 * fitted['slopes'][name]:.2f} ± {100 * fitted['errors'][name]:.2f} ROUGE"
         )
-    run.say(f"so weighted, choices on validation change by {100 * fitted['gain']:+.2f} ROUGE (mean of the three)")
+    run.say(f"with these weights, validation choices change by {100 * fitted['gain']:+.2f} ROUGE (mean of the three)")

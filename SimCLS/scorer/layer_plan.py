@@ -91,9 +91,9 @@ def _held(scorer, batch, autocast):
 def _plan_budget(scorer, batch, args, world, precision, run):
     texts, lengths = max(zip(batch.texts, batch.lengths, strict=True), key=lambda call: call[0].numel())
     plan, share = plan_layers(scorer, texts, lengths, args.memory_budget, precision, world)
-    redone = [f"{sum(name.endswith(kind) for name in plan.redo)} times {kind.replace('_', '-')}" for kind in KINDS]
+    redone = [f"{sum(name.endswith(kind) for name in plan.redo)} x {kind.replace('_', '-')}" for kind in KINDS]
     planned = plan.peak_bytes / plan.plain_peak_bytes
-    world.say(f"plan: backward redoes {' and '.join(redone)}, for a peak of {share:.3f} (planned {planned:.3f})")
+    world.say(f"plan: backward recomputes {' and '.join(redone)}, for a peak of {share:.3f} (planned {planned:.3f})")
     run.facts["plan"] = {"redo": sorted(plan.redo), "peak_share": share, "planned_peak_share": planned}
 
 
@@ -109,7 +109,7 @@ def plan_layers(scorer, texts, lengths, budget, precision, world):
     layers = parts_of(scorer.encoder)
     if not layers:
         kind = scorer.encoder.config.model_type
-        raise UserError(f"--memory_budget knows the layers of BERT's family and of T5, and not of {kind}; leave it out")
+        raise UserError(f"--memory_budget supports encoders of the BERT family and T5, not {kind}; leave it out")
     measure = functools.partial(_measure, scorer, layers, texts, lengths, precision)
     names = {kind: {f"{number}.{kind}" for number in layers} for kind in KINDS}
     held, peak = measure(frozenset())

@@ -55,7 +55,7 @@ def main():
         from model import load_encoder  # Takes seconds to import.
 
         load_encoder(NAME)
-    print(f"{NAME}: {ON_HUB}, {'as the hub has it' if folder is None else f'from the package {PACKAGE}'}")
+    print(f"{NAME}: {ON_HUB}, from {'the hub' if folder is None else f'the package {PACKAGE}'}")
 
 
 if __name__ == "__main__":

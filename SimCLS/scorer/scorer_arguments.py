@@ -95,13 +95,13 @@ def get_args_parser(description):
 
 def port_type(text):
     if not (text.isdecimal() and 0 < int(text) < 2**16):
-        raise argparse.ArgumentTypeError(f"{text!r} is not the number of a TCP port, 1 to 65535")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a TCP port, a number from 1 to 65535")
     return int(text)
 
 
 def run_name_type(text):
     if Path(text).name != text or text.startswith("."):
-        raise argparse.ArgumentTypeError(f"{text!r} is no plain folder name")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a plain folder name")
     return text
 
 
@@ -137,9 +137,9 @@ def cached_path(name):
     path = CACHE / name
     if not path.resolve().is_relative_to(CACHE.resolve()):
         raise UserError(
-            f"--model_pt {name} leaves the folder {CACHE}; give a path relative to it, such as run/scorer.bin"
+            f"--model_pt {name} is outside the folder {CACHE}; give a path relative to it, such as run/scorer.bin"
         )
     if not path.is_file():
         there = sorted(str(path.relative_to(CACHE)) for path in CACHE.glob("*/*.bin"))
-        raise UserError(f"there are no weights {path}; below {CACHE} there are: {', '.join(there) or 'none'}")
+        raise UserError(f"there is no file {path}; weights in {CACHE}: {', '.join(there) or 'none'}")
     return path

@@ -104,7 +104,7 @@ class ScorerRun(runs.Run):
             f"{description['architecture']}, {self.facts['parameters']:,} parameters{frozen}, {precision}, on {device} "
             f"({hardware_name(device)}{processes}); {explain_half_precision(precision, device)}; recomputation "
             f"{self._recomputation() or 'off (--use_checkpoint, --memory_budget)'}; {self.args.num_workers} workers",
-            f"{self.folder}: {schedule.updates} updates, peak rate {schedule.peak:.2e} after {schedule.warmup}",
+            f"{self.folder}: {schedule.updates} updates, peak rate {schedule.peak:.2e} after {schedule.warmup} of them",
         )
 
     def opening(self):
@@ -154,9 +154,9 @@ class ScorerRun(runs.Run):
         if self._watch.sees_collapse(update, spread):
             self.facts.setdefault("collapsed", []).append(update)
             self.say(
-                f"update {update}: the scores have collapsed: all candidates of a document score the same (spread "
-                f"{spread:.1e}), where the loss stays near {metrics.flat_loss(self.args):.2f} whatever the text; stop, "
-                f"and train with a lower --lr (the peak is {schedule.peak:.1e}) or a larger --warmup (now "
+                f"update {update}: the scores have collapsed: all candidates of a document get the same score (spread "
+                f"{spread:.1e}), and the loss stays near {metrics.flat_loss(self.args):.2f} for any text; stop, and "
+                f"train again with a smaller --lr (the peak is {schedule.peak:.1e}) or a larger --warmup (now "
                 f"{self.args.warmup})"
             )
 
@@ -165,10 +165,10 @@ class ScorerRun(runs.Run):
         if np.isfinite(value):
             return
         every = [each for past in self.history for each in past["validations"]] + self.validations
-        kept = f"keeps what there was at update {every[-1]['update']}" if every else "has no weights of this run"
+        kept = f"keeps the weights as of update {every[-1]['update']}" if every else "has no weights of this run"
         single = ", or with bfloat16 or single precision" if self.facts["precision"] == "fp16" else ""
         raise UserError(
-            f"the {what} became {value} in epoch {epoch + 1}: {self.folder} {kept}; train anew, with another "
+            f"the {what} became {value} in epoch {epoch + 1}: {self.folder} {kept}; train again with another "
             f"--run_name and a smaller --lr (the peak is {self.facts['peak_rate']:.1e}){single}"
         )
 
@@ -236,8 +236,8 @@ class ScorerRun(runs.Run):
         self.write_record()
         self.drop_state()
         self.say(
-            f"{self.folder / 'scorer.bin'}: best validation ROUGE {100 * self.best[0]:.2f} (mean of the three); beside "
-            f"it model.bin (last weights), {self.name}.json (record)"
+            f"{self.folder / 'scorer.bin'}: best validation ROUGE {100 * self.best[0]:.2f} (mean of the three); next "
+            f"to it: model.bin (last weights), {self.name}.json (record)"
         )
         self.say(self._effect())
 
@@ -252,7 +252,7 @@ class ScorerRun(runs.Run):
         text += f", without {' and '.join(techniques)} about {in_mib(kept / self.kept_share)} ({self.kept_share:.2f} x)"
         plan = self.facts.get("plan")
         if plan:
-            text += f"; peak {plan['peak_share']:.2f} x (planned {plan['planned_peak_share']:.2f}), by redoing "
+            text += f"; peak {plan['peak_share']:.2f} x (planned {plan['planned_peak_share']:.2f}), by recomputing "
             text += f"{len(plan['redo'])} parts of layers"
         return text
 
@@ -265,9 +265,9 @@ class ScorerRun(runs.Run):
         seconds += self.seconds["start_up_seconds"]
         kept = in_mib(self.facts["saved_activation_bytes"])
         return (
-            f"{self.facts['parameters']:,} parameters; about {self._flops() / 1e9:.4g} GFLOP a step, forward and "
+            f"{self.facts['parameters']:,} parameters; about {self._flops() / 1e9:.4g} GFLOP per step, forward and "
             f"backward; {kept} MiB kept from forward to backward in the first step",
-            f"{steps} steps and {self._updates_an_epoch} updates an epoch, {step:.4g} s a step (the median of "
+            f"{steps} steps and {self._updates_an_epoch} updates per epoch, {step:.4g} s per step (the median of "
             f"{timing['phases']['step']['count'] or 1}); {self.args.num_epoch} epochs with {validations} validations "
             f"each would take about {seconds:.0f} s ({datetime.timedelta(seconds=round(seconds))})",
         )

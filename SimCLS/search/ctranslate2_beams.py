@@ -28,13 +28,13 @@ class CTranslate2Beams(TokenRules):
 
     def __init__(self, model, *, num_beams, max_length, min_length, length_penalty, no_repeat_ngram_size, compute_type):
         if not T5Decoder.supports(model):
-            raise ValueError(f"--engine ctranslate2 knows models of T5's kind, and not of {model.config.model_type}")
+            raise ValueError(f"--engine ctranslate2 supports T5 models, not {model.config.model_type}")
         if model.device.type != "cpu":
-            raise ValueError("--engine ctranslate2 is for the CPU; add --device cpu")
+            raise ValueError("--engine ctranslate2 runs on the CPU only; add --device cpu")
         # With a decoder given, none of ours is made; CTranslate2 decodes by itself.
         super().__init__(model, max_length, min_length, no_repeat_ngram_size, decoder=self)
         if len(self.end_tokens) != 1 or len(self.suppressed) or any(self.forced.values()):
-            raise ValueError("--engine ctranslate2 takes one end token, and none that is forced or suppressed")
+            raise ValueError("--engine ctranslate2 supports one end token, and no forced or suppressed tokens")
         self.settings = {
             "beam_size": num_beams,
             "num_hypotheses": num_beams,
@@ -54,7 +54,7 @@ class CTranslate2Beams(TokenRules):
             import ctranslate2
             from ctranslate2.converters.transformers import T5Loader
         except ImportError:
-            raise UserError(f"--engine ctranslate2 needs that package; pip install {PACKAGE}") from None
+            raise UserError(f"--engine ctranslate2 needs the package ctranslate2; pip install {PACKAGE}") from None
         spec = T5Loader().get_model_spec(model.float())
         vocabulary = [str(token) for token in range(model.config.vocab_size)]
         spec.register_source_vocabulary(vocabulary)

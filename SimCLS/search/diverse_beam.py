@@ -68,7 +68,7 @@ class DiverseBeamSearch(TokenRules):
         decoder=None,
     ):
         if num_beams % num_groups:
-            raise ValueError(f"{num_beams} beams cannot be shared out equally over {num_groups} groups")
+            raise ValueError(f"{num_beams} beams cannot be divided equally among {num_groups} groups")
         # Beyond these bounds, scores could overflow float32.
         if not abs(length_penalty) <= 10:
             raise ValueError(f"a length penalty of {length_penalty} is not between -10 and 10")

@@ -71,7 +71,7 @@ def searches(text):
     """argparse type: names of SEARCHES, each once, joined by "+"."""
     names = text.split("+")
     if not set(names) <= set(SEARCHES) or len(names) > len(set(names)):
-        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(SEARCHES)}, nor several, as beam+sample")
+        raise argparse.ArgumentTypeError(f"{text!r} is not one of {', '.join(SEARCHES)}, or several joined by +")
     return text
 
 
@@ -85,9 +85,9 @@ def check_search(args):
     --search has the kinds of search whose arguments are given."""
     for name, (search, silent) in OF_ONE_SEARCH.items():
         if search not in args.search.split("+") and getattr(args, name) not in silent:
-            raise UserError(f"--{name} is of --search {search}, and not of {args.search}; leave one of them out")
+            raise UserError(f"--{name} goes with --search {search}, not {args.search}; leave it out")
     if ENGINES[args.engine] and args.search != "beam":
-        raise UserError(f"--engine {args.engine} knows --search beam alone; name that, or leave the engine out")
+        raise UserError(f"--engine {args.engine} supports only --search beam; add that, or leave --engine out")
     if ENGINES[args.engine] and args.half_precision:
         raise UserError(f"--engine {args.engine} computes in {ENGINES[args.engine]}; leave --half_precision out")
     if args.num_groups and args.num_cands % args.num_groups:
@@ -167,18 +167,18 @@ def load_generator(name, dtype=torch.float32, dropout=None):
     dtype: of the weights, or a function from the model's config to it. dropout: its probability in training, by default
     the model's own.
     """
-    where = "in this folder" if Path(name).is_dir() else "under this name, neither as a folder nor on the hub"
+    where = "this folder" if Path(name).is_dir() else "this name, as a folder or on the hub"
     model, tokenizer = load(
         name,
         transformers.AutoModelForSeq2SeqLM,
-        problem=f"--generator_name {name!r}: no sequence-to-sequence model with its tokenizer can be loaded {where}",
-        advice="give a folder that finetune_model.py or create_model.py wrote, or demo/",
+        problem=f"--generator_name {name!r}: cannot load a sequence-to-sequence model and its tokenizer from {where}",
+        advice="give a folder written by finetune_model.py or create_model.py, or demo/",
         dtype=dtype,
         **({} if dropout is None else dict.fromkeys(DROPOUT_KEYS, dropout)),
     )
     try:
         if tokenizer.pad_token is None:
-            raise ValueError("its tokenizer has no pad token; name one as pad_token in tokenizer_config.json")
+            raise ValueError("its tokenizer has no pad token; set pad_token in tokenizer_config.json")
         check_settings(model.generation_config)
         check_start(model, tokenizer)
         check_end(model, tokenizer)
@@ -219,7 +219,7 @@ def check_generation(name, model, tokenizer, beams):
         lines = [line.strip("- ") for line in str(error).splitlines() if line.strip()]
         reason = lines[1] if lines and lines[0].startswith("GenerationConfig is invalid") else "".join(lines[:1])
         raise UserError(
-            f"--generator_name {name!r}: validation cannot generate by its generation config, or not save it "
+            f"--generator_name {name!r}: validation cannot generate with its generation config, or cannot save it "
             f"({reason}); correct its generation_config.json"
         ) from None
     model.generation_config = config
@@ -284,8 +284,8 @@ class CandidateGenerator:
         )
         if not found.log_probs.isfinite().all():
             raise UserError(
-                f"the generator {self.model.name_or_path} gives candidates no finite log-probability; correct its "
-                "config.json, or where it overflows in float16, use bfloat16"
+                f"the generator {self.model.name_or_path} gives candidates a log-probability that is not finite; "
+                "correct its config.json or, if it overflows in float16, use bfloat16"
             )
         likelihoods = found.log_probs.flatten().tolist(), found.lengths.flatten().tolist()
         # Rounded as in the candidate files.
@@ -366,7 +366,7 @@ def generate_samples(generator, documents, batch_size, rouge_tokens="standard", 
     split: text -> list of sentences; by default that of a SentenceSplitter which learns from these documents.
     """
     texts = [document.text for document in documents]
-    candidates = generator.candidates(texts, batch_size, "candidates, in batches")
+    candidates = generator.candidates(texts, batch_size, "batches of candidates")
     split = split or SentenceSplitter(document.text for document in documents).split
     return [
         as_sample(

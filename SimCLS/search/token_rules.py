@@ -29,7 +29,7 @@ SOME_TOKENS = (
     "the number of a token, or a list of these",
     lambda value: fault(value if isinstance(value, list) else [value], each(list, TOKEN)) is None,
 )
-NOT_NEGATIVE = ("a whole number from 0", COUNT[1])
+NOT_NEGATIVE = ("a whole number of at least 0", COUNT[1])
 # The settings that are read from a generation config, and their valid values.
 SETTINGS = {
     "max_length": ("a whole number above 1", lambda value: WHOLE[1](value) and value > 1),
@@ -64,7 +64,7 @@ class TokenRules:
 
     def __init__(self, model, max_length, min_length, no_repeat_ngram_size, decoder=None):
         if max_length < 2:
-            raise ValueError(f"a maximum length of {max_length} leaves no room behind the start token")
+            raise ValueError(f"a maximum length of {max_length} leaves no room after the start token")
         self.decoder = decoder or (T5Decoder if T5Decoder.supports(model) else LibraryDecoder)(model)
         self.device = model.device
         self.max_length, self.min_length = max_length, min_length
@@ -79,7 +79,7 @@ class TokenRules:
     def _read_tokens(self, config):
         for name, neutral in self.unsupported.items():
             if getattr(config, name, None) not in neutral:
-                raise ValueError(f"the model's generation config sets {name}, which the search leaves out")
+                raise ValueError(f"the model's generation config sets {name}, which this search does not support")
         self.start_token = _first(config.decoder_start_token_id, config.bos_token_id)
         if self.start_token is None:
             raise ValueError("the model's generation config has no decoder_start_token_id")
@@ -133,14 +133,14 @@ def check_start(model, tokenizer):
         start = getattr(config, "decoder_start_token_id", None)
         if isinstance(start, list):
             if len(set(start)) != 1:
-                raise ValueError(f"decoder_start_token_id is {start}; it has to be one token")
+                raise ValueError(f"decoder_start_token_id is {start}; it must be one token")
             config.decoder_start_token_id = start[0]
     generated = model.generation_config.decoder_start_token_id
     if generated is None:
         generated = model.generation_config.bos_token_id
     check_tokens(model, [] if generated is None else [generated])
     if hasattr(tokenizer, "tgt_lang") and tokenizer.tgt_lang is None:
-        raise ValueError("its tokenizer names no target language; set tgt_lang in tokenizer_config.json")
+        raise ValueError("its tokenizer has no target language; set tgt_lang in tokenizer_config.json")
     try:
         labels = torch.tensor([tokenizer(text_target="a")["input_ids"]])  # mBART moves the last one to the front.
         trained = int(model.prepare_decoder_input_ids_from_labels(labels=labels)[0, 0])
@@ -149,7 +149,7 @@ def check_start(model, tokenizer):
     except (ValueError, TypeError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         if "pad_token_id" in reason:
-            reason = "its config.json names no pad_token_id; set it"
+            reason = "its config.json has no pad_token_id; set it"
         raise ValueError(reason) from None
     if trained != generated:
         raise ValueError(
@@ -177,7 +177,7 @@ def check_tokens(model, tokens):
     count = _vocabulary(model)
     for token in tokens:
         if not (isinstance(token, int) and 0 <= token < count):
-            raise ValueError(f"its generation config names the token {token!r}; the model's are 0 to {count - 1}")
+            raise ValueError(f"its generation config has the token {token!r}, but the model's are 0 to {count - 1}")
 
 
 def _vocabulary(model):

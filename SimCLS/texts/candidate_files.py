@@ -53,15 +53,15 @@ class CandidateFiles:
             told_by += [self.folder / f"{self.split}.{name}" for name in FILES]
         if not isinstance(settings, dict) and any(path.exists() for path in told_by):
             raise UserError(
-                f"{self.folder} has {self.split} candidates whose {self.settings_path.name}, which tells their origin, "
-                "is not there or is torn; choose another --output_dir, or move them away"
+                f"{self.folder} has {self.split} candidates whose {self.settings_path.name} is missing or damaged; "
+                "choose another --output_dir, or move the candidates away"
             )
         for found in (settings, *partials.values()):
             changed = self.changed(found) if isinstance(found, dict) else ""
             if changed:
                 raise UserError(
-                    f"{self.folder} has {self.split} candidates that were made with other {changed}; choose another "
-                    "--output_dir, or delete that folder"
+                    f"{self.folder} has {self.split} candidates made with other settings ({changed}); choose "
+                    "another --output_dir, or delete that folder"
                 )
         for name in (self.split, provenance.FILE):
             for leftover in self.folder.glob(f".{name}.*.tmp"):
@@ -119,7 +119,7 @@ class CandidateFiles:
             for place, some in zip(record["places"], record[name], strict=True):
                 lines[place] = some
         if None in lines:
-            raise UserError(f"{self.folder}: a batch of {self.split} has gone while the run ended; run it again")
+            raise UserError(f"{self.folder}: a batch of {self.split} candidates is missing after the run; run it again")
         return lines
 
     def _partials(self):
@@ -197,7 +197,9 @@ def _likelihood(path, number, line):
     except ValueError:
         log_prob, tokens = math.nan, 0
     if not math.isfinite(log_prob) or tokens < 1:
-        raise UserError(f"{path}, line {number}: {line!r} is no log-probability and number of tokens; generate again")
+        raise UserError(
+            f"{path}, line {number}: {line!r} is not a log-probability and a token count; run gen_candidate.py again"
+        )
     return [log_prob, tokens]
 
 
@@ -213,15 +215,15 @@ def check_counts(plain, tokenized, likelihood, cand_num):
     counts = {path: sum(1 for _ in read_lines(path)) for path in (*plain, *tokenized, *of_candidates)}
     documents = counts[plain.source]
     if documents == 0:
-        raise UserError(f"{plain.source} is empty; it needs one document a line")
+        raise UserError(f"{plain.source} is empty; it needs one document per line")
     needed = dict.fromkeys(counts, documents) | dict.fromkeys(of_candidates, documents * cand_num)
     wrong = [
         f"{path.name} has {count} lines, not {needed[path]}" for path, count in counts.items() if count != needed[path]
     ]
     if wrong:
         raise UserError(
-            f"{plain.source.parent}: the files do not fit the {documents} lines of {plain.source.name} and "
-            f"--num_cands {cand_num}: {', '.join(wrong)}; give the --num_cands of the generation, or generate again"
+            f"{plain.source.parent}: the line counts do not match the {documents} lines of {plain.source.name} and "
+            f"--num_cands {cand_num}: {', '.join(wrong)}; give the --num_cands of gen_candidate.py, or run it again"
         )
     return documents
 

@@ -116,13 +116,13 @@ def read_columns(path, *columns):
                 width = width or max(len(row), len(header))
                 if (len(row) != width and row != header) or any(row[len(header) :]):
                     raise UserError(
-                        f"{path}, line {rows.line_num}: {len(row)} fields, where the header has {len(header)}"
+                        f"{path}, line {rows.line_num}: {len(row)} fields, but the header has {len(header)}"
                         + f" and the first row {width}" * (width > len(header))
-                        + "; quote the fields that hold a comma or a line end"
+                        + "; quote fields that contain a comma or a line break"
                     )
                 yield tuple(row[place] for place in places)
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise UserError(f"{path} is no complete gzip file ({error}); fetch it again") from None
+        raise UserError(f"{path} is not a complete gzip file ({error}); download it again") from None
     except UnicodeDecodeError as error:
         line = _first_line_without_utf8(path)
         raise UserError(f"{path}, line {line}: not UTF-8 ({error.reason}); save the file as UTF-8") from None
@@ -177,7 +177,7 @@ def find_dataset(name):
     for path in tried:
         if path.is_file():
             return path
-    raise UserError(f"there is no dataset {name!r}: none of {', '.join(map(str, tried))} is a file")
+    raise UserError(f"there is no dataset {name!r}; tried the files {', '.join(map(str, tried))}")
 
 
 def safe_name(name):
@@ -209,10 +209,10 @@ def _places(path, header, columns):
             advice = f"; its columns are: {', '.join(map(repr, header))}"
             parted = next((mark for mark in ";\t|" if mark in "".join(header)), None)
             if parted and len(header) == 1:
-                advice += f"; they are parted by {parted!r}: save it with commas"
+                advice += f"; they are separated by {parted!r}; save the file with commas"
             raise UserError(f"{path} has no column {column!r}{advice}")
         if header.count(column) > 1:
-            raise UserError(f"{path} has {header.count(column)} columns {column!r}; name each of them otherwise")
+            raise UserError(f"{path} has {header.count(column)} columns {column!r}; give each its own name")
     return [header.index(column) for column in columns]
 
 
@@ -222,7 +222,7 @@ def _open(path):
     with open(path, "rb") as file:
         start = file.peek(4)
         if start.startswith(PACKED):
-            raise UserError(f"{path} is packed, and not by gzip; unpack it")
+            raise UserError(f"{path} is compressed, but not with gzip; decompress it")
         yield gzip.GzipFile(fileobj=file) if start.startswith(GZIP) else file
 
 

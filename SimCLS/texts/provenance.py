@@ -68,7 +68,11 @@ def check_belonging(made, trained):
     made, trained: the provenance of the samples, and of the scorer's training samples, or None.
     """
     different = differences(*((each or {}).get("candidates") for each in (made, trained)))
-    wrong = [f"the scorer was trained on candidates of other {different} than those it judges here"] * bool(different)
+    wrong = []
+    if different:
+        wrong.append(
+            f"the scorer was trained on candidates made with other settings ({different}) than those judged here"
+        )
     if same_documents(made, trained):
-        wrong.append("the scorer was trained on the documents it judges here: its figures say nothing of others")
+        wrong.append("the scorer was trained on the documents judged here; the results do not apply to other documents")
     return wrong

@@ -76,9 +76,9 @@ def get_args_parser():
 def main():
     args = get_args_parser().parse_args()
     if args.output.is_dir():
-        raise UserError(f"--output {args.output} is a folder; name a file, such as {args.output / SAMPLE.name}")
+        raise UserError(f"--output {args.output} is a folder; give a file, such as {args.output / SAMPLE.name}")
     if args.output.exists() and args.output.resolve() != SAMPLE:
-        raise UserError(f"--output {args.output} is there already; name another file, or remove it")
+        raise UserError(f"--output {args.output} already exists; choose another, or delete it")
     print(f"{build_sample(args.output)} pairs in {args.output}")
 
 

@@ -44,12 +44,12 @@ def sample_files(folder):
     try:
         numbered = [(int(name[:-5]), name) for name in os.listdir(folder) if FILE_NAME.fullmatch(name)]
     except OSError as error:
-        raise UserError(f"cannot read the sample folder {folder}: {error.strerror}; preprocess.py makes it") from None
+        raise UserError(f"cannot read the sample folder {folder}: {error.strerror}; run preprocess.py") from None
     if not numbered:
-        raise UserError(f"the sample folder {folder} holds no sample 0.json, 1.json, ...; preprocess.py makes them")
+        raise UserError(f"the sample folder {folder} has no samples (0.json, 1.json, ...); run preprocess.py")
     made = (provenance.read(Path(folder)) or {}).get("documents")
     if made not in (None, len(numbered)):  # preprocess.py was stopped while it renamed them.
-        raise UserError(f"{folder} has {len(numbered)} of its {made} samples; the same preprocess.py makes the others")
+        raise UserError(f"{folder} has {len(numbered)} of its {made} samples; run the same preprocess.py command again")
     return [Path(folder) / name for _, name in sorted(numbered)]
 
 
@@ -66,12 +66,12 @@ def check_training(folder, say=print):
     made_of = [provenance_of(folder / split) for split in ("train", "val")]
     if provenance.same_documents(*made_of):
         raise UserError(
-            f"{folder / 'train'} and {folder / 'val'} are both of the {made_of[0]['split']} documents of one text; "
+            f"{folder / 'train'} and {folder / 'val'} were made from the same documents ({made_of[0]['split']}); "
             "make each with its own --split of preprocess.py"
         )
     different = provenance.differences(*(made.get("candidates") for made in made_of))
     if different:
-        say(f"warning: {folder / 'train'} and {folder / 'val'} have candidates that were made with other {different}")
+        say(f"warning: {folder / 'train'} and {folder / 'val'} have candidates made with other settings ({different})")
     return made_of
 
 
@@ -85,7 +85,7 @@ def read_sample(path):
         raise UserError(f"the sample {path} is not JSON ({error}); make it again with preprocess.py") from None
     problem = fault(sample, SAMPLE) or _wrong_counts(sample)
     if problem:
-        raise UserError(f"{path} is no sample: {problem}; make it again with preprocess.py")
+        raise UserError(f"{path} is not a sample: {problem}; make it again with preprocess.py")
     return sample
 
 

@@ -36,7 +36,7 @@ def _scorer(tokens):
     if ROUGE_TOKENS[tokens] is None:
         return RougeScorer(METRICS, use_stemmer=True)
     if tokenizers is None:
-        raise UserError(f"--rouge_tokens {tokens} needs the package rouge-score-rs; install it, or score by standard")
+        raise UserError(f"--rouge_tokens {tokens} needs the package rouge-score-rs; install it, or choose standard")
     return RougeScorer(METRICS, tokenizer=getattr(tokenizers, ROUGE_TOKENS[tokens])())
 
 
@@ -91,8 +91,8 @@ def check_references(references, tokens, where, say=print):
         empty += not ascii_letters and not any(letter.isascii() and letter.isdigit() for letter in reference)
     if count and (empty == count or seen < LEAST_SEEN * letters):
         raise UserError(
-            f"{where}: ROUGE's standard tokens are of a-z and 0-9, and {letters - seen} of the {letters} letters are "
+            f"{where}: the standard ROUGE tokens are a-z and 0-9, but {letters - seen} of the {letters} letters are "
             "others; add --rouge_tokens unicode (words), or characters (scripts without spaces), in every stage"
         )
     if empty:
-        say(f"{where}: {empty} of {count} references have no letter or digit that ROUGE knows; they score 0")
+        say(f"{where}: {empty} of {count} references have no letter or digit that ROUGE counts; they score 0")
