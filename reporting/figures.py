@@ -5,6 +5,7 @@ Times on a CPU appear as multiples of a baseline's step, since they mean nothing
 
 import os
 import textwrap
+import warnings
 
 os.environ["MPLBACKEND"] = "agg"  # Figures go to files; an unknown backend in it makes matplotlib raise an error.
 
@@ -20,7 +21,7 @@ from harness.files import atomic_write
 from reporting import pace
 from reporting.comparison import Sample
 from reporting.overview import PHASES
-from reporting.records import Record, provenance
+from reporting.records import Record, provenance, warn
 from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION, SIMCLS, TOGETHER, in_words
 from reporting.tables import data_name, groups, hardware, is_toy, multiple, place
 
@@ -77,7 +78,14 @@ def chosen_record(measured, benchmark, is_whole):
 def save(figure, path):
     """Write a PNG with few colours: a third of the size, and the same bytes for the same records. Closes the figure and
     returns `path`."""
-    figure.canvas.draw()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="Glyph .* missing from font")
+        try:
+            figure.canvas.draw()
+        except UserWarning:
+            warn(f"{path}: its font has no glyphs for some letters of the names in it, and shows boxes")
+            warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+            figure.canvas.draw()
     picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]).quantize(
         COLOURS, Image.Quantize.MAXCOVERAGE
     )

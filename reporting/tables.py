@@ -279,7 +279,7 @@ def place(machine):
     words = [machine["hardware"] or "unknown hardware"]
     if "letter" in machine:
         words.append(f"machine {machine['letter']}")
-    if "threads" in machine:
+    if machine.get("threads"):
         words.append(f"{machine['threads']} thread{'' if machine['threads'] == 1 else 's'}")
     return ", ".join(words + [f"torch {machine['torch']}"] * bool(machine["torch"]))
 

@@ -30,7 +30,7 @@ from harness.precision import choose_precision
 from image_loaders import evaluation_batches, normalise
 from images import SIZE, load_images
 from layouts import Layout
-from picture_files import read_picture
+from picture_files import printable, read_picture
 from weights import load_model, read_record
 
 
@@ -210,9 +210,10 @@ def print_and_write(args, record, data, judged, predictions):
     files = data.test_files or [f"test image {number}" for number in range(len(data.test_labels))]
     accuracy = f"test accuracy {predictions.accuracy():.2f} % of {len(files)} images"
     print(f"{accuracy}{beside_record(record, judged, predictions)}\n")
-    print(*class_lines(matrix, data.classes), sep="\n")
-    if len(data.classes) <= WIDEST_TABLE:
-        print("", *matrix_lines(matrix, data.classes), sep="\n")
+    names = [printable(name) for name in data.classes]
+    print(*class_lines(matrix, names), sep="\n")
+    if len(names) <= WIDEST_TABLE:
+        print("", *matrix_lines(matrix, names), sep="\n")
     wrong = [
         {
             "picture": files[index],
@@ -224,7 +225,8 @@ def print_and_write(args, record, data, judged, predictions):
     ]
     print("\nmost confident mistakes:" if wrong else "\nno image was misclassified")
     for each in wrong:
-        print(f"  {each['picture']}: {each['predicted']} {100 * each['probability']:.1f} %, is {each['class']}")
+        guess, truth = printable(each["predicted"]), printable(each["class"])
+        print(f"  {printable(str(each['picture']))}: {guess} {100 * each['probability']:.1f} %, is {truth}")
     by_class = {name: 100 * matrix[label, label] / matrix[label].sum() for label, name in enumerate(data.classes)}
     results = {
         "weights": args.run.name,

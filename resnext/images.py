@@ -13,7 +13,7 @@ import numpy as np
 
 from harness import torchvision_compat  # noqa: F401  (before torchvision)
 from harness.endings import UserError
-from picture_files import list_classes, read_picture
+from picture_files import list_classes, printable, read_picture
 
 SIZE = 32
 DARK = 16  # What 12-bit values stored in 16 bits reach after reduction to 8 bits, as dark as in a viewer.
@@ -53,8 +53,18 @@ class ImageData:
         std = np.sqrt(np.maximum(share @ values**2 - mean**2, 0))
         return mean.astype(np.float32), np.where(std < 1 / 255, 1, std).astype(np.float32)
 
+    @functools.cached_property
+    def repeated(self):
+        """(the number of test images that are training images too, the number of different training images that are in
+        several classes)"""
+        classes_of = {}
+        for image, label in zip(self.train_images, self.train_labels.tolist(), strict=True):
+            classes_of.setdefault(_fingerprint(image), set()).add(label)
+        seen = sum(_fingerprint(image) in classes_of for image in self.test_images)
+        return seen, sum(len(labels) > 1 for labels in classes_of.values())
+
     def __str__(self):
-        shown = [*self.classes[:10], "..."] if len(self.classes) > 10 else self.classes
+        shown = [printable(name) for name in self.classes[:10]] + ["..."] * (len(self.classes) > 10)
         # Only files can have another size.
         resized = f", resized to {self.size}x{self.size}" if self.test_files is not None else ""
         text = (
@@ -64,6 +74,11 @@ class ImageData:
         if self.left_out:
             names = [str(path) for path in self.left_out[:3]] + ["..."] * (len(self.left_out) > 3)
             text += f"; {len(self.left_out)} files left out, not named as images ({', '.join(names)})"
+        seen, contradictory = self.repeated
+        if seen:
+            text += f"; {seen} of the test images are training images too: their accuracy says nothing of others"
+        if contradictory:
+            text += f"; {contradictory} training images are in several classes"
         if (brightest := self.train_images.max()) <= DARK:
             text += (
                 f"; no training pixel is above {brightest} of 255: if 16-bit files hold fewer bits, scale their values "
@@ -79,6 +94,8 @@ class ImageData:
             "classes": self.classes,
             "train_pictures": len(self.train_labels),
             "test_pictures": len(self.test_labels),
+            "test_pictures_in_training": self.repeated[0],
+            "pictures_in_several_classes": self.repeated[1],
             "size": self.size,
             "mean": mean.tolist(),
             "std": std.tolist(),
@@ -113,6 +130,10 @@ class ImageData:
         for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
             digest.update(np.ascontiguousarray(array))
         return digest.hexdigest()[:32]
+
+
+def _fingerprint(image):
+    return hashlib.blake2b(np.ascontiguousarray(image), digest_size=8).digest()
 
 
 def load_images(dataset, data_dir, size=SIZE):

@@ -283,6 +283,8 @@ def test_contradictory_settings_are_refused():
         ("repetition_penalty", 1.2),
         ("watermarking_config", {"bias": 2.0}),
         ("force_words_ids", [[3]]),
+        ("max_time", 0.5),
+        ("forced_decoder_ids", [[1, 3]]),
     ):
         setattr(model.generation_config, name, value)
         with pytest.raises(ValueError, match=f"sets {name}, which this search does not support"):

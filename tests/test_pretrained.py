@@ -97,8 +97,9 @@ def test_more_tokens_than_an_encoder_has_positions_are_refused(encoders, kind, l
 
 @pytest.mark.parametrize(
     ("config", "length"),
-    [({"max_length": 20}, 20), ({"max_length": 33}, 33), ({"max_new_tokens": 9, "max_length": 33}, 10), ({}, 64)],
-)
+    [({"max_length": 20}, 20), ({"max_length": 33}, 33), ({"max_new_tokens": 9, "max_length": 33}, 10), ({}, 64),
+     ({"max_length": 10**9}, 64), ({"max_new_tokens": 10**9}, 64)],
+)  # fmt: skip
 def test_a_generator_ends_summaries_where_its_generation_config_says(config, length):
     assert own_length(GenerationConfig(**config)) == length
 

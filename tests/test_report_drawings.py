@@ -167,3 +167,14 @@ def test_on_a_cpu_each_bar_is_scaled_by_the_baseline_of_its_own_group():
         lengths[names[position]] = lengths.get(names[position], 0) + bar.get_width()
     assert lengths == pytest.approx(dict(zip(names, (1.0, 1.5, 0.8), strict=True)))
     assert figure.axes[0].get_xlabel() == "step time, × that of the run without the technique"
+
+
+def test_letters_that_no_font_draws_are_told_in_one_line(tmp_path, capsys, recwarn):
+    for name in ("cat", "\u732b\u732b\u4e00"):
+        figure, axes = plt.subplots()
+        axes.set_title(name)
+        figures.save(figure, tmp_path / f"{name.isascii()}.png")
+        told = capsys.readouterr().err
+        assert told.count("\n") == (name != "cat")
+    assert "no glyphs for some letters" in told
+    assert not recwarn

@@ -42,6 +42,22 @@ def test_the_data_set_is_said_and_recorded(place):
     assert known == {"classes": ["dark", "light"], "train_pictures": 44, "test_pictures": 10, "size": 32}
 
 
+def test_images_that_are_in_both_splits_or_in_two_classes_are_told(place):
+    pictures = place / "pictures"
+    shutil.copy(pictures / "train/dark/0.png", pictures / "test/dark/seen.png")
+    shutil.copy(pictures / "train/dark/1.png", pictures / "train/light/other.png")
+    said = train(place).splitlines()[0]
+    assert "; 1 of the test images are training images too: their accuracy says nothing of others" in said
+    assert "; 1 training images are in several classes" in said
+    data = json.loads((place / f"model_history/{NAME}.json").read_text())["data"]
+    assert (data["test_pictures_in_training"], data["pictures_in_several_classes"]) == (1, 1)
+
+
+def test_a_class_whose_name_has_a_line_break_stays_on_its_line(place):
+    rename(place, "dark", "da\nrk")
+    assert "2 classes (da\\nrk, light)" in train(place).splitlines()[0]
+
+
 def rename(place, old, new):
     for split in ("train", "test"):
         (place / f"pictures/{split}/{old}").rename(place / f"pictures/{split}/{new}")

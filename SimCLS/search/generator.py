@@ -29,6 +29,7 @@ from texts.sentences import SentenceSplitter
 
 # Defaults for a generator whose tokenizer or generation config has no maximum length.
 SOURCE_LENGTH, SUMMARY_LENGTH = 512, 64
+NO_LIMIT = 10**6  # Lengths from here on, such as tokenizers' 1e30, mean that there is no limit.
 CANDIDATES = 16
 SEARCHES = ("diverse", "beam", "sample")
 ENGINES = {"pytorch": None, "ctranslate2": "float32", "ctranslate2_int8": "int8"}  # Name -> compute type.
@@ -144,15 +145,16 @@ def check_least(least, most, flags):
 def own_length(config):
     """The generation config's maximum tokens of a summary, including the start token; SUMMARY_LENGTH if it has none."""
     if config.max_new_tokens is not None:  # Takes precedence over max_length, as in transformers.
-        return config.max_new_tokens + 1
-    unset = transformers.GenerationConfig().max_length  # None, but 20 in older versions.
-    return SUMMARY_LENGTH if config.max_length in (None, unset) else config.max_length
+        own = config.max_new_tokens + 1
+    else:
+        unset = transformers.GenerationConfig().max_length  # None, but 20 in older versions.
+        own = None if config.max_length == unset else config.max_length
+    return SUMMARY_LENGTH if own is None or own >= NO_LIMIT else own
 
 
 def own_source_length(model, tokenizer):
     """The tokenizer's maximum tokens of a document, or else SOURCE_LENGTH; at most the encoder's positions."""
-    # 1e30 means no limit.
-    own = tokenizer.model_max_length if tokenizer.model_max_length < 10**6 else SOURCE_LENGTH
+    own = tokenizer.model_max_length if tokenizer.model_max_length < NO_LIMIT else SOURCE_LENGTH
     return min(own, most_tokens(model.get_encoder()))
 
 

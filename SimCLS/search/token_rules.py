@@ -22,6 +22,11 @@ UNSUPPORTED = {
     "min_new_tokens": (None, 0),
     "watermarking_config": (None,),
     "force_words_ids": (None,),
+    "constraints": (None, []),
+    "forced_decoder_ids": (None, []),
+    "penalty_alpha": (None, 0, 0.0),
+    "dola_layers": (None,),
+    "max_time": (None,),
 }
 # `check_tokens` checks that they are in the vocabulary.
 TOKEN = ("the number of a token", lambda value: is_number(value) and isinstance(value, int))
