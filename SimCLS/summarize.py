@@ -81,6 +81,8 @@ def read_documents(name, column):
     first = next(lines, None)
     if first is None:
         return
+    if "\r" in first.rstrip("\r"):
+        raise UserError(f"{name}: its lines end with CR only; save it with LF or CRLF line ends")
     if column in [field.strip(" \"'") for field in re.split("[,;\t|]", first)]:
         raise UserError(
             f"{name}: its first line is a table header with the column {column!r}; save it as a .csv file with commas"

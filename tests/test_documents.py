@@ -41,6 +41,16 @@ def test_text_is_one_line_and_repeats_and_empty_rows_are_dropped_and_counted(tmp
     assert all(len(text.splitlines()) == 1 for document in read for text in document)
 
 
+def test_rows_within_a_quoted_field_are_told(tmp_path, capsys):
+    """A missing quote swallows what follows, up to the next one."""
+    rows = [*twenty_rows(), 'a text,"open', "lost,one", 'lost,another"', "a last,one"]
+    assert len(read_documents(write_csv(tmp_path / "x.csv", rows))) == 22
+    told = "1 quoted fields contain lines that look like rows (first: the row that ends in line 24); is a quote missing"
+    assert told in capsys.readouterr().err
+    read_documents(write_csv(tmp_path / "y.csv", [*twenty_rows(), '"several lines\nof one text",its summary']))
+    assert capsys.readouterr().err == ""
+
+
 def test_compressed_file_byte_order_mark_and_named_columns(tmp_path):
     plain = write_csv(tmp_path / "x.csv", twenty_rows(), header="\ufeffbody,headline")
     (tmp_path / "x.csv.gz").write_bytes(gzip.compress(plain.read_bytes()))

@@ -223,6 +223,18 @@ def test_summaries_start_alike_in_training_and_generation_or_are_refused(model, 
             check_start(model, target_tokens)
 
 
+def test_a_suppressed_end_and_padding_that_is_text_are_refused():
+    model, tokenizer = tiny_seq2seq.build("t5"), tiny_inputs.make_tokenizer("t5")
+    model.generation_config.eos_token_id = 1
+    check_end(model, tokenizer)
+    model.generation_config.suppress_tokens = [1]
+    with pytest.raises(ValueError, match="end with token 1 in training and with none in generation"):
+        check_end(model, tokenizer)
+    model.generation_config.suppress_tokens, model.generation_config.pad_token_id = None, 5
+    with pytest.raises(ValueError, match="padded with token 5, which is text to the tokenizer; set pad_token_id"):
+        check_end(model, tokenizer)
+
+
 @pytest.mark.parametrize(
     ("ends", "template", "reason"),
     [

@@ -55,6 +55,14 @@ def test_each_line_of_text_gets_a_line_however_it_comes(run_here, encoders, tmp_
     assert run_here("-") == lines
 
 
+def test_lines_that_end_with_cr_only_are_refused(tmp_path):
+    (tmp_path / "x.txt").write_bytes(b"one\rtwo\r")
+    with pytest.raises(UserError, match="its lines end with CR only"):
+        list(summarize.read_documents(str(tmp_path / "x.txt"), "abstract"))
+    (tmp_path / "x.txt").write_bytes(b"one\r\ntwo\r\n")
+    assert len(list(summarize.read_documents(str(tmp_path / "x.txt"), "abstract"))) == 2
+
+
 def test_a_byte_order_mark_is_no_text(tmp_path):
     for name, header in (("x.txt", ""), ("x.csv", "\ufeffabstract\n")):
         (tmp_path / name).write_text(f"{header}\ufeffone\n\ufeffABSTRACT\n\ufefftwo\n")

@@ -89,7 +89,7 @@ class TokenRules:
         if self.start_token is None:
             raise ValueError("the model's generation config has no decoder_start_token_id")
         end_tokens = _as_list(config.eos_token_id)
-        self.pad_token = _first(config.pad_token_id, *end_tokens, 0)
+        self.pad_token = _padding(config)
         suppressed = list(config.suppress_tokens or [])
         for words in config.bad_words_ids or []:
             if len(words) > 1:
@@ -164,16 +164,27 @@ def check_start(model, tokenizer):
 
 
 def check_end(model, tokenizer):
-    """ValueError unless the end tokens of generation include one that the tokenizer puts into texts in training. Not
-    checked for tokenizers that add no end token."""
+    """ValueError unless the end tokens of generation include one that the tokenizer puts into texts in training (not
+    checked for tokenizers that add no end token), and unless decoding omits what follows the end."""
+    config = model.generation_config
     known = tokenizer.eos_token_id, tokenizer.sep_token_id
     trained = [token for token in tokenizer(text_target="a")["input_ids"] if token in known]
-    generated = _as_list(model.generation_config.eos_token_id)
+    generated = [token for token in _as_list(config.eos_token_id) if token not in (config.suppress_tokens or [])]
     if trained and not set(trained) & set(generated):
         raise ValueError(
             f"summaries end with token {trained[-1]} in training and with {generated or 'none'} in generation; set "
-            "eos_token_id in generation_config.json"
+            "eos_token_id in generation_config.json, and suppress_tokens without it"
         )
+    padding = _padding(config)
+    if padding not in tokenizer.all_special_ids:
+        raise ValueError(
+            f"summaries are padded with token {padding}, which is text to the tokenizer; set pad_token_id in "
+            "generation_config.json"
+        )
+
+
+def _padding(config):
+    return _first(config.pad_token_id, *_as_list(config.eos_token_id), 0)
 
 
 def check_tokens(model, tokens):

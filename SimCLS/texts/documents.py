@@ -9,8 +9,10 @@ import csv
 import gzip
 import hashlib
 import io
+import itertools
 import os
 import re
+import sys
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -101,7 +103,7 @@ def read_columns(path, *columns):
     rows have equally many; in a single row, an unquoted comma in a text may have shifted the fields.
     """
     csv.field_size_limit(2**31 - 1)  # A document may be longer than the default limit of 131,072 characters.
-    rows = None
+    rows, suspects = None, []
     try:
         with _open(path) as file:
             rows = csv.reader(
@@ -120,7 +122,12 @@ def read_columns(path, *columns):
                         + f" and the first row {width}" * (width > len(header))
                         + "; quote fields that contain a comma or a line break"
                     )
+                if any(map(_holds_rows, row, itertools.repeat(len(header)))):
+                    suspects.append(rows.line_num)
                 yield tuple(row[place] for place in places)
+            if suspects and int(os.environ.get("RANK") or 0) == 0:
+                print(f"warning: {path}: {len(suspects)} quoted fields contain lines that look like rows (first: the "
+                      f"row that ends in line {suspects[0]}); is a quote missing there?", file=sys.stderr)  # fmt: skip
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path} is not a complete gzip file ({error}); download it again") from None
     except UnicodeDecodeError as error:
@@ -130,6 +137,12 @@ def read_columns(path, *columns):
         raise UserError(f"{path}, line {rows.line_num}: not a CSV file ({error})") from None
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from None
+
+
+def _holds_rows(field, width):
+    """Whether all lines of a field after its first look like rows of `width` fields."""
+    lines = field.splitlines()[1:]
+    return bool(lines) and all(line.count(",") == width - 1 for line in lines)
 
 
 def clean(text):
