@@ -44,7 +44,11 @@ def get_args_parser():
     add("--dataset", default="samples", help="folder that contains the sample folders train and val")
     add("--save_dir", required=True, help="folder for the fine-tuned generator")
     resume.add_arguments(parser)
-    add("--max_steps", type=arguments.positive_int, help="stop after this many steps, for profiling")
+    add(
+        "--max_steps",
+        type=arguments.positive_int,
+        help="profile: stop after this many steps and keep no generator, only the record brio_{max_steps}_steps.json",
+    )
     add("--seed", type=arguments.seed, default=0, help="seed of the sample order and dropout")
     determinism.add_argument(parser)
     devices.add_arguments(parser)

@@ -113,7 +113,7 @@ def test_a_generators_samples_are_its_own_in_whatever_precision(encoders):
 def test_the_generator_of_the_best_epoch_is_kept(tmp_path):
     """And one that is no better than the generator as it was, if no epoch is."""
     kept, losses = [], dict.fromkeys(Means.names, 1.0)
-    run = BrioRun(SimpleNamespace(save_dir=tmp_path), World(0, 1, CPU))
+    run = BrioRun(SimpleNamespace(max_steps=None, save_dir=tmp_path), World(0, 1, CPU))
     for rouge in (0.3, 0.5, 0.4, 0.45, 0.6):
         ranked = SimpleNamespace(save=lambda folder, rouge=rouge: kept.append(rouge))
         run.state = {"means": SimpleNamespace(take=lambda world: losses), "ranked": ranked}
@@ -123,7 +123,7 @@ def test_the_generator_of_the_best_epoch_is_kept(tmp_path):
 
 def test_weights_that_became_nan_are_not_kept(tmp_path):
     """The last gradients may be infinite where every loss was finite."""
-    run = BrioRun(SimpleNamespace(save_dir=tmp_path), World(0, 1, CPU))
+    run = BrioRun(SimpleNamespace(max_steps=None, save_dir=tmp_path), World(0, 1, CPU))
     ranked, means = torch.nn.Linear(2, 1), Means(CPU)
     ranked.weight.data[0, 0] = float("nan")
     means.add(1.0, 2, *torch.ones(3))
@@ -134,12 +134,20 @@ def test_weights_that_became_nan_are_not_kept(tmp_path):
     assert run.history == list(tmp_path.iterdir()) == []
 
 
-def test_a_run_that_ends_before_max_steps_is_a_whole_one(run_script, encoders, sample_folder, tmp_path):
-    printed = run_script(SCRIPT, "--generator_name", encoders["t5"], "--dataset", sample_folder, "--save_dir", "brio",
-                         "--num_epoch", 1, "--num_workers", 0, "--max_steps", 1000, cwd=tmp_path).stdout  # fmt: skip
-    (epoch,) = json.loads((tmp_path / "brio" / "brio.json").read_text())["epochs"]
+def test_a_profile_replaces_neither_record_nor_generator(run_script, encoders, sample_folder, tmp_path):
+    """Not even one of so many steps that the run ends before."""
+    folder = tmp_path / "brio"
+    shutil.copytree(encoders["t5"], folder)
+    (folder / "brio.json").write_text("{}")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    common = ["--generator_name", encoders["t5"], "--dataset", sample_folder, "--save_dir", "brio"]
+    for steps in (1, 1000):
+        how = ["--num_epoch", 1, "--num_workers", 0, "--max_steps", steps]
+        printed = run_script(SCRIPT, *common, *how, cwd=tmp_path).stdout
+        (epoch,) = json.loads((folder / f"brio_{steps}_steps.json").read_text())["epochs"]
     mean = 100 * sum(epoch[f"val_{name}"] for name in ROUGE) / 3
     assert f"brio: best validation ROUGE {mean:.2f} (mean of the three)\n" in printed
+    assert {path: path.read_bytes() for path in before} == before
 
 
 def test_each_process_writes_its_share_and_the_best_candidate_counts(monkeypatch):

@@ -287,7 +287,7 @@ class CandidateGenerator:
         if not found.log_probs.isfinite().all():
             raise UserError(
                 f"the generator {self.model.name_or_path} gives candidates a log-probability that is not finite; "
-                "correct its config.json or, if it overflows in float16, use bfloat16"
+                "correct its config.json, use bfloat16 instead of float16, or train it with a smaller --lr"
             )
         likelihoods = found.log_probs.flatten().tolist(), found.lengths.flatten().tolist()
         # Rounded as in the candidate files.

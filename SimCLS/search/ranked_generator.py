@@ -171,13 +171,15 @@ class BrioRun(runs.Run):
 
     def __init__(self, args, world, **facts):
         why = "the learning rate falls to 0 at the last epoch"
-        super().__init__("brio", args.save_dir, "brio", args, world, NOT_RESULTS, why, **facts)
+        # A profile keeps no generator, and its record does not replace the one of the generator that is there.
+        name = f"brio_{args.max_steps}_steps" if args.max_steps else "brio"
+        super().__init__("brio", args.save_dir, name, args, world, NOT_RESULTS, why, **facts)
 
     def _claim_name(self):
         super()._claim_name()
         fresh = not any(getattr(self.args, name) for name in ("resume", "restart"))
         ours = self.path(".json").exists() or self.path(".state").exists()
-        if fresh and not ours:
+        if fresh and not ours and not self.args.max_steps:
             refuse_to_replace(self.folder, ", or --restart to replace it")
 
     def begin(self, epoch, result):
@@ -195,7 +197,8 @@ class BrioRun(runs.Run):
         self.check_finite(epoch, means["loss"], "Use a smaller --lr")
         before = [mean_rouge(each) for each in self.history]
         self.record_epoch(epoch, evaluation_seconds, **means, **result)
-        if self.world.is_main and mean_rouge(result) > max(before, default=-1):
+        is_best = mean_rouge(result) > max(before, default=-1)
+        if is_best and self.world.is_main and not self.args.max_steps:
             self.state["ranked"].save(self.folder)
 
     def line(self):
