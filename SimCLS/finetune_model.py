@@ -97,7 +97,8 @@ def main():
     job = read_job()
     if args.batch_size % job.size:
         raise UserError(
-            f"--batch_size {args.batch_size} cannot be split equally over {job.size} processes; choose a multiple"
+            f"--batch_size {args.batch_size} cannot be split equally over {job.size} processes; choose a multiple of "
+            f"{job.size}"
         )
     if not job.is_started:
         show_only_one_gpu(args)

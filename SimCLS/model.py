@@ -97,9 +97,7 @@ class Scorer(nn.Module):
         layers = next(lists, ())
         first = next(iter(layers[count].parameters()), None) if count < len(layers) else None
         if first is None:
-            raise UserError(
-                f"{where}: the encoder has {len(layers)} layers, and one has to learn; give a smaller number"
-            )
+            raise UserError(f"{where}: the encoder has {len(layers)} layers, and one must learn; give a smaller number")
         for weights in self.encoder.parameters():  # In the order of the forward pass.
             if weights is first:
                 break

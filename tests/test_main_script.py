@@ -196,7 +196,7 @@ def test_frozen_layers_keep_their_weights_over_a_run_that_was_stopped(tiny, enco
     assert f"32,064 parameters ({learning:,} learn: --frozen_layers 1), fp32" in ended.out
     ended = launch.run(MAIN, *tiny, "--frozen_layers", 2, cwd=tmp_path)
     assert (ended.code, ended.err.count("\n")) == (2, 1)
-    assert "the encoder has 2 layers, and one has to learn; give a smaller number" in ended.err
+    assert "the encoder has 2 layers, and one must learn; give a smaller number" in ended.err
 
 
 def test_each_batch_can_be_an_update(tiny, tmp_path):

@@ -119,7 +119,9 @@ class CandidateFiles:
             for place, some in zip(record["places"], record[name], strict=True):
                 lines[place] = some
         if None in lines:
-            raise UserError(f"{self.folder}: a batch of {self.split} candidates is missing after the run; run it again")
+            raise UserError(
+                f"{self.folder}: a batch of {self.split} is missing after the run; run gen_candidate.py again"
+            )
         return lines
 
     def _partials(self):
