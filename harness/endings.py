@@ -223,7 +223,8 @@ def leave_terminal(number):
 
 def _end(code, line):
     # Of a torchrun job's processes, one reports a signal, but each reports its own error.
-    if os.environ.get("RANK", "0") == "0" or code == 2:
+    is_first = os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
+    if is_first or code == 2:
         print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
     sys.stdout.flush()
     sys.exit(code)

@@ -41,6 +41,12 @@ def test_text_is_one_line_and_repeats_and_empty_rows_are_dropped_and_counted(tmp
     assert all(len(text.splitlines()) == 1 for document in read for text in document)
 
 
+def test_a_left_over_rank_is_told(tmp_path, monkeypatch):
+    monkeypatch.setenv("RANK", "abc")
+    with pytest.raises(UserError, match="the environment has RANK=abc, which torchrun never sets like this"):
+        read_documents(write_csv(tmp_path / "x.csv", [*twenty_rows(), ",empty"]))
+
+
 def test_rows_within_a_quoted_field_are_told(tmp_path, capsys):
     """A missing quote swallows what follows, up to the next one."""
     rows = [*twenty_rows(), 'a text,"open', "lost,one", 'lost,another"', "a last,one"]

@@ -273,3 +273,15 @@ def test_a_rank_that_is_empty_does_not_hide_the_line(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         endings._end(2, "what is wrong")
     assert capsys.readouterr().err.endswith(": what is wrong\n")
+
+
+def test_a_rank_without_a_job_hides_no_signal(monkeypatch, capsys):
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(SystemExit):
+        endings._end(130, "interrupted")
+    assert capsys.readouterr().err.endswith(": interrupted\n")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(SystemExit):
+        endings._end(130, "interrupted")
+    assert capsys.readouterr().err == ""

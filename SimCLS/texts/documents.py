@@ -10,7 +10,6 @@ import gzip
 import hashlib
 import io
 import itertools
-import os
 import re
 import sys
 import zlib
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.arguments import positive_float
+from harness.distributed import read_job
 from harness.endings import UserError
 
 FOLDER = Path(__file__).resolve().parent.parent
@@ -83,7 +83,7 @@ def read_documents(path, document_column="abstract", summary_column="title"):
         else:
             empty += 1
     dropped = rows - len(documents)
-    if dropped and int(os.environ.get("RANK") or 0) == 0:
+    if dropped and read_job().rank == 0:
         repeated = f"{dropped - empty - headers} that repeat an earlier text"
         repeated += f", {headers} that repeat the header" * bool(headers)
         print(f"{path}: {dropped} of {rows} rows dropped: {empty} without text or summary, {repeated}", flush=True)
@@ -125,7 +125,7 @@ def read_columns(path, *columns):
                 if any(map(_holds_rows, row, itertools.repeat(len(header)))):
                     suspects.append(rows.line_num)
                 yield tuple(row[place] for place in places)
-            if suspects and int(os.environ.get("RANK") or 0) == 0:
+            if suspects and read_job().rank == 0:
                 print(f"warning: {path}: {len(suspects)} quoted fields contain lines that look like rows (first: the "
                       f"row that ends in line {suspects[0]}); is a quote missing there?", file=sys.stderr)  # fmt: skip
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
