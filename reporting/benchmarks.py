@@ -90,7 +90,7 @@ def read(folder, published=False):
         try:
             record = json.loads(path.read_bytes())
         except (OSError, ValueError, RecursionError) as error:
-            warn(f"skipped {path}: not complete JSON ({type(error).__name__}); run its benchmark again, or delete it")
+            warn(f"skipped {path}: not valid JSON ({type(error).__name__}); run its benchmark again, or delete it")
             continue
         fault = shapes.fault(record, RECORD) or _ratio_fault(record)
         if fault is not None:

@@ -169,7 +169,7 @@ def _read(path):
     except OSError as error:
         return warn(f"skipped {path}: {error.strerror}")
     except (ValueError, RecursionError):
-        return warn(f"skipped {path}: not complete JSON; run its script again, or delete it")
+        return warn(f"skipped {path}: not valid JSON; run its script again, or delete it")
     is_ours = isinstance(record, dict) and "experiment" in record
     described = not is_ours or record["experiment"] == "brio"
     if described and (path.parent / "config.json").exists():

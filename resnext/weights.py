@@ -55,7 +55,7 @@ def read_weights(path):
 
 
 def no_weights(path):
-    return UserError(f"{path} does not contain the weights of a ResNeXt-29; choose the .pt file of a run")
+    return UserError(f"{path} has no ResNeXt-29 weights; choose the .pt file of a run")
 
 
 def load_model(path):

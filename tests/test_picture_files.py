@@ -171,7 +171,7 @@ def test_a_class_without_a_picture_is_named(tmp_path):
         paint(tmp_path / split / "c/0.png")
     (tmp_path / "test/c/0.png").unlink()
     (tmp_path / "test/c").rename(tmp_path / "d")
-    with pytest.raises(UserError, match=r"train has the class 'c', which .*test lacks"):
+    with pytest.raises(UserError, match=r"train has the class 'c', but .*test does not"):
         load_images("folder", tmp_path)
 
 

@@ -158,7 +158,7 @@ class Mark:
 def test_no_bytes_are_taken_for_a_state(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("state") / "run.state"
     path.write_bytes(data)
-    with pytest.raises(UserError, match="no(t a| whole)"):
+    with pytest.raises(UserError, match="not a "):
         load_state(path, {})
 
 

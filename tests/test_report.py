@@ -116,7 +116,7 @@ def test_a_deleted_record_takes_its_row_and_nothing_else(call_report, run_folder
     (run_folder / "resnext" / "no_workers.json").unlink()
     (run_folder / "resnext" / "half.json").write_bytes((run_folder / "resnext" / "cut.json").read_bytes())
     after = call_report(run_folder)
-    assert "half.json: not complete JSON" in after.err
+    assert "half.json: not valid JSON" in after.err
     kept = [row for row in section(before, "Runs") if row["Loading"] != "0 workers" and row["Precision"] != "bf16"]
     assert section(after.out, "Runs") == kept
     kept = [row for row in section(before, "Loading images") if row["Loading"] != "0 workers"]
