@@ -141,8 +141,8 @@ def test_weights_count_for_the_scorer_that_they_were_fitted_to_alone(tmp_path, m
     combination.fit_best(run, None, {"encoder": "bert"}, None, None, None, World(0, 1, torch.device("cpu")))
     assert combination.fitted_to(tmp_path / "scorer.bin") == run.facts["weights"]
     assert combination.fitted_to(tmp_path / "model.bin") is None
-    assert f"log-probability / tokens^1 with weight {weights['likelihood']:.3g}" in said[0]
-    assert f"agreement with the others with weight {weights['agreement']:.3g}" in said[1]
+    assert f"adds {weights['likelihood']:.3g} x (log-probability / tokens^1) to the score" in said[0]
+    assert f"adds {weights['agreement']:.3g} x (agreement with the others) to the score" in said[1]
     older = '{"encoder": "bert", "likelihood": {"weight": 0.04, "power": 0.5}}'  # Of before agreement counted.
     (tmp_path / "scorer.json").write_text(older)
     found = combination.fitted_to(tmp_path / "model.bin")

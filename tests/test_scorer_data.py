@@ -141,7 +141,7 @@ def test_references_are_judged_together_and_not_by_the_chunk_they_are_read_in(sa
     samples = [read_sample(path) for path in sample_files(sample_folder / "val")[:3]]
     samples[2]["abstract"] = ["剂 量 是 五"]
     assert "rouge" in tokenize_samples(samples, encoding, 16, "standard")
-    with pytest.raises(UserError, match="the samples: ROUGE's standard tokens"):
+    with pytest.raises(UserError, match="the samples: the standard ROUGE tokens"):
         tokenize_samples(samples[2:], encoding, 16, "standard")
 
 
