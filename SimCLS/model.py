@@ -17,6 +17,7 @@ from torch import nn
 from harness import endings, torchvision_compat  # noqa: F401
 from harness.endings import UserError
 from harness.files import atomic_write, write_json
+from harness.resume import read_tensors
 
 # isort: split
 from pretrained import DROPOUT_KEYS, check_length, load, most_tokens
@@ -263,7 +264,7 @@ def read_description(path):
 def load_weights(path, scorer, description):
     """Load the weights `path` into `scorer`, whose description is `description`.
 
-    UserError if they cannot be read or were trained for another encoder. Code in the file is never run.
+    UserError if they cannot be read or were trained for another encoder.
     """
     trained = read_description(path) or {}
     for key in ("architecture", "hidden_size", "layers", "vocabulary", "tokenizer"):
@@ -273,7 +274,7 @@ def load_weights(path, scorer, description):
                 f"{description['encoder']} ({key} {description[key]}); give that encoder, or choose another scorer"
             )
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = read_tensors(path)
         # The published scorers contain a pooler, and older ones position ids; neither is used.
         unused = [name for name in weights if name.endswith("position_ids") or ".pooler." in name]
         scorer.load_state_dict({name: value for name, value in weights.items() if name not in unused})

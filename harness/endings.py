@@ -224,7 +224,11 @@ def leave_terminal(number):
 def _end(code, line):
     # Of a torchrun job's processes, one reports a signal, but each reports its own error.
     is_first = os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
-    if is_first or code == 2:
-        print(f"{os.path.basename(sys.argv[0])}: {line}", file=sys.stderr)
-    sys.stdout.flush()
+    lines = {sys.stdout: "", sys.stderr: f"{os.path.basename(sys.argv[0])}: {line}\n" * (is_first or code == 2)}
+    for stream, text in lines.items():
+        try:
+            stream.write(text)
+            stream.flush()
+        except OSError:  # Its disk is full, or its reader has gone: the code still tells how the script ended.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     sys.exit(code)

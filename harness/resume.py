@@ -1,6 +1,7 @@
 """Saved training states: what a run needs to continue exactly where it was, and how to stop so that it can."""
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -34,14 +35,27 @@ def save_state(path, arguments, **parts):
         torch.save({"format": FORMAT, "arguments": arguments, "random": random, "parts": parts}, file)
 
 
+def read_tensors(path, **how):
+    """What torch.save wrote to `path`: tensors, on the CPU, and plain values. Code in the file is never run.
+
+    how: arguments of torch.load; with mmap=True, unused tensors are not read. OSError if the file cannot be read; any
+    other exception if it is foreign or damaged.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, **how)
+    except OSError as error:
+        if error.errno == errno.EINVAL:  # In a truncated file, torch looks for a place before the start.
+            raise ValueError(f"{path} is truncated") from None
+        raise
+
+
 def read_state(path, **how):
     """What save_state wrote to `path`, a dict of "arguments", "random" and "parts"; None if there is no file.
 
-    how: arguments of torch.load; with mmap=True, unused tensors are not read. UserError if the file is not a training
-    state or is truncated. The file cannot run code.
+    how: as for `read_tensors`. UserError if the file is not a training state or is truncated.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, **how)
+        state = read_tensors(path, **how)
         ours = isinstance(state, dict) and state.get("format") == FORMAT
         ours = ours and {"arguments", "random", "parts"} <= state.keys()
         ours = ours and isinstance(state["arguments"], dict) and isinstance(state["parts"], dict)

@@ -9,7 +9,6 @@ The record next to the .pt provides everything else. Without one, as with weight
 --data_dir name the data that the weights were trained on, and --mean and --std how its images were normalised.
 """
 
-import hashlib
 import json
 import sys
 from pathlib import Path
@@ -31,7 +30,7 @@ from image_loaders import evaluation_batches, normalise
 from images import SIZE, load_images
 from layouts import Layout
 from picture_files import printable, read_picture
-from weights import load_model, read_record
+from weights import load_model, read_record, weights_digest
 
 
 def get_args_parser():
@@ -67,6 +66,10 @@ def main():
     args.output_dir = args.output_dir or args.run.parent
     device = devices.choose(args)
     model, record = load_model(args.run), read_record(args.run)
+    if record.get("weights_digest") not in (None, weights_digest(args.run)):
+        path = args.run.with_suffix(".json")
+        print(f"warning: {path} is the record of other weights than {args.run}", file=sys.stderr)
+        record.pop("epochs", None)  # Their accuracy is not that of these weights.
     on_test_pictures = not (args.pictures or args.export)
     data = load_data(args, record) if on_test_pictures or missing_facts(args, record) else None
     if data is None and (args.dataset or args.data_dir):
@@ -156,15 +159,27 @@ def gather(args, record, data, num_classes):
 def classify(paths, model, known, precision, layout):
     """Print a line for each image: its file, the two most likely classes, and their probabilities."""
     device = model.linear.weight.device
-    width = max(len(str(path)) for path in paths)
+    width = max(len(printable(str(path))) for path in paths)
     for path in paths:
         image = torch.from_numpy(read_picture(path, known.size)).permute(2, 0, 1)[None].to(device)
         batch = normalise(image, known.mean, known.std)
         with torch.inference_mode(), precision.autocast():
-            output = model(batch.contiguous(memory_format=layout.memory_format))
+            output = checked(model(batch.contiguous(memory_format=layout.memory_format)))
         values, labels = output.float().softmax(1)[0].topk(min(2, len(known.classes)))
-        guesses = (f"{known.classes[label]} {100 * value:.1f} %" for value, label in zip(values, labels, strict=True))
-        print(f"{str(path):{width}}  {', '.join(guesses)}")
+        names = (printable(known.classes[label]) for label in labels)
+        guesses = (f"{name} {100 * value:.1f} %" for name, value in zip(names, values, strict=True))
+        print(f"{printable(str(path)):{width}}  {', '.join(guesses)}")
+
+
+def checked(output):
+    """`output`, the logits of a batch; UserError if they are not finite, as probabilities and classes would then mean
+    nothing."""
+    if not output.isfinite().all():
+        raise UserError(
+            "the model's outputs are NaN or infinite for some images: its weights are damaged, or overflow in the half "
+            "precision that the run's record names"
+        )
+    return output
 
 
 def predict(model, batches, precision, layout):
@@ -172,7 +187,7 @@ def predict(model, batches, precision, layout):
     parts = []
     for images, labels in batches:
         with torch.inference_mode(), precision.autocast():
-            output = model(images.contiguous(memory_format=layout.memory_format))
+            output = checked(model(images.contiguous(memory_format=layout.memory_format)))
         predicted = output.argmax(1)
         probabilities = output.float().softmax(1).gather(1, predicted[:, None])[:, 0]
         parts.append([each.cpu().numpy() for each in (predicted, labels, probabilities)])
@@ -182,7 +197,7 @@ def predict(model, batches, precision, layout):
 def what_is_judged(args, data, known):
     """What an evaluation evaluates, as its JSON says; UserError if it would replace an evaluation of something else."""
     judged = {"digest": data.digest, "mean": known.mean.tolist(), "std": known.std.tolist()}
-    judged["weights"] = hashlib.sha256(args.run.read_bytes()).hexdigest()[:16]
+    judged["weights"] = weights_digest(args.run)
     path = args.output_dir / f"{args.run.stem}.evaluation.json"
     try:
         there = json.loads(path.read_bytes())["data"]

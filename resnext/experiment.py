@@ -20,10 +20,10 @@ from harness.timing import nvtx_range
 from image_loaders import DeviceImages, evaluation_batches, training_loader
 from images import SIZE, load_images
 from models.resnext import parse_name
+from picture_files import LARGEST
 from techniques import describe_effect, describe_prospects, describe_run
-from weights import start_from
+from weights import start_from, weights_digest
 
-LARGEST = 4096  # Largest height and width of an image in pixels: all images are kept in memory.
 SECONDS_BETWEEN_READS = 2.0  # Between reads of the running loss, which is on the device.
 
 NOT_RESULTS = (*runs.NOT_RESULTS, "output_dir", "data_dir", "num_worker", "loader", "save_every", "keep_memory")
@@ -262,6 +262,7 @@ class ImageRun(runs.Run):
                 torch.save({name: tensor.cpu() for name, tensor in model.state_dict().items()}, file)
             with atomic_write(self.path(".npz")) as file:
                 np.savez(file, **curves)
+        self.facts["weights_digest"] = weights_digest(self.path(".pt"))  # So that the record shows whose it is.
         self.write_record()
         if self.fixed_length:
             self.drop_state()

@@ -35,6 +35,9 @@ def export(model, known, path):
     known: the evaluate.Known of the model. UserError if `path` exists, if the exported outputs differ, or if a package
     is missing.
     """
+    write = {".pt2": _to_torch, ".onnx": _to_onnx}.get(path.suffix)
+    if write is None:
+        raise UserError(f"--export {path}: the name must end with .pt2 (torch.export) or .onnx")
     if path.exists():
         raise UserError(f"--export {path} already exists; choose another name or remove it")
     module = Exported(model.eval(), known.mean, known.std).eval()
@@ -42,9 +45,6 @@ def export(model, known, path):
     pictures = torch.randint(0, 256, (3, 3, known.size, known.size), dtype=torch.uint8, generator=generator)
     with torch.inference_mode():
         expected = module(pictures)
-    write = {".pt2": _to_torch, ".onnx": _to_onnx}.get(path.suffix)
-    if write is None:
-        raise UserError(f"--export {path}: the name must end with .pt2 (torch.export) or .onnx")
     program = torch.export.export(module, (pictures[:2],), dynamic_shapes=({0: torch.export.Dim("pictures")},))
     content, outputs = write(program, known.classes, pictures)
     form = f"written: {path} (uint8 [N, 3, {known.size}, {known.size}] -> logits [N, {len(known.classes)}])"

@@ -9,6 +9,7 @@ import numpy as np
 
 from harness.endings import UserError
 
+LARGEST = 4096  # Largest height and width of an image in pixels: all images are kept in memory.
 # Formats that Pillow recognises but cannot decode by itself.
 ONLY_NAMED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 # Formats whose 16-bit grey pixels are unsigned, with white at the maximum.

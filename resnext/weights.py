@@ -1,5 +1,6 @@
 """Trained weights in a file: the model that they belong to, and what the record next to them says of their run."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -7,15 +8,26 @@ import torch
 
 from harness.arguments import LEAST_DEVIATION
 from harness.endings import UserError
+from harness.resume import read_tensors
 from models.grouped_convolution import FORMS
 from models.resnext import ResNeXt
-from reporting.shapes import NUMBER, TEXT, WHOLE, each, fault, is_number, maybe
+from picture_files import LARGEST
+from reporting.shapes import NUMBER, TEXT, WHOLE, each, fault, maybe
+
+
+def _three_numbers(least):
+    def valid(value):
+        return fault(value, each(list, NUMBER)) is None and len(value) == 3 and least <= min(value) <= max(value) <= 1
+
+    return f"three numbers from {least:g} to 1", valid
+
+
+def _all_differ(value):
+    return fault(value, each(list, TEXT)) is None and len(set(value)) == len(value)
+
 
 # What the record may say that is needed to use the weights.
-CHANNELS = ("three numbers", lambda value: isinstance(value, list) and len(value) == 3 and all(map(is_number, value)))
-DEVIATIONS = (f"three numbers of at least {LEAST_DEVIATION:g}",
-              lambda value: CHANNELS[1](value) and min(value) >= LEAST_DEVIATION)  # fmt: skip
-SIDE = ("a multiple of 8", lambda value: WHOLE[1](value) and value % 8 == 0)
+SIDE = (f"a multiple of 8 up to {LARGEST}", lambda value: WHOLE[1](value) and value % 8 == 0 and value <= LARGEST)
 DATASET = ("a known data set", lambda value: value in ("cifar10", "digits", "folder"))
 HALF = ("float16 or bfloat16", lambda value: value in ("float16", "bfloat16"))
 RECORD = {
@@ -24,8 +36,9 @@ RECORD = {
     "epochs": maybe(each(list, {"test_acc": maybe(NUMBER)})),
     "machine": maybe({"hardware": maybe(TEXT)}),
     "precision": maybe(TEXT),
-    "data": maybe({"classes": maybe(each(list, TEXT)), "mean": maybe(CHANNELS), "std": maybe(DEVIATIONS),
-                   "size": maybe(SIDE)}),
+    "data": maybe({"classes": maybe(("a list of different names", _all_differ)), "mean": maybe(_three_numbers(0)),
+                   "std": maybe(_three_numbers(LEAST_DEVIATION)), "size": maybe(SIDE)}),
+    "weights_digest": maybe(TEXT),
     "layout": maybe({"form": maybe(("a known form", lambda value: value in [*FORMS]))}),
 }  # fmt: skip
 PREFIXES = ("module.", "_orig_mod.")  # Added by DataParallel and the like, and by torch.compile.
@@ -37,7 +50,7 @@ def read_weights(path):
     if Path(path).is_fifo():  # Opening it would wait forever.
         raise no_weights(path)
     try:
-        weights = torch.load(path, map_location="cpu", weights_only=True)
+        weights = read_tensors(path)
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}; choose the .pt file of a run") from None
     except Exception:  # torch.load may raise any exception on a foreign file.
@@ -52,6 +65,11 @@ def read_weights(path):
         if value.is_floating_point() and not value.isfinite().all():
             raise UserError(f"{path}: the weights {name} contain NaN or infinity; choose another")
     return weights
+
+
+def weights_digest(path):
+    """A hash of a weights file's bytes, in hexadecimal."""
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:16]
 
 
 def no_weights(path):

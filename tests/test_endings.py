@@ -285,3 +285,10 @@ def test_a_rank_without_a_job_hides_no_signal(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         endings._end(130, "interrupted")
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no full device here")
+def test_a_line_that_cannot_be_written_leaves_the_exit_code():
+    root = os.path.dirname(os.path.dirname(endings.__file__))
+    command = f"{sys.executable} -c '{CLOSED}' {root} >/dev/full 2>/dev/full"
+    assert subprocess.run(command, shell=True).returncode == 2

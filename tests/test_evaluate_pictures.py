@@ -123,6 +123,40 @@ def test_an_evaluation_of_other_weights_is_not_replaced_nor_is_what_is_none(plac
         assert path.read_bytes() == content
 
 
+def test_the_record_of_other_weights_is_told(place):
+    def run(*more):
+        ended = launch.run("resnext/evaluate.py", f"model_history/{NAME}.pt", *more, cwd=place)
+        return ended.out, ended.err
+
+    out, err = run()
+    assert "as the run's record says" in out
+    assert err == ""
+    weights = place / f"model_history/{NAME}.pt"
+    torch.save(torch.load(weights) | {"linear.bias": torch.zeros(2)}, weights)
+    for more in (["--output_dir", "ev"], ["--pictures", "pictures/test/dark/0.png"]):
+        out, err = run(*more)
+        assert "record" not in out
+        assert (
+            err == f"warning: model_history/{NAME}.json is the record of other weights than model_history/{NAME}.pt\n"
+        )
+
+
+def test_weights_that_are_cut_or_compute_nothing_finite_are_refused(place):
+    weights = place / f"model_history/{NAME}.pt"
+    content, tensors = weights.read_bytes(), torch.load(weights, weights_only=True)
+    for length in (len(content) // 2, len(content) - 30, len(content) - 1):
+        weights.write_bytes(content[:length])
+        assert f"{NAME}.pt has no ResNeXt-29 weights" in evaluate(place, code=2)
+    for name in tensors:
+        if name.endswith("running_var"):
+            tensors[name].fill_(-1)
+    torch.save(tensors, weights)
+    before = sorted(weights.parent.iterdir())
+    for more in ([], ["--pictures", "pictures/test/dark/0.png"]):
+        assert "the model's outputs are NaN or infinite for some images" in evaluate(place, *more, code=2)
+    assert sorted(weights.parent.iterdir()) == before
+
+
 def test_pictures_of_mistakes_go_where_there_are_none(tmp_path):
     (tmp_path / "run.mistakes.png").touch()
     args = evaluate_script.get_args_parser().parse_args(["run.pt", "--output_dir", str(tmp_path)])
@@ -174,7 +208,8 @@ def test_weights_of_pytorch_cifar(place, prefix):
 @pytest.mark.parametrize(
     ("part", "name", "value"),
     [("data", "std", [0, 0, 0]), ("data", "std", [1e-300, 1, 1]), ("data", "mean", [float("nan")] * 3),
-     ("data", "mean", [0.5]), ("data", "size", 0),
+     ("data", "mean", [0.5]), ("data", "mean", [9, 9, 9]), ("data", "size", 0), ("data", "size", 8_000_000),
+     ("data", "classes", ["dark", "dark"]),
      ("data", "size", "32"), ("data", "classes", "01"), ("arguments", "batch_size", 0),
      ("arguments", "half_precision", "fp8"), ("layout", "form", "nothing")],
 )  # fmt: skip
@@ -282,7 +317,7 @@ def test_what_the_record_says_of_the_last_epoch_stands_beside_the_accuracy():
     predictions = Predictions(np.array([0, 1]), np.array([0, 0]), np.array([0.9, 0.8]))
     record = {"precision": "bf16", "machine": {"hardware": "a GPU"}}
     for told, words in (([75.0, 50.0], ", as the run's record says"),
-                        ([50.0, 75.0], "; the run's record says 75.00 %, of bf16 on a GPU")):  # fmt: skip
+                        ([50.0, 75.0], "; the run's record says 75.00 %, in bf16 on a GPU")):  # fmt: skip
         record["epochs"] = [{"test_acc": accuracy} for accuracy in told]
         assert evaluate_script.beside_record(record, {}, predictions) == words
 
