@@ -85,8 +85,7 @@ def report(args, show):
     parts = sections(runs, evaluations, measured, with_cpu_times=args.readme is None)
     if args.readme:
         bodies = {name: body for name, (_, body) in parts.items()} | page_parts(runs, evaluations, measured)
-        for page in pages(args.readme):
-            rewrite(page, bodies, args.readme)
+        rewrite(pages(args.readme), bodies, args.readme)
     else:
         shown = [parts[name] for name in args.only or parts]
         show("\n\n".join(f"## {title}\n\n{body}" for title, body in shown if body))

@@ -175,8 +175,8 @@ samples() {
     show mkdir -p "runs/simcls/$1"
     show cd "runs/simcls/$1"
     simcls=../../../SimCLS
-    generate="--generator_name $3 --num_cands 8 --search beam --cand_gen_batch 32 $half ${*:4}"
-    show python3 $simcls/gen_candidate.py $generate --dataset_percent "$2"
+    generate=(--generator_name "$3" --num_cands 8 --search beam --cand_gen_batch 32 $half "${@:4}")
+    show python3 $simcls/gen_candidate.py "${generate[@]}" --dataset_percent "$2"
     for split in train val test; do
         once samples/$split/0.json python3 $simcls/preprocess.py --src_dir "candidates/${candidates//\//_}_8" \
             --tgt_dir samples/$split --split $split --num_cands 8
@@ -217,7 +217,7 @@ evaluate() {
         return 0
     fi
     if [ -e "$1" ] && [ -n "${AGAIN:-}" -o "cache/$2/scorer.bin" -nt "$1" ]; then show rm -f "$1"; fi
-    once "$1" python3 $simcls/evaluate_model.py $generate --dataset_percent "$3" --scorer_path "cache/$2/scorer.bin" --output "$1"
+    once "$1" python3 $simcls/evaluate_model.py "${generate[@]}" --dataset_percent "$3" --scorer_path "cache/$2/scorer.bin" --output "$1"
 }
 
 simcls() (
@@ -233,7 +233,7 @@ simcls() (
     seed=${SEEDS%% *}
     train $simcls/brio.py --generator_name $simcls/demo --dataset samples --save_dir brio --num_epoch "${EPOCHS:-2}" \
         --num_cands 8 --max_source_length 96 --max_target_length 32
-    generate=${generate/$simcls\/demo/brio}
+    generate=("${generate[@]/$simcls\/demo/brio}")
     evaluate brio/evaluation.json $run 100
     # For times, one epoch each, round by round, so that slow hours affect all alike.
     show cd ../../..

@@ -64,7 +64,7 @@ from search.generator import (
     search_settings,
 )
 from texts import provenance
-from texts.documents import add_dataset_arguments, find_dataset, read_splits
+from texts.documents import add_dataset_arguments, clean, find_dataset, read_splits
 from texts.samples import as_document, as_sample, read_sample, sample_files
 from texts.scoring import add_rouge_argument, check_references, mean_score, score, signature
 from texts.sentences import SentenceSplitter
@@ -206,7 +206,7 @@ class Judged(NamedTuple):
 
 def judge_files(args):
     """The Judged of the lines of --summaries."""
-    texts, targets = list(read_lines(args.summaries)), list(read_lines(args.references))
+    texts, targets = (list(map(clean, read_lines(path))) for path in (args.summaries, args.references))
     if len(texts) != len(targets) or not texts:
         raise UserError(
             f"{args.summaries} has {len(texts)} lines, {args.references} {len(targets)}; both need the same, at least 1"

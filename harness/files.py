@@ -32,7 +32,10 @@ def atomic_write(path, mode="wb"):
     path = Path(path)
     make_folder(path.parent)
     encoding = None if "b" in mode else "utf-8"
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    except FileNotFoundError:  # The folder is there, but is one such as /proc.
+        raise UserError(f"cannot create files in the folder {path.parent}; choose another") from None
     try:
         with os.fdopen(descriptor, mode, encoding=encoding) as file:
             writer = _Writer(file)

@@ -24,31 +24,38 @@ def pages(folder):
     return [path for path in found if path.is_file() and b"<!-- report:" in path.read_bytes()]
 
 
-def rewrite(path, bodies, root=None):
-    """Put bodies[NAME] between `<!-- report:NAME -->` and `<!-- /report:NAME -->` in the file `path`, for each pair.
+def rewrite(paths, bodies, root=None):
+    """Put bodies[NAME] between `<!-- report:NAME -->` and `<!-- /report:NAME -->` in the files `paths`, for each pair.
 
     A link to /PLACE in a body becomes one to PLACE in `root`. A body of "" is replaced by a note that there is no
-    record. UserError, with the file untouched, if a name is unknown or a marker has no partner. Idempotent.
+    record. UserError, with all files untouched, if one cannot be read, or if in one a name is unknown or a marker has
+    no partner. Idempotent.
     """
-    try:
-        text = path.read_bytes().decode("utf-8")  # Not as text, which would change its line endings.
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read {path}: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}") from None
-    depth = len(path.relative_to(root).parts) - 1 if root else 0
-    if path.suffix == ".ipynb":
-        new = _rewritten_notebook(path, text, bodies, depth)
-    else:
-        new = _rewritten(path, text, bodies, depth)
-    if new != text:
+    changed = {}
+    for path in paths:
+        try:
+            text = path.read_bytes().decode("utf-8")  # Not as text, which would change its line endings.
+        except (OSError, UnicodeDecodeError) as error:
+            reason = getattr(error, "strerror", None) or "it is not UTF-8 text"
+            raise UserError(f"cannot read {path}: {reason}") from None
+        depth = len(path.relative_to(root).parts) - 1 if root else 0
+        fill = _rewritten_notebook if path.suffix == ".ipynb" else _rewritten
+        new = fill(path, text, bodies, depth)
+        if new != text:
+            changed[path] = new
+    for path, new in changed.items():
         with atomic_write(path) as file:
             file.write(new.encode("utf-8"))
 
 
 def _rewritten_notebook(path, text, bodies, depth):
     """A notebook's JSON with new parts in its Markdown cells, formatted like Jupyter's."""
-    notebook = json.loads(text)
-    for cell in notebook["cells"]:
-        source = "".join(cell["source"])
+    try:
+        notebook = json.loads(text)
+        sources = ["".join(cell["source"]) for cell in notebook["cells"]]
+    except (ValueError, KeyError, TypeError, RecursionError):
+        raise UserError(f"{path} is not a notebook; restore it, for example with git checkout") from None
+    for cell, source in zip(notebook["cells"], sources, strict=True):
         if cell["cell_type"] == "markdown" and MARKER.search(source):
             cell["source"] = _rewritten(path, source, bodies, depth).splitlines(keepends=True)
     return json.dumps(notebook, indent=1, ensure_ascii=False, sort_keys=True) + "\n"

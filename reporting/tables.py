@@ -1,13 +1,14 @@
 """From runs to Markdown: which runs may be compared, and how a comparison is presented."""
 
 import dataclasses
+import functools
 import re
 from collections.abc import Callable
 
 from reporting import pace
 from reporting.comparison import Sample, paired, quantity, ratio_interval
 from reporting.published import SETUP
-from reporting.records import machine_letter, provenance
+from reporting.records import machine_letter, provenance, warn
 
 # Runs that differ only in these are the same experiment: they say where and how the process ran. A folder of images is
 # identified by its name, as in Record.data, and device and threads by `hardware`.
@@ -177,8 +178,18 @@ def is_toy(group):
 
 def one_a_seed(runs):
     """The latest of `runs`, all of one set-up, for each seed: repeating a seed shows nothing about how seeds differ."""
-    in_time = sorted(runs, key=lambda run: run.machine.get("date") or "")
-    return list({run.arguments.get("seed"): run for run in in_time}.values())
+    latest = {}
+    for run in sorted(runs, key=lambda run: run.machine.get("date") or ""):
+        other = latest.get(run.arguments.get("seed"))
+        if other and other.curve("loss") != run.curve("loss"):
+            _tell_of_two(other.path, run.path)
+        latest[run.arguments.get("seed")] = run
+    return list(latest.values())
+
+
+@functools.cache  # Once, whatever the number of tables.
+def _tell_of_two(older, newer):
+    warn(f"{older} and {newer} have the same settings and seed, but other results; only the later one counts")
 
 
 def _tell_apart(group):

@@ -94,10 +94,12 @@ def start_from(path, model, classes, say):
     if path is None:
         return
     weights, own = read_weights(path), model.state_dict()
-    there = read_record(Path(path)).get("data", {}).get("classes", classes)
+    there = read_record(Path(path)).get("data", {}).get("classes")
     layer = weights.get("linear.weight", torch.zeros(0))
     count = len(layer) if layer.ndim else 0
-    if count != len(classes) or there != classes:
+    if count == len(classes) and there is None:
+        say(f"--init {path}: no record gives its {count} classes; assuming that they are those here")
+    elif count != len(classes) or there != classes:
         say(
             f"--init {path}: trained on {count} other classes than the {len(classes)} here; the last layer starts from "
             "random weights"

@@ -19,6 +19,12 @@ from harness.files import ROOT, output_lock, places, portable, staging, write_re
 from harness.runs import Run
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+def test_a_folder_that_takes_no_files_is_told():
+    with pytest.raises(UserError, match="cannot create files in the folder /proc"), files.atomic_write("/proc/x.json"):
+        pass
+
+
 @pytest.mark.parametrize(
     ("word", "expected"),
     [

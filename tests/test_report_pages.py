@@ -272,11 +272,20 @@ def place_line_of(runs):
     ],
 )
 def test_wrong_markers_leave_the_readme_alone(tmp_path, text, reason):
-    readme = tmp_path / "README.md"
+    good, readme = tmp_path / "GOOD.md", tmp_path / "README.md"
+    good.write_text("<!-- report:runs -->\nold\n<!-- /report:runs -->")
+    before = good.read_text()
     readme.write_text(text)
     with pytest.raises(UserError, match=reason):
-        rewrite(readme, {"runs": "new", "phases": "new"})
-    assert readme.read_text() == text
+        rewrite([good, readme], {"runs": "new", "phases": "new"})
+    assert (good.read_text(), readme.read_text()) == (before, text)
+
+
+@pytest.mark.parametrize("text", ['{"cells": [', '{"a": "<!-- report:x -->"}', "[1]", '{"cells": [{"source": 3}]}'])
+def test_a_damaged_notebook_is_told(tmp_path, text):
+    (tmp_path / "x.ipynb").write_text(text)
+    with pytest.raises(UserError, match="x.ipynb is not a notebook"):
+        rewrite([tmp_path / "x.ipynb"], {"x": "new"})
 
 
 def test_another_recipe_is_compared_by_the_best_epochs():

@@ -1,11 +1,13 @@
 """The tables of the report on hand-made records: what is compared with what, and the published figures."""
 
 import copy
+from pathlib import Path
 
 import pytest
-from run_records import make_run, read_table, rows_of
+from run_records import make_record, make_run, read_table, rows_of
 
 from reporting import overview, published, sentences, studies, tables
+from reporting.records import Record
 from reporting.studies import CHECKPOINTING, DATA_LOADER, MIXED_PRECISION
 
 
@@ -259,3 +261,16 @@ def test_trials_of_faults_are_counted_by_kind():
         {"Fault": "full disk", "Trials": "5", "Nothing lost": "4"},
         {"Fault": "SIGKILL", "Trials": "1", "Nothing lost": "1"},
     ]
+
+
+def test_two_results_of_one_set_up_and_seed_are_told_once(capsys):
+    runs = [Record(Path(f"{number}/x.json"), make_record()) for number in (1, 2, 3)]
+    for number, run in enumerate(runs, 1):
+        run.record["machine"]["date"] = f"2026-11-0{number}"
+    older, newer, same = runs
+    for epoch in older.record["epochs"]:
+        epoch["loss"] += 1
+    assert tables.one_a_seed([newer, older]) == tables.one_a_seed([older, newer]) == [newer]
+    assert tables.one_a_seed([newer, same]) == [same]
+    (told,) = capsys.readouterr().err.splitlines()
+    assert "1/x.json and 2/x.json have the same settings and seed, but other results; only the later" in told

@@ -60,7 +60,7 @@ def check_arguments(monkeypatch):
 
 @pytest.mark.parametrize("job", ["", "cifar", "resnext", "simcls", "pubmed", "profile", "benchmarks", "report"])
 def test_every_command_has_arguments_that_its_script_takes(job, check_arguments):
-    lines = run_job(*job.split(), DRY="1", CSV="abstracts.csv", PICTURES="my pictures")
+    lines = run_job(*job.split(), DRY="1", CSV="my abstracts.csv", PICTURES="my pictures")
     commands = [shlex.split(line[2:]) for line in lines if line.startswith("$ ")]
     assert commands
     for words in commands:
