@@ -101,7 +101,7 @@ TABLE = {
         ("{bad}/weights/whole.pt --pictures taken --data_dir mine", "are for test images, which --pictures and"),
         ("{bad}/weights/whole.pt --data_dir nowhere", "there is no folder nowhere/train"),
         ("{bad}/weights/whole.pt --export model.pb", "--export model.pb: the name must end with .pt2"),
-        ("{bad}/weights/whole.pt --export taken", "--export taken already exists; choose another name"),
+        ("{bad}/weights/whole.pt --export taken", "--export taken: the name must end with .pt2"),
         ("{bad}/weights/whole.pt --std 0 1 1", "--std: '0' is not a number from 1e-06 to 1"),
         ("{bad}/weights/whole.pt --std 1e-300 1 1", "--std: '1e-300' is not a number from 1e-06 to 1"),
         ("{bad}/weights/whole.pt --mean nan 0 0", "--mean: 'nan' is not a number from 0 to 1"),

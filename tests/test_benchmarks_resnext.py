@@ -163,7 +163,7 @@ def test_a_claim_that_does_not_hold_is_told():
     assert claims(row) == []
     bad = row | {"peak_share": 0.4, "predicted_bytes": 104, "predicted_peak_bytes": 190, "extra": 0.11}
     assert claims(bad) == [
-        "redoes 11.00 % FLOPs, over 10.10 %",
+        "recomputes 11.00 % of the FLOPs, over 10.10 %",
         "its held bytes are not as predicted: off by 4.0 %",
         "its peak share is 0.400, over 0.394",
         "its peak bytes are not as predicted: off by 5.0 %",
@@ -175,7 +175,7 @@ def test_a_claim_that_does_not_hold_is_told():
     like = row | {"policy": "budget held as compile 0.25", "share": 0.249}
     assert claims(like, rows=compiled) == []
     worse = claims(like | {"share": 0.3, "extra": 0.11}, rows=compiled)
-    assert worse == ["redoes 11.00 % FLOPs, over 10.01 %", "its held share is 0.300, over 0.250"]
+    assert worse == ["recomputes 11.00 % of the FLOPs, over 10.01 %", "its held share is 0.300, over 0.250"]
 
 
 def test_an_arm_that_is_wrong_or_fails_says_so_and_costs_no_other():

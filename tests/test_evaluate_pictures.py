@@ -344,6 +344,10 @@ def test_an_export_whose_outputs_are_others_is_refused(tmp_path, monkeypatch):
         with pytest.raises(UserError, match="out.pt2: its outputs differ from the model's by .*; nothing was written"):
             export_model.export(model, known, tmp_path / "out.pt2")
     assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine.pt2").write_text("precious")
+    with pytest.raises(UserError, match=r"mine.pt2 already exists; choose another name"):
+        export_model.export(model, known, tmp_path / "mine.pt2")
+    assert (tmp_path / "mine.pt2").read_text() == "precious"
 
 
 @pytest.mark.parametrize(("name", "drawn"), [(os.fsdecode(b"o\xff$"), "o\\udcff\\$"), ("Bär 猫", "Bär \\u732b")])

@@ -311,12 +311,9 @@ def test_a_complete_run_is_left_alone(tiny, whole, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "other"),
     [
-        (
-            ["--decoder_max_len", 6, "--diversity_penalty", 2],
-            "train candidates made with other settings (diversity_penalty",
-        ),
-        (["--dataset_name", "{tmp}/changed.csv"], "train candidates made with other settings (documents)"),
-        (["--dataset_percent", 50], "train candidates made with other settings (documents)"),
+        (["--decoder_max_len", 6, "--diversity_penalty", 2], r"\(diversity_penalty, "),
+        (["--dataset_name", "{tmp}/changed.csv"], r"\(documents\)"),
+        (["--dataset_percent", 50], r"\(documents\)"),
     ],
 )
 @pytest.mark.parametrize("killed", [False, True])
@@ -330,7 +327,7 @@ def test_candidates_made_otherwise_are_never_replaced(tiny, whole, tmp_path, mon
         candidate_files.CandidateFiles(folder, "train", settings, SimpleNamespace(rank=3)).open().close()
     (tmp_path / "changed.csv").write_text((tiny / "papers.csv").read_text().replace("Title ", "Another "))
     before = contents(tmp_path)
-    with pytest.raises(UserError, match=other):
+    with pytest.raises(UserError, match=f"train candidates made with other settings {other}"):
         run_here(monkeypatch, *arguments(tiny, tmp_path, *[str(word).format(tmp=tmp_path) for word in words]))
     assert contents(tmp_path) == before
 
