@@ -140,9 +140,9 @@ def read_columns(path, *columns):
 
 
 def _holds_rows(field, width):
-    """Whether all lines of a field after its first look like rows of `width` fields."""
+    """Whether all lines of a field after its first look like rows of `width` fields; any text looks like one field."""
     lines = field.splitlines()[1:]
-    return bool(lines) and all(line.count(",") == width - 1 for line in lines)
+    return width > 1 and bool(lines) and all(line.count(",") == width - 1 for line in lines)
 
 
 def clean(text):
