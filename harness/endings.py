@@ -68,7 +68,13 @@ def run(main):
             raise
         _end(2, line)
     finally:
-        _set_action(heeded, signal.SIG_DFL)  # Python's exit may hang, and a traceback from within it would help nobody.
+        with contextlib.suppress(OSError, ValueError):
+            sys.stdout.flush()  # `_leave` does not.
+        _set_action(heeded, _leave)  # Python's exit takes a while, and a traceback from within it would help nobody.
+
+
+def _leave(number, frame):
+    os._exit(128 + number)
 
 
 def _set_action(signals, action):
