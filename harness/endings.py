@@ -68,13 +68,18 @@ def run(main):
             raise
         _end(2, line)
     finally:
+        code = _exit_code(sys.exc_info()[1])
         with contextlib.suppress(OSError, ValueError):
-            sys.stdout.flush()  # `_leave` does not.
-        _set_action(heeded, _leave)  # Python's exit takes a while, and a traceback from within it would help nobody.
+            sys.stdout.flush()  # os._exit does not.
+        # Python's exit takes a while. A signal cuts it short, without a traceback and with the exit code that is due.
+        _set_action(heeded, lambda *_: os._exit(code))
 
 
-def _leave(number, frame):
-    os._exit(128 + number)
+def _exit_code(error):
+    """That of a process which `error` ends, or None if nothing was raised."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    return int(error is not None)
 
 
 def _set_action(signals, action):

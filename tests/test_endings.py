@@ -240,10 +240,10 @@ endings.run(main)
 @pytest.mark.parametrize("number", ["SIGINT", "SIGTERM"])
 @pytest.mark.parametrize("first", ["interrupted", "finished"])
 def test_a_signal_while_the_script_ends_gives_no_traceback(number, first):
-    """The one that hits Python's exit ends the process at once."""
+    """The one that hits Python's exit ends the process at once, as it would have ended."""
     command = [sys.executable, "-c", TWICE, os.path.dirname(os.path.dirname(endings.__file__)), number, first]
     ended = subprocess.run(command, capture_output=True, text=True, preexec_fn=heed_signals)
-    assert ended.returncode == 128 + getattr(signal, number)
+    assert ended.returncode == (128 + getattr(signal, number) if first == "interrupted" else 0)
     assert ended.stdout == "done\n" * (first == "finished")
     assert "Traceback" not in ended.stderr
     assert ended.stderr.count("\n") == (first == "interrupted")
