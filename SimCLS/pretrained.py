@@ -30,7 +30,8 @@ DROPOUT_KEYS = (
 POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
 # The start of what `git clone` leaves of a large file if git-lfs is not installed.
 LFS_POINTER = b"version https://git-lfs.github.com"
-TOKENS = (WHOLE[0], lambda value: is_number(value) and (value >= 10**6 or WHOLE[1](value)))  # 1e30 means no limit.
+NO_LIMIT = 10**6  # Lengths from here on, such as tokenizers' 1e30, mean that there is no limit.
+TOKENS = (WHOLE[0], lambda value: is_number(value) and (value >= NO_LIMIT or WHOLE[1](value)))
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.json")
 MODEL_FILES = (*JSON_FILES, "*.safetensors", "*.bin", "*.model")
 

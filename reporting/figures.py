@@ -83,7 +83,7 @@ def save(figure, path):
         try:
             figure.canvas.draw()
         except UserWarning:
-            warn(f"{path}: its font has no glyphs for some letters of the names in it, and shows boxes")
+            warn(f"{path}: the font lacks some letters of the names, which are shown as boxes")
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
             figure.canvas.draw()
     picture = Image.fromarray(np.asarray(figure.canvas.buffer_rgba())[..., :3]).quantize(

@@ -76,9 +76,9 @@ class ImageData:
             text += f"; {len(self.left_out)} files left out, not named as images ({', '.join(names)})"
         seen, contradictory = self.repeated
         if seen:
-            text += f"; {seen} of the test images are training images too: their accuracy says nothing of others"
+            text += f"; test images that are also training images: {seen}"
         if contradictory:
-            text += f"; {contradictory} training images are in several classes"
+            text += f"; training images that are in several classes: {contradictory}"
         if (brightest := self.train_images.max()) <= DARK:
             text += (
                 f"; no training pixel is above {brightest} of 255: if 16-bit files hold fewer bits, scale their values "

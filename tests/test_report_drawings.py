@@ -176,5 +176,5 @@ def test_letters_that_no_font_draws_are_told_in_one_line(tmp_path, capsys, recwa
         figures.save(figure, tmp_path / f"{name.isascii()}.png")
         told = capsys.readouterr().err
         assert told.count("\n") == (name != "cat")
-    assert "no glyphs for some letters" in told
+    assert "the font lacks some letters" in told
     assert not recwarn

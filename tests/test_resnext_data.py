@@ -47,8 +47,8 @@ def test_images_that_are_in_both_splits_or_in_two_classes_are_told(place):
     shutil.copy(pictures / "train/dark/0.png", pictures / "test/dark/seen.png")
     shutil.copy(pictures / "train/dark/1.png", pictures / "train/light/other.png")
     said = train(place).splitlines()[0]
-    assert "; 1 of the test images are training images too: their accuracy says nothing of others" in said
-    assert "; 1 training images are in several classes" in said
+    assert "; test images that are also training images: 1" in said
+    assert "; training images that are in several classes: 1" in said
     data = json.loads((place / f"model_history/{NAME}.json").read_text())["data"]
     assert (data["test_pictures_in_training"], data["pictures_in_several_classes"]) == (1, 1)
 

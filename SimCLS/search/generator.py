@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
-from pretrained import DROPOUT_KEYS, check_length, half_precision_dtype, load, most_tokens
+from pretrained import DROPOUT_KEYS, NO_LIMIT, check_length, half_precision_dtype, load, most_tokens
 from utils import progress
 
 from harness import arguments, endings
@@ -29,7 +29,6 @@ from texts.sentences import SentenceSplitter
 
 # Defaults for a generator whose tokenizer or generation config has no maximum length.
 SOURCE_LENGTH, SUMMARY_LENGTH = 512, 64
-NO_LIMIT = 10**6  # Lengths from here on, such as tokenizers' 1e30, mean that there is no limit.
 CANDIDATES = 16
 SEARCHES = ("diverse", "beam", "sample")
 ENGINES = {"pytorch": None, "ctranslate2": "float32", "ctranslate2_int8": "int8"}  # Name -> compute type.
