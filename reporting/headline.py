@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from harness.machine import BFLOAT16, VECTOR_INSTRUCTIONS
+from harness.machine import AMX, BFLOAT16, VECTOR_INSTRUCTIONS
 from reporting import pace, published
 from reporting.comparison import Sample, interval_text, paired, signed, within_noise
 from reporting.records import Record, provenance
@@ -254,7 +254,7 @@ def _own_words(hardware, everywhere):
     """What `hardware` has that not all of `everywhere` have: ["CPU with AVX2"] for "AMD EPYC, 2 cores, AVX2"."""
     shared = set.intersection(*(set(each.split(", ")) for each in everywhere))
     words = [word for word in hardware.split(", ") if word not in shared]
-    if words and {*words} <= {*VECTOR_INSTRUCTIONS.values(), BFLOAT16}:
+    if words and {*words} <= {*VECTOR_INSTRUCTIONS.values(), BFLOAT16, AMX}:
         return [f"CPU with {' and '.join(words)}"]
     return words
 

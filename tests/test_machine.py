@@ -1,5 +1,6 @@
 """What a record says of its machine: the commit, the hardware's name, and the precision that ran."""
 
+import io
 import subprocess
 from types import SimpleNamespace
 
@@ -38,6 +39,7 @@ def test_a_commit_is_dirty_where_a_tracked_file_that_runs_depend_on_has_changed(
         ({"avx2"}, "AMD EPYC, 2 cores, AVX2"),
         ({"avx2", "avx512f"}, "AMD EPYC, 2 cores, AVX-512"),
         ({"avx2", "avx512f", "avx512_bf16"}, "AMD EPYC, 2 cores, AVX-512, bfloat16"),
+        ({"avx2", "avx512f", "avx512_bf16", "amx_bf16"}, "AMD EPYC, 2 cores, AVX-512, bfloat16, AMX"),
         ({"asimd", "bf16"}, "AMD EPYC, 2 cores, NEON, bfloat16"),
         (set(), "AMD EPYC, 2 cores"),
     ],
@@ -46,6 +48,16 @@ def test_a_processor_is_named_with_what_it_can_multiply(flags, name, monkeypatch
     monkeypatch.setattr(machine, "_processor", lambda: ("AMD EPYC", flags))
     monkeypatch.setattr(machine, "usable_cores", lambda: 2)
     assert machine.hardware_name(CPU) == name
+
+
+def test_a_processor_is_named_without_its_trademarks(monkeypatch):
+    told = "model name : Intel(R) Core(TM) i7\nflags : avx2\n"
+    monkeypatch.setattr("builtins.open", lambda *args, **kwargs: io.StringIO(told))
+    machine._processor.cache_clear()
+    try:
+        assert machine._processor() == ("Intel Core i7", {"avx2"})
+    finally:
+        machine._processor.cache_clear()
 
 
 @pytest.mark.parametrize(
