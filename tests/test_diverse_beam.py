@@ -13,7 +13,7 @@ import tiny_seq2seq
 import torch
 
 from search import diverse_beam, t5_decoder
-from search.diverse_beam import DiverseBeamSearch, top_k
+from search.diverse_beam import LOGITS_TOGETHER, DiverseBeamSearch, top_k
 from search.generator import make_searches
 from search.hypotheses import Hypotheses
 from search.library_decoder import LibraryDecoder
@@ -156,11 +156,11 @@ def test_ended_beams_leave_the_batch(monkeypatch):
     assert rows[-1] < 4 * 16 / 2
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("relu", [False, True])
-def test_products_are_the_same_with_and_without_private_operators(relu, monkeypatch):
-    first, second = torch.randn(24, 32), torch.randn(8, 32)
-    x = torch.randn(5, 32)
-    expected = x @ torch.cat([first, second]).T
+def test_products_are_the_same_with_and_without_private_operators(relu, dtype, monkeypatch):
+    first, second, x = (torch.randn(rows, 32).to(dtype) for rows in (24, 8, 5))
+    expected = (x.float() @ torch.cat([first, second]).float().T).to(dtype)
     expected = expected.relu() if relu else expected
     torch.testing.assert_close(t5_decoder._product(first, second, relu=relu)(x), expected)
     for error in (AttributeError, RuntimeError("an operator of another form")):
@@ -232,6 +232,15 @@ def test_what_a_gpu_does_gives_the_recorded_candidates(name, monkeypatch):
     """All documents of a batch together, in padded attention."""
     monkeypatch.setitem(DOCUMENTS_TOGETHER, "cpu", 4)
     monkeypatch.setitem(ENCODER_ATTENTION, "cpu", PaddedAttention)
+    for case in RECORD["cases"]:
+        if case["model"] == name:
+            assert_equal_to_record(case, search(case))
+
+
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_rows_that_choose_one_by_one_find_the_recorded_candidates(name, monkeypatch):
+    """As with a vocabulary of which few rows fit into the processor's cache."""
+    monkeypatch.setitem(LOGITS_TOGETHER, "cpu", 1)
     for case in RECORD["cases"]:
         if case["model"] == name:
             assert_equal_to_record(case, search(case))

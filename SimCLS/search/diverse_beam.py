@@ -24,6 +24,8 @@ STEPS_BETWEEN_LOOKS = {"cpu": 1, "cuda": 8}
 WORTH_LEAVING = 1 / 8
 # Columns in a block of `top_k`.
 BLOCK = 128
+# Logits from which the best tokens are chosen together. On a CPU a mebibyte of float32, which stays in a core's cache.
+LOGITS_TOGETHER = {"cpu": 2**18}
 
 
 class Candidates(NamedTuple):
@@ -121,6 +123,12 @@ class DiverseBeamSearch(TokenRules):
 
         logits: [rows, vocabulary]. history: int64 [rows, length].
         """
+        together = max(1, LOGITS_TOGETHER.get(logits.device.type, logits.numel()) // logits.shape[1])
+        parts = zip(logits.split(together), history.split(together), strict=True)
+        return [torch.cat(found) for found in zip(*itertools.starmap(self._best_of_rows, parts), strict=True)]
+
+    def _best_of_rows(self, logits, history):
+        """`_best_tokens` for some of the rows."""
         # The penalties of earlier groups can displace at most as many tokens as these groups have beams.
         count = min(self.offers + self.num_beams - self.group_size, logits.shape[1])
         forced = self.forced.get(history.shape[1])
