@@ -65,7 +65,7 @@ from search.generator import (
 )
 from texts import provenance
 from texts.documents import add_dataset_arguments, clean, find_dataset, read_splits
-from texts.samples import as_document, as_sample, read_sample, sample_files
+from texts.samples import as_document, as_sample, provenance_of, read_sample, sample_files
 from texts.scoring import add_rouge_argument, check_references, mean_score, score, signature
 from texts.sentences import SentenceSplitter
 
@@ -228,7 +228,7 @@ def judge_candidates(args, world, judge):
     samples = with_agreement(candidates.samples, args.rouge_tokens)
     compare_counts(samples, args.num_cands if args.samples else None, judge.description.get("candidates"))
     trained = read_description(args.scorer_path) or {}
-    made = provenance.read(args.samples) if args.samples else {"split": "test", "candidates": candidates.origin}
+    made = provenance_of(args.samples) if args.samples else {"split": "test", "candidates": candidates.origin}
     warnings = provenance.check_belonging(made, trained.get("samples"))
     if args.generator_name and not candidates.origin:
         warnings.append("the samples' generator is unknown; the plain beam may be from another generator or search")

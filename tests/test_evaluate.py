@@ -114,6 +114,7 @@ def test_what_does_not_belong_together_is_told():
     assert "trained on candidates made with other settings (generator, search) than" in line
     (line,) = check(renamed | {"split": "train", "files": "x"}, trained | {"files": "y"})  # Of another search, say.
     assert "trained on the documents judged here" in line
+    assert [len(check({"digest": name}, {"digest": "x"})) for name in "xy"] == [1, 0]  # Without provenance.json.
     assert [len(check({"split": "val", "files": name}, {"split": "val", "files": "x"})) for name in "xy"] == [1, 0]
     warnings, both = [], {"likelihood": 0.04, "power": 1.0, "agreement": 0.1}
     assert evaluate_model.usable_weights(both, [{"likelihood": []}], warnings) == both

@@ -207,6 +207,11 @@ def test_training_documents_are_not_those_that_validate(sample_folder, tmp_path,
         made = {"generator": generator, "text": "t"}
         provenance.write(folder / place, provenance.describe(split=split, files=place, candidates=made))
 
+    shutil.copytree(folder / "train", tmp_path / "same" / "train")
+    shutil.copytree(folder / "train", tmp_path / "same" / "val")
+    with pytest.raises(UserError, match=r"were made from the same documents; make each with its own --split"):
+        check_training(tmp_path / "same")
+
     write("train", "train", "x")
     write("val", "val", "x")
     check_training(folder)

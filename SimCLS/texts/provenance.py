@@ -55,8 +55,13 @@ def differences(ours, theirs):
 
 
 def same_documents(ours, theirs):
-    """Whether two provenances of samples show that they are from the same split of the same text; False if unknown."""
-    if not ours or not theirs or ours.get("split") is None or ours["split"] != theirs.get("split"):
+    """Whether two provenances of samples show that these are the same samples, or from the same split of the same text;
+    False if unknown."""
+    if not ours or not theirs:
+        return False
+    if ours.get("digest") is not None and ours["digest"] == theirs.get("digest"):
+        return True
+    if ours.get("split") is None or ours["split"] != theirs.get("split"):
         return False
     texts = [(each.get("candidates") or {}).get("text", each.get("files")) for each in (ours, theirs)]
     return texts[0] is not None and texts[0] == texts[1]

@@ -65,8 +65,9 @@ def check_training(folder, say=print):
     candidates were made differently. UserError if both are from the same documents, which would choose the weights."""
     made_of = [provenance_of(folder / split) for split in ("train", "val")]
     if provenance.same_documents(*made_of):
+        split = f" ({made_of[0]['split']})" if "split" in made_of[0] else ""
         raise UserError(
-            f"{folder / 'train'} and {folder / 'val'} were made from the same documents ({made_of[0]['split']}); "
+            f"{folder / 'train'} and {folder / 'val'} were made from the same documents{split}; "
             "make each with its own --split of preprocess.py"
         )
     different = provenance.differences(*(made.get("candidates") for made in made_of))
