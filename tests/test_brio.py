@@ -72,7 +72,7 @@ def test_a_run_learns_the_order_and_leaves_a_generator(run_script, encoders, sam
 def test_what_makes_it_worse_and_samples_of_another_generator_are_said(run_script, encoders, sample_folder, tmp_path):
     samples = shutil.copytree(sample_folder, tmp_path / "samples")
     for split in ("train", "val"):
-        provenance.write(samples / split, provenance.describe(candidates={"generator": "another"}))
+        provenance.write(samples / split, provenance.describe(split=split, candidates={"generator": "another"}))
     arguments = ["--generator_name", encoders["t5"], "--dataset", samples, "--save_dir", "brio", "--num_epoch", 1,
                  "--num_workers", 0, "--lr", 1.0, "--rouge_tokens", "characters"]  # fmt: skip
     printed = run_script(SCRIPT, *arguments, cwd=tmp_path).stdout
