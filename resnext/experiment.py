@@ -127,14 +127,14 @@ def load_parts(args, world, run, kind, **more):
     return data, model.to(world.device)
 
 
-def training_batches(args, world, data, run, **how):
+def training_batches(args, world, data, run, **layout):
     """(the EpochBatches of this process, the loader that yields their images). The record says which loader was used,
     since --loader device falls back to workers if the device has too little memory.
 
-    how: the images' memory_format and dtype, and whether their flips alternate, if not the defaults.
+    layout: memory_format and dtype of the images, if not the defaults.
     """
     batches = EpochBatches(len(data.train_labels), args.batch_size, args.seed, world.rank, world.size)
-    loader = training_loader(args.loader, data, args.seed, batches, args.num_worker, world.device, world.say, **how)
+    loader = training_loader(args.loader, data, args.seed, batches, args.num_worker, world.device, world.say, **layout)
     run.facts["loading"] = "device" if isinstance(loader, DeviceImages) else "workers"
     return batches, loader
 

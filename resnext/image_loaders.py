@@ -16,23 +16,21 @@ from harness.loading import worker_loader
 PADDING = 4
 
 
-def augmentation(seed, epoch, indices, flip, alternate=False):
+def augmentation(seed, epoch, indices, flip):
     """The random part of augmenting the images `indices` (int [n]) in `epoch`.
 
     Returns top and left, int64 [n], uniform in 0..2*PADDING, and flip, bool [n], uniform (all False without `flip`):
-    the crop's offsets in the padded image, and whether the crop is mirrored. alternate: whether an image is mirrored in
-    every second epoch, after a random choice in epoch 0 (Jordan 2024), instead of at random in each. Depends only on
-    its arguments, through the SplitMix64 hash (Steele, Lea, Flood 2014).
+    the crop's offsets in the padded image, and whether the crop is mirrored. Depends only on its arguments, through the
+    SplitMix64 hash (Steele, Lea, Flood 2014).
     """
-    indices, epoch = np.asarray(indices, dtype=np.uint64), np.uint64(epoch)
+    counter = np.asarray(indices, dtype=np.uint64) + (np.uint64(epoch) << np.uint64(32))
     with np.errstate(over="ignore"):
         key = _splitmix64(np.array([seed], dtype=np.uint64))
-        bits = _splitmix64(indices + (epoch << np.uint64(32)) ^ key)
-        turn = (_splitmix64(indices ^ key) >> np.uint64(32)) + epoch if alternate else bits >> np.uint64(32)
+        bits = _splitmix64(counter ^ key)
     span = np.uint64(2 * PADDING + 1)
     top = (bits & np.uint64(0xFFFF)) * span >> np.uint64(16)
     left = (bits >> np.uint64(16) & np.uint64(0xFFFF)) * span >> np.uint64(16)
-    mirrored = (turn & np.uint64(1)).astype(bool) & flip
+    mirrored = (bits >> np.uint64(32) & np.uint64(1)).astype(bool) & flip
     return top.astype(np.int64), left.astype(np.int64), mirrored
 
 
@@ -52,20 +50,19 @@ def normalise(images, mean, std):
 
 
 class AugmentedImages(Dataset):
-    """Single training images, for the worker loader: (epoch, index) -> (float32 [3, H, W], int). alternate: as for
-    `augmentation`."""
+    """Single training images, for the worker loader: (epoch, index) -> (float32 [3, H, W], int)."""
 
-    def __init__(self, data, seed, alternate=False):
+    def __init__(self, data, seed):
         self.images = torch.from_numpy(data.train_images)
         self.labels = data.train_labels
         self.mean, self.std = data.statistics
-        self.flip, self.seed, self.alternate = data.flip, seed, alternate
+        self.flip, self.seed = data.flip, seed
 
     def __getitem__(self, position):
         from torchvision.transforms.v2 import functional
 
         epoch, index = position
-        top, left, mirrored = (value[0] for value in augmentation(self.seed, epoch, [index], self.flip, self.alternate))
+        top, left, mirrored = (value[0] for value in augmentation(self.seed, epoch, [index], self.flip))
         image = self.images[index].permute(2, 0, 1)
         image = functional.pad(image, [PADDING] * 4)
         image = functional.crop(image, int(top), int(left), *self.images.shape[1:3])
@@ -78,12 +75,10 @@ class DeviceImages:
     """Loads and augments whole batches on `device`, which holds all training images as uint8.
 
     Iterating yields (`dtype` [n, 3, H, W] in `memory_format`, int64 [n]) on the device, in the order of the
-    EpochBatches `batches`, with the same pixels as AugmentedImages. alternate: as for `augmentation`.
+    EpochBatches `batches`, with the same pixels as AugmentedImages.
     """
 
-    def __init__(
-        self, data, seed, batches, device, alternate=False, memory_format=torch.contiguous_format, dtype=torch.float32
-    ):
+    def __init__(self, data, seed, batches, device, memory_format=torch.contiguous_format, dtype=torch.float32):
         padded = F.pad(torch.from_numpy(data.train_images).permute(0, 3, 1, 2), [PADDING] * 4)
         # A mirrored crop is a crop of the mirrored image.
         pictures = torch.cat([padded, padded.flip(3)]) if data.flip else padded
@@ -107,7 +102,7 @@ class DeviceImages:
             .to(device)
             for each in data.statistics
         )
-        self.flip, self.seed, self.alternate, self.batches = data.flip, seed, alternate, batches
+        self.flip, self.seed, self.batches = data.flip, seed, batches
         self.device, self.dtype = device, dtype
 
     @staticmethod
@@ -121,7 +116,7 @@ class DeviceImages:
         # One copy of an epoch's order and offsets; after that, the host only enqueues.
         shares = list(self.batches.batches())
         index = np.concatenate(shares) if shares else np.empty(0, dtype=np.int64)
-        top, left, mirrored = augmentation(self.seed, self.batches.epoch, index, self.flip, self.alternate)
+        top, left, mirrored = augmentation(self.seed, self.batches.epoch, index, self.flip)
         epoch = torch.from_numpy(np.stack([index, top, left, mirrored])).to(self.device)
         for index, top, left, mirrored in (part.unbind() for part in epoch.split([len(share) for share in shares], 1)):
             yield self.augment(index, top, left, mirrored), self.labels[index]
@@ -142,19 +137,18 @@ class DeviceImages:
         return pixels.float().mul_(1 / 255).sub_(self.mean).div_(self.std).to(self.dtype)  # normalise(), in place.
 
 
-def training_loader(kind, data, seed, batches, num_workers, device, say=print, alternate=False, **layout):
+def training_loader(kind, data, seed, batches, num_workers, device, say=print, **layout):
     """The loader of training batches: kind "workers" or "device"; falls back to workers if the device is full.
 
-    alternate: as for `augmentation`. layout: memory_format and dtype of the device loader's batches; the worker loader
-    ignores it.
+    layout: memory_format and dtype of the device loader's batches; the worker loader ignores it.
     """
     if kind == "device":
         free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
         needed = DeviceImages.bytes_needed(data)
         if needed <= free / 2:
-            return DeviceImages(data, seed, batches, device, alternate, **layout)
+            return DeviceImages(data, seed, batches, device, **layout)
         say(f"the {needed / 1e9:.1f} GB of images do not fit on the device; loading by workers instead")
-    return worker_loader(AugmentedImages(data, seed, alternate), batches, num_workers, device, say=say)
+    return worker_loader(AugmentedImages(data, seed), batches, num_workers, device, say=say)
 
 
 def evaluation_batches(data, batch_size, device, rank=0, world_size=1):

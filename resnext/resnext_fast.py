@@ -45,7 +45,7 @@ WARMUP = 0.2  # The share of training in which the learning rate rises.
 LEARNING_RATES = {"muon": 0.1, "sgd": 0.1, "adam": 0.01}  # Defaults of --lr.
 SWITCHES = (
     "channels_last", "grouped_convolution", "compile", "max_autotune", "cuda_graphs", "optimizer", "label_smoothing",
-    "alternate_flips", "keep_memory",
+    "keep_memory",
 )  # fmt: skip
 
 
@@ -69,8 +69,6 @@ class FastParser(OneLineParser):
                 self.error(f"--{name} needs a compiled model; add --compile")
         if args.compile and args.policy == "nested":
             self.error("--policy nested cannot be compiled; add --compile False, or choose another policy")
-        if args.alternate_flips and args.dataset == "digits":
-            self.error("--alternate_flips does not go with --dataset digits, which are never mirrored; leave it out")
         if args.lr is None:
             args.lr = LEARNING_RATES[args.optimizer]
         return args, unknown
@@ -94,7 +92,6 @@ def get_fast_args_parser():
     add("--optimizer", choices=LEARNING_RATES, default="muon", help="muon, which is sgd with orthogonalised updates of "
         "the convolutions, or sgd, both in one cycle; or adam at a constant rate as in resnext.py")  # fmt: skip
     add("--label_smoothing", type=share, default=0.1, help="weight of the uniform distribution in the target")
-    add("--alternate_flips", **FLAG, help="mirror an image in every second epoch, instead of at random in each")
     add_budget_arguments(parser, policy=None)
     return parser
 
@@ -206,7 +203,7 @@ def train(args, world, precision, run):
     fast_model = for_full_batches(parallel_model, data, args, precision, run, layout)
     criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)
     optimizer = make_optimizer(model, args.optimizer, args.lr, device, precision.scaler)
-    batches, loader = training_batches(args, world, data, run, alternate=args.alternate_flips, **layout)
+    batches, loader = training_batches(args, world, data, run, **layout)
     scaler, metrics, steps = precision.scaler, Metrics(device), len(batches)
     phase, saved = PhaseTimer(device), SavedBytes(model)
     cost = StepCost(model, device, enabled=plan is not None and not args.compile)

@@ -67,7 +67,7 @@ def _fast(run):
         f"layout {why_layout}",
         f"compiling {'on' if args.compile else 'off'}{why}",
         f"{args.optimizer} {'at a constant rate' if args.optimizer == 'adam' else 'in one cycle'}, "
-        f"label smoothing {args.label_smoothing:g}" + ", alternating flips" * args.alternate_flips,
+        f"label smoothing {args.label_smoothing:g}",
         *_freed_memory(run),
     ]
 

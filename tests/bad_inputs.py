@@ -84,7 +84,6 @@ TABLE = {
     "resnext/resnext_fast.py": [
         ("--label_smoothing 2", "--label_smoothing: '2' is not"),
         ("--cuda_graphs", "--cuda_graphs needs a compiled model; add --compile"),
-        ("--alternate_flips --dataset digits", "--alternate_flips does not go with --dataset digits"),
         ("--max_autotune --compile False", "--max_autotune needs a compiled model; add --compile"),
         ("--optimizer lion", "--optimizer: invalid choice"),
     ],

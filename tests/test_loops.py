@@ -31,7 +31,7 @@ TECHNIQUE = {
             "fast_model = for_full_batches(parallel_model, data, args, precision, run, layout)",
             "criterion = nn.CrossEntropyLoss(label_smoothing=args.label_smoothing)",
             "optimizer = make_optimizer(model, args.optimizer, args.lr, device, precision.scaler)",
-            "batches, loader = training_batches(args, world, data, run, alternate=args.alternate_flips, **layout)",
+            "batches, loader = training_batches(args, world, data, run, **layout)",
             "scaler, metrics, steps = precision.scaler, Metrics(device), len(batches)",
             "cost = StepCost(model, device, enabled=plan is not None and not args.compile)",
             "images = images.to(device, non_blocking=True, **layout)",

@@ -17,14 +17,7 @@ PLAN = Plan(frozenset({"stem.relu1"}), 100, 80, 200, 150, 5, 1000, 0.1)
 
 def run_with(facts, **arguments):
     known = {"channels_last": None, "grouped_convolution": None, "compile": True, "optimizer": "sgd"}
-    known |= {
-        "label_smoothing": 0.1,
-        "alternate_flips": False,
-        "keep_memory": True,
-        "memory_budget": 0.8,
-        "budget_of": "peak",
-        "batch_size": 8,
-    }
+    known |= {"label_smoothing": 0.1, "keep_memory": True, "memory_budget": 0.8, "budget_of": "peak", "batch_size": 8}
     world = SimpleNamespace(device=torch.device("cpu"), size=1, say=lambda line: None)
     return SimpleNamespace(args=argparse.Namespace(**known | arguments), facts=facts, world=world, saved_facts=dict)
 
