@@ -15,6 +15,7 @@ import traceback
 
 # SIGHUP, which not every system has: the terminal has closed.
 TERMINATING = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGHUP") if hasattr(signal, name))
+KILLED_WORKER = "DataLoader worker (pid"  # How torch's message begins.
 
 
 class UserError(Exception):
@@ -45,7 +46,7 @@ def run(main):
             signal.signal(number, _terminate)
     _print_what_can_be_printed()
     usual = sys.unraisablehook
-    sys.unraisablehook = lambda told: None if _is_half_made_loader(told) else usual(told)
+    sys.unraisablehook = lambda told: None if _is_echo_of_loader(told) else usual(told)
     try:
         try:
             main()
@@ -98,9 +99,11 @@ def _print_what_can_be_printed():
             stream.reconfigure(errors="backslashreplace")
 
 
-def _is_half_made_loader(told):
-    """Whether this is torch's DataLoader failing to shut down after failing to start."""
-    return isinstance(told.exc_value, AttributeError) and "_MultiProcessingDataLoaderIter" in repr(told.object)
+def _is_echo_of_loader(told):
+    """Whether this is torch's DataLoader failing to shut down after failing to start, or reporting a killed worker
+    again while its first report ends the loop: both follow an error that the user is told of."""
+    half_made = isinstance(told.exc_value, AttributeError) and "_MultiProcessingDataLoaderIter" in repr(told.object)
+    return half_made or str(told.exc_value).startswith(KILLED_WORKER)
 
 
 def is_out_of_gpu_memory(error):
@@ -153,7 +156,7 @@ def explain(error):
         return "another process of this job has ended; its own message says why"
     # The latter is raised when a worker is killed while a tensor is taken from it.
     broken = isinstance(error, (ConnectionError, EOFError)) and _passed_through(error, "multiprocessing")
-    if text.startswith("DataLoader worker (pid") or broken:
+    if text.startswith(KILLED_WORKER) or broken:
         return (
             "a worker process was killed, perhaps for lack of memory, of /dev/shm, or of open files (ulimit -n); use "
             "fewer workers (--num_worker, or --num_workers for SimCLS) or 0; --resume continues from the last saved "

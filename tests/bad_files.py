@@ -203,8 +203,9 @@ def make_samples(good, folder):
         (folder / name / "train/3.json").write_bytes(content)
         (folder / name / "val").symlink_to(good / "val")
     (folder / "all_tied").mkdir()
-    for split in ("train", "val"):
-        (folder / "all_tied" / split).symlink_to(folder / "tied/train")
+    (folder / "all_tied/train").symlink_to(folder / "tied/train")
+    (folder / "all_tied/val").mkdir()
+    shutil.copy(folder / "tied/train/3.json", folder / "all_tied/val/4.json")
     (folder / "chinese/val").mkdir(parents=True)
     (folder / "chinese/train").symlink_to(good / "train")
     (folder / "chinese/val/3.json").write_text(json.dumps(sample | {"abstract": ["猫坐在垫子上"]}))

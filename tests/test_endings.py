@@ -166,6 +166,33 @@ endings.run(main)
 """
 
 
+KILLED_TWICE = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from harness import endings
+def epochs():
+    try:
+        yield
+    finally:
+        raise RuntimeError(sys.argv[2])
+def main():
+    for _ in epochs():
+        raise RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed.")
+endings.run(main)
+"""
+
+
+@pytest.mark.parametrize("again", ["DataLoader worker (pid 7) is killed by signal: Killed.", "a fault of ours"])
+def test_a_killed_worker_is_told_once(again):
+    """torch raises its message wherever the process is, also in the `finally` of a loop that the first one ends."""
+    command = [sys.executable, "-c", KILLED_TWICE, os.path.dirname(os.path.dirname(endings.__file__)), again]
+    ended = subprocess.run(command, capture_output=True, text=True)
+    assert ended.returncode == 2
+    assert ended.stderr.splitlines()[-1].startswith("-c: a worker process was killed")
+    assert ("Exception ignored" in ended.stderr) == (again == "a fault of ours")
+    assert len(ended.stderr.splitlines()) == 1 or again == "a fault of ours"
+
+
 def ignore_signals():
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
