@@ -18,7 +18,7 @@ PACKAGES = ("torch", "torchvision", "transformers", "numpy", "nvtx")
 # Linux's names of processor features, x86's and ARM's: the first vector extension found, and any of BFLOAT16_FLAGS.
 VECTOR_INSTRUCTIONS = {"avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
 BFLOAT16_FLAGS, BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}, "bfloat16"
-AMX_FLAG, AMX = "amx_bf16", "AMX"  # Whole tiles of bfloat16 in one instruction, several times as fast as AVX-512's.
+AMX_FLAG, AMX = "amx_bf16", "AMX"  # Instructions that multiply tiles of bfloat16.
 # Variables that make the same computation faster or slower: threads, allocators.
 ENVIRONMENT = re.compile(r"(OMP|MKL|MALLOC|PYTORCH)_\w+|LD_PRELOAD")
 
