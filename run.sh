@@ -6,7 +6,7 @@
 #                            (EPOCHS=15, MODEL; PICTURES, a folder with train/ and test/, avoids the download)
 #   bash run.sh resnext      the whole study of ResNeXt on CIFAR-10 (EPOCHS=200; needs a GPU in practice)
 #   bash run.sh simcls       the seven set-ups of the SimCLS scorer (EPOCHS=2, PERCENT=20 of the text)
-#   bash run.sh pubmed       SimCLS on abstracts and titles from a file CSV, with two generators (EPOCHS=1, PERCENT=50)
+#   bash run.sh pubmed       SimCLS on abstracts and titles from a file CSV, with one generator, searched in two ways (EPOCHS=1, PERCENT=50)
 #   bash run.sh profile      30 steps (STEPS) of both models under Nsight Systems; their phases by trace and by record
 #   bash run.sh benchmarks   the training benchmarks, which need no other environment (ONLY="layout fast"), each for at
 #                            most LIMIT seconds, into the folder OUT instead of benchmarks/results/<hardware>
@@ -149,7 +149,7 @@ cifar() {
 }
 
 resnext() {
-    local common="--num_epoch ${EPOCHS:-200} --output_dir runs/cifar10"
+    local common="--num_epoch ${EPOCHS:-200} --output_dir runs/cifar10_study"
     for seed in $SEEDS; do
         for workers in 2 0 1 4 8; do
             train resnext/resnext.py $common --num_worker $workers
@@ -163,7 +163,9 @@ resnext() {
                 train resnext/resnext_checkpoint.py $common --batch_size $batch --policy $policy
             done
         done
+        train resnext/resnext_checkpoint.py $common --memory_budget 0.5
         train resnext/resnext_fast.py $common  # Of the same length, so that it appears in one table with them.
+        train resnext/resnext_fast.py $common --optimizer sgd
     done
 }
 

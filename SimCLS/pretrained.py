@@ -16,7 +16,7 @@ from transformers.utils import logging
 
 from harness.endings import UserError
 from harness.files import is_utf8
-from reporting.shapes import WHOLE, fault, is_number
+from harness.shapes import WHOLE, fault, is_number
 
 HUB_TIMEOUT = 5  # seconds
 # They overflow in float16.

@@ -5,10 +5,10 @@ import functools
 import json
 from pathlib import Path
 
-from reporting import shapes
+from harness import shapes
+from harness.shapes import COUNT, NUMBER, PAIR, TEXT, is_number, maybe
 from reporting.comparison import number
 from reporting.records import machine_letter, provenance, refused, warn
-from reporting.shapes import COUNT, NUMBER, PAIR, TEXT, is_number, maybe
 from reporting.tables import markdown
 from reporting.verdicts import find_target, judge
 

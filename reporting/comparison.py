@@ -5,8 +5,7 @@ import math
 
 import numpy as np
 
-SIGNIFICANCE = 0.05
-CONFIDENCE = 1 - SIGNIFICANCE / 2  # Quantile of the t-distribution for a two-sided interval.
+CONFIDENCE = 0.975  # Quantile of the t-distribution for a two-sided interval.
 TELLS_NOTHING = 20  # An interval that extends to this multiple of its ratio, as from two runs, is not shown.
 
 
@@ -53,63 +52,72 @@ def paired(new, base):
 
 
 def within_noise(new, base):
-    """Whether the difference of two Samples may be chance: whether a t-test finds none at the 5 % level.
+    """Whether the difference of two Samples may be chance: whether its 95 % interval includes 0. None if the noise is
+    unknown."""
+    _, low, high = difference_interval(new, base)
+    return None if low is None else low <= 0 <= high
 
-    For runs with the same seeds it is the paired test. Otherwise it is Welch's, or, if one Sample is a single value,
-    Student's, which assumes that both scatter alike. None if both are single values, which say nothing about their
-    noise, and for two pairs with equal differences.
+
+def difference_interval(new, base):
+    """(mean of `new` minus that of `base`, low, high): the 95 % interval from the t-distribution.
+
+    For runs with the same seeds, it is the interval of the pairs. Otherwise it uses Welch's degrees of freedom, and a
+    single value is assumed to scatter like the others. low and high are None if both Samples are single values, which
+    say nothing about their noise, and for two pairs with equal differences.
     """
     new, base = paired(new, base)
+    found = new.mean - base.mean
     if new.n == base.n == 1:
-        return None
-    from scipy.stats import t, ttest_ind_from_stats
-
+        return found, None, None
     if new.by_seed:
         change = Sample.of(new.by_seed[seed] - base.by_seed[seed] for seed in new.by_seed)
-        if change.deviation == 0:  # Two pairs may agree by chance, as accuracies on few images do.
-            return None if change.mean and change.n < 3 else change.mean == 0
-        return bool(abs(change.mean) / (change.deviation / math.sqrt(change.n)) < t.ppf(CONFIDENCE, change.n - 1))
-    if new.deviation == base.deviation == 0:
-        return new.mean == base.mean
-    samples = (new.mean, new.deviation, new.n, base.mean, base.deviation, base.n)
-    return bool(ttest_ind_from_stats(*samples, equal_var=min(new.n, base.n) == 1).pvalue > SIGNIFICANCE)
+        if change.deviation == 0 != change.mean and change.n < 3:  # They may agree by chance, as accuracies on few
+            return found, None, None  # images do.
+        variance, freedom = change.deviation**2 / change.n, change.n - 1
+    else:
+        variance, freedom = _variance(*((each.deviation, each.n) for each in (new, base)))
+    half = _half_width(variance, freedom)
+    return found, found - half, found + half
 
 
 def ratio_interval(new, base):
     """(mean of `new` over that of `base`, low, high): the 95 % interval from the t-distribution of the logarithm.
 
-    For runs with the same seeds, it is the interval of the pairs. Otherwise it uses Welch's degrees of freedom, and a
-    single value is assumed to scatter like the others. low and high are None if both Samples are single values, or if
-    any value is not above 0.
+    Pairs and single values are treated as in `difference_interval`. low and high are None if both Samples are single
+    values, or if any value is not above 0.
     """
     new, base = paired(new, base)
     found = new.mean / base.mean
     if new.n == base.n == 1 or min([new.mean, *new.by_seed.values(), *base.by_seed.values()]) <= 0:
         return found, None, None
-    variance, freedom = (_paired_variance if new.by_seed else _variance)(new, base)
+    if new.by_seed:
+        logs = Sample.of(math.log(new.by_seed[seed] / base.by_seed[seed]) for seed in new.by_seed)
+        variance, freedom = logs.deviation**2 / logs.n, logs.n - 1
+    else:
+        variance, freedom = _variance(*((each.deviation / each.mean, each.n) for each in (new, base)))
     if variance == 0:
         return found, found, found
-    from scipy.stats import t
-
-    factor = math.exp(min(t.ppf(CONFIDENCE, freedom) * math.sqrt(variance), 700))  # Within a float's range.
+    factor = math.exp(min(_half_width(variance, freedom), 700))  # Within a float's range.
     return found, found / factor, found * factor
 
 
-def _paired_variance(new, base):
-    """(variance of the mean log ratio of two Samples with the same seeds, degrees of freedom)."""
-    logs = Sample.of(math.log(new.by_seed[seed] / base.by_seed[seed]) for seed in new.by_seed)
-    return logs.deviation**2 / logs.n, logs.n - 1
-
-
-def _variance(new, base):
-    """The same for two independent Samples."""
-    parts = [((each.deviation / each.mean) ** 2, each.n) for each in (new, base)]
-    shared = max(spread for spread, n in parts if n > 1)
-    errors = [((spread if n > 1 else shared) / n, n) for spread, n in parts]
-    variance = sum(error for error, _ in errors)
-    if min(new.n, base.n) == 1 or variance == 0:
-        return variance, max(new.n, base.n) - 1  # Only the other side's scatter is known.
+def _variance(*samples):
+    """(variance of the difference of two independent means, degrees of freedom). samples: (deviation, n) of each."""
+    shared = max(deviation for deviation, n in samples if n > 1)
+    errors = [((deviation if n > 1 else shared) ** 2 / n, n) for deviation, n in samples]
+    variance, counts = sum(error for error, _ in errors), [n for _, n in samples]
+    if min(counts) == 1 or variance == 0:
+        return variance, max(counts) - 1  # Only the other side's scatter is known.
     return variance, variance**2 / sum(error**2 / (n - 1) for error, n in errors if error)
+
+
+def _half_width(variance, freedom):
+    """Half of the 95 % interval of a mean."""
+    if variance == 0:
+        return 0.0
+    from scipy.stats import t
+
+    return t.ppf(CONFIDENCE, freedom) * math.sqrt(variance)
 
 
 def ratio_with_interval(new, base):

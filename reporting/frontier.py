@@ -4,10 +4,10 @@ import matplotlib
 import matplotlib.pyplot as plt
 from matplotlib.ticker import PercentFormatter
 
-from reporting import shapes
+from harness import shapes
+from harness.shapes import TEXT, each, is_number, maybe
 from reporting.figures import MARKERS, WIDTH
 from reporting.records import provenance
-from reporting.shapes import TEXT, each, is_number, maybe
 
 # The start of a policy's name -> its family in the legend. Families with a line connect their budgets.
 FAMILIES = {

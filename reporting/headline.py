@@ -4,7 +4,7 @@ import dataclasses
 
 from harness.machine import AMX, BFLOAT16, VECTOR_INSTRUCTIONS
 from reporting import pace, published
-from reporting.comparison import Sample, interval_text, paired, signed, within_noise
+from reporting.comparison import Sample, difference_interval, interval_text, paired, signed
 from reporting.records import Record, provenance
 from reporting.studies import SIMCLS, STUDIES, test_accuracy, validation_rouge
 from reporting.tables import data_name, groups, is_toy, markdown, multiple, place
@@ -17,11 +17,11 @@ HALF, SIMCLS_HALF = "Half precision: `--half_precision`", "SimCLS, half precisio
 TECHNIQUES = {
     ("together", "everything on"): (
         "Everything on, with a new recipe (Muon, one-cycle learning rate): `resnext_fast.py`",
-        "to train; not to compare with the original recipe",
+        "to train well and fast",
     ),
     ("together", "everything on, with SGD"): (
         "Everything on, with SGD instead of Muon: `resnext_fast.py --optimizer sgd`",
-        "to compare with Muon",
+        "if you prefer a common optimizer",
     ),
     ("together", "freed memory kept"): (
         "Keeping freed memory in the process: `--keep_memory`",
@@ -61,6 +61,11 @@ TECHNIQUES = {
     ("simcls", "4 workers, fp16"): (SIMCLS_HALF, MULTIPLIES_HALF),
     ("simcls", "4 workers, bf16"): (SIMCLS_HALF, MULTIPLIES_HALF),
 }
+SHORT = {  # By `Effect.in_turn`.
+    True: "shorter, interleaved runs",
+    False: "shorter runs, hours apart from those of the baseline",
+    None: "shorter runs",
+}
 FEW_UPDATES, SAME, UNKNOWN = 100, "none: identical numbers", "not known"
 PAGES = (*(study.name for study in STUDIES), "freed-memory")
 PUBLISHED = {  # Study -> the original study's figures, and which of them is its baseline.
@@ -86,6 +91,7 @@ class Effect:
     group: object
     row: object
     timed: object  # The Row whose times are used: `row`, or that of short runs.
+    in_turn: bool | None  # As of `pace.in_turn` for `timed`.
     published: str | None
 
     @property
@@ -110,7 +116,7 @@ class Effect:
         model, epochs = self.group.settings.get("model"), self.group.settings.get("num_epoch")
         length = f"{epochs} epoch{'' if epochs == 1 else 's'}" if epochs else None
         words = ", ".join(filter(None, [model, data_name(self.group), length]))
-        short = " (times: shorter, interleaved runs)" if self.timed is not self.row else ""
+        short = f" (times: {SHORT[self.in_turn]})" if self.timed is not self.row else ""
         return f"{words}{short}; {place(self.group.machine)}"
 
     def runs(self):
@@ -190,6 +196,7 @@ def effect(study, group, row, of_study):
         group,
         row,
         timed,
+        pace.in_turn(timed, timed_base),
         _published(study.name, row.arm.label),
     )
 
@@ -225,12 +232,11 @@ def _result(study, row, base):
 
 
 def _change(new, old, unit):
-    """ "+1.3 points, within the noise", for two Samples."""
+    """ "+1.3 points (-0.2 to +2.8)", for two Samples."""
     new, old = paired(new, old)
-    noise = within_noise(new, old)
-    unknown = ", one run" if new.n == 1 else ", too few runs"
-    note = ", within the noise" if noise else unknown if noise is None else ""
-    return f"{signed(new.mean - old.mean)} {unit}{note}"
+    found, low, high = difference_interval(new, old)
+    few = ", one run" if new.n == 1 else ", too few runs"
+    return f"{signed(found)} {unit}{few if low is None else f' ({signed(low)} to {signed(high)})'}"
 
 
 def _same_curves(row, base, key):

@@ -22,6 +22,15 @@ def timed(group, row, found):
     return row, base
 
 
+def in_turn(row, base):
+    """Whether the runs of two Rows were made in turn, as far as their dates tell: whether their spans of time overlap.
+    None if one of them has a single run or an unknown date."""
+    starts = [sorted(run.machine.get("date") or "" for run in each.runs) for each in (row, base)]
+    if any(len(each) < 2 or not each[0] for each in starts):
+        return None
+    return max(first for first, *_ in starts) <= min(last for *_, last in starts)
+
+
 def _stands_for(short, group):
     lengths = {"num_epoch": None}
     same = short.machine == group.machine and short.settings | lengths == group.settings | lengths

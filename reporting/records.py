@@ -11,11 +11,11 @@ from pathlib import Path
 
 import numpy as np
 
+from harness import shapes
 from harness.endings import UserError
 from harness.runs import FORMAT
+from harness.shapes import ANY, COUNT, NUMBER, PAIR, PERCENT, POSITIVE, TEXT, WHOLE, each, maybe, or_null
 from harness.timing import phase_times, training_seconds
-from reporting import shapes
-from reporting.shapes import ANY, COUNT, NUMBER, PAIR, PERCENT, POSITIVE, TEXT, WHOLE, each, maybe, or_null
 
 # Candidates of SimCLS, and what resnext/evaluate.py writes.
 NO_RECORD = re.compile(r"\w+\.settings\.json|provenance\.json|.+\.evaluation\.json")

@@ -1,6 +1,7 @@
 """What the records say in sentences: one per technique for the README, and what interrupted runs lost."""
 
-from reporting import accuracy, headline, shapes
+from harness import shapes
+from reporting import accuracy, headline
 from reporting.comparison import Sample, interval_text
 from reporting.headline import SAME
 from reporting.records import provenance

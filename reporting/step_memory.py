@@ -4,10 +4,10 @@ import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
 
-from reporting import shapes
+from harness import shapes
+from harness.shapes import COUNT, NUMBER, TEXT, each
 from reporting.figures import WIDTH
 from reporting.records import provenance
-from reporting.shapes import COUNT, NUMBER, TEXT, each
 from reporting.studies import in_words
 
 GIB = 2**30

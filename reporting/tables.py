@@ -23,7 +23,7 @@ CPU_NOTE = (
     "compares."
 )
 PUBLISHED_NOTE = f"Columns headed A100 are the original study's published figures ({SETUP}): not comparable with ours."
-PACE_NOTE = "Times are those of shorter, interleaved runs of the same set-ups, where there are any."
+PACE_NOTE = "Times are those of shorter runs of the same set-ups, where there are any."
 ONE_RUN_NOTE = "One run per row: the noise is unknown."
 
 

@@ -17,11 +17,11 @@ import numpy as np
 from matplotlib.patches import Patch
 
 from harness.endings import UserError
+from harness.shapes import is_number
 from harness.tracing import STEP
 from reporting.comparison import number
 from reporting.figures import STYLE, WIDTH, distinct_colours, finish, save
 from reporting.overview import PHASES
-from reporting.shapes import is_number
 from reporting.tables import markdown
 
 ON_GPU = ("kernel", "gpu_memcpy", "gpu_memset")  # The categories of GPU work.

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from run_description import describe_effect, describe_prospects, describe_run
 
 from harness import arguments, determinism, devices, distributed, resume, run_log, runs, tracing
 from harness.endings import UserError
@@ -21,7 +22,6 @@ from image_loaders import DeviceImages, evaluation_batches, training_loader
 from images import SIZE, load_images
 from models.resnext import parse_name
 from picture_files import LARGEST
-from techniques import describe_effect, describe_prospects, describe_run
 from weights import start_from, weights_digest
 
 SECONDS_BETWEEN_READS = 2.0  # Between reads of the running loss, which is on the device.

@@ -11,8 +11,8 @@ decay on BatchNorm and biases. Each technique can be switched off, down to the s
 --optimizer adam --label_smoothing 0.
 
 benchmarks/fast.py measures the effect of each technique, with and without bfloat16 instructions. docs/results.md lists
-the results for each processor that has a record, under "Benchmarks", next to the targets of both kinds. Not yet
-measured: a GPU, and accuracy at full length.
+the results for each processor that has a record, under "Benchmarks". Not yet measured: a GPU, and ResNeXt29_4x64d at
+full length.
 """
 
 import argparse

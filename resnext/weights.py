@@ -9,10 +9,10 @@ import torch
 from harness.arguments import LEAST_DEVIATION
 from harness.endings import UserError
 from harness.resume import read_tensors
+from harness.shapes import NUMBER, TEXT, WHOLE, each, fault, maybe
 from models.grouped_convolution import FORMS
 from models.resnext import ResNeXt
 from picture_files import LARGEST
-from reporting.shapes import NUMBER, TEXT, WHOLE, each, fault, maybe
 
 
 def _three_numbers(least):

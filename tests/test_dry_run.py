@@ -9,6 +9,7 @@ import pytest
 import torch
 from data_utils import SampleSet, tokenize_samples
 from model import load_scorer
+from run_description import describe_prospects
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -18,7 +19,6 @@ from harness.memory import SavedBytes
 from images import load_images
 from models.resnext import ResNeXt
 from scorer.scorer_run import ScorerRun
-from techniques import describe_prospects
 from texts.samples import read_sample, sample_files
 
 CPU = torch.device("cpu")

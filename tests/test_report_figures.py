@@ -122,6 +122,7 @@ def test_what_does_not_scatter_differs_or_is_the_same():
     one, other = Sample.of([5.0, 5.0]), Sample.of([5.1, 5.1, 5.1])
     assert comparison.within_noise(one, other) is False
     assert comparison.within_noise(one, Sample.of([5.0, 5.0, 5.0])) is True
+    assert comparison.difference_interval(other, one) == pytest.approx((0.1, 0.1, 0.1))
     assert comparison.difference(other, one) == "+0.1"
 
 
@@ -133,7 +134,11 @@ def test_runs_are_compared_with_those_of_their_own_seed():
     logs = np.log([0.5, 0.5, 0.525])
     factor = np.exp(4.303 * logs.std(ddof=1) / np.sqrt(3))
     assert (found, low, high) == pytest.approx((36 / 70, 36 / 70 / factor, 36 / 70 * factor), rel=1e-3)
-    # Differences of 5, 10 and 19: t is 2.77 where 4.30 is the limit. Of 0.9, 1.0 and 1.1 it is 17.
+    # Their differences are 5, 10 and 19, with a deviation of 7.095: 4.303 x 7.095 / sqrt(3) is 17.62.
+    assert comparison.difference_interval(half, base) == pytest.approx(
+        (-34 / 3, -34 / 3 - 17.62, -34 / 3 + 17.62), abs=0.01
+    )
+    # So t is 2.77 where 4.30 is the limit. Of differences of 0.9, 1.0 and 1.1 it is 17.
     assert comparison.within_noise(half, base)
     assert comparison.difference(Sample.of([10.9, 21.0, 41.1], seeds=[0, 1, 2]), base) == "+1.0"
     # Of what one side alone has, nothing is said; a single pair has no noise.

@@ -76,14 +76,14 @@ def test_long_runs_are_timed_by_short_ones_that_were_run_in_turn():
     assert rows["original (baseline)"]["Seconds"] == "304"
     assert rows["everything on"]["Seconds"].startswith("46.0")  # Start-up once, and two epochs.
     # Of two rounds for three seeds, and for another machine or batch size, nothing is taken.
-    assert "interleaved" not in headline.render(long + short[:4])
+    assert "shorter" not in headline.render(long + short[:4])
     for run in short:
         run.machine["hardware"] = "another"
-    assert "interleaved" not in headline.render(long + short)
+    assert "shorter" not in headline.render(long + short)
     # Nor where the short runs of the baseline are missing.
     for run in short:
         run.machine["hardware"] = long[0].machine["hardware"]
-    assert "interleaved" not in headline.render(long + short[1::2] + [paced(30, 50, num_worker=0)])
+    assert "shorter" not in headline.render(long + short[1::2] + [paced(30, 50, num_worker=0)])
     # An arm that was not run in short, or with another batch size, says how many epochs it takes, and not how many
     # seconds.
     more = [paced(80, 60, 70, 72, half_precision="bfloat16", precision="bf16")]
@@ -94,15 +94,30 @@ def test_long_runs_are_timed_by_short_ones_that_were_run_in_turn():
         assert (rows[name]["Epochs"], rows[name]["Seconds"]) == ("2.0", "–")
 
 
+def test_runs_are_called_interleaved_only_if_their_dates_overlap():
+    fast = {"experiment": "resnext_fast", "lr": 0.1}
+    long = [paced(100, 50, 60, 70, seed=seed, **more) for seed in (0, 1) for more in ({}, fast)]
+    for hours, words in (
+        ((("00", "02"), ("01", "03")), "shorter, interleaved runs"),
+        ((("00", "01"), ("02", "03")), "shorter runs, hours apart from those of the baseline"),
+        ((("02", "03"), ("00", "01")), "shorter runs, hours apart from those of the baseline"),
+        (((None, "03"), ("00", "01")), "shorter runs"),
+    ):
+        short = [paced(100, 50, seed=seed, **more) for more in ({}, fast) for seed in (0, 1)]
+        for run, hour in zip(short, (*hours[0], *hours[1]), strict=True):
+            run.machine["date"] = hour and f"2026-01-01T{hour}:00:00Z"
+        assert f"(times: {words})" in headline.render(long + short)
+
+
 def test_runs_of_other_settings_and_long_ones_time_no_others():
     def pair(number, **more):
         fast = paced(20, *[55] * number, experiment="resnext_fast", lr=0.1, **more)
         return [paced(100, *[50] * number, **more), fast]
 
     long = pair(4)
-    assert "interleaved" in headline.render(long + pair(2))
-    assert "interleaved" not in headline.render(long + pair(3))  # These show a result of their own.
-    assert "interleaved" not in headline.render(long + pair(2, model="resnext29_2x64d"))
+    assert "shorter" in headline.render(long + pair(2))
+    assert "shorter" not in headline.render(long + pair(3))  # These show a result of their own.
+    assert "shorter" not in headline.render(long + pair(2, model="resnext29_2x64d"))
     # Two epochs, as a scorer is trained for, are timed by one, and one by no other.
-    assert "interleaved" in headline.render(pair(2) + pair(1))
-    assert "interleaved" not in headline.render(pair(1))
+    assert "shorter" in headline.render(pair(2) + pair(1))
+    assert "shorter" not in headline.render(pair(1))

@@ -114,7 +114,7 @@ def test_the_headline_has_a_row_for_each_technique_with_its_interval_and_what_wa
     assert none["Published (one A100), ×"] == "time 1.52"
     # 0.5, 0.473 and 0.533 of the run with the same seed: the logarithms scatter by 0.0604, and t is 4.30.
     assert half["Time, ×"] == "0.50 (0.43 to 0.58)"
-    assert half["Change in result"] == "best epoch: +1.0 points; last epoch: +1.0 points"
+    assert half["Change in result"] == "best epoch: +1.0 points (+1.0 to +1.0); last epoch: +1.0 points (+1.0 to +1.0)"
     assert (half["n"], half["Memory, ×"]) == ("3", "1.00")
     assert half["Published (one A100), ×"] == "time 0.76"
 
@@ -301,7 +301,9 @@ def test_another_recipe_is_compared_by_the_best_epochs():
     runs = trained("resnext", (67.0, 60.0), (68.0, 67.0))  # The last epochs are a draw.
     runs += trained("resnext_fast", (82.5, 82.5), (83.0, 83.0), (82.8, 82.8), loader="device", lr=0.1, save_every=1.0)
     (row,) = read_table(headline.render(runs))
-    assert row["Change in result"] == "best epoch: +15.2 points; last epoch: +19.2 points, within the noise"
+    assert row["Change in result"] == (
+        "best epoch: +15.2 points (+12.1 to +18.4); last epoch: +19.2 points (-22.0 to +60.5)"
+    )
 
 
 def test_results_are_the_same_where_each_seed_s_are():

@@ -4,7 +4,7 @@ import itertools
 
 import torch
 
-from reporting.shapes import COUNT, NUMBER, WHOLE, each, fault, is_number, maybe
+from harness.shapes import COUNT, NUMBER, WHOLE, each, fault, is_number, maybe
 from search.library_decoder import LibraryDecoder
 from search.t5_decoder import T5Decoder
 

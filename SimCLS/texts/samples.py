@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness.endings import UserError
 from harness.files import is_utf8
-from reporting.shapes import NUMBER, WHOLE, each, fault, maybe
+from harness.shapes import NUMBER, WHOLE, each, fault, maybe
 from texts import provenance
 from texts.candidate_files import Lines
 from texts.documents import Document

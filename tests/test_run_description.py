@@ -5,10 +5,10 @@ import contextlib
 from types import SimpleNamespace
 
 import pytest
+import run_description
 import torch
 
 import memory_plan
-import techniques
 from harness.planning import Plan
 
 DATA = SimpleNamespace(size=32, train_labels=range(100))
@@ -23,11 +23,11 @@ def run_with(facts, **arguments):
 
 
 def test_compiling_is_named_among_what_changed_the_memory(monkeypatch):
-    monkeypatch.setattr(techniques, "plan_of", lambda run: PLAN)
+    monkeypatch.setattr(run_description, "plan_of", lambda run: PLAN)
     run = run_with({"saved_activation_bytes": 50, "precision": "bf16"})
-    assert "without compiling and half precision 0.0 (0.50 x)" in techniques.describe_effect(run)
+    assert "without compiling and half precision 0.0 (0.50 x)" in run_description.describe_effect(run)
     run.args.compile = False
-    assert "without half precision 0.0 (0.50 x)" in techniques.describe_effect(run)
+    assert "without half precision 0.0 (0.50 x)" in run_description.describe_effect(run)
 
 
 @pytest.mark.parametrize(
@@ -40,14 +40,14 @@ def test_compiling_is_named_among_what_changed_the_memory(monkeypatch):
     ],
 )
 def test_why_a_layout_was_taken_is_told(layout, arguments, told):
-    assert techniques._fast(run_with({"layout": layout}, **arguments))[0] == told
+    assert run_description._fast(run_with({"layout": layout}, **arguments))[0] == told
 
 
 def test_freed_memory_is_told_of_on_a_cpu_alone():
     run = run_with({"layout": {"form": "groups"}})
-    assert techniques._fast(run)[-1] == "freed memory kept"
+    assert run_description._fast(run)[-1] == "freed memory kept"
     run.world.device = torch.device("cuda")
-    assert "freed memory" not in "; ".join(techniques._fast(run))
+    assert "freed memory" not in "; ".join(run_description._fast(run))
 
 
 def test_a_resumed_run_keeps_its_plan(monkeypatch):
@@ -77,10 +77,10 @@ def test_the_processes_of_a_job_plan_alike(monkeypatch, processes, cost):
 
 
 def test_a_measured_peak_is_told_as_a_share_of_that_without_recomputation(monkeypatch):
-    monkeypatch.setattr(techniques, "plan_of", lambda run: PLAN)
+    monkeypatch.setattr(run_description, "plan_of", lambda run: PLAN)
     plan = {"redo": ["stem.relu1"], "held_bytes": 80, "peak_bytes": 150 * 2**20, "plain_peak_bytes": 200 * 2**20}
     facts = {"saved_activation_bytes": 80, "precision": "fp32", "policy": ["stem.relu1"], "plan": plan}
-    told = techniques.describe_effect(run_with(facts | {"measured": {"peak_bytes": 160 * 2**20}}, compile=False))
+    told = run_description.describe_effect(run_with(facts | {"measured": {"peak_bytes": 160 * 2**20}}, compile=False))
     assert "peak 160.0 (planned 150.0), without recomputation 200.0 (0.80 x), by recomputing 1 operations" in told
-    whole = techniques.describe_effect(run_with(facts | {"plan": None, "policy": "block"}, compile=False))
+    whole = run_description.describe_effect(run_with(facts | {"plan": None, "policy": "block"}, compile=False))
     assert "without recomputation 0.0 (0.80 x)" in whole
