@@ -6,7 +6,8 @@
 #                            (EPOCHS=15, MODEL; PICTURES, a folder with train/ and test/, avoids the download)
 #   bash run.sh resnext      the whole study of ResNeXt on CIFAR-10 (EPOCHS=200; needs a GPU in practice)
 #   bash run.sh simcls       the seven set-ups of the SimCLS scorer (EPOCHS=2, PERCENT=20 of the text)
-#   bash run.sh pubmed       SimCLS on abstracts and titles from a file CSV, with one generator, searched in two ways (EPOCHS=1, PERCENT=50)
+#   bash run.sh pubmed       SimCLS on abstracts and titles from a file CSV, with one generator, searched in two ways
+#                            (EPOCHS=1, PERCENT=50)
 #   bash run.sh profile      30 steps (STEPS) of both models under Nsight Systems; their phases by trace and by record
 #   bash run.sh benchmarks   the training benchmarks, which need no other environment (ONLY="layout fast"), each for at
 #                            most LIMIT seconds, into the folder OUT instead of benchmarks/results/<hardware>

@@ -42,21 +42,10 @@ share_below_one = _number(float, lambda value: 0 <= value < 1, "a number of at l
 learning_rate = _number(float, lambda value: 0 < value <= LARGEST_LEARNING_RATE,
                         f"a number above 0 and at most {LARGEST_LEARNING_RATE:g}")  # fmt: skip
 
-
-def _a_few(least):
-    """An argparse type: a number of processes or threads, from `least` to 8 per usable core, or to 64 if that is more.
-
-    A far larger number is a typo, and would bring the machine down.
-    """
-
-    def read(text):
-        most = max(64, 8 * usable_cores())
-        return _number(int, lambda value: least <= value <= most, f"a whole number from {least} to {most}")(text)
-
-    return read
-
-
-workers, threads = _a_few(0), _a_few(1)
+# A far larger number of processes or threads is a typo, and would bring the machine down.
+_MOST = max(64, 8 * usable_cores())
+workers = _number(int, lambda value: 0 <= value <= _MOST, f"a whole number from 0 to {_MOST}")
+threads = _number(int, lambda value: 1 <= value <= _MOST, f"a whole number from 1 to {_MOST}")
 
 
 def default_workers(wanted):
@@ -73,7 +62,13 @@ def boolean(text):
     return value
 
 
+DRY_STEPS = 4  # Of --dry_run: one to warm up, and three that are timed.
 FLAG = {"type": boolean, "nargs": "?", "const": True, "default": False}
+
+
+def add_dry_run(parser):
+    parser.add_argument("--dry_run", action="store_true",
+        help=f"train {DRY_STEPS} steps, print the time and memory the run would need, and write nothing")  # fmt: skip
 
 
 def given(parser, args):

@@ -171,6 +171,15 @@ def output_lock(path, output=None):
         yield
 
 
+def is_locked(path):
+    """Whether another run holds the lock file `path`."""
+    try:
+        with output_lock(path) if path.exists() else contextlib.nullcontext():
+            return False
+    except UserError:
+        return True
+
+
 def _refuse_lock(path, output, error):
     """UserError if the `error` of locking the file `path` is one that the user can fix."""
     is_there = os.path.lexists(path)

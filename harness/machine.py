@@ -14,6 +14,7 @@ from pathlib import Path
 
 from harness.files import ROOT, portable
 
+UNKNOWN = "unknown"  # A commit.
 PACKAGES = ("torch", "torchvision", "transformers", "numpy", "nvtx")
 # Linux's names of processor features, x86's and ARM's: the first vector extension found, and any of BFLOAT16_FLAGS.
 VECTOR_INSTRUCTIONS = {"avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
@@ -42,8 +43,19 @@ def describe_machine(device):
         "cuda": torch.version.cuda,
         "commit": _git_commit(),
         "command": shlex.join([Path(sys.argv[0]).name, *portable(sys.argv[1:])]),
-        "date": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "date": timestamp(),
     }
+
+
+def same_pace(one, other):
+    """Whether a computation takes as long in one place as in the other, as far as `describe_machine` tells."""
+    return all(
+        one[name] == other[name] for name in ("device", "hardware", "threads", "environment", "versions", "cuda")
+    )
+
+
+def timestamp():
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def hardware_name(device):
@@ -79,7 +91,8 @@ def _processor():
 
 
 def _git_commit():
-    """The commit of this repository, with "-dirty" if a tracked file that runs depend on has changed."""
+    """The commit of this repository; None outside of a clone. It has "-dirty" if a tracked file that runs depend on has
+    changed, or if this process has imported a file that is not tracked."""
 
     def git(*arguments):
         command = ["git", "-C", str(ROOT), *arguments]
@@ -88,8 +101,13 @@ def _git_commit():
     # Figures, pages and records are the results of runs, not their input.
     results = (":!image", ":!docs", ":!*.md", ":!benchmarks/results")
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:  # Unpacked within another repository.
+            return None
         changed = git("status", "--porcelain", "--untracked-files=no", "--", str(ROOT), *results)
-        return git("rev-parse", "--short=12", "HEAD") + "-dirty" * bool(changed)
+        imported = {getattr(module, "__file__", None) for module in list(sys.modules.values())}
+        untracked = git("ls-files", "--others", "--exclude-standard", "--", "*.py").splitlines()
+        is_dirty = changed or any(str(ROOT / name) in imported for name in untracked)
+        return git("rev-parse", "--short=12", "HEAD") + "-dirty" * bool(is_dirty)
     except (OSError, subprocess.SubprocessError):
         return None
 

@@ -11,10 +11,11 @@ import torch
 from tqdm import tqdm
 
 from harness import resume
+from harness.arguments import DRY_STEPS
 from harness.endings import UserError, is_out_of_gpu_memory
 from harness.epochs import Epoch
-from harness.files import as_recorded, output_lock, places, write_record
-from harness.machine import describe_machine
+from harness.files import as_recorded, is_locked, output_lock, places, write_record
+from harness.machine import UNKNOWN, describe_machine, same_pace, timestamp
 from harness.run_log import RunLog
 from harness.timing import nvtx_range, training_seconds
 from harness.tracing import trace
@@ -23,20 +24,13 @@ FORMAT = 1
 # Arguments that choose where and how a process runs, not what it computes: a resumed run may change them. Each script
 # adds its own.
 NOT_RESULTS = ("resume", "restart", "trace", "device", "threads", "dry_run", "log")
-DRY_STEPS = 4  # Of --dry_run: one to warm up, and three that are timed.
-
-
-def add_dry_run(parser):
-    parser.add_argument("--dry_run", action="store_true",
-        help=f"train {DRY_STEPS} steps, print the time and memory the run would need, and write nothing")  # fmt: skip
 
 
 class Run:
     """The files `folder`/`name`.* of a run of the script `experiment`; only the main process writes them.
 
-    args: the parsed arguments. not_results: the names of arguments that a resumed run may change, since they choose
-    where and how a process runs, not what it computes. facts: further entries of the record; more may be added during
-    the run. history: one dict per finished epoch, as in the record.
+    args: the parsed arguments. not_results: names of arguments, as NOT_RESULTS. facts: further entries of the record;
+    more may be added during the run. history: one dict per finished epoch, as in the record.
 
     A subclass defines how an epoch is recorded and shown (`add_epoch` and `line`), and what --dry_run prints
     (`prospects`).
@@ -53,12 +47,12 @@ class Run:
         """fixed_length: why a finished run cannot continue to a larger --num_epoch; None if it can."""
         self.experiment, self.folder, self.name = experiment, Path(folder), name
         self.args, self.world, self.facts, self.fixed_length = args, world, facts, fixed_length
+        self.machine = describe_machine(world.device)  # Now, since the code may change while the run trains.
         self.history, self.state = [], {}
         self.part = None  # Of an epoch that was stopped and resumed: samples and timing of its longest part.
         self._started, self._seconds_before = time.perf_counter(), 0.0
         # Summed over all processes of a resumed run.
         self.seconds = {"start_up_seconds": 0.0, "saving_seconds": 0.0}
-        self._saved_at = self._started
         self.is_dry = vars(args).get("dry_run", False)
         if self.is_dry:  # Nothing is resumed or written.
             args.resume = False
@@ -293,6 +287,8 @@ class Run:
         # With a state of its own, the run does not need the others to be readable.
         ignored = [UserError] if saved else []
         for path in self.other_states():
+            if is_locked(path.with_suffix(".lock")):  # That run is training.
+                continue
             with contextlib.suppress(*ignored):
                 saved = resume.read_state(path, mmap=True)
                 finished = resume.recorded_arguments(path.with_suffix(".json"))
@@ -320,6 +316,7 @@ class Run:
             self._seconds_before, self.seconds = state["elapsed_seconds"], state["seconds"]
             self.facts = state["facts"] | self.facts
             epoch, step = state["epoch"], state["step"]
+            self._note_origin(state.get("machine", self.machine), path)
         except (KeyError, RuntimeError, ValueError, TypeError, AttributeError) as error:
             if is_out_of_gpu_memory(error):  # The state itself is good; other processes may be using the GPU, too.
                 raise
@@ -335,6 +332,15 @@ class Run:
         self.world.say(f"resuming from {path}: epoch {epoch + 1}, step {step + 1}")
         return epoch, step
 
+    def _note_origin(self, machine, path):
+        """Record what of this run was computed with other code, and of how many epochs the times are not its own.
+        machine: where the state `path` was made."""
+        commits = [*self.facts.get("earlier_commits", ()), machine["commit"] or UNKNOWN]
+        if set(commits) != {self.machine["commit"] or UNKNOWN}:
+            self.facts["earlier_commits"] = list(dict.fromkeys(commits))
+        if path != self.path(".state") or not same_pace(machine, self.machine):
+            self.facts["epochs_elsewhere"] = len(self.history)
+
     def save(self, epoch, step):
         """Save the state before step `step` of `epoch`."""
         if self.world.is_main and not self.is_dry:
@@ -348,6 +354,7 @@ class Run:
                     history=self.history,
                     part=self.part,
                     facts=self.facts,
+                    machine=self.machine,
                     elapsed_seconds=self.elapsed_seconds(),
                     seconds=self.seconds,
                     log=self.log.state_dict(),
@@ -382,7 +389,7 @@ class Run:
                 "name": self.name,
                 "arguments": vars(self.args) | {"processes": self.world.size},
                 "places": places(vars(self.args)),
-                "machine": describe_machine(self.world.device),
+                "machine": self.machine | {"date": timestamp()},
                 **self.facts,
                 **self.seconds,
                 "epochs": self.history,

@@ -8,10 +8,10 @@ from matplotlib.ticker import MaxNLocator
 
 from harness.endings import UserError
 from reporting.comparison import Sample, quantity, ratio_with_interval, within_noise
-from reporting.figures import STYLE, WIDTH, distinct_colours, draw_band, save, stacked
-from reporting.overview import PHASES
+from reporting.figures import STYLE, WIDTH, arm_handles, distinct_colours, draw_band, save, stacked
+from reporting.overview import PHASES, by_place
 from reporting.records import Record, read_folders
-from reporting.tables import hardware, markdown, one_a_seed, place, settings
+from reporting.tables import hardware, markdown, place, settings
 
 RESULTS = {"loss": "Training loss", "acc": "Training accuracy, %", "test_acc": "Test accuracy, %"}
 NOISE = {True: "within the noise", False: "beyond the noise", None: "unknown: too few runs"}
@@ -24,16 +24,13 @@ def read_side(path):
     record = path.with_suffix(".json")
     if path.suffix in (".pt", ".npz", ".lock", ".state") and record.is_file():
         path = record
-    runs, _ = read_folders([path])
-    set_ups = {}
-    for run in runs:
-        set_ups.setdefault(str((sorted(settings(run).items()), hardware(run))), []).append(run)
-    if not runs:
+    set_ups = [repeats for _, rows in by_place(read_folders([path])[0]) for repeats in rows]
+    if not set_ups:
         raise UserError(f"{path} has no record of a training run; choose a run's .json, or a folder of them")
     if len(set_ups) > 1:
-        names = ", ".join(each[0].path.name for each in set_ups.values())
+        names = ", ".join(each[0].path.name for each in set_ups)
         raise UserError(f"{path} has runs of {len(set_ups)} set-ups; choose one of them: {names}")
-    return one_a_seed(runs)
+    return set_ups[0]
 
 
 def names(sides):
@@ -107,8 +104,7 @@ def draw(sides, path):
         for panel, title in zip(panels[1:], ("training loss", "test accuracy, %"), strict=True):
             panel.set(xlabel="epoch", ylabel=title)
             panel.xaxis.set_major_locator(MaxNLocator(integer=True))
-        handles = [plt.Line2D([], [], color=colours[name], linewidth=3, label=name) for name in both]
-        figure.legend(handles=handles, loc="outside lower center", ncols=1)
+        figure.legend(handles=arm_handles(colours), loc="outside lower center", ncols=1)
         figure.suptitle("; ".join(dict.fromkeys(place(hardware(side[0])) for side in sides)), fontsize=11)
     return save(figure, path)
 

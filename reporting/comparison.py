@@ -83,8 +83,8 @@ def difference_interval(new, base):
 def ratio_interval(new, base):
     """(mean of `new` over that of `base`, low, high): the 95 % interval from the t-distribution of the logarithm.
 
-    Pairs and single values are treated as in `difference_interval`. low and high are None if both Samples are single
-    values, or if any value is not above 0.
+    Pairs and single values are treated as in `difference_interval`; the mean of pairs is that of their logarithms.
+    low and high are None if both Samples are single values, or if any value is not above 0.
     """
     new, base = paired(new, base)
     found = new.mean / base.mean
@@ -92,7 +92,7 @@ def ratio_interval(new, base):
         return found, None, None
     if new.by_seed:
         logs = Sample.of(math.log(new.by_seed[seed] / base.by_seed[seed]) for seed in new.by_seed)
-        variance, freedom = logs.deviation**2 / logs.n, logs.n - 1
+        found, variance, freedom = math.exp(logs.mean), logs.deviation**2 / logs.n, logs.n - 1
     else:
         variance, freedom = _variance(*((each.deviation / each.mean, each.n) for each in (new, base)))
     if variance == 0:

@@ -237,7 +237,7 @@ def draw_losses(runs):
     figure, panel = plt.subplots(figsize=(WIDTH, 4.2), layout="constrained")
     colours = distinct_colours(in_words(row.arm.label) for row in group.rows)
     means, shortest = [], min(len(run.losses()) for row in group.rows for run in row.runs)
-    window = max(1, shortest // SMOOTH) if shortest >= 2 * SMOOTH else 1
+    window = shortest // SMOOTH if shortest >= 2 * SMOOTH else 1
     for index, row in enumerate(group.rows):
         points = stacked(run.losses() for run in row.runs)  # [runs, points, (update, loss)]
         values = np.apply_along_axis(np.convolve, 1, points[..., 1], np.full(window, 1 / window), "valid")

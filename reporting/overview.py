@@ -1,4 +1,4 @@
-"""Tables without comparisons: all runs, the phases of a step, the original's figures."""
+"""Tables without comparisons: all runs, the phases of a step, the original's figures, evaluations of SimCLS."""
 
 import re
 

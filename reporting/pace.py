@@ -23,12 +23,12 @@ def timed(group, row, found):
 
 
 def in_turn(row, base):
-    """Whether the runs of two Rows were made in turn, as far as their dates tell: whether their spans of time overlap.
-    None if one of them has a single run or an unknown date."""
-    starts = [sorted(run.machine.get("date") or "" for run in each.runs) for each in (row, base)]
-    if any(len(each) < 2 or not each[0] for each in starts):
+    """Whether the runs of two Rows were made in turn, as far as their dates, those of their ends, tell: whether the
+    spans of time overlap. None if one of them has a single run or an unknown date."""
+    ends = [sorted(run.machine.get("date") or "" for run in each.runs) for each in (row, base)]
+    if any(len(each) < 2 or not each[0] for each in ends):
         return None
-    return max(first for first, *_ in starts) <= min(last for *_, last in starts)
+    return max(first for first, *_ in ends) <= min(last for *_, last in ends)
 
 
 def _stands_for(short, group):

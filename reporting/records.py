@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import numpy as np
 
 from harness import shapes
 from harness.endings import UserError
+from harness.machine import UNKNOWN
 from harness.runs import FORMAT
 from harness.shapes import ANY, COUNT, NUMBER, PAIR, PERCENT, POSITIVE, TEXT, WHOLE, each, maybe, or_null
 from harness.timing import phase_times, training_seconds
@@ -62,6 +64,7 @@ EPOCH |= dict.fromkeys(OF_EPOCH, maybe(NUMBER)) | dict.fromkeys(("acc", "test_ac
 RECORD = {
     "name": maybe(TEXT), "data": maybe({"train_pictures": maybe(WHOLE), "digest": maybe(TEXT)}),
     "machine": MACHINE, "precision": maybe(TEXT), "loading": maybe(TEXT), "places": maybe(each(dict, TEXT)),
+    "earlier_commits": maybe(each(list, TEXT)), "epochs_elsewhere": maybe(COUNT),
     "saved_activation_bytes": maybe(NUMBER), "start_up_seconds": maybe(NUMBER),
     "measured": maybe({"peak_bytes": maybe(NUMBER)}), "plan": maybe({"plain_peak_bytes": maybe(NUMBER)}),
 }  # fmt: skip
@@ -113,10 +116,11 @@ def _with_data_told_apart(runs):
 
 def refused(path, record):
     """Whether `record` may not be published, since nobody can get the code that made it; stderr names it."""
-    commit = record["machine"].get("commit")
-    if commit and not commit.endswith("-dirty"):
+    commits = [*record.get("earlier_commits", ()), record["machine"].get("commit") or UNKNOWN]
+    commit = next((commit for commit in commits if commit == UNKNOWN or commit.endswith("-dirty")), None)
+    if commit is None:
         return False
-    made = f"from uncommitted changes (on commit {commit[:7]})" if commit else "without a commit"
+    made = f"from uncommitted changes (on commit {commit[:7]})" if commit != UNKNOWN else "without a commit"
     warn(f"refused {path}: made {made}; commit, then run it again")
     return True
 
@@ -124,7 +128,8 @@ def refused(path, record):
 def provenance(records):
     """ "commit 1f098ca, 2026-11-23": what made `records`, dicts, and when; "" if they do not say."""
     machines = [record["machine"] for record in records]
-    commits = list(dict.fromkeys(machine["commit"][:7] for machine in machines if machine.get("commit")))
+    commits = [(*record.get("earlier_commits", ()), record["machine"].get("commit")) for record in records]
+    commits = list(dict.fromkeys(commit[:7] for commit in itertools.chain(*commits) if commit))
     dates = sorted({machine["date"][:10] for machine in machines if machine.get("date")})
     words = [f"commit{'s' if len(commits) > 1 else ''} {', '.join(commits)}"] if commits else []
     return ", ".join(words + ([" to ".join(dict.fromkeys([dates[0], dates[-1]]))] if dates else []))
@@ -132,11 +137,8 @@ def provenance(records):
 
 def machine_letter(path):
     """ "b" of a record in benchmarks/results/<hardware>_b: what tells machines of one kind apart; None elsewhere."""
-    folders = Path(path).absolute().parts[:-1]
-    for start in range(len(folders) - 2):
-        if folders[start : start + 2] == ("benchmarks", "results"):
-            return folders[start + 2].partition("_")[2] or None
-    return None
+    match = re.search(r"/benchmarks/results/[^/_]*_([^/]+)/", Path(path).absolute().as_posix())
+    return match and match[1]
 
 
 def _json_files(folder):
@@ -235,12 +237,18 @@ class Record:
         return self.record["epochs"]
 
     @property
+    def timed_epochs(self):
+        """The epochs whose times are this set-up's own: a resumed run may have taken over the first ones from a run
+        with other workers, or from another machine."""
+        return self.epochs[self.record.get("epochs_elsewhere", 0) :]
+
+    @property
     def on_cpu(self):
         return self.machine.get("device") == "cpu"
 
     def timing(self):
         """The phases over all epochs, in the form of PhaseTimer.end_epoch; None without an epoch."""
-        return combine([epoch["timing"] for epoch in self.epochs])
+        return combine([epoch["timing"] for epoch in self.timed_epochs])
 
     def phase_ms(self, name):
         """Median milliseconds of the phase `name`, on the device if timed there, else on the host."""
@@ -267,7 +275,7 @@ class Record:
 
     def _whole_epochs(self):
         """The timings of complete epochs: neither resumed within nor cut short."""
-        ended = [epoch["timing"] for epoch in self.epochs if epoch.get("loss") is not None]
+        ended = [epoch["timing"] for epoch in self.timed_epochs if epoch.get("loss") is not None]
         whole = max((timing["steps"] for timing in ended), default=0)
         if pictures := (self.record.get("data") or {}).get("train_pictures"):
             whole = -(-pictures // self.arguments["batch_size"])  # A single resumed epoch has no other to compare with.
@@ -284,7 +292,7 @@ class Record:
         return sum(map(training_seconds, whole)) if whole and len(whole) == len(self.epochs) else None
 
     def samples_per_second(self):
-        values = [epoch["samples_per_second"] for epoch in self.epochs if epoch.get("samples_per_second")]
+        values = [epoch["samples_per_second"] for epoch in self.timed_epochs if epoch.get("samples_per_second")]
         return float(np.median(values[1:] or values)) if values else None
 
     def saved_mib(self):
@@ -307,8 +315,8 @@ class Record:
             return [peak[name] for peak in found if peak]
 
         # In a process's first epoch cuDNN may try algorithms that need more memory than the one it selects.
-        warm = [epoch for epoch in self.epochs if not epoch["timing"].get("warmup_steps")]
-        peak = max(peaks(warm) or peaks(self.epochs), default=None)
+        warm = [epoch for epoch in self.timed_epochs if not epoch["timing"].get("warmup_steps")]
+        peak = max(peaks(warm) or peaks(self.timed_epochs), default=None)
         return None if peak is None else peak / 1e9
 
     allocated_gb = functools.partialmethod(_peak_gb, "allocated_bytes")  # In tensors.
@@ -333,12 +341,12 @@ class Record:
     def accuracy_by_seconds(self):
         """[(seconds since the run's start, test accuracy in percent), ...], one per epoch; [] if any is unknown."""
         points = [(epoch.get("elapsed_seconds"), epoch.get("test_acc")) for epoch in self.epochs]
-        return [] if any(None in point for point in points) else points
+        own = len(self.timed_epochs) == len(self.epochs)
+        return points if own and not any(None in point for point in points) else []
 
     def losses(self):
-        """[[update, loss], ...] of a SimCLS run, in order; of an image run [[epoch, loss], ...]."""
-        within = [point for epoch in self.epochs for point in epoch.get("losses") or ()]
-        return within or [[epoch["epoch"], epoch["loss"]] for epoch in self.epochs if epoch.get("loss") is not None]
+        """[[update, loss], ...] of a SimCLS run, in order."""
+        return [point for epoch in self.epochs for point in epoch.get("losses") or ()]
 
 
 def combine(timings):

@@ -4,7 +4,6 @@ import dataclasses
 import functools
 import hashlib
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 
 from harness import torchvision_compat  # noqa: F401  (before torchvision)
 from harness.endings import UserError
+from harness.machine import usable_cores
 from picture_files import list_classes, printable, read_picture
 
 SIZE = 32
@@ -191,7 +191,7 @@ def _load_folder(data_dir, size):
     for classes in (train, test):
         files = [(path, label) for label, name in enumerate(sorted(train)) for path in classes[name]]
         images = np.empty((len(files), size, size, 3), np.uint8)
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        with ThreadPoolExecutor(min(8, usable_cores())) as pool:
             for index, image in enumerate(pool.map(lambda file: read_picture(file[0], size), files)):
                 images[index] = image
         arrays += [images, np.array([label for _, label in files], dtype=np.int64)]

@@ -95,8 +95,8 @@ def fastest(model, layouts, precision, world, batch_size, size):
         # A single image would leave a GPU idle between launches and time that; a full batch may take a CPU too long.
         first = most if world.device.type == "cuda" else 1
         step(layouts[0], first)
-        # Each layout runs at least twice: the first step also allocates memory and selects algorithms.
-        affordable = int(first * SECONDS / (2 * len(layouts) * step(layouts[0], first)))
+        # Each layout runs at least three times: the first step also allocates memory and selects algorithms.
+        affordable = int(first * SECONDS / (3 * len(layouts) * step(layouts[0], first)))
         pictures = min(most, max(1, affordable))
         times = _race(layouts, lambda layout: step(layout, pictures))
         return [1e3 * times[each] / pictures for each in layouts]
@@ -120,11 +120,11 @@ def _halved_until_it_fits(measure, pictures):
 
 def _race(arms, measure):
     """{arm: the lowest of the seconds that `measure(arm)` returned}; arms take turns until SECONDS have passed or only
-    one is left within RACE_MARGIN."""
+    one is left within RACE_MARGIN. Each is timed twice before any is dropped, since other work may disturb one step."""
     deadline = time.perf_counter() + SECONDS
     for arm in arms:
         measure(arm)
-    least, left = dict.fromkeys(arms, float("inf")), arms
+    least, left = {arm: measure(arm) for arm in arms}, arms
     while True:
         for arm in left:
             least[arm] = min(least[arm], measure(arm))

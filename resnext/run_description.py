@@ -1,7 +1,6 @@
 """What a run of the ResNeXt scripts prints about itself: its settings at the start, the effect of its techniques at the
 end."""
 
-import contextlib
 import datetime
 
 import torch
@@ -87,7 +86,7 @@ def plan_of(run, policy=frozenset(), half_precision=False):
         model = CheckpointResNeXt(*parse_name(args.model), num_classes=len(data.classes), policy=policy).to(device)
     set_form(model, run.facts.get("layout", {}).get("form", "groups"))
     pictures = largest_batch(len(data.train_labels), args.batch_size, run.world.size)
-    with torch.autocast(device.type, dtype=dtype) if dtype else contextlib.nullcontext():
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
         timeline = model.rehearse(pictures, data.size, timed=False)
     return describe(timeline, frozenset(filter(model.redo, timeline.steps)))
 

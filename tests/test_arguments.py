@@ -1,13 +1,12 @@
 """Argument types, and the parser that they are for."""
 
 import argparse
-import os
 
 import pytest
 import torch
 
-from harness import arguments
-from harness.arguments import LARGEST_LEARNING_RATE, learning_rate, workers
+from harness import arguments, machine
+from harness.arguments import LARGEST_LEARNING_RATE, learning_rate, threads, workers
 from harness.precision import add_half_precision
 
 
@@ -22,10 +21,11 @@ def test_the_default_of_workers_is_within_the_cores_and_named(cores, names, monk
     assert tuple(found) == names
 
 
-@pytest.mark.parametrize(("cores", "most"), [(2, 64), (8, 64), (96, 768)])
-def test_workers_are_bounded_by_the_usable_cores(cores, most, monkeypatch):
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
-    assert [workers("0"), workers(str(most))] == [0, most]
+def test_workers_are_bounded_by_the_usable_cores():
+    most = max(64, 8 * machine.usable_cores())
+    assert [workers("0"), workers(str(most)), threads("1")] == [0, most, 1]
+    with pytest.raises(argparse.ArgumentTypeError, match=f"'0' is not a whole number from 1 to {most}$"):
+        threads("0")
     for text in (str(most + 1), "100000", "-1", "1.5", "many"):
         with pytest.raises(argparse.ArgumentTypeError, match=f"is not a whole number from 0 to {most}$"):
             workers(text)

@@ -2,6 +2,7 @@
 
 import io
 import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -29,8 +30,15 @@ def test_a_commit_is_dirty_where_a_tracked_file_that_runs_depend_on_has_changed(
     (tmp_path / "README.md").write_text("two")
     (tmp_path / "untracked.py").write_text("two")
     assert machine._git_commit() == clean
+    monkeypatch.setitem(sys.modules, "untracked", SimpleNamespace(__file__=str(tmp_path / "untracked.py")))
+    assert machine._git_commit() == f"{clean}-dirty"
+    monkeypatch.delitem(sys.modules, "untracked")
     (tmp_path / "loop.py").write_text("two")
     assert machine._git_commit() == f"{clean}-dirty"
+    # Unpacked within another repository, whose commit says nothing.
+    monkeypatch.setattr(machine, "ROOT", tmp_path / "unpacked")
+    machine.ROOT.mkdir()
+    assert machine._git_commit() is None
 
 
 @pytest.mark.parametrize(

@@ -232,7 +232,23 @@ def test_what_may_be_null_is_as_if_it_were_absent():
     assert "unknown hardware" in overview.evaluations([record])
     simcls = make_record(experiment="simcls", num_workers=2, use_checkpoint=False, model_type=None, dataset=None)
     simcls["epochs"][0]["losses"] = None
-    assert Record("a.json", simcls).losses() == [[1, 1.0], [2, 0.5], [3, 1 / 3]]
+    assert Record("a.json", simcls).losses() == []
+
+
+def test_the_times_of_epochs_that_were_trained_elsewhere_are_left_out():
+    record = make_record()
+    for number, epoch in enumerate(record["epochs"], 1):
+        epoch |= {"samples_per_second": 10.0 * number, "elapsed_seconds": 1.0 * number}
+        epoch["timing"] |= {"seconds": 1.0 * number}
+    assert Record("a.json", record).samples_per_second() == 25
+    assert len(Record("a.json", record).accuracy_by_seconds()) == 3
+    resumed = Record("a.json", record | {"epochs_elsewhere": 2})
+    assert (resumed.samples_per_second(), resumed.epoch_seconds(), resumed.timing()["seconds"]) == (30, 3, 3)
+    assert resumed.overall_seconds() is None
+    assert resumed.accuracy_by_seconds() == []
+    assert len(resumed.curve("loss")) == 3
+    done = Record("a.json", record | {"epochs_elsewhere": 3})
+    assert (done.timing(), done.epoch_seconds(), done.samples_per_second()) == (None, None, None)
 
 
 def test_images_and_weights_of_one_name_are_not_taken_for_the_same(tmp_path):

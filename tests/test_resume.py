@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+from harness.files import output_lock
 from harness.resume import changes
 
 SCRIPT = "resnext/resnext.py"
@@ -186,7 +187,9 @@ def test_a_run_goes_on_with_other_workers(run, whole, tmp_path):
     assert position(tmp_path, other) == (1, 2)
     assert f"resuming from {other}.state" in run("--num_epoch", 3, "--resume").out
     assert_same_results(whole, tmp_path)
-    assert json.loads((tmp_path / f"{NAME}.json").read_text())["continues"] == other
+    record = json.loads((tmp_path / f"{NAME}.json").read_text())
+    assert (record["continues"], record["epochs_elsewhere"], len(record["epochs"])) == (other, 1, 3)
+    assert "earlier_commits" not in record
     # A finished run's state is no interrupted one: other arms of a study begin anew.
     (tmp_path / f"{other}.state").unlink()
     assert "starting from the beginning" in run("--num_epoch", 3, "--loader", "device", "--resume").out
@@ -199,6 +202,27 @@ def test_of_two_states_of_one_run_the_further_is_gone_on_from(run, tmp_path):
     further = NAME.replace("0_worker", "1_worker")
     assert position(tmp_path, NAME) < position(tmp_path, further)
     assert f"resuming from {further}.state" in run("--num_epoch", 3, "--resume").out
+
+
+def test_the_state_of_a_run_that_still_trains_is_not_gone_on_from(run, tmp_path):
+    run("--num_epoch", 3, "--num_worker", 2, code=143, before=STOP_IN_STEP.format(8))
+    with output_lock(tmp_path / f"{NAME.replace('0_worker', '2_worker')}.lock"):
+        assert "starting from the beginning" in run("--num_epoch", 1, "--resume").out
+
+
+@pytest.mark.parametrize(("name", "value", "elsewhere", "commits"),
+    [("commit", "0123456789ab-dirty", None, ["0123456789ab-dirty"]), ("commit", None, None, ["unknown"]),
+     ("threads", 99, 1, None), ("hardware", "another", 1, None)])  # fmt: skip
+def test_what_another_machine_or_other_code_trained_is_recorded(run, tmp_path, name, value, elsewhere, commits):
+    run("--num_epoch", 1)
+    path = tmp_path / f"{NAME}.state"
+    state = torch.load(path, weights_only=True)
+    state["parts"]["machine"][name] = value
+    torch.save(state, path)
+    run("--num_epoch", 2, "--resume")
+    record = json.loads((tmp_path / f"{NAME}.json").read_text())
+    assert record.get("epochs_elsewhere") == elsewhere
+    assert record.get("earlier_commits") == commits
 
 
 def test_an_argument_that_only_one_of_two_runs_has_is_a_change():

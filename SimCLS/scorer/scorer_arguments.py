@@ -5,7 +5,7 @@ from pathlib import Path
 
 from model import MARGIN, MAX_LEN, TOTAL_LEN
 
-from harness import arguments, determinism, devices, resume, run_log, runs, tracing
+from harness import arguments, determinism, devices, resume, run_log, tracing
 from harness.endings import UserError
 from harness.precision import add_half_precision
 from texts.scoring import add_rouge_argument
@@ -28,7 +28,7 @@ def get_args_parser(description):
         help="stop after this many steps, for profiling; writes only the timings, "
              "under a name that ends with _{max_steps}_steps")  # fmt: skip
     tracing.add_argument(parser)
-    runs.add_dry_run(parser)
+    arguments.add_dry_run(parser)
     add("--seed", type=arguments.seed, default=0, help="seed of the weights, sample order and dropout")
 
     group = parser.add_argument_group("machine")
