@@ -91,7 +91,7 @@ def main():
         # No TensorFloat-32: here it would affect the matrix products, for which PyTorch leaves it off by default too.
         precision = choose_precision(args.half_precision, world.device, true_fp32=True, say=world.say)
         with world.first_on_machine():
-            made_of = check_training(Path(args.dataset), world.say)
+            made_of = check_training(Path(args.dataset), args.rouge_tokens, world.say)
             args.samples_digest = provenance.digest(made_of)  # A run resumes only with these.
             model, tokenizer = load_own_generator(args, made_of, world)
         run = BrioRun(args, world, precision=precision.label)

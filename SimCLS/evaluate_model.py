@@ -130,7 +130,7 @@ def main():
         judge = None if args.summaries else load_judge(args, world)
         used = {"places": places(settings), "input_digest": digest_of_input(args)}
         if judge:
-            used |= {"precision": judge.precision.label, "scorer_digest": judge.digest}
+            used |= {"precision": judge.precision.label, "scorer_digest": provenance.digest_files([args.scorer_path])}
         refuse_to_replace(output, portable(settings), used)
         judged = judge_candidates(args, world, judge) if judge else judge_files(args)
         result = summarise(judged.systems) | judged.facts
@@ -229,13 +229,13 @@ def judge_candidates(args, world, judge):
     compare_counts(samples, args.num_cands if args.samples else None, judge.description.get("candidates"))
     trained = read_description(args.scorer_path) or {}
     made = provenance_of(args.samples) if args.samples else {"split": "test", "candidates": candidates.origin}
-    warnings = provenance.check_belonging(made, trained.get("samples"))
+    warnings = provenance.check_belonging(made, trained, args.rouge_tokens)
     if args.generator_name and not candidates.origin:
         warnings.append("the samples' generator is unknown; the plain beam may be from another generator or search")
     weights = usable_weights(fitted_to(args.scorer_path), samples, warnings)
     for line in warnings:
         world.say(f"warning: {line}")
-    scores = score_candidates(judge.scorer, judge.encoding, samples, args.batch_size, world, judge.precision)
+    scores = score_candidates(judge.scorer, judge.encoding, samples, args.batch_size, world.device, judge.precision)
     chosen = by_rules(samples)
     if weights:
         chosen[ALONE] = by_scorer(scores, samples)
@@ -267,12 +267,13 @@ def load_candidates(args, world, precision):
     documents = splits["test"]
     check_references((document.summary for document in documents), args.rouge_tokens, args.dataset_name)
     generator = load_search(args, world, precision, args.search)
-    samples = plain = generate_samples(generator, documents, args.cand_gen_batch, args.rouge_tokens)
+    splitter = SentenceSplitter(document.text for document in documents)
+    how = args.cand_gen_batch, args.rouge_tokens, splitter.split
+    samples = plain = generate_samples(generator, documents, *how)
     if not begins_with_beam_search(generator.settings):
         beam = load_search(args, world, precision, "beam")
-        plain = generate_samples(beam, documents, args.cand_gen_batch, args.rouge_tokens)
-    splitter = SentenceSplitter(document.text for document in documents).kind
-    return JudgedCandidates(samples, plain, generator.origin(args.generator_name, path, every), splitter)
+        plain = generate_samples(beam, documents, *how)
+    return JudgedCandidates(samples, plain, generator.origin(args.generator_name, path, every), splitter.kind)
 
 
 def load_search(args, world, precision, search, origin=None):

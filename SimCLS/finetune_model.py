@@ -32,7 +32,7 @@ import transformers
 from pretrained import check_apart, check_lengths, half_precision_dtype, refuse_to_replace
 
 from harness import arguments, determinism, devices, endings, resume, runs, torchvision_compat, tracing  # noqa: F401
-from harness.distributed import read_job
+from harness.distributed import World, read_job
 from harness.endings import UserError
 from harness.files import as_recorded, output_lock, places, publish, staging, write_json, write_record
 from harness.machine import describe_machine
@@ -95,18 +95,14 @@ def main():
     args = get_args_parser().parse_args()
     check_apart(args.save_dir, args.generator_name)
     job = read_job()
-    if args.batch_size % job.size:
-        raise UserError(
-            f"--batch_size {args.batch_size} cannot be split equally over {job.size} processes; choose a multiple of "
-            f"{job.size}"
-        )
     if not job.is_started:
         show_only_one_gpu(args)
     determinism.apply(args)
-    is_main = job.rank == 0
     device = devices.choose(args)
     args.device = device.type  # For the Trainer and the record.
-    say = print if is_main else lambda line: None
+    world = World(job.rank, job.size, device)
+    world.check_divisible(args.batch_size)
+    say = world.say
     precision = choose_precision(args.half_precision, device, say=say)
     _, documents, splits = read_splits(args)
     args.documents_digest = provenance.digest(documents)  # An argument: a run resumes only with these.
@@ -120,7 +116,7 @@ def main():
     check_generation(args.generator_name, model, tokenizer, args.num_beams)
     transformers.set_seed(args.seed)
     dtype = half_precision_dtype(model.config, args.half_precision, precision)
-    with output_lock(args.save_dir / "finetune.lock") if is_main else contextlib.nullcontext():
+    with output_lock(args.save_dir / "finetune.lock") if world.is_main else contextlib.nullcontext():
         finetune(args, model, tokenizer, splits, dtype)
 
 

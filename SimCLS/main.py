@@ -16,7 +16,7 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import torch
 from data_utils import load_samples, training_batches
-from model import load_scorer
+from model import load_scorer, read_description
 from pretrained import half_precision_name
 
 from harness import determinism, devices, distributed, endings
@@ -25,6 +25,7 @@ from harness.endings import UserError
 from harness.memory import SavedBytes
 from harness.precision import choose_precision
 from harness.timing import PhaseTimer
+from scorer import short_attention
 from scorer.combination import fit_best
 from scorer.layer_plan import plan_memory
 from scorer.metrics import Metrics, loss_of, validate
@@ -50,12 +51,16 @@ def main():
         scorer, encoding, description = load_model(args, world)
         half_precision = half_precision_name(args.half_precision, description["architecture"])
         with world.first_on_machine():
-            made_of = check_training(Path(args.dataset), world.say)
-        description["samples"] = made_of[0]
+            made_of = check_training(Path(args.dataset), args.rouge_tokens, world.say)
+        description["samples"], description["validation"] = made_of
+        description["rouge_tokens"] = args.rouge_tokens
+        if made_of[0].get("cand_num", 0) > args.max_num:
+            world.say(f"warning: of {made_of[0]['cand_num']} candidates a document, --max_num {args.max_num} are used")
         # An argument, so that a run resumes only with the samples that it began with, and its record identifies them.
         args.samples_digest = provenance.digest(made_of)
         # No TensorFloat-32: here it would affect the matrix products, for which PyTorch leaves it off by default too.
         precision = choose_precision(half_precision, device, true_fp32=True, say=world.say)
+        short_attention.prefer(scorer.encoder, device, precision.dtype)
         run = ScorerRun(args, world, precision=precision.label)
         with run.lock():
             if not run.is_done():
@@ -117,11 +122,12 @@ def load_model(args, world):
         scorer, encoding, description = load_scorer(
             args.model_type, weights, args.total_len, args.max_len, args.dropout
         )
+    before = (weights and read_description(weights)) or {}
+    seen = [*before.get("earlier_samples", ()), before.get("samples"), before.get("validation")]
+    description["earlier_samples"] = [made for made in seen if made]
     args.total_len, args.max_len = encoding.total_len, encoding.max_len
     if args.frozen_layers:
         scorer.freeze_layers(args.frozen_layers)
-    if args.use_checkpoint:
-        scorer.recompute_activations()
     return scorer.to(world.device), encoding, description
 
 

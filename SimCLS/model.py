@@ -23,7 +23,7 @@ from harness.resume import read_tensors
 from pretrained import DROPOUT_KEYS, check_length, load, most_tokens
 from transformers import AutoModelForTextEncoding
 
-from scorer import minilm
+from scorer import minilm, short_attention
 
 # The settings of the published scorers: the margin, and the most tokens of a document and of a summary.
 MARGIN = 0.01
@@ -38,6 +38,23 @@ class Scorer(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         self.encoder = encoder
+        self._skip_unused_states()
+
+    def _skip_unused_states(self):
+        """Let the last layer's feed-forward part compute only the first token's state, since no other final state is
+        used. The scores are the same. For the BERT family and T5."""
+        for last in [*self._layers()][-1:]:
+            if hasattr(last, "feed_forward_chunk") and hasattr(last, "intermediate"):  # Of BERT.
+                last.intermediate.register_forward_pre_hook(lambda part, states: (states[0][:, :1],))
+                last.output.register_forward_pre_hook(lambda part, states: (states[0], states[1][:, :1]))
+            elif isinstance(getattr(last, "layer", None), nn.ModuleList) and hasattr(last.layer[-1], "DenseReluDense"):
+                last.layer[-1].register_forward_pre_hook(lambda part, states: (states[0][:, :1],))  # Of T5.
+
+    def _layers(self):
+        """The encoder's layers, in order; () if it has no list of them."""
+        depth = getattr(self.encoder.config, "num_hidden_layers", 0)
+        lists = (each for each in self.encoder.modules() if isinstance(each, nn.ModuleList) and len(each) == depth)
+        return next(lists, ())
 
     def forward(self, batch):
         """Score the candidates and the reference of every document of a `data_utils.Batch`.
@@ -63,7 +80,7 @@ class Scorer(nn.Module):
         mask = None
         if lengths is not None:
             mask = torch.arange(ids.shape[1], device=ids.device) < lengths[:, None]
-            if self.encoder.config._attn_implementation == "sdpa":
+            if self.encoder.config._attn_implementation in ("sdpa", short_attention.NAME):
                 # For a 2D mask, transformers checks whether it hides anything, which would synchronise with the device.
                 # A 4D mask is used as it is.
                 mask = mask[:, None, None, :].expand(-1, 1, ids.shape[1], -1)
@@ -90,12 +107,10 @@ class Scorer(nn.Module):
 
         UserError if the encoder has no list of its layers, or not more than `count` of them.
         """
-        kind, depth = self.encoder.config.model_type, self.encoder.config.num_hidden_layers
+        kind, layers = self.encoder.config.model_type, self._layers()
         where = f"--frozen_layers {count}: {self.encoder.name_or_path}"
         if kind in NO_LAYERS:
             raise UserError(f"{where}: the layers of {kind} cannot be frozen one by one; leave it out")
-        lists = (each for each in self.encoder.modules() if isinstance(each, nn.ModuleList) and len(each) == depth)
-        layers = next(lists, ())
         first = next(iter(layers[count].parameters()), None) if count < len(layers) else None
         if first is None:
             raise UserError(f"{where}: the encoder has {len(layers)} layers, and one must learn; give a smaller number")
@@ -103,10 +118,6 @@ class Scorer(nn.Module):
             if weights is first:
                 break
             weights.requires_grad_(False)
-
-    def keep_activations(self):
-        """Keep all activations for backward, the default; undoes `recompute_activations`."""
-        getattr(self.encoder, "activation_checkpointing_disable", self.encoder.gradient_checkpointing_disable)()
 
 
 def ranking_loss(scores, gold_scores, rouge, present, margin=MARGIN, gold_margin=0.0, gold_weight=1.0):

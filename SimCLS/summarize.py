@@ -23,6 +23,7 @@ from pathlib import Path
 
 sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
+from model import read_description
 from utils import STANDARD_INPUT, read_lines
 
 from harness import arguments, devices, distributed, endings
@@ -31,6 +32,7 @@ from harness.precision import add_half_precision, choose_precision
 from scorer.choices import add_judge_arguments, check_scorer_path, load_judge, score_candidates
 from scorer.combination import combine, fitted_to
 from search.generator import add_search_arguments, candidate_generator, check_search
+from texts import provenance
 from texts.documents import clean, is_header, read_columns
 from texts.samples import split_lower
 from texts.scoring import add_rouge_argument, agreement
@@ -104,6 +106,10 @@ class Summarizer:
         if args.scorer_path:
             self.judge = load_judge(args, world, say=lambda line: None)
             self.weights = fitted_to(args.scorer_path)
+            made = {"candidates": {"generator": self.generator.fingerprint, "search": self.generator.settings}}
+            trained = read_description(args.scorer_path) or {}
+            for line in provenance.check_belonging(made, trained, args.rouge_tokens):
+                tell(f"warning: {line}")
 
     def __call__(self, documents):
         """A dict for each of the documents (list of str): "summary", and "candidates", a list of dicts, best first."""
@@ -138,7 +144,7 @@ class Summarizer:
             for document, some in zip(documents, candidates, strict=True)
         ]
         judge, batch_size = self.judge, self.args.cand_gen_batch
-        return score_candidates(judge.scorer, judge.encoding, samples, batch_size, self.world, judge.precision)
+        return score_candidates(judge.scorer, judge.encoding, samples, batch_size, self.world.device, judge.precision)
 
     def described(self, candidates, alike, scores):
         """The dict of one document. candidates: list of Candidate. alike: from `agreement`. scores: from `scores`; None

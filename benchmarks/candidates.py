@@ -126,15 +126,19 @@ def make_cases(args, train, texts, folder):
 
 def time_case(name, model_folder, sources, reference, args):
     """Check that all arms give equal tokens, then time them in turn."""
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(model_folder).eval()
     search = DiverseBeamSearch(
-        transformers.AutoModelForSeq2SeqLM.from_pretrained(model_folder).eval(),
+        model,
         num_beams=args.num_cands,
         num_groups=args.num_cands,
         diversity_penalty=DIVERSITY_PENALTY,
         max_length=args.decoder_max_len,
+        min_length=model.generation_config.min_length or 0,
+        no_repeat_ngram_size=model.generation_config.no_repeat_ngram_size or 0,
     )
     request = {"model": str(model_folder), "num_cands": args.num_cands, "max_length": args.decoder_max_len}
-    as_they_come = batches_of(range(len(sources)), args.original_batch)
+    places, size = range(len(sources)), args.original_batch
+    as_they_come = [places[start : start + size] for start in range(0, len(places), size)]
     by_length, pad = length_batches(sources, args.reference_batch), search.pad_token
     arms = {
         "original": lambda: run_reference(reference, sources, as_they_come, request | {"pad_to": LONGEST}, pad),
@@ -156,10 +160,6 @@ def time_case(name, model_folder, sources, reference, args):
         "documents_per_second": {arm: len(sources) / median(times) for arm, times in seconds.items()},
         "ratios": {arm: ratio_summary(seconds[arm], seconds["ours"]) for arm in ("original", "sorted")},
     }
-
-
-def batches_of(places, size):
-    return [places[start : start + size] for start in range(0, len(places), size)]
 
 
 def run_ours(search, sources, size):

@@ -34,7 +34,6 @@ from model import load_scorer
 from rouge_score.rouge_scorer import RougeScorer
 
 from harness import arguments, endings
-from harness.distributed import World
 from harness.precision import choose_precision
 from scorer.choices import by_scorer, score_candidates
 from search.generator import CandidateGenerator, generate_samples, length_batches, load_generator, search_settings
@@ -96,7 +95,7 @@ def ours(generator, scorer, encoding, documents):
     """(seconds, {"summaries": list of str, "generator" and "SimCLS": ROUGE, each float64 [documents, 3]})"""
     started = time.perf_counter()
     samples = generate_samples(generator, documents, BATCH)
-    scores = score_candidates(scorer, encoding, samples, BATCH, World(0, 1, CPU), choose_precision(None, CPU))
+    scores = score_candidates(scorer, encoding, samples, BATCH, CPU, choose_precision(None, CPU))
     choices = by_scorer(scores, samples)
     seconds = time.perf_counter() - started
     chosen = list(zip(samples, choices, strict=True))

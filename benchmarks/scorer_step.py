@@ -7,7 +7,8 @@ The original processes one document at a time with three encoder calls, pads eve
 tokenizes in its data workers in every epoch. `published` is the same, but pads as the published code does: to the
 document's longest candidate. Both are reimplemented here; all arms make the same updates on the same documents. First,
 the loss of an update is checked to be the same to 1e-5 in float32; then epochs are timed in turn, each including the
-start of its loader.
+start of its loader. `half precision` is ours in bfloat16, where the hardware has instructions for it; its ratio is to
+ours in single precision.
 
 Documents and references are real. Candidates are spans of the document with distinct random scores: neither affects the
 time, and without ties the original's loss equals ours.
@@ -22,7 +23,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
-from common import DEVICE, check, finish, get_parser, interleaved_rounds, new_record, ratio_summary, save
+from common import DEVICE, ON_CUDA, check, finish, get_parser, interleaved_rounds, new_record, ratio_summary, save
 
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
@@ -36,6 +37,8 @@ from transformers import BertConfig, BertModel
 from harness import arguments, endings
 from harness.endings import UserError
 from harness.loading import worker_loader
+from harness.machine import multiplies_bfloat16
+from scorer import short_attention
 from texts.documents import find_dataset, read_documents
 
 CANDIDATES = 16
@@ -80,6 +83,8 @@ def main():
             "ours": Ours(args, folder, encoding, DEVICE),
         }
         difference = largest_difference(arms)
+        if ON_CUDA or multiplies_bfloat16():
+            arms["half precision"] = Ours(args, folder, encoding, DEVICE, torch.bfloat16)
         print(f"largest difference between the losses of an update: {difference:.1e}", flush=True)
         check(difference <= TOLERANCE, "the arms' losses differ")
         encoder = args.model_type and Path(args.model_type).name
@@ -87,6 +92,8 @@ def main():
         record, name = new_record("scorer_step", DEVICE, **settings), f"scorer_step_{encoder}" if encoder else None
         for seconds in interleaved_rounds({name: arm.epoch for name, arm in arms.items()}, args.rounds):
             ratios = {name: ratio_summary(seconds[name], seconds["ours"]) for name in ("original", "published")}
+            if "half precision" in arms:
+                ratios["half precision"] = ratio_summary(seconds["ours"], seconds["half precision"])
             load_share = arms["ours"].waited / sum(seconds["ours"])
             record |= {"seconds": seconds, "ratios": ratios, "load_share": load_share}
             save(record, args, name)
@@ -108,8 +115,8 @@ def write_samples(folder, documents):
         (folder / f"{number}.json").write_text(json.dumps(sample))
 
 
-def make_scorer(args, encoding, device):
-    """(a Scorer with the same weights at each call, its optimizer); without dropout, so that losses can be compared."""
+def make_encoder(args, encoding, device):
+    """An encoder with the same weights at each call; without dropout, so that losses can be compared."""
     if args.model_type:
         encoder = load_encoder(args.model_type)[0]
     else:
@@ -125,18 +132,23 @@ def make_scorer(args, encoding, device):
             attention_probs_dropout_prob=0.0,
         )
         encoder = BertModel(config, add_pooling_layer=False)
-    scorer = Scorer(encoder).to(device)
-    return scorer, torch.optim.Adam(scorer.parameters(), lr=1e-5, fused=True)
+    return encoder.to(device)
+
+
+def optimizer_of(model):
+    return torch.optim.Adam(model.parameters(), lr=1e-5, fused=True)
 
 
 class Ours:
-    """The training loop of main.py without its reports."""
+    """The training loop of main.py without its reports. dtype: of autocast, or None."""
 
     steps_an_update = ACCUMULATE
 
-    def __init__(self, args, folder, encoding, device):
+    def __init__(self, args, folder, encoding, device, dtype=None):
         self.device = device
-        self.scorer, self.optimizer = make_scorer(args, encoding, device)
+        self.scorer, self.dtype = Scorer(make_encoder(args, encoding, device)), dtype
+        short_attention.prefer(self.scorer.encoder, device, dtype)
+        self.optimizer = optimizer_of(self.scorer)
         dataset = load_samples(Path(folder) / "train", encoding, CANDIDATES, None, device.type)
         self.batches = LengthBatches(dataset.document_lengths, BATCH, ACCUMULATE, seed=0)
         self.loader = worker_loader(dataset, self.batches, args.num_workers, device, dataset.batch)
@@ -151,7 +163,9 @@ class Ours:
             batch = next(batches)
             self.waited += (time.perf_counter() - start) if number else 0
             batch = batch.to(self.device)
-            loss = ranking_loss(*self.scorer(batch), batch.rouge, batch.present, MARGIN) / ACCUMULATE
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not None):
+                scores = self.scorer(batch)
+            loss = ranking_loss(*scores, batch.rouge, batch.present, MARGIN) / ACCUMULATE
             loss.backward()
             yield loss.detach()
 
@@ -169,7 +183,8 @@ class Original(Ours):
 
     def __init__(self, args, folder, encoding, device, pad_to_longest):
         self.device, self.pad = device, encoding.pad
-        self.scorer, self.optimizer = make_scorer(args, encoding, device)
+        self.encoder = make_encoder(args, encoding, device)
+        self.optimizer = optimizer_of(self.encoder)
         self.dataset = TokenizingDataset(Path(folder) / "train", encoding, pad_to_longest)
         self.num_workers = args.num_workers
 
@@ -197,7 +212,7 @@ class Original(Ours):
 
     def encode(self, ids):
         mask = (ids != self.pad).long()
-        return self.scorer.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
+        return self.encoder(input_ids=ids, attention_mask=mask).last_hidden_state[:, 0]
 
 
 class TokenizingDataset(Dataset):

@@ -26,7 +26,6 @@ import torch
 from model import load_scorer
 
 from harness import arguments, endings
-from harness.distributed import World
 from harness.machine import multiplies_bfloat16
 from harness.precision import choose_precision
 from scorer.choices import by_scorer, score_candidates, with_agreement
@@ -135,7 +134,7 @@ def judge(name, generator, documents, scorer, args):
     }
     if scorer:
         weights, encoding, _ = scorer
-        scores = score_candidates(weights, encoding, samples, args.batch, World(0, 1, CPU), choose_precision(None, CPU))
+        scores = score_candidates(weights, encoding, samples, args.batch, CPU, choose_precision(None, CPU))
         chosen = by_scorer(scores, with_agreement(samples), fitted_to(args.scorer_path))
         row["chosen"] = 100 * float(np.mean([each[place] for each, place in zip(rouge, chosen, strict=True)]))
     return row

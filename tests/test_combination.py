@@ -143,7 +143,3 @@ def test_weights_count_for_the_scorer_that_they_were_fitted_to_alone(tmp_path, m
     assert combination.fitted_to(tmp_path / "model.bin") is None
     assert f"adds {weights['likelihood']:.3g} x (log-probability / tokens^1) to the score" in said[0]
     assert f"adds {weights['agreement']:.3g} x (agreement with the others) to the score" in said[1]
-    older = '{"encoder": "bert", "likelihood": {"weight": 0.04, "power": 0.5}}'  # Of before agreement counted.
-    (tmp_path / "scorer.json").write_text(older)
-    found = combination.fitted_to(tmp_path / "model.bin")
-    assert (found["likelihood"], found["power"], found["agreement"]) == (0.04, 0.5, 0.0)

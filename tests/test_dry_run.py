@@ -11,6 +11,7 @@ from data_utils import SampleSet, tokenize_samples
 from model import load_scorer
 from run_description import describe_prospects
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from experiment import get_args_parser
@@ -94,8 +95,12 @@ def test_a_dry_run_of_the_scorer_counts_no_backward_through_frozen_layers(encode
         facts={"precision": "fp32"}, world=World(0, 1, CPU),
         state={"scorer": scorer, "metrics": SimpleNamespace(last_batch=batch)},
     )  # fmt: skip
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter, torch.no_grad():
         scorer(batch)
+    fused = FlopCounterMode(display=False)
+    with fused, torch.no_grad():
+        scorer(batch)
+    assert fused.get_total_flops() < counter.get_total_flops()  # It does not count the attention.
     forward, whole = counter.get_total_flops(), ScorerRun._flops(run)
     assert whole == pytest.approx(3 * forward, rel=0.05)
     scorer.recompute_activations()

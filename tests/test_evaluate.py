@@ -106,7 +106,11 @@ def test_rules_choose_what_they_say():
 
 def test_what_does_not_belong_together_is_told():
     mine = {"digest": "a", "generator": "x", "search": {"num_beams": 8}, "text": "t", "text_name": "mine.csv"}
-    check, trained = provenance.check_belonging, {"split": "train", "candidates": mine}
+
+    def check(made, trained, **more):
+        return provenance.check_belonging(made, {"samples": trained} | more, "standard")
+
+    trained = {"split": "train", "candidates": mine}
     renamed = {"split": "test", "candidates": mine | {"text_name": "y"}}
     for ours in (None, {"candidates": None}, renamed):
         assert check(ours, trained) == check(renamed, None) == []
@@ -114,6 +118,14 @@ def test_what_does_not_belong_together_is_told():
     assert "trained on candidates made with other settings (generator, search) than" in line
     (line,) = check(renamed | {"split": "train", "files": "x"}, trained | {"files": "y"})  # Of another search, say.
     assert "trained on the documents judged here" in line
+    (line,) = check(renamed | {"split": "val"}, trained, validation=trained | {"split": "val"})
+    assert "weights were chosen by the documents judged here" in line
+    (line,) = check(renamed, trained, earlier_samples=[trained | {"split": "test"}])  # Of --model_pt.
+    assert "trained on the documents judged here" in line
+    for made, tokens in (({"rouge_tokens": "unicode"}, "standard"), ({}, "unicode")):
+        (line,) = check(made, None, rouge_tokens=tokens)
+        assert "made with --rouge_tokens unicode, not standard" in line
+    assert check({"rouge_tokens": "standard"}, None, rouge_tokens="standard") == []
     assert [len(check({"digest": name}, {"digest": "x"})) for name in "xy"] == [1, 0]  # Without provenance.json.
     assert [len(check({"split": "val", "files": name}, {"split": "val", "files": "x"})) for name in "xy"] == [1, 0]
     warnings, both = [], {"likelihood": 0.04, "power": 1.0, "agreement": 0.1}
@@ -164,9 +176,8 @@ def test_samples_are_scored_as_in_training(run_script, sample_folder, encoders, 
 @pytest.mark.parametrize(
     ("fitted", "rule"),
     [
-        ({"weights": {"likelihood": 1e4, "power": 1.0, "agreement": 0.0}}, "most likely"),
-        ({"weights": {"likelihood": 0.0, "power": 1.0, "agreement": 1e4}}, "Bayes risk"),
-        ({"likelihood": {"weight": 1e4, "power": 1.0}}, "most likely"),  # As older scorers have it.
+        ({"likelihood": 1e4, "power": 1.0, "agreement": 0.0}, "most likely"),
+        ({"likelihood": 0.0, "power": 1.0, "agreement": 1e4}, "Bayes risk"),
     ],
 )
 def test_what_counts_beside_the_score_does_so_as_it_was_fitted(
@@ -183,7 +194,7 @@ def test_what_counts_beside_the_score_does_so_as_it_was_fitted(
         shutil.copy(scorer_path.with_name(name), tmp_path)
     description = json.loads((tmp_path / "scorer.json").read_text())
     digest = provenance.digest_files([scorer_path])
-    description |= {name: weights | {"scorer_digest": digest} for name, weights in fitted.items()}
+    description["weights"] = fitted | {"scorer_digest": digest}
     (tmp_path / "scorer.json").write_text(json.dumps(description))
     run_script(EVALUATE, "--samples", samples, "--scorer_path", "scorer.bin", "--output", "record.json", cwd=tmp_path)
     systems = json.loads((tmp_path / "record.json").read_text())["systems"]

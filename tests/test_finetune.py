@@ -149,12 +149,13 @@ def test_order_of_an_epoch_follows_from_its_number_alone():
     from search.generator_trainer import EpochSampler
 
     orders = []
-    for epoch in (0, 1, 1):
+    for seed, epoch in ((7, 0), (7, 1), (7, 1), (8, 0)):
         torch.rand(epoch + 3)  # Whatever the global generator has given before.
-        sampler = EpochSampler(4, [5] * 40, seed=7)
+        sampler = EpochSampler(4, [5] * 40, seed=seed)
         sampler.set_epoch(epoch)
         orders.append(list(sampler))
     assert orders[1] == orders[2] != orders[0]
+    assert orders[3] not in orders[:3]  # Seeds share no order.
     assert sorted(orders[0]) == list(range(40))
 
 

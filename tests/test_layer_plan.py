@@ -134,10 +134,11 @@ def test_a_budget_is_planned_for_the_largest_call_and_the_plan_is_told(monkeypat
 
 
 def test_each_part_of_a_layer_costs_its_own_bytes_and_seconds():
-    sizes, seconds = {"attention": 10, "feed_forward": 30}, {"attention": 0.1, "feed_forward": 0.2}
+    names = [f"{number}.{kind}" for number in (2, 3) for kind in KINDS]
+    sizes, seconds = dict(zip(names, (10, 30, 10, 5), strict=True)), dict(zip(names, (0.1, 0.2, 0.1, 0.3), strict=True))
     timeline = layer_plan._timeline([2, 3], sizes, seconds, held=100, peak=150)
     assert [(name, step.bytes, step.seconds) for name, step in timeline.steps.items()] == [
-        (f"{number}.{kind}", sizes[kind], seconds[kind]) for number in (2, 3) for kind in KINDS
+        (name, sizes[name], seconds[name]) for name in names
     ]
-    assert timeline.fixed == 20
+    assert timeline.fixed == 45
     assert [group.entry for group in timeline.groups] == [None, "2.feed_forward"]

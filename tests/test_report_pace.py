@@ -19,7 +19,7 @@ def test_time_to_accuracy():
     fast = [timed(make_run(experiment="resnext_fast", seed=seed), (2, 60), (4, 74), (6, 80)) for seed in (0, 1)]
     slow = [timed(make_run(num_worker=0, seed=0), (9, 50), (19, 60), (29, 74.9))]
     rows = {row["Set-up"]: row for row in read_table(accuracy.render(base + fast + slow))}
-    # All of the baseline reach 75 %: after 20 and 36 s. Of that, 6 s are 0.30 and 0.17; of their logarithms 0.22 is the mean.
+    # All of the baseline reach 75 %: after 20 and 36 s, of which 6 s are 0.30 and 0.17: 0.22 in the geometric mean.
     assert rows["original (baseline)"]["Seconds"].startswith("28.0")
     assert rows["everything on"]["Reached by"] == "2 of 2"
     assert rows["everything on"]["Time, × (95 % interval)"].startswith("0.22 (")

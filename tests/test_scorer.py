@@ -12,7 +12,7 @@ from pretrained import half_precision_name
 
 from harness.distributed import World
 from harness.precision import choose_precision
-from scorer import metrics
+from scorer import metrics, short_attention
 from scorer.metrics import CollapseWatch, Metrics, validate
 from scorer.optimization import Schedule, seed_step
 from scorer.scorer_arguments import get_args_parser, run_name
@@ -189,6 +189,57 @@ def test_recomputation_changes_no_gradient_and_keeps_less(encoders, val_set):
     (plain, gradients), (recomputed, same_gradients) = results
     assert recomputed < plain / 2
     assert all(torch.equal(one, other) for one, other in zip(gradients, same_gradients, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert", "roberta"])
+def test_the_last_layer_computes_the_first_token_s_state_as_if_with_all_others(kind, encoders):
+    scorer, whole = load_scorer(encoders[kind])[0], load_encoder(encoders[kind])[0]
+    ids, lengths = torch.randint(5, 60, (6, 9)), torch.tensor([9, 9, 7, 5, 4, 3])
+    mask = torch.arange(9) < lengths[:, None]
+    expected = whole(input_ids=ids, attention_mask=mask.long()).last_hidden_state
+    assert scorer.encoder(input_ids=ids, attention_mask=mask.long()).last_hidden_state.shape == (
+        6,
+        1,
+        expected.shape[2],
+    )
+    found = scorer.encode_texts([ids], [lengths])
+    torch.testing.assert_close(found, expected[:, 0])
+    found.square().sum().backward()
+    expected[:, 0].square().sum().backward()
+    for one, other in zip(scorer.encoder.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert", "roberta"])
+def test_short_texts_in_bfloat16_on_a_cpu_have_the_gradients_of_fused_attention(kind, encoders):
+    groups = [torch.randint(5, 60, (4, 9))], [torch.tensor([9, 8, 5, 3])]
+    results = []
+    for dtype in (None, torch.bfloat16):
+        scorer = load_scorer(encoders[kind])[0]
+        short_attention.prefer(scorer.encoder, CPU, dtype)
+        with torch.autocast("cpu", torch.bfloat16):
+            states = scorer.encode_texts(*groups)
+        states.square().sum().backward()
+        gradients = [weight.grad.norm() for weight in scorer.parameters()]
+        results.append((scorer.encoder.config._attn_implementation, states, torch.stack(gradients)))
+    assert [name for name, _, _ in results] == ["sdpa", short_attention.NAME]
+    for one, other in zip(*(each[1:] for each in results), strict=True):
+        torch.testing.assert_close(one, other, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("mask", ["bool", "float"])
+def test_attention_of_short_texts_equals_the_library_s(mask, monkeypatch):
+    torch.manual_seed(0)
+    parts = [torch.randn(3, 2, 5, 4, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
+    seen = (torch.arange(5) < torch.tensor([5, 3, 2])[:, None])[:, None, None].expand(-1, 1, 5, -1)
+    if mask == "float":
+        seen = torch.zeros(3, 1, 5, 5, dtype=torch.bfloat16).masked_fill(~seen, -1e4)
+    module = SimpleNamespace(is_causal=False)
+    found = short_attention.attention(module, *parts, seen, scaling=0.7)[0]
+    monkeypatch.setattr(short_attention, "SHORT", 4)
+    fused = short_attention.attention(module, *parts, seen, scaling=0.7)[0]
+    torch.testing.assert_close(found, fused, rtol=0.02, atol=0.02)
+    assert not torch.equal(found, fused)  # They are different computations.
 
 
 def test_metrics_are_means_over_documents():

@@ -201,27 +201,30 @@ def test_bad_sample_is_named(tmp_path, change, wanted):
 def test_training_documents_are_not_those_that_validate(sample_folder, tmp_path, capsys):
     folder = tmp_path / "samples"
     shutil.copytree(sample_folder, folder)
-    assert check_training(folder) == [provenance_of(folder / split) for split in ("train", "val")]
+    assert check_training(folder, "standard") == [provenance_of(folder / split) for split in ("train", "val")]
 
-    def write(place, split, generator):
+    def write(place, split, generator, **more):
         made = {"generator": generator, "text": "t"}
-        provenance.write(folder / place, provenance.describe(split=split, files=place, candidates=made))
+        provenance.write(folder / place, provenance.describe(split=split, files=place, candidates=made, **more))
 
     shutil.copytree(folder / "train", tmp_path / "same" / "train")
     shutil.copytree(folder / "train", tmp_path / "same" / "val")
     with pytest.raises(UserError, match=r"were made from the same documents; make each with its own --split"):
-        check_training(tmp_path / "same")
+        check_training(tmp_path / "same", "standard")
 
     write("train", "train", "x")
     write("val", "val", "x")
-    check_training(folder)
+    check_training(folder, "standard")
     assert capsys.readouterr().out == ""
     write("val", "val", "y")
-    check_training(folder)
+    check_training(folder, "standard")
     assert "val have candidates made with other settings (generator)\n" in capsys.readouterr().out
+    write("val", "val", "x", rouge_tokens="unicode")
+    with pytest.raises(UserError, match=r"val was made with --rouge_tokens unicode; give the same here"):
+        check_training(folder, "standard")
     write("val", "train", "y")
     with pytest.raises(UserError, match=r"were made from the same documents \(train\); make each with its own --split"):
-        check_training(folder)
+        check_training(folder, "standard")
 
 
 def test_no_samples(tmp_path):

@@ -1,5 +1,7 @@
 """summarize.py as a user runs it: one's own text in, the best summaries out."""
 
+import contextlib
+import io
 import json
 import socket
 import sys
@@ -98,6 +100,18 @@ def test_a_scorer_and_what_counts_beside_it_choose(run_here, encoders, tmp_path)
                 assert each["summary"] == some[int(np.argmax(means))].text
             if term == "agreement":
                 assert each["summary"] == min(each["candidates"], key=lambda row: row["bayes_risk"])["text"]
+
+
+def test_a_scorer_of_another_generator_is_told(run_here, encoders, tmp_path):
+    (tmp_path / "texts.txt").write_text(TEXTS[0])
+    path = tmp_path / "scorer.bin"
+    scorer, _, description = load_scorer(encoders["bert"], total_len=30, max_len=10)
+    for samples, told in (({"candidates": {"generator": "another"}}, 1), (None, 0)):
+        save_scorer(path, scorer, description | {"samples": samples})
+        monitored = io.StringIO()
+        with contextlib.redirect_stderr(monitored):
+            run_here(tmp_path / "texts.txt", "--scorer_path", path)
+        assert monitored.getvalue().count("candidates made with other settings (generator) than those") == told
 
 
 def test_documents_pass_some_at_a_time(run_here, monkeypatch):

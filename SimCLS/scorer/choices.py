@@ -14,7 +14,6 @@ from harness.arguments import positive_int
 from harness.endings import UserError
 from harness.precision import Precision, choose_precision
 from scorer.combination import combine, per_token
-from texts import provenance
 from texts.scoring import agreement
 
 
@@ -25,7 +24,6 @@ class Judge(NamedTuple):
     encoding: TextEncoding
     description: dict  # As from `load_scorer`.
     precision: Precision
-    digest: str  # Of its weights file.
 
 
 def add_judge_arguments(parser):
@@ -51,19 +49,18 @@ def load_judge(args, world, say=print):
     scorer, encoding, description = load_scorer(args.model_type, args.scorer_path, args.total_len, args.max_len)
     half_precision = half_precision_name(args.half_precision, description["architecture"])
     precision = choose_precision(half_precision, world.device, true_fp32=True, say=say)
-    digest = provenance.digest_files([args.scorer_path])
-    return Judge(scorer.to(world.device), encoding, description, precision, digest)
+    return Judge(scorer.to(world.device), encoding, description, precision)
 
 
-def score_candidates(scorer, encoding, samples, batch_size, world, precision):
+def score_candidates(scorer, encoding, samples, batch_size, device, precision):
     """The scorer's scores of each sample's candidates, a list of float64 [candidates].
 
     samples: list of dicts as from `read_sample`, in any order.
     """
-    dataset = SampleSet(tokenize_samples(samples, encoding, sys.maxsize), encoding, world.device.type)
+    dataset = SampleSet(tokenize_samples(samples, encoding, sys.maxsize), encoding, device.type)
     numbers = np.argsort(dataset.document_lengths, kind="stable")
     found = [None] * len(samples)
-    for part, _, scores, _ in score_samples(scorer, dataset, numbers, batch_size, world.device, precision):
+    for part, _, scores, _ in score_samples(scorer, dataset, numbers, batch_size, device, precision):
         for number, own in zip(part, scores.cpu().double().numpy(), strict=True):
             found[number] = own[: len(samples[number]["candidates"])]
     return found

@@ -115,11 +115,7 @@ def _slopes(moments, kept):
 def fitted_to(path):
     """The weights that `fit_best` fitted to the scorer in the file `path`, or None. A run's model.bin has none: it only
     shares a folder with the description of scorer.bin."""
-    description = read_description(path) or {}
-    fitted = description.get("weights")
-    if not fitted and description.get("likelihood"):  # From before the agreement counted.
-        older = description["likelihood"]
-        fitted = older | {"likelihood": older["weight"], "agreement": 0.0}
+    fitted = (read_description(path) or {}).get("weights")
     if not fitted:
         return None
     digest = provenance.digest_files([path])

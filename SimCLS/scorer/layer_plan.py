@@ -70,8 +70,6 @@ def plan_memory(scorer, samples, args, world, precision, run):
     by_length = np.argsort(samples.document_lengths)
     few = min(2, args.batch_size, len(samples))
     usual = samples.batch(by_length[(len(samples) - few) // 2 :][:few]).to(world.device)
-    if args.use_checkpoint:
-        scorer.keep_activations()
     plain = _held(scorer, usual, contextlib.nullcontext())
     if args.use_checkpoint:
         scorer.recompute_activations()
@@ -111,9 +109,10 @@ def plan_layers(scorer, texts, lengths, budget, precision, world):
         kind = scorer.encoder.config.model_type
         raise UserError(f"--memory_budget supports encoders of the BERT family and T5, not {kind}; leave it out")
     measure = functools.partial(_measure, scorer, layers, texts, lengths, precision)
-    names = {kind: {f"{number}.{kind}" for number in layers} for kind in KINDS}
-    held, peak = measure(frozenset())
-    sizes = {kind: (held - measure(names[kind])[0]) // len(layers) for kind in KINDS}
+    held, peak = measure(())
+    sizes = {}
+    for names in _alike(layers):
+        sizes |= dict.fromkeys(names, (held - measure(names)[0]) // len(names))
     seconds = _seconds(scorer, layers, texts, lengths, precision, world)
     timeline = _timeline(layers, sizes, seconds, held, peak)
     limit = budget
@@ -124,6 +123,15 @@ def plan_layers(scorer, texts, lengths, budget, precision, world):
             return plan, share
         limit -= share - budget
     raise UserError(f"a memory budget of {budget:g} cannot be met; the nearest plan has a peak of {share:.3f}")
+
+
+def _alike(layers):
+    """[[names of parts that hold and take as much as each other], ...]. The last feed-forward part runs for the first
+    token alone."""
+    last = max(layers)
+    attention, feed_forward = ([f"{number}.{kind}" for number in layers] for kind in KINDS)
+    feed_forward.remove(f"{last}.feed_forward")
+    return [names for names in (attention, feed_forward, [f"{last}.feed_forward"]) if names]
 
 
 def _measure(scorer, layers, texts, lengths, precision, redo):
@@ -139,40 +147,42 @@ def _measure(scorer, layers, texts, lengths, precision, redo):
 
 
 def _seconds(scorer, layers, texts, lengths, precision, world):
-    """{kind: seconds of one part's forward}, the minimum over the layers, averaged over the processes."""
-    seconds = dict.fromkeys(KINDS, float("inf"))
+    """{part: seconds of its forward}, the minimum over parts that are alike, averaged over the processes."""
+    taken = {}
 
-    def timed(kind, method):
+    def timed(name, method):
         @functools.wraps(method)
         def run(*args, **kwargs):
             synchronize(texts.device)
             start = time.perf_counter()
             output = method(*args, **kwargs)
             synchronize(texts.device)
-            seconds[kind] = min(seconds[kind], time.perf_counter() - start)
+            taken[name] = time.perf_counter() - start
             return output
 
         return run
 
     redo_parts(layers, ())
-    for parts in layers.values():
+    for number, parts in layers.items():
         for kind, (module, method) in parts.items():
-            setattr(module, method, timed(kind, getattr(module, method)))
+            setattr(module, method, timed(f"{number}.{kind}", getattr(module, method)))
     with torch.no_grad(), precision.autocast():
         scorer.encode_texts([texts], [lengths])
     redo_parts(layers, ())
-    sums = torch.tensor([seconds[kind] for kind in KINDS], dtype=torch.float32, device=texts.device)
-    return dict(zip(KINDS, (world.sum(sums) / world.size).tolist(), strict=True))
+    alike = _alike(layers)
+    least = [min(map(taken.get, names)) for names in alike]
+    means = world.sum(torch.tensor(least, dtype=torch.float32, device=texts.device)) / world.size
+    return {name: seconds for names, seconds in zip(alike, means.tolist(), strict=True) for name in names}
 
 
 def _timeline(layers, sizes, seconds, held, peak):
     """The Timeline of a call. Backward needs the parts one after the other, from the last layer to the first."""
-    count = len(layers)
-    fixed, other = held - count * sum(sizes.values()), peak - count * sum(sizes.values())
+    fixed, other = held - sum(sizes.values()), peak - sum(sizes.values())
     groups, entry = [], None
     for number in layers:
         # Parts are recomputed from inputs that are kept anyway, so no step depends on another.
-        steps = [Step(f"{number}.{kind}", (), sizes[kind], sizes[kind], 0, 0, seconds[kind]) for kind in KINDS]
+        names = [f"{number}.{kind}" for kind in KINDS]
+        steps = [Step(name, (), sizes[name], sizes[name], 0, 0, seconds[name]) for name in names]
         forward = [Event("made", step.name, other) for step in steps]
         backward = [
             Event(kind, None if kind == "live" else step.name, other)

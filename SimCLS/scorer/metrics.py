@@ -106,6 +106,8 @@ def validate(scorer, samples, args, precision, world, stop=None):
 
     Each process scores its share of the SampleSet `samples`, every sample once. After a stop request, returns None.
     """
+    if stop:  # Here too, since a process may have no samples, and would wait for the others' sums.
+        return None
     numbers = np.argsort(samples.document_lengths, kind="stable")[world.rank :: world.size]
     losses, chosen = torch.zeros((), dtype=widest_float(world.device), device=world.device), []
     with nvtx_range("validation"):

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from data_utils import ROUGE
 from model import save_scorer
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from harness import runs
@@ -277,7 +278,8 @@ class ScorerRun(runs.Run):
         scorer, device = self.state["scorer"], self.world.device
         learning = [weight for weight in scorer.parameters() if weight.requires_grad]
         dtype = HALF.get(self.facts["precision"])
-        with FlopCounterMode(display=False) as counter:
+        # Of the kinds of attention, torch counts only this one on a CPU.
+        with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
             with torch.autocast(device.type, dtype=dtype, enabled=dtype is not None):
                 scores, gold_scores = scorer(self.state["metrics"].last_batch)
             torch.autograd.grad(scores.sum() + gold_scores.sum(), learning, allow_unused=True)

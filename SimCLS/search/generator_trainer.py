@@ -76,7 +76,8 @@ class EpochSampler(LengthGroupedSampler):
         self.seed = seed
 
     def set_epoch(self, epoch):
-        self.generator = torch.Generator().manual_seed(self.seed + epoch)
+        entropy = np.random.SeedSequence((self.seed, epoch))  # Of another seed, no epoch has the same order.
+        self.generator = torch.Generator().manual_seed(int(entropy.generate_state(1, np.uint64)[0]))
 
 
 class Trainer(transformers.Seq2SeqTrainer):

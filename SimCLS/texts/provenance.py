@@ -67,17 +67,24 @@ def same_documents(ours, theirs):
     return texts[0] is not None and texts[0] == texts[1]
 
 
-def check_belonging(made, trained):
-    """A list of warnings if the samples are not suitable for judging a scorer.
+def check_belonging(made, scorer, rouge_tokens):
+    """A list of warnings if the samples are not suitable for a scorer, or for ROUGE of these tokens.
 
-    made, trained: the provenance of the samples, and of the scorer's training samples, or None.
+    made: the provenance of the samples, or None. scorer: the scorer's description, of which "samples" is the provenance
+    of its training samples, "validation" that of those that chose its weights, and "earlier_samples" a list of those of
+    the scorers that it started from.
     """
+    trained = scorer.get("samples")
     different = differences(*((each or {}).get("candidates") for each in (made, trained)))
     wrong = []
     if different:
         wrong.append(
             f"the scorer was trained on candidates made with other settings ({different}) than those judged here"
         )
-    if same_documents(made, trained):
+    if any(same_documents(made, each) for each in (trained, *scorer.get("earlier_samples", ()))):
         wrong.append("the scorer was trained on the documents judged here; the results do not apply to other documents")
+    if same_documents(made, scorer.get("validation")):
+        wrong.append("the scorer's weights were chosen by the documents judged here; the results flatter it")
+    for theirs in sorted({each.get("rouge_tokens") or rouge_tokens for each in (made or {}, scorer)} - {rouge_tokens}):
+        wrong.append(f"the scorer or the samples were made with --rouge_tokens {theirs}, not {rouge_tokens}")
     return wrong

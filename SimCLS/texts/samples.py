@@ -60,10 +60,15 @@ def provenance_of(folder):
     return made_of or provenance.describe(files=[[path.name, path.stat().st_size] for path in files])
 
 
-def check_training(folder, say=print):
+def check_training(folder, rouge_tokens, say=print):
     """[the provenance of the training samples in `folder`, that of the validation samples], two dicts. Warns if their
-    candidates were made differently. UserError if both are from the same documents, which would choose the weights."""
+    candidates were made differently. UserError if both are from the same documents, which would choose the weights, or
+    if their scores are of other tokens than `rouge_tokens`."""
     made_of = [provenance_of(folder / split) for split in ("train", "val")]
+    for split, made in zip(("train", "val"), made_of, strict=True):
+        theirs = made.get("rouge_tokens", rouge_tokens)
+        if theirs != rouge_tokens:
+            raise UserError(f"{folder / split} was made with --rouge_tokens {theirs}; give the same here")
     if provenance.same_documents(*made_of):
         split = f" ({made_of[0]['split']})" if "split" in made_of[0] else ""
         raise UserError(
