@@ -256,7 +256,7 @@ def _published(study, label):
     return ", ".join(words)
 
 
-def _own_words(hardware, everywhere):
+def own_words(hardware, everywhere):
     """What `hardware` has that not all of `everywhere` have: ["CPU with AVX2"] for "AMD EPYC, 2 cores, AVX2"."""
     shared = set.intersection(*(set(each.split(", ")) for each in everywhere))
     words = [word for word in hardware.split(", ") if word not in shared]
@@ -286,7 +286,7 @@ def render(runs, page=None):
             "Change in result": each.result,
             "Use it": each.when if page is None else None,
             "n": str(each.n),
-            "Measured on": ", ".join([data_name(each.group), *_own_words(each.hardware, everywhere)])
+            "Measured on": ", ".join([data_name(each.group), *own_words(each.hardware, everywhere)])
             + f" ({places.index(each.where) + 1})",
             "Published (one A100), ×": each.published,
         }

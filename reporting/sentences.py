@@ -9,6 +9,7 @@ from reporting.studies import loading_label
 from reporting.tables import markdown
 
 PAGE = "/docs/techniques/"
+DOCSTRINGS = "docstrings of Python packages"
 TRIALS = shapes.each(list, {"fault": shapes.TEXT, "tried": shapes.COUNT, "survived": shapes.COUNT})
 
 
@@ -48,8 +49,11 @@ def _by_hardware(effects, study, title, page):
             ratios.setdefault(each.hardware, each.time[0])
     if not ratios:
         return None
-    places = "; ".join(f"{ratio:.2f} × as long on {hardware}" for hardware, ratio in ratios.items())
-    return f"{title}: an epoch takes {places} ([page]({PAGE}{page}.md))."
+    places = [
+        f"{ratio:.2f} × as long ({', '.join(headline.own_words(hardware, ratios)) or hardware})"
+        for hardware, ratio in ratios.items()
+    ]
+    return f"{title}: an epoch takes {', '.join(places)} ([page]({PAGE}{page}.md))."
 
 
 def _recomputation(effects):
@@ -66,8 +70,8 @@ def _everything(effects, runs):
     for race in accuracy.races(runs):
         ratio = accuracy.ratio_of(race, "everything on")
         if ratio:
-            text = f"reaches {race.target:.1f} % test accuracy, which every run of the original (`resnext.py` without "
-            text += f"options) reaches, in {ratio} × the time{_furthest(runs)}"
+            text = f"{ratio} × the time of the original (`resnext.py` without options) until {race.target:.1f} % test "
+            text += f"accuracy, the highest that all its runs attain{_furthest(runs)}"
             return f"**Everything on**: {text} ([page]({PAGE}everything-on.md))."
     return _by_hardware(effects, "together", "**Everything on**", "everything-on")
 
@@ -78,7 +82,8 @@ def _furthest(runs):
     best = max((run for run in fast if run.last("test_acc")), key=lambda run: run.last("test_acc"), default=None)
     if best is None:
         return ""
-    return f"; {best.arguments['model']} reached {best.last('test_acc'):.1f} % in {len(best.epochs)} epochs"
+    model, epochs = best.arguments["model"], len(best.epochs)
+    return f"; one run of {model} attained {best.last('test_acc'):.1f} % in {epochs} epochs"
 
 
 def _re_ranking(evaluations):
@@ -86,12 +91,13 @@ def _re_ranking(evaluations):
     for record in evaluations:
         figures = [_rouge(record["systems"].get(name, {})) for name in ("generator", "SimCLS", record.get("strongest"))]
         if all(figures):
-            gains.append((*figures, record["strongest"], record.get("documents", "all")))
+            text = DOCSTRINGS if record["arguments"].get("dataset_name") == "sample" else "documents"
+            gains.append((*figures, record["strongest"], f"{record.get('documents', 'all')} {text}"))
     if not gains:
         return None
     first, chosen, without, free, documents = min(gains, key=lambda each: each[1][0] - each[0][0])
     first, chosen, without = (" / ".join(f"{each:.1f}" for each in figures) for figures in (first, chosen, without))
-    text = f"on {documents} documents, ROUGE-1 / 2 / L goes from {first} to {chosen}; "
+    text = f"on {documents}, ROUGE-1 / 2 / L go from {first} to {chosen}; "
     text += f"the best rule without a scorer ({free}) has {without}"
     return f"**Choosing among summaries** (SimCLS): {text} ([page](/docs/simcls.md#what-it-buys))."
 
