@@ -145,12 +145,12 @@ def compare_two(args, show):
 
 
 def print_phases(path, show):
-    runs = [run for run in records.read_folders([path])[0] if run.epochs]
+    runs = [run for run in records.read_folders([path])[0] if run.timed_epochs]
     if not runs:
-        raise UserError(f"{path} is not a record of a training run with an epoch in it")
+        raise UserError(f"{path} is not a record of a training run with an epoch in it that it timed itself")
     if len(runs) > 1:
         raise UserError(f"{path} has {len(runs)} runs; choose one: {', '.join(run.path.name for run in runs)}")
-    epochs = runs[0].epochs[-1]["epoch"]
+    epochs = len(runs[0].timed_epochs)
     show(f"{runs[0].path}, {epochs} epoch{'s' * (epochs > 1)}:\n\n{overview.phase_table(runs[0].timing())}")
 
 

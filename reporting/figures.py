@@ -328,7 +328,7 @@ def _bars(name, row, base):
 def _medians(runs, side):
     """{phase: the Sample of its median milliseconds over `runs`} for the phases that were timed on this side."""
     times = {}
-    for timing in (run.timing() for run in runs if run.epochs):
+    for timing in (run.timing() for run in runs if run.timed_epochs):
         for phase, found in timing["phases"].items():
             times.setdefault(phase, []).append((found[f"{side}_ms"] or {}).get("median"))
     samples = {phase: Sample.of(values) for phase, values in times.items()}

@@ -113,10 +113,10 @@ def step_phases(runs, with_cpu_times=True):
         unphased = Sample.of(100 * timing["unphased_seconds"] / timing["seconds"] for timing in timings)
         shares["In no phase, %"] = quantity(unphased, places=1)
         times = {"Step, ms": quantity(Sample.of(map(Record.step_ms, repeats)))}
-        description = {key: text for key, text in _description(repeats).items() if key not in ("Steps", "Epochs")}
+        description = {key: text for key, text in _description(repeats).items() if key != "Steps"}
         return {**description, **(times if with_times else {}), **shares}
 
-    return _tables([run for run in runs if run.epochs], cells, with_cpu_times)
+    return _tables([run for run in runs if run.timed_epochs], cells, with_cpu_times)
 
 
 def _shares(timings, name):

@@ -249,6 +249,9 @@ def test_the_times_of_epochs_that_were_trained_elsewhere_are_left_out():
     assert len(resumed.curve("loss")) == 3
     done = Record("a.json", record | {"epochs_elsewhere": 3})
     assert (done.timing(), done.epoch_seconds(), done.samples_per_second()) == (None, None, None)
+    assert overview.step_phases([done]) == ""
+    assert "resnext" in overview.every_run([done])
+    assert "| 3 |" in overview.step_phases([Record("a.json", record)])  # Epochs tell rows apart.
 
 
 def test_images_and_weights_of_one_name_are_not_taken_for_the_same(tmp_path):
