@@ -193,7 +193,8 @@ def _keep(request, out, err, status):
         _become(request, out, err)
     os.write(status, b"%d\n" % pid)
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-    os.write(status, b"%d\n" % code)
+    with contextlib.suppress(BrokenPipeError):  # Whoever asked was killed.
+        os.write(status, b"%d\n" % code)
     os._exit(0)
 
 
