@@ -51,8 +51,7 @@ class Run:
         self.history, self.state = [], {}
         self.part = None  # Of an epoch that was stopped and resumed: samples and timing of its longest part.
         self._started, self._seconds_before = time.perf_counter(), 0.0
-        # Summed over all processes of a resumed run.
-        self.seconds = {"start_up_seconds": 0.0, "saving_seconds": 0.0}
+        self.seconds = {"start_up_seconds": 0.0, "saving_seconds": 0.0}  # Over all processes of a resumed run.
         self.is_dry = vars(args).get("dry_run", False)
         if self.is_dry:  # Nothing is resumed or written.
             args.resume = False
@@ -333,8 +332,7 @@ class Run:
         return epoch, step
 
     def _note_origin(self, machine, path):
-        """Record what of this run was computed with other code, and of how many epochs the times are not its own.
-        machine: where the state `path` was made."""
+        """Record if the state `path`, made on `machine`, is of other code, or has times that are not this run's own."""
         commits = [*self.facts.get("earlier_commits", ()), machine["commit"] or UNKNOWN]
         if set(commits) != {self.machine["commit"] or UNKNOWN}:
             self.facts["earlier_commits"] = list(dict.fromkeys(commits))

@@ -71,8 +71,9 @@ def difference_interval(new, base):
         return found, None, None
     if new.by_seed:
         change = Sample.of(new.by_seed[seed] - base.by_seed[seed] for seed in new.by_seed)
-        if change.deviation == 0 != change.mean and change.n < 3:  # They may agree by chance, as accuracies on few
-            return found, None, None  # images do.
+        # Two differences may be equal by chance, as those of accuracies on few images are.
+        if change.deviation == 0 != change.mean and change.n < 3:
+            return found, None, None
         variance, freedom = change.deviation**2 / change.n, change.n - 1
     else:
         variance, freedom = _variance(*((each.deviation, each.n) for each in (new, base)))

@@ -104,30 +104,7 @@ def test_rules_choose_what_they_say():
     assert alike == pytest.approx([2 / 3, 2 / 3, 1 / 3])
 
 
-def test_what_does_not_belong_together_is_told():
-    mine = {"digest": "a", "generator": "x", "search": {"num_beams": 8}, "text": "t", "text_name": "mine.csv"}
-
-    def check(made, trained, **more):
-        return provenance.check_belonging(made, {"samples": trained} | more, "standard")
-
-    trained = {"split": "train", "candidates": mine}
-    renamed = {"split": "test", "candidates": mine | {"text_name": "y"}}
-    for ours in (None, {"candidates": None}, renamed):
-        assert check(ours, trained) == check(renamed, None) == []
-    (line,) = check(renamed, {"candidates": mine | {"search": {}, "generator": "y"}})
-    assert "trained on candidates made with other settings (generator, search) than" in line
-    (line,) = check(renamed | {"split": "train", "files": "x"}, trained | {"files": "y"})  # Of another search, say.
-    assert "trained on the documents judged here" in line
-    (line,) = check(renamed | {"split": "val"}, trained, validation=trained | {"split": "val"})
-    assert "weights were chosen by the documents judged here" in line
-    (line,) = check(renamed, trained, earlier_samples=[trained | {"split": "test"}])  # Of --model_pt.
-    assert "trained on the documents judged here" in line
-    for made, tokens in (({"rouge_tokens": "unicode"}, "standard"), ({}, "unicode")):
-        (line,) = check(made, None, rouge_tokens=tokens)
-        assert "made with --rouge_tokens unicode, not standard" in line
-    assert check({"rouge_tokens": "standard"}, None, rouge_tokens="standard") == []
-    assert [len(check({"digest": name}, {"digest": "x"})) for name in "xy"] == [1, 0]  # Without provenance.json.
-    assert [len(check({"split": "val", "files": name}, {"split": "val", "files": "x"})) for name in "xy"] == [1, 0]
+def test_weights_are_used_only_with_what_they_weigh():
     warnings, both = [], {"likelihood": 0.04, "power": 1.0, "agreement": 0.1}
     assert evaluate_model.usable_weights(both, [{"likelihood": []}], warnings) == both
     assert evaluate_model.usable_weights(both | {"likelihood": 0.0, "agreement": 0.0}, [{}], warnings) is None

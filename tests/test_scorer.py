@@ -223,17 +223,19 @@ def test_short_texts_in_bfloat16_on_a_cpu_have_the_gradients_of_fused_attention(
         gradients = [weight.grad.norm() for weight in scorer.parameters()]
         results.append((scorer.encoder.config._attn_implementation, states, torch.stack(gradients)))
     assert [name for name, _, _ in results] == ["sdpa", short_attention.NAME]
+    assert torch.equal(results[0][2], results[1][2]) == (kind == "t5")  # Whose bias by position fused attention adds.
     for one, other in zip(*(each[1:] for each in results), strict=True):
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.02)
 
 
-@pytest.mark.parametrize("mask", ["bool", "float"])
+@pytest.mark.parametrize("mask", ["bool", "float", "none"])
 def test_attention_of_short_texts_equals_the_library_s(mask, monkeypatch):
     torch.manual_seed(0)
     parts = [torch.randn(3, 2, 5, 4, dtype=torch.bfloat16, requires_grad=True) for _ in range(3)]
     seen = (torch.arange(5) < torch.tensor([5, 3, 2])[:, None])[:, None, None].expand(-1, 1, 5, -1)
     if mask == "float":
         seen = torch.zeros(3, 1, 5, 5, dtype=torch.bfloat16).masked_fill(~seen, -1e4)
+    seen = None if mask == "none" else seen
     module = SimpleNamespace(is_causal=False)
     found = short_attention.attention(module, *parts, seen, scaling=0.7)[0]
     monkeypatch.setattr(short_attention, "SHORT", 4)

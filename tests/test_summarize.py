@@ -111,7 +111,7 @@ def test_a_scorer_of_another_generator_is_told(run_here, encoders, tmp_path):
         monitored = io.StringIO()
         with contextlib.redirect_stderr(monitored):
             run_here(tmp_path / "texts.txt", "--scorer_path", path)
-        assert monitored.getvalue().count("candidates made with other settings (generator) than those") == told
+        assert monitored.getvalue().count("candidates made with other settings (generator) than these") == told
 
 
 def test_documents_pass_some_at_a_time(run_here, monkeypatch):

@@ -29,15 +29,16 @@ def attention(module, query, key, value, attention_mask, dropout=0.0, scaling=No
     [texts, 1 or heads, tokens or 1, tokens], or None. Returns ([texts, tokens, heads, numbers], None).
     """
     is_slow = query.requires_grad and query.dtype is torch.bfloat16 and query.shape[2] <= SHORT
-    is_special = attention_mask is None or any(value is not None for value in more.values())
-    if not is_slow or is_special or key.shape[1] != query.shape[1]:
+    is_causal = attention_mask is None and getattr(module, "is_causal", True)
+    is_special = is_causal or any(each is not None for each in more.values()) or key.shape[1] != query.shape[1]
+    if not is_slow or is_special:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **more
         )
     weights = query @ key.transpose(-1, -2) * (scaling or query.shape[-1] ** -0.5)
-    if attention_mask.dtype is torch.bool:
+    if attention_mask is not None and attention_mask.dtype is torch.bool:
         weights = weights.masked_fill(~attention_mask, torch.finfo(weights.dtype).min)
-    else:
+    elif attention_mask is not None:
         weights = weights + attention_mask
     weights = F.dropout(weights.softmax(-1, dtype=torch.float32).to(value.dtype), dropout)
     return (weights @ value).transpose(1, 2).contiguous(), None

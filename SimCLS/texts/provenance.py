@@ -78,9 +78,7 @@ def check_belonging(made, scorer, rouge_tokens):
     different = differences(*((each or {}).get("candidates") for each in (made, trained)))
     wrong = []
     if different:
-        wrong.append(
-            f"the scorer was trained on candidates made with other settings ({different}) than those judged here"
-        )
+        wrong.append(f"the scorer was trained on candidates made with other settings ({different}) than these")
     if any(same_documents(made, each) for each in (trained, *scorer.get("earlier_samples", ()))):
         wrong.append("the scorer was trained on the documents judged here; the results do not apply to other documents")
     if same_documents(made, scorer.get("validation")):
