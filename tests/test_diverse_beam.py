@@ -11,14 +11,19 @@ from unittest import mock
 import pytest
 import tiny_seq2seq
 import torch
+from transformers.activations import ACT2FN
 
-from search import diverse_beam, t5_decoder
+from search import diverse_beam, products
+from search.bart_decoder import BartDecoder
+from search.direct_decoder import DOCUMENTS_TOGETHER
 from search.diverse_beam import LOGITS_TOGETHER, DiverseBeamSearch, top_k
+from search.encoder_attention import ENCODER_ATTENTION, PaddedAttention, SeparateAttention
 from search.generator import make_searches
 from search.hypotheses import Hypotheses
 from search.library_decoder import LibraryDecoder
-from search.t5_decoder import DOCUMENTS_TOGETHER, ENCODER_ATTENTION, PaddedAttention, SeparateAttention, T5Decoder
-from search.token_rules import forbid_repeats
+from search.products import product
+from search.t5_decoder import T5Decoder
+from search.token_rules import forbid_repeats, make_decoder
 
 RECORD = json.loads((Path(__file__).parent / "fixtures" / "diverse_beam.json").read_text())
 FROM_GENERATION_CONFIG = ("eos_token_id", "suppress_tokens", "bad_words_ids")
@@ -68,17 +73,20 @@ def test_an_end_token_among_bad_words_still_ends():
 def test_the_record_has_candidates_that_end_early_and_some_that_do_not():
     lengths = {case["model"]: set() for case in RECORD["cases"]}
     for case in RECORD["cases"]:
-        end = 2 if case["model"] == "bart" else 1
+        end = 2 if case["model"] in ("bart", "mbart") else 1
         for tokens in case["sequences"]:
             lengths[case["model"]].add(tokens.index(end, 1) if end in tokens[1:] else None)
     assert all(len(found) >= 10 for found in lengths.values()), lengths
 
 
-def test_the_general_path_gives_t5_the_same_tokens(monkeypatch):
-    monkeypatch.setattr(T5Decoder, "supports", staticmethod(lambda model: False))
+@pytest.mark.parametrize(("kind", "names"), [(T5Decoder, ("t5_gated", "mt5")), (BartDecoder, ("bart", "pegasus"))])
+def test_the_general_path_gives_the_same_tokens(kind, names, monkeypatch):
+    monkeypatch.setattr(kind, "supports", staticmethod(lambda model: False))
     for case in RECORD["cases"]:
-        if case["model"] in ("t5_gated", "mt5"):
-            assert_equal_to_record(case, search(case))
+        if case["model"] in names:
+            model = tiny_seq2seq.build(case["model"])
+            assert isinstance(make_decoder(model), LibraryDecoder)
+            assert_equal_to_record(case, search(case, model))
 
 
 @pytest.mark.parametrize("name", ["t5", "bart"])
@@ -141,7 +149,7 @@ def test_log_probabilities_are_those_of_the_model_alone(name, settings):
     ):
         assert length == ((some + [end]).index(end, 1) if end in some[1:] else len(some) - 1)
         torch.testing.assert_close(total, log_probs[:length].sum(), rtol=0, atol=1e-4)
-    assert name == "bart" or len(set(found.lengths.flatten().tolist())) > 1
+    assert name in ("bart", "mbart", "marian") or len(set(found.lengths.flatten().tolist())) > 1
 
 
 def test_ended_beams_leave_the_batch(monkeypatch):
@@ -157,32 +165,41 @@ def test_ended_beams_leave_the_batch(monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("relu", [False, True])
-def test_products_are_the_same_with_and_without_private_operators(relu, dtype, monkeypatch):
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("activation", [None, "relu", "gelu", "gelu_new", "swish"])
+def test_products_are_the_same_with_and_without_private_operators(activation, biased, dtype, monkeypatch):
     first, second, x = (torch.randn(rows, 32).to(dtype) for rows in (24, 8, 5))
-    expected = (x.float() @ torch.cat([first, second]).float().T).to(dtype)
-    expected = expected.relu() if relu else expected
-    torch.testing.assert_close(t5_decoder._product(first, second, relu=relu)(x), expected)
+    biases = [torch.randn(24).to(dtype), torch.randn(8).to(dtype)] if biased else []
+    expected = x.float() @ torch.cat([first, second]).float().T + (torch.cat(biases).float() if biased else 0)
+    expected = (ACT2FN[activation](expected) if activation else expected).to(dtype)
+    # Without fusion, bfloat16 is rounded before the activation, too.
+    near = {} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-2}
+    torch.testing.assert_close(product(first, second, biases=biases, activation=activation)(x), expected, **near)
     for error in (AttributeError, RuntimeError("an operator of another form")):
         packed = mock.Mock(side_effect=error)
-        monkeypatch.setattr(t5_decoder, "_packed_product", packed)
-        torch.testing.assert_close(t5_decoder._product(first, second, relu=relu)(x), expected)
-        packed.assert_called_once()
+        monkeypatch.setattr(products, "_packed_product", packed)
+        torch.testing.assert_close(product(first, second, biases=biases, activation=activation)(x), expected, **near)
+        assert packed.call_count == (activation in products.FUSED_ACTIVATIONS)
 
 
 @pytest.mark.parametrize(
-    ("name", "together", "private"), [("t5", 1, True), ("t5", 3, False), ("t5_gated", 3, True), ("mt5", 3, True)]
+    ("name", "together", "private"),
+    [
+        *[("t5", 1, True), ("t5", 3, False), ("t5_gated", 3, True), ("mt5", 3, True)],
+        *[("bart", 1, True), ("bart", 3, False), ("pegasus", 3, True), ("mbart", 3, True), ("marian", 3, True)],
+    ],
 )
-def test_t5_steps_equal_the_models_own_logits(name, together, private, monkeypatch):
+def test_steps_equal_the_models_own_logits(name, together, private, monkeypatch):
     """Rows spread, change places within their document and leave; the logits stay those of the whole prefix."""
     if not private:
-        monkeypatch.setattr(t5_decoder, "_packed_product", mock.Mock(side_effect=AttributeError))
+        monkeypatch.setattr(products, "_packed_product", mock.Mock(side_effect=AttributeError))
     monkeypatch.setitem(DOCUMENTS_TOGETHER, "cpu", together)
-    monkeypatch.setattr("search.t5_decoder.CACHE_BLOCK", 3)
+    monkeypatch.setattr("search.direct_decoder.CACHE_BLOCK", 3)
     generator = torch.Generator().manual_seed(0)
     model = tiny_seq2seq.build(name)
     input_ids, mask = tiny_seq2seq.documents(model)
-    decoder = T5Decoder(model)
+    decoder = make_decoder(model)
+    assert not isinstance(decoder, LibraryDecoder)
     prefix, document = torch.zeros(4, 0, dtype=torch.long), torch.arange(4)
     with torch.inference_mode():
         decoder.start(decoder.encode(input_ids, mask), max_length=10)
@@ -217,17 +234,18 @@ def test_half_precision_gives_whole_candidates(name):
     assert (scores[:, :-1] >= scores[:, 1:]).all()
 
 
+@pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("lengths", [[5], [5, 5], [7, 1, 12, 3]])
-def test_padded_attention_of_the_encoder_is_that_of_each_document(lengths):
+def test_padded_attention_of_the_encoder_is_that_of_each_document(lengths, biased):
     draws = torch.Generator().manual_seed(0)
     heads = torch.randn(sum(lengths), 3, 4, 8, generator=draws)
-    bias = torch.randn(1, 4, max(lengths), max(lengths), generator=draws)
-    padded, separate = PaddedAttention(lengths, bias)(heads), SeparateAttention(lengths, bias)(heads)
+    bias = torch.randn(1, 4, max(lengths), max(lengths), generator=draws) if biased else None
+    padded, separate = (kind(lengths, bias, heads.device)(heads) for kind in (PaddedAttention, SeparateAttention))
     assert padded.shape == (sum(lengths), 32)
     torch.testing.assert_close(padded, separate, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["t5", "t5_gated", "mt5"])
+@pytest.mark.parametrize("name", ["t5", "t5_gated", "mt5", "bart", "mbart"])
 def test_what_a_gpu_does_gives_the_recorded_candidates(name, monkeypatch):
     """All documents of a batch together, in padded attention."""
     monkeypatch.setitem(DOCUMENTS_TOGETHER, "cpu", 4)
@@ -246,8 +264,9 @@ def test_rows_that_choose_one_by_one_find_the_recorded_candidates(name, monkeypa
             assert_equal_to_record(case, search(case))
 
 
-def test_float16_t5_takes_the_general_path():
-    model = tiny_seq2seq.build("t5").half()
+@pytest.mark.parametrize("name", ["t5", "bart"])
+def test_float16_takes_the_general_path(name):
+    model = tiny_seq2seq.build(name).half()
     settings = {"num_beams": 2, "num_groups": 2, "diversity_penalty": 1.0, "max_length": 4}
     assert isinstance(DiverseBeamSearch(model, **settings).decoder, LibraryDecoder)
 

@@ -110,8 +110,8 @@ from harness import memory
 
 if {keep}:
     memory.keep_freed_memory()
-for round in range(8):
-    if round == 2:
+for round in range(12):
+    if round == 8:  # Until then, the heap grows around what lies in it.
         before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     held = [torch.ones(2**power) for power in (24, 23, 24, 23)]  # As activations: the last is the first to go.
     while held:

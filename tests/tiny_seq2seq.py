@@ -11,6 +11,10 @@ import torch
 from transformers import (
     BartConfig,
     BartForConditionalGeneration,
+    MarianConfig,
+    MarianMTModel,
+    MBartConfig,
+    MBartForConditionalGeneration,
     MT5Config,
     MT5ForConditionalGeneration,
     PegasusConfig,
@@ -60,6 +64,27 @@ MODELS = {
     "mt5": (MT5ForConditionalGeneration, MT5Config(vocab_size=41, **T5), 0.8, 0),
     "bart": (BartForConditionalGeneration, BartConfig(vocab_size=41, **BART), 0.3, 12),
     "pegasus": (PegasusForConditionalGeneration, PegasusConfig(vocab_size=41, **BART), 0.45, 10),
+    "mbart": (
+        MBartForConditionalGeneration,
+        MBartConfig(vocab_size=41, decoder_start_token_id=2, scale_embedding=True, activation_function="relu", **BART),
+        0.45,
+        2,
+    ),
+    "marian": (
+        MarianMTModel,
+        MarianConfig(
+            vocab_size=41,
+            pad_token_id=PAD,
+            eos_token_id=END,
+            forced_eos_token_id=END,
+            decoder_start_token_id=PAD,
+            scale_embedding=True,
+            activation_function="swish",
+            **BART,
+        ),
+        0.15,
+        4,
+    ),
 }
 
 

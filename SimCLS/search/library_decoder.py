@@ -5,7 +5,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 
 class LibraryDecoder:
-    """Decodes for a search by the model's own forward. For the methods' arguments and results see T5Decoder."""
+    """Decodes for a search by the model's own forward. For the methods' arguments and results see DirectDecoder."""
 
     def __init__(self, model):
         self.model, self.encoder = model, model.get_encoder()

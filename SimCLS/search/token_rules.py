@@ -5,6 +5,7 @@ import itertools
 import torch
 
 from harness.shapes import COUNT, NUMBER, WHOLE, each, fault, is_number, maybe
+from search.bart_decoder import BartDecoder
 from search.library_decoder import LibraryDecoder
 from search.t5_decoder import T5Decoder
 
@@ -53,6 +54,14 @@ SETTINGS = {
 }
 
 
+def make_decoder(model):
+    """The fastest decoder that knows this kind of model."""
+    for kind in (T5Decoder, BartDecoder):
+        if kind.supports(model):
+            return kind(model)
+    return LibraryDecoder(model)
+
+
 class TokenRules:
     """The base class of the searches: a model's decoder, and the tokens that may come next.
 
@@ -70,7 +79,7 @@ class TokenRules:
     def __init__(self, model, max_length, min_length, no_repeat_ngram_size, decoder=None):
         if max_length < 2:
             raise ValueError(f"a maximum length of {max_length} leaves no room after the start token")
-        self.decoder = decoder or (T5Decoder if T5Decoder.supports(model) else LibraryDecoder)(model)
+        self.decoder = decoder or make_decoder(model)
         self.device = model.device
         self.max_length, self.min_length = max_length, min_length
         self.no_repeat_ngram_size = no_repeat_ngram_size
