@@ -61,7 +61,10 @@ def main():
     if args.image_dir and (args.nsys or args.phases):
         parser.error("--image_dir: --nsys and --phases draw nothing; leave it out")
     aligned = not args.markdown and sys.stdout.isatty()
-    show = (lambda text: print(terminal.aligned(text))) if aligned else print
+
+    def show(text):
+        print(terminal.aligned(text) if aligned else text, flush=True)  # In one file with stderr, the lines stay whole.
+
     if args.nsys:
         print_trace(args.nsys, show)
     elif args.phases:

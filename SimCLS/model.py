@@ -24,6 +24,7 @@ from pretrained import DROPOUT_KEYS, check_length, load, most_tokens
 from transformers import AutoModelForTextEncoding
 
 from scorer import minilm, short_attention
+from scorer.converted_weights import convert_once
 
 # The settings of the published scorers: the margin, and the most tokens of a document and of a summary.
 MARGIN = 0.01
@@ -39,6 +40,7 @@ class Scorer(nn.Module):
         super().__init__()
         self.encoder = encoder
         self._skip_unused_states()
+        convert_once(encoder)
 
     def _skip_unused_states(self):
         """Let the last layer's feed-forward part compute only the first token's state, since no other final state is

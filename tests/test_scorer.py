@@ -12,7 +12,7 @@ from pretrained import half_precision_name
 
 from harness.distributed import World
 from harness.precision import choose_precision
-from scorer import metrics, short_attention
+from scorer import converted_weights, metrics, short_attention
 from scorer.metrics import CollapseWatch, Metrics, validate
 from scorer.optimization import Schedule, seed_step
 from scorer.scorer_arguments import get_args_parser, run_name
@@ -226,6 +226,44 @@ def test_short_texts_in_bfloat16_on_a_cpu_have_the_gradients_of_fused_attention(
     assert torch.equal(results[0][2], results[1][2]) == (kind == "t5")  # Whose bias by position fused attention adds.
     for one, other in zip(*(each[1:] for each in results), strict=True):
         torch.testing.assert_close(one, other, rtol=0.05, atol=0.02)
+
+
+@pytest.mark.parametrize("kind", ["t5", "bert"])
+def test_weights_that_do_not_learn_are_converted_once(kind, encoders, monkeypatch):
+    scorer = load_scorer(encoders[kind])[0]
+    scorer.freeze_layers(1)
+    linears = [linear for linear in scorer.encoder.modules() if type(linear) is torch.nn.Linear]
+    frozen = [linear for linear in linears if not linear.weight.requires_grad]
+    assert 0 < len(frozen) < len(linears)
+    made = []
+    product = converted_weights.product
+    monkeypatch.setattr(
+        converted_weights, "product", lambda *parts, **rest: made.append(parts) or product(*parts, **rest)
+    )
+    groups = [torch.randint(5, 60, (4, 9)), torch.randint(5, 60, (2, 7))], [None, torch.tensor([7, 3])]
+
+    def encode(training):
+        with torch.set_grad_enabled(training), torch.autocast("cpu", torch.bfloat16):
+            return scorer.encode_texts(*groups)
+
+    with torch.autocast("cpu", torch.bfloat16):
+        for linear in linears:
+            del linear.forward  # As the library computes it.
+        expected = scorer.encode_texts(*groups)
+        converted_weights.convert_once(scorer.encoder)
+    for _ in range(2):
+        states = encode(training=True)
+        torch.testing.assert_close(states, expected, rtol=0.02, atol=0.02)
+    assert len(made) == len(frozen), "once for all groups and steps"
+    states.square().sum().backward()
+    assert all((linear.weight.grad is None) == (linear in frozen) for linear in linears)
+    before = encode(training=False)
+    torch.testing.assert_close(before, expected, rtol=0.02, atol=0.02)
+    assert len(made) == len(linears)
+    with torch.no_grad():
+        linears[0].weight.mul_(2)  # As from a file.
+    assert not torch.equal(encode(training=False), before)
+    assert len(made) == len(linears) + 1, "changed weights are converted again, and no others"
 
 
 @pytest.mark.parametrize("mask", ["bool", "float", "none"])
