@@ -264,11 +264,30 @@ def test_rows_that_choose_one_by_one_find_the_recorded_candidates(name, monkeypa
             assert_equal_to_record(case, search(case))
 
 
-@pytest.mark.parametrize("name", ["t5", "bart"])
-def test_float16_takes_the_general_path(name):
-    model = tiny_seq2seq.build(name).half()
-    settings = {"num_beams": 2, "num_groups": 2, "diversity_penalty": 1.0, "max_length": 4}
-    assert isinstance(DiverseBeamSearch(model, **settings).decoder, LibraryDecoder)
+def test_float16_t5_takes_the_general_path():
+    assert isinstance(make_decoder(tiny_seq2seq.build("t5").half()), LibraryDecoder)
+
+
+@pytest.mark.parametrize(
+    ("name", "overflows"), [("bart", False), ("marian", False), ("pegasus", False), ("pegasus", True), ("mbart", True)]
+)
+def test_float16_is_limited_as_by_the_library(name, overflows):
+    model = tiny_seq2seq.build(name)
+    if overflows:
+        with torch.no_grad():
+            for layer in model.get_encoder().layers:
+                layer.fc2.bias.fill_(6e4)  # Twice is more than float16 holds.
+    model = model.half()
+    input_ids, mask = tiny_seq2seq.documents(model)
+    theirs, ours = LibraryDecoder(model), make_decoder(model)
+    assert isinstance(ours, BartDecoder)
+    logits = []
+    with torch.inference_mode():
+        for decoder in (theirs, ours):
+            decoder.start(decoder.encode(input_ids, mask), 4)
+            logits.append(decoder.step(torch.full((4,), 2)))
+    assert logits[1].isfinite().all()
+    torch.testing.assert_close(*logits, rtol=0.02, atol=0.02)
 
 
 def test_top_k_over_wide_rows():

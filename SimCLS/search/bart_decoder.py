@@ -17,13 +17,9 @@ NORM_FIRST = {"bart": False, "marian": False, "mbart": True, "pegasus": True}
 class BartDecoder(DirectDecoder):
     @staticmethod
     def supports(model):
-        """True for these kinds in float32 or bfloat16 (the library guards BART against overflow in float16)."""
+        """True for the kinds above."""
         config = model.config
-        return (
-            config.model_type in NORM_FIRST
-            and config.encoder_attention_heads == config.decoder_attention_heads
-            and model.dtype in (torch.float32, torch.bfloat16)
-        )
+        return config.model_type in NORM_FIRST and config.encoder_attention_heads == config.decoder_attention_heads
 
     def __init__(self, model):
         config, encoder, decoder = model.config, model.get_encoder(), model.get_decoder()
@@ -45,6 +41,13 @@ class BartDecoder(DirectDecoder):
 
     def _embed_next(self, tokens):
         return self.beam_embedding(tokens, self.length)
+
+    def _limit(self, hidden):
+        """As the library does, so that an encoder that overflows in float16 gives large numbers, but numbers."""
+        if hidden.dtype != torch.float16:
+            return hidden
+        most = torch.finfo(torch.float16).max - 1000
+        return hidden.clamp(-most, most)
 
     def _encoder_bias(self, length):
         return None

@@ -80,6 +80,10 @@ class DirectDecoder:
         """What is added to the decoder's attention logits, [heads or 1, length, length]; of later keys, anything."""
         raise NotImplementedError
 
+    def _limit(self, hidden):
+        """What goes from one layer of the encoder to the next."""
+        return hidden
+
     def encode(self, input_ids, attention_mask):
         """Encode a batch of documents for `start`; the result can be used repeatedly.
 
@@ -151,7 +155,7 @@ class DirectDecoder:
         hidden = self._embed_documents(tokens, lengths)
         for self_attention, feed_forward in self.encoder_layers:
             hidden = self._sublayer(hidden, self_attention, self._attend_within, attention)
-            hidden = self._sublayer(hidden, feed_forward, self._feed_forward)
+            hidden = self._limit(self._sublayer(hidden, feed_forward, self._feed_forward))
         return self.encoder_norm(hidden)
 
     def _remember(self, tokens, lengths):
