@@ -113,12 +113,14 @@ def test_a_dry_run_of_the_scorer_counts_no_backward_through_frozen_layers(encode
 
 def test_a_dry_run_of_the_scorer_writes_nothing(sample_folder, encoders, tmp_path):
     shutil.copytree(sample_folder, tmp_path / "samples", ignore=shutil.ignore_patterns("*.tokens"))
+    (tmp_path / "samples" / "train" / "provenance.json").write_text('{"digest": "a", "cand_num": 6}')
     before = sorted(tmp_path.rglob("*"))
     words = "--dataset samples --num_workers 0 --batch_size 4 --accumulate_step 3 --num_epoch 2 --eval_freq 1"
-    words += " --total_len 60 --max_len 20 --resume -l --dry_run"
+    words += " --total_len 60 --max_len 20 --resume -l --max_num 4 --dry_run"
     ended = launch.run("SimCLS/main.py", *words.split(), "--model_type", encoders["bert"], cwd=tmp_path)
     assert ended.code == 0, ended.err
     assert sorted(tmp_path.rglob("*")) == before
+    assert "warning: of 6 candidates a document, --max_num 4 are used" in ended.out
     figures, steps, last = ended.out.splitlines()[-3:]
     assert re.fullmatch(
         r"32,064 parameters; about [\d.]+ GFLOP per step, .* [1-9][\d.]* MiB kept from forward .*", figures

@@ -282,6 +282,10 @@ def test_attention_of_short_texts_equals_the_library_s(mask, monkeypatch):
     assert not torch.equal(found, fused)  # They are different computations.
 
 
+def test_a_stopped_run_does_not_validate():
+    assert metrics.validate(None, None, None, None, World(1, 2, CPU), stop=True) is None
+
+
 def test_metrics_are_means_over_documents():
     metrics, world = Metrics(CPU), World(0, 1, CPU)
 
