@@ -69,7 +69,7 @@ def main():
 
 def train(args, world, precision, run, scorer, encoding, description):
     device = world.device
-    train_set, val_set = load_data(args, world, encoding, description)
+    train_set, val_set = load_data(args, world, precision, encoding, description)
     parallel_scorer = world.wrap(plan_memory(scorer, train_set, args, world, precision, run))
     batches, loader = training_batches(args, world, train_set)
     optimizer = torch.optim.Adam([each for each in scorer.parameters() if each.requires_grad], fused=True)
@@ -131,9 +131,10 @@ def load_model(args, world):
     return scorer.to(world.device), encoding, description
 
 
-def load_data(args, world, encoding, description):
+def load_data(args, world, precision, encoding, description):
     """(training SampleSet, validation SampleSet); sets `description["candidates"]` to the most of any document."""
-    folder, to_load = Path(args.dataset), {"device_type": world.device.type, "say": world.say, "keep": not args.dry_run}
+    folder = Path(args.dataset)
+    to_load = {"device_type": world.device.type, "dtype": precision.dtype, "say": world.say, "keep": not args.dry_run}
     with world.first_on_machine():
         train_set = load_samples(folder / "train", encoding, args.max_num, None, **to_load)
         val_set = load_samples(folder / "val", encoding, args.max_num, args.rouge_tokens, **to_load)

@@ -150,7 +150,7 @@ class Ours:
         self.scorer, self.dtype = Scorer(make_encoder(args, encoding, device)), dtype
         short_attention.prefer(self.scorer.encoder, device, dtype)
         self.optimizer = optimizer_of(self.scorer)
-        dataset = load_samples(Path(folder) / "train", encoding, CANDIDATES, None, device.type)
+        dataset = load_samples(Path(folder) / "train", encoding, CANDIDATES, None, device.type, dtype)
         self.batches = LengthBatches(dataset.document_lengths, BATCH, ACCUMULATE, seed=0)
         self.loader = worker_loader(dataset, self.batches, args.num_workers, device, dataset.batch)
         self.order = self.batches.order()

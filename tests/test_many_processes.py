@@ -40,7 +40,7 @@ with distributed.world(torch.device("cpu")) as world:
     assert world.size == 2
     scorer, encoding, _ = load_scorer(sys.argv[3], total_len=60, max_len=20)
     with world.first_on_machine():
-        samples = load_samples(sys.argv[4] + "/train", encoding, 16, None, "cpu", world.say)
+        samples = load_samples(sys.argv[4] + "/train", encoding, 16, None, "cpu", say=world.say)
     alone = gradients(scorer, samples, world, 0, 1)
     shared = gradients(scorer, samples, world, world.rank, world.size)
     assert alone.abs().max() > 1e-3

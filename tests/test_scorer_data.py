@@ -104,7 +104,7 @@ def test_token_file_is_used_until_something_changes(sample_folder, encoding, tmp
 
     def load(texts=encoding, max_num=16):
         said.clear()
-        dataset = load_samples(folder, texts, max_num, "standard", "cpu", said.append)
+        dataset = load_samples(folder, texts, max_num, "standard", "cpu", say=said.append)
         return dataset, bool(said)
 
     first, made = load()
@@ -159,7 +159,7 @@ def test_published_samples_load(tmp_path, encoding):
     }
     (tmp_path / "test").mkdir()
     (tmp_path / "test" / "0.json").write_text(json.dumps(sample, indent=3))
-    dataset = load_samples(tmp_path / "test", encoding, 16, "standard", "cpu", print)
+    dataset = load_samples(tmp_path / "test", encoding, 16, "standard", "cpu")
     assert dataset.figures("score", 0).tolist() == pytest.approx([0.4139, 0.2, 0.4139])
     assert dataset.figures("rouge", 0).shape == (3, 3)
 

@@ -57,7 +57,7 @@ def score_candidates(scorer, encoding, samples, batch_size, device, precision):
 
     samples: list of dicts as from `read_sample`, in any order.
     """
-    dataset = SampleSet(tokenize_samples(samples, encoding, sys.maxsize), encoding, device.type)
+    dataset = SampleSet(tokenize_samples(samples, encoding, sys.maxsize), encoding, device.type, precision.dtype)
     numbers = np.argsort(dataset.document_lengths, kind="stable")
     found = [None] * len(samples)
     for part, _, scores, _ in score_samples(scorer, dataset, numbers, batch_size, device, precision):
