@@ -29,7 +29,7 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import torch
 import transformers
-from pretrained import check_apart, check_lengths, half_precision_dtype, refuse_to_replace
+from pretrained import GENERATOR_LOCK, check_apart, check_lengths, half_precision_dtype, refuse_to_replace
 
 from harness import arguments, determinism, devices, endings, resume, runs, torchvision_compat, tracing  # noqa: F401
 from harness.distributed import World, read_job
@@ -116,7 +116,7 @@ def main():
     check_generation(args.generator_name, model, tokenizer, args.num_beams)
     transformers.set_seed(args.seed)
     dtype = half_precision_dtype(model.config, args.half_precision, precision)
-    with output_lock(args.save_dir / "finetune.lock") if world.is_main else contextlib.nullcontext():
+    with output_lock(args.save_dir / GENERATOR_LOCK) if world.is_main else contextlib.nullcontext():
         finetune(args, model, tokenizer, splits, dtype)
 
 

@@ -19,6 +19,8 @@ from harness.files import is_utf8
 from harness.shapes import WHOLE, fault, is_number
 
 HUB_TIMEOUT = 5  # seconds
+# Held by the script that trains a generator in a folder.
+GENERATOR_LOCK = "generator.lock"
 # They overflow in float16.
 T5_FAMILY = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 # The names of dropout probabilities in the configs of T5, the BERT family, the BART family and others.
@@ -63,8 +65,9 @@ def load(name, kind, problem, advice, dtype=torch.float32, **settings):
         tokenizer, embeddings = load_tokenizer(name, **options), model.get_input_embeddings().num_embeddings
         if wrong := fault(tokenizer.model_max_length, TOKENS, "its tokenizer's model_max_length"):
             raise ValueError(wrong)
-        if len(tokenizer) > embeddings:  # A text with one of the rest would end the run.
-            raise ValueError(f"its tokenizer has {len(tokenizer)} tokens, more than the {embeddings} embeddings")
+        tokens = max(len(tokenizer), *(number + 1 for number in tokenizer.get_vocab().values()))
+        if tokens > embeddings:  # A text with one of the rest would end the run.
+            raise ValueError(f"its tokenizer has {tokens} tokens, more than the {embeddings} embeddings")
         return model, tokenizer
     except Exception as error:  # Damaged folders cause OSError, ValueError, KeyError, SafetensorError and more.
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -33,7 +33,7 @@ from scorer.choices import add_judge_arguments, check_scorer_path, load_judge, s
 from scorer.combination import combine, fitted_to
 from search.generator import add_search_arguments, candidate_generator, check_search
 from texts import provenance
-from texts.documents import clean, is_header, read_columns
+from texts.documents import clean, read_columns
 from texts.samples import split_lower
 from texts.scoring import add_rouge_argument, agreement
 from texts.sentences import SentenceSplitter, ptb_tokenize
@@ -77,14 +77,13 @@ def main():
 def read_documents(name, column):
     """Yield the documents of the file `name`, or of standard input. UserError for a table that is not a .csv file."""
     if name.lower().endswith((".csv", ".csv.gz")):
-        yield from (text for (text,) in read_columns(Path(name), column) if not is_header([clean(text)], [column]))
+        # A repeated header is a document like any other: each row has its line of output.
+        yield from (text for (text,) in read_columns(Path(name), column))
         return
     lines = read_lines(STANDARD_INPUT if name == "-" else name)
     first = next(lines, None)
     if first is None:
         return
-    if "\r" in first.rstrip("\r"):
-        raise UserError(f"{name}: its lines end with CR only; save it with LF or CRLF line ends")
     if column in [field.strip(" \"'") for field in re.split("[,;\t|]", first)]:
         raise UserError(
             f"{name}: its first line is a table header with the column {column!r}; save it as a .csv file with commas"

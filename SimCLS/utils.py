@@ -25,13 +25,19 @@ def read_lines(path):
     """Yield the lines of a UTF-8 text file without their newline; only \\n ends a line (never \\x85 or U+2028). A byte
     order mark at the start is skipped.
 
-    UserError, naming the file and line, if it cannot be read or is not UTF-8.
+    UserError, naming the file and line, if it cannot be read, is not UTF-8, or has other line ends.
     """
     try:
         # If standard input is a socket, it cannot be opened by name.
         with sys.stdin.buffer if Path(path) == STANDARD_INPUT and sys.stdin else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if b"\0" in line:  # UTF-16 of English without a byte order mark is valid UTF-8, with a NUL per letter.
+                    raise UserError(f"{path}, line {number}: a NUL byte, as in UTF-16; save the file as UTF-8")
+                if b"\r" in line.rstrip(b"\r\n"):
+                    raise UserError(
+                        f"{path}, line {number}: a line end of CR only; save the file with LF or CRLF line ends"
+                    )
                 try:
                     yield line.removesuffix(b"\n").decode("utf-8")
                 except UnicodeDecodeError as error:

@@ -137,7 +137,8 @@ def explain(error):
     if number and int(number[1]) in _DISK_ERRORS:
         what = f"cannot open or write {number[2] or 'the output'}"
         return f"{what}: {os.strerror(int(number[1]))}; {_DISK_ERRORS[int(number[1])]}"
-    if "PytorchStreamWriter failed" in text:
+    # Of torch.save: the file became no longer, or shorter than what was written.
+    if "PytorchStreamWriter failed" in text or "unexpected pos" in text:
         return "cannot write the output: the disk is full or has failed; free some space and run the same command again"
     if is_out_of_gpu_memory(error):
         return (

@@ -6,11 +6,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import tiny_seq2seq
 import torch
 from data_utils import ROUGE
+from pretrained import GENERATOR_LOCK
 
 from harness.distributed import World
 from harness.endings import UserError
+from harness.files import output_lock
 from search import ranked_generator
 from search.generator import fingerprint, is_of, load_generator, own_length, own_source_length
 from search.ranked_generator import BrioRun, Means, RankedGenerator, RankedSamples
@@ -24,9 +27,11 @@ CPU = torch.device("cpu")
 EPOCH = SimpleNamespace(number=0, samples=1, timing={"seconds": 1.0, "phases": {}, "peak_memory": None})
 
 
-@pytest.mark.parametrize("length_penalty", [0.0, 0.6])
-def test_scores_are_log_probabilities_whatever_else_is_in_the_batch(encoders, sample_folder, length_penalty):
+@pytest.mark.parametrize(("length_penalty", "kind"), [(0.0, "t5"), (0.6, "t5"), (0.6, "switch")])
+def test_scores_are_log_probabilities_whatever_else_is_in_the_batch(encoders, sample_folder, length_penalty, kind):
     model, tokenizer = load_generator(encoders["t5"])
+    if kind == "switch":  # A mixture of experts, whose encoder returns more than states.
+        model = tiny_seq2seq.build_switch(model.config.vocab_size)
     samples = [read_sample(path) for path in sample_files(sample_folder / "train")[:3]]
     samples[1]["candidates_untok"] = samples[1]["candidates_untok"][:2]
     batch = RankedSamples(samples, tokenizer, 4, 60, 20).batch(range(3))
@@ -132,6 +137,15 @@ def test_weights_that_became_nan_are_not_kept(tmp_path):
     with pytest.raises(UserError, match=r"^weights became NaN or infinite in epoch 1\. Use a smaller --lr"):
         run.add_epoch(EPOCH, dict.fromkeys([f"val_{name}" for name in ROUGE], 0.3), 0.0)
     assert run.history == list(tmp_path.iterdir()) == []
+
+
+def test_a_generator_that_another_script_trains_is_left_alone(run_script, encoders, sample_folder, tmp_path):
+    (tmp_path / "brio").mkdir()
+    with output_lock(tmp_path / "brio" / GENERATOR_LOCK):  # As finetune_model.py holds it.
+        arguments = ["--generator_name", encoders["t5"], "--dataset", sample_folder, "--save_dir", "brio"]
+        refused = run_script(SCRIPT, *arguments, "--num_workers", 0, cwd=tmp_path, code=2)
+    assert "another run is writing" in refused.stderr
+    assert [path.name for path in (tmp_path / "brio").iterdir()] == [GENERATOR_LOCK]
 
 
 def test_a_profile_replaces_neither_record_nor_generator(run_script, encoders, sample_folder, tmp_path):

@@ -117,8 +117,9 @@ def test_searches_that_share_an_encoder_pass_find_what_each_finds_alone(name, mo
     assert [search(*documents, encoded).tokens.tolist() for search in together] == alone
 
 
-def test_one_group_is_plain_beam_search():
-    model = tiny_seq2seq.build("t5")
+@pytest.mark.parametrize("build", [lambda: tiny_seq2seq.build("t5"), tiny_seq2seq.build_switch])
+def test_one_group_is_plain_beam_search(build):
+    model = build()
     input_ids, mask = tiny_seq2seq.documents(model)
     settings = {"num_beams": 5, "max_length": 14, "early_stopping": True}
     expected = model.generate(input_ids=input_ids, attention_mask=mask, num_return_sequences=5, **settings)

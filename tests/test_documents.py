@@ -53,6 +53,9 @@ def test_rows_within_a_quoted_field_are_told(tmp_path, capsys):
     assert len(read_documents(write_csv(tmp_path / "x.csv", rows))) == 22
     told = "1 quoted fields contain lines that look like rows (first: the row that ends in line 24); is a quote missing"
     assert told in capsys.readouterr().err
+    rows = [*twenty_rows(), '"a text,first', "lost,one", "lost,two", 'a disk of 5",last']
+    assert len(read_documents(write_csv(tmp_path / "first.csv", rows))) == 21
+    assert told.replace("24", "25") in capsys.readouterr().err
     read_documents(write_csv(tmp_path / "y.csv", [*twenty_rows(), '"several lines\nof one text",its summary']))
     list(documents.read_columns(write_csv(tmp_path / "z.csv", ['"several\nlines"'], "abstract"), "abstract"))
     assert capsys.readouterr().err == ""

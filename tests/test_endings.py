@@ -125,6 +125,7 @@ def raised_again(error):
         (np._core._exceptions._ArrayMemoryError((9, 9), np.dtype("float64")), "the machine is out of memory"),
         (RuntimeError("can't start new thread"), "cannot start more processes or threads"),
         (RuntimeError("unable to allocate shared memory(shm) for file </torch_9_1>: Success"), "out of shared memory"),
+        (RuntimeError("[enforce fail at inline_container.cc:672] . unexpected pos 65280 vs 65172"), "the disk is full"),
         (RuntimeError("unable to write to file </torch_9_1_0>: No space left on device (28)"), "out of shared memory"),
         (RuntimeError("received 0 items of ancdata"), "out of shared memory"),
         (OSError(errno.EMFILE, "Too many open files"), "out of shared memory"),

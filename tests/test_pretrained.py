@@ -189,18 +189,13 @@ def target_tokens(text_target):
     return {"input_ids": [5, 6, 2, 7]}
 
 
-def switch():
-    sizes = {**tiny_seq2seq.T5, "vocab_size": 41, "num_experts": 2, "num_sparse_encoder_layers": 1}
-    return transformers.SwitchTransformersForConditionalGeneration(transformers.SwitchTransformersConfig(**sizes))
-
-
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
         (lambda: tiny_seq2seq.build("t5"), None),
         (lambda: tiny_seq2seq.build("bart"), None),
         (lambda: tiny_seq2seq.build("pegasus"), None),
-        (switch, None),
+        (tiny_seq2seq.build_switch, None),
         (lambda: mbart(decoder_start_token_id=7), None),
         (lambda: with_start(mbart(decoder_start_token_id=7), [7]), None),
         (lambda: bert2bert(decoder_start_token_id=5, pad_token_id=0), None),

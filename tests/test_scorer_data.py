@@ -180,6 +180,7 @@ BAD_SAMPLES = [
     ({"abstract": ["\ud800Number 7"]}, "abstract is not a list of sentences in UTF-8"),
     ({"candidates_untok": [[["\ud800"], 0.5]]}, "candidates_untok.0 is not [sentences, score], in UTF-8"),
     ({"candidates": [[["a"], 1], [["b"], 0.5]]}, "it has 2 candidates, 1 candidates_untok"),
+    ({"candidates_untok": [[["a"], 0.25]]}, "the scores in candidates and candidates_untok differ"),
     ({"likelihood": []}, "it has 1 candidates, 1 candidates_untok, 0 likelihood"),
     ({"likelihood": None}, "it has 1 candidates, 1 candidates_untok, 0 likelihood"),
     ({"likelihood": [[-1.0, 0]]}, "likelihood.0 is not [log-probability, tokens]"),
@@ -225,6 +226,15 @@ def test_training_documents_are_not_those_that_validate(sample_folder, tmp_path,
     write("val", "train", "y")
     with pytest.raises(UserError, match=r"were made from the same documents \(train\); make each with its own --split"):
         check_training(folder, "standard")
+
+
+def test_two_samples_of_one_number_are_refused_and_long_numbers_are_read(tmp_path):
+    for name in ("0.json", "3.json", "123456789012345678901234567890.json"):
+        (tmp_path / name).write_text("{}")
+    assert [path.name for path in sample_files(tmp_path)][-1] == "123456789012345678901234567890.json"
+    (tmp_path / "003.json").write_text("{}")
+    with pytest.raises(UserError, match="has 1 samples with the number of another in their file name; rename them"):
+        sample_files(tmp_path)
 
 
 def test_no_samples(tmp_path):

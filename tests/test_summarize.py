@@ -57,10 +57,16 @@ def test_each_line_of_text_gets_a_line_however_it_comes(run_here, encoders, tmp_
     assert run_here("-") == lines
 
 
-def test_lines_that_end_with_cr_only_are_refused(tmp_path):
-    (tmp_path / "x.txt").write_bytes(b"one\rtwo\r")
-    with pytest.raises(UserError, match="its lines end with CR only"):
-        list(summarize.read_documents(str(tmp_path / "x.txt"), "abstract"))
+def test_lines_that_end_with_cr_only_and_utf_16_are_refused(tmp_path):
+    for text, wrong in (
+        (b"one\rtwo\r", "line 1: a line end of CR only"),
+        (b"\none\ntwo\rthree\r", "line 3: a line end of CR only"),
+        ("one\ntwo\n".encode("utf-16le"), "line 1: a NUL byte, as in UTF-16; save the file as UTF-8"),
+        ("\none".encode("utf-32be"), "line 1: a NUL byte"),
+    ):
+        (tmp_path / "x.txt").write_bytes(text)
+        with pytest.raises(UserError, match=wrong):
+            list(summarize.read_documents(str(tmp_path / "x.txt"), "abstract"))
     (tmp_path / "x.txt").write_bytes(b"one\r\ntwo\r\n")
     assert len(list(summarize.read_documents(str(tmp_path / "x.txt"), "abstract"))) == 2
 
@@ -68,7 +74,8 @@ def test_lines_that_end_with_cr_only_are_refused(tmp_path):
 def test_a_byte_order_mark_is_no_text(tmp_path):
     for name, header in (("x.txt", ""), ("x.csv", "\ufeffabstract\n")):
         (tmp_path / name).write_text(f"{header}\ufeffone\n\ufeffABSTRACT\n\ufefftwo\n")
-    assert [*map(summarize.clean, summarize.read_documents(str(tmp_path / "x.csv"), "abstract"))] == ["one", "two"]
+    found = [*map(summarize.clean, summarize.read_documents(str(tmp_path / "x.csv"), "abstract"))]
+    assert found == ["one", "ABSTRACT", "two"], "a line for each row, even if it repeats the header"
     assert next(summarize.read_documents(str(tmp_path / "x.txt"), "abstract")) == "one"
 
 

@@ -19,6 +19,8 @@ from transformers import (
     MT5ForConditionalGeneration,
     PegasusConfig,
     PegasusForConditionalGeneration,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -103,6 +105,13 @@ def build(name):
     for key, token in FORCED_TOKENS.get(name, {}).items():
         setattr(model.generation_config, key, token)
     return model
+
+
+def build_switch(vocab_size=41):
+    """A mixture of experts with the library's random weights, in eval mode."""
+    layers = {"num_decoder_layers": 2, "num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1}
+    config = SwitchTransformersConfig(**T5, **layers, vocab_size=vocab_size, num_experts=2)
+    return SwitchTransformersForConditionalGeneration(config).eval()
 
 
 def _parameters(model):

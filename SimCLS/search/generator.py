@@ -21,7 +21,7 @@ from harness.endings import UserError
 from search.ctranslate2_beams import CTranslate2Beams
 from search.diverse_beam import DiverseBeamSearch
 from search.sampling import NucleusSampling
-from search.token_rules import check_end, check_settings, check_start
+from search.token_rules import check_end, check_settings, check_start, check_target_vocabulary
 from texts import provenance
 from texts.documents import clean
 from texts.samples import as_sample
@@ -183,8 +183,13 @@ def load_generator(name, dtype=torch.float32, dropout=None):
         check_settings(model.generation_config)
         check_start(model, tokenizer)
         check_end(model, tokenizer)
+        check_target_vocabulary(model, tokenizer)
     except ValueError as error:
         raise UserError(f"--generator_name {name!r}: {error}") from None
+    if getattr(model.config, "attention_type", None) == "block_sparse":
+        # The library leaves BigBird's sparse attention for good at the first short batch, so candidates would depend on
+        # what came before.
+        model.get_encoder().set_attention_type("original_full")
     return model.eval(), tokenizer
 
 

@@ -9,9 +9,12 @@ class LibraryDecoder:
 
     def __init__(self, model):
         self.model, self.encoder = model, model.get_encoder()
+        self.output_type = BaseModelOutput
 
     def encode(self, input_ids, attention_mask):
-        return self.encoder(input_ids=input_ids, attention_mask=attention_mask)[0], attention_mask
+        output = self.encoder(input_ids=input_ids, attention_mask=attention_mask, return_dict=True)
+        self.output_type = type(output)  # Mixtures of experts have a type of their own.
+        return output[0], attention_mask
 
     def start(self, encoded, max_length):
         self.hidden, self.mask = encoded
@@ -19,7 +22,7 @@ class LibraryDecoder:
 
     def step(self, tokens):
         output = self.model(
-            encoder_outputs=BaseModelOutput(last_hidden_state=self.hidden),
+            encoder_outputs=self.output_type(last_hidden_state=self.hidden),
             attention_mask=self.mask,
             decoder_input_ids=tokens.unsqueeze(1),
             past_key_values=self.cache,

@@ -1,6 +1,7 @@
 """For brio.py: a generator fine-tuned on ranked candidates, with its samples, scores, validation and run files."""
 
 import argparse
+import contextlib
 import itertools
 from typing import NamedTuple
 
@@ -8,12 +9,11 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from data_utils import ROUGE, padded
-from pretrained import refuse_to_replace
-from transformers.modeling_outputs import BaseModelOutput
+from pretrained import GENERATOR_LOCK, refuse_to_replace
 
 from harness import runs
 from harness.devices import widest_float
-from harness.files import publish, staging
+from harness.files import output_lock, publish, staging
 from harness.timing import nvtx_range
 from scorer.metrics import mean_rouge
 from search.generator import CandidateGenerator, generate_samples, search_settings
@@ -95,10 +95,11 @@ class RankedGenerator(torch.nn.Module):
         [documents]; the references' cross-entropy per token, averaged over documents)."""
         documents, summaries = len(batch.sources), len(batch.summaries) // len(batch.sources)
         mask = (torch.arange(batch.sources.shape[1], device=batch.sources.device) < batch.lengths[:, None]).long()
-        states = self.model.get_encoder()(input_ids=batch.sources, attention_mask=mask).last_hidden_state
+        encoded = self.model.get_encoder()(input_ids=batch.sources, attention_mask=mask)
+        states = encoded.last_hidden_state
         logits = self.model(
             # Each document is encoded only once.
-            encoder_outputs=BaseModelOutput(states.repeat_interleave(summaries, 0)),
+            encoder_outputs=type(encoded)(last_hidden_state=states.repeat_interleave(summaries, 0)),
             attention_mask=mask.repeat_interleave(summaries, 0),
             decoder_input_ids=self.model.prepare_decoder_input_ids_from_labels(batch.summaries),
             use_cache=False,
@@ -174,6 +175,14 @@ class BrioRun(runs.Run):
         # A profile keeps no generator, and its record does not replace the one of the generator that is there.
         name = f"brio_{args.max_steps}_steps" if args.max_steps else "brio"
         super().__init__("brio", args.save_dir, name, args, world, NOT_RESULTS, why, **facts)
+
+    @contextlib.contextmanager
+    def lock(self):
+        with contextlib.ExitStack() as held:
+            if self.world.is_main and not self.is_dry:  # Neither script replaces the generator that the other trains.
+                held.enter_context(output_lock(self.folder / GENERATOR_LOCK))
+            held.enter_context(super().lock())
+            yield
 
     def _claim_name(self):
         super()._claim_name()

@@ -172,6 +172,18 @@ def check_start(model, tokenizer):
         )
 
 
+def check_target_vocabulary(model, tokenizer):
+    """ValueError if `model` cannot write all tokens of `tokenizer`."""
+    head = model.get_output_embeddings()
+    if head is None or getattr(
+        tokenizer, "separate_vocabs", False
+    ):  # Marian's may have fewer target than source tokens.
+        return
+    tokens = max(tokenizer.get_vocab().values()) + 1
+    if tokens > len(head.weight):
+        raise ValueError(f"its tokenizer has {tokens} tokens, but its decoder only {len(head.weight)}")
+
+
 def check_end(model, tokenizer):
     """ValueError unless the end tokens of generation include one that the tokenizer puts into texts in training (not
     checked for tokenizers that add no end token), and unless decoding omits what follows the end."""

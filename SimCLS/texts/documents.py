@@ -9,7 +9,6 @@ import csv
 import gzip
 import hashlib
 import io
-import itertools
 import re
 import sys
 import zlib
@@ -31,8 +30,11 @@ LONGEST_NAME = 200  # bytes; file systems allow 255, and callers add to the name
 # White space and control characters: a superset of what str.splitlines() splits on, since the candidate files have one
 # text per line.
 _BLANKS = re.compile(r"[\s\x00-\x1f\x7f-\x9f\u2028\u2029]+")
-# Zero-width characters. One is the byte order mark, which may also be inside a file that was concatenated from several.
-_INVISIBLE = "\u200b\u2060\ufeff"
+# Characters without a picture: zero-width ones, marks of the writing direction, the soft hyphen. One is the byte order
+# mark, which may also be inside a file that was concatenated from several.
+_INVISIBLE = "\u200b\u2060\ufeff\u200e\u200f\u061c\u00ad" + "".join(
+    map(chr, [*range(0x202A, 0x202F), *range(0x2066, 0x206A)])
+)
 
 
 class Document(NamedTuple):
@@ -122,7 +124,7 @@ def read_columns(path, *columns):
                         + f" and the first row {width}" * (width > len(header))
                         + "; quote fields that contain a comma or a line break"
                     )
-                if any(map(_holds_rows, row, itertools.repeat(len(header)))):
+                if any(_holds_rows(field, place, len(header)) for place, field in enumerate(row)):
                     suspects.append(rows.line_num)
                 yield tuple(row[place] for place in places)
             if suspects and read_job().rank == 0:
@@ -139,10 +141,16 @@ def read_columns(path, *columns):
         raise UserError(f"cannot read {path}: {error.strerror}") from None
 
 
-def _holds_rows(field, width):
-    """Whether all lines of a field after its first look like rows of `width` fields; any text looks like one field."""
-    lines = field.splitlines()[1:]
-    return width > 1 and bool(lines) and all(line.count(",") == width - 1 for line in lines)
+def _holds_rows(field, place, width):
+    """Whether a field's lines look like the rest of a row, rows of `width` fields, and the start of a row up to the
+    field's own `place`, counted from 0: what a missing quote makes of several rows."""
+    commas = [line.count(",") for line in field.splitlines()]
+    if place == width - 1:  # The last field: every later line is a whole row.
+        return width > 1 and len(commas) > 1 and set(commas[1:]) == {width - 1}
+    # Two lines with so few commas may be an ordinary text.
+    return (
+        len(commas) > 2 and commas[0] == width - 1 - place and set(commas[1:-1]) == {width - 1} and commas[-1] == place
+    )
 
 
 def clean(text):

@@ -18,7 +18,7 @@ from texts.documents import Document
 from texts.scoring import mean_score, score
 from texts.sentences import ptb_tokenize
 
-FILE_NAME = re.compile(r"[0-9]{1,18}\.json")  # The file name of a sample.
+FILE_NAME = re.compile(r"[0-9]{1,200}\.json")  # The file name of a sample.
 KEYS = ("article", "abstract", "article_untok", "abstract_untok", "candidates", "candidates_untok")
 
 
@@ -47,6 +47,9 @@ def sample_files(folder):
         raise UserError(f"cannot read the sample folder {folder}: {error.strerror}; run preprocess.py") from None
     if not numbered:
         raise UserError(f"the sample folder {folder} has no samples (0.json, 1.json, ...); run preprocess.py")
+    twice = len(numbered) - len({number for number, _ in numbered})
+    if twice:  # As 0.json and 00.json.
+        raise UserError(f"{folder} has {twice} samples with the number of another in their file name; rename them")
     made = (provenance.read(Path(folder)) or {}).get("documents")
     if made not in (None, len(numbered)):  # preprocess.py was stopped while it renamed them.
         raise UserError(f"{folder} has {len(numbered)} of its {made} samples; run the same preprocess.py command again")
@@ -89,7 +92,7 @@ def read_sample(path):
         raise UserError(f"cannot read the sample {path}: {error.strerror}") from None
     except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
         raise UserError(f"the sample {path} is not JSON ({error}); make it again with preprocess.py") from None
-    problem = fault(sample, SAMPLE) or _wrong_counts(sample)
+    problem = fault(sample, SAMPLE) or _wrong_counts(sample) or _wrong_pairs(sample)
     if problem:
         raise UserError(f"{path} is not a sample: {problem}; make it again with preprocess.py")
     return sample
@@ -106,6 +109,14 @@ def _wrong_counts(sample):
     if len(set(counts.values())) > 1:
         return "it has " + ", ".join(f"{count} {name}" for name, count in counts.items())
     return None if counts["candidates"] else "it has no candidates"
+
+
+def _wrong_pairs(sample):
+    """The problem with candidates that are not in the order of `candidates_untok`, in words, or None."""
+    pairs = zip(*(sample[name] for name in KEYS[4:]), strict=True)
+    if any(score != other for (_, score), (_, other) in pairs):
+        return "the scores in candidates and candidates_untok differ, so their order may, too"
+    return None
 
 
 # ------------------------------------------------------------------------------------------------- to make them

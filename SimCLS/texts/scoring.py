@@ -22,7 +22,9 @@ ROUGE_TOKENS = {
     "unicode": "UnicodeTokenizer",  # Words of any script, ideographs one by one.
     "characters": "CharacterTokenizer",  # Letters and digits one by one: for scripts without spaces.
 }
-LEAST_SEEN = 0.5  # The least share of the references' letters that the standard tokens must contain.
+# Of the references' letters, the least share that the standard tokens must contain, and below which it is told. English
+# texts of science have some Greek letters.
+LEAST_SEEN, WELL_SEEN = 0.5, 0.98
 
 
 def add_rouge_argument(parser):
@@ -80,7 +82,7 @@ def mean_score(figures):
 
 def check_references(references, tokens, where, say=print):
     """UserError if ROUGE would ignore more than half of the letters of `references`, an iterable of str; a message if
-    it would ignore some of them completely."""
+    it would ignore some of them completely, or more than a few letters."""
     if tokens != "standard":
         return
     count = letters = seen = empty = 0
@@ -93,6 +95,11 @@ def check_references(references, tokens, where, say=print):
         raise UserError(
             f"{where}: the standard ROUGE tokens are a-z and 0-9, but {letters - seen} of the {letters} letters are "
             "others; add --rouge_tokens unicode (words), or characters (scripts without spaces), in every stage"
+        )
+    if seen < WELL_SEEN * letters and not empty:
+        say(
+            f"{where}: the standard ROUGE tokens leave out {letters - seen} of {letters} letters of the references, "
+            "those beyond a-z; --rouge_tokens unicode counts them"
         )
     if empty:
         say(f"{where}: {empty} of {count} references have no letter or digit that ROUGE counts; they score 0")
