@@ -97,7 +97,7 @@ def test_sentences_of_a_validation_do_not_depend_on_how_many_processes_share_it(
     monkeypatch.setattr(ranked_generator, "SentenceSplitter", splitter)
     ranked = RankedGenerator(*load_generator(encoders["t5"]), 1.0)
     samples = [read_sample(path) for path in sample_files(sample_folder / "val")[:3]]
-    args = SimpleNamespace(num_cands=2, max_source_length=60, rouge_tokens="standard")
+    args = SimpleNamespace(num_cands=2, max_source_length=60, max_target_length=19, rouge_tokens="standard")
     second = SimpleNamespace(rank=1, size=2, device=CPU, sum=lambda sums: sums)
     ranked_generator.validate(ranked, samples, args, second, stop=False)
     assert learnt_from == [[" ".join(sample["article_untok"]) for sample in samples]]
@@ -172,16 +172,20 @@ def test_each_process_writes_its_share_and_the_best_candidate_counts(monkeypatch
         return [{"rouge": np.array([[0.3, 0.2, 0.1], [0.9, 0.9, 0.9]])} for _ in documents]
 
     monkeypatch.setattr(ranked_generator, "generate_samples", generate)
-    monkeypatch.setattr(ranked_generator, "search_settings", lambda *_: {})
+    lengths = []
+    monkeypatch.setattr(
+        ranked_generator, "search_settings", lambda given, _: lengths.append(given.decoder_max_len) or {}
+    )
     monkeypatch.setattr(ranked_generator, "CandidateGenerator", lambda *_: None)
     model = torch.nn.Linear(1, 1)
     model.generation_config = None
     samples = [{"article_untok": [str(number)], "abstract_untok": ["x"]} for number in range(5)]
-    args = SimpleNamespace(num_cands=2, max_source_length=9, rouge_tokens="standard")
+    args = SimpleNamespace(num_cands=2, max_source_length=9, max_target_length=19, rouge_tokens="standard")
     others = torch.tensor([0.9, 0.6, 0.3])  # The sums of the other process, of three documents.
     world = SimpleNamespace(rank=1, size=2, device=CPU, sum=lambda sums: sums + others)
     found = ranked_generator.validate(RankedGenerator(model, None, 1.0), samples, args, world, stop=None)
     assert asked == [["1", "3"]]
+    assert lengths == [20], "as long as in training, after the start token"
     assert found == pytest.approx({"val_rouge1": 0.3, "val_rouge2": 0.2, "val_rougeL": 0.1})
 
 

@@ -1,7 +1,9 @@
 """What a stage asks of a model before it works with it: lengths, the first token of a text and of a summary."""
 
 import contextlib
+import json
 import os
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -21,8 +23,8 @@ from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel, 
 from harness.distributed import World
 from harness.endings import UserError
 from scorer.scorer_arguments import get_args_parser
-from search.generator import CandidateGenerator, check_generation, own_length, search_settings
-from search.token_rules import check_end, check_settings, check_start
+from search.generator import CandidateGenerator, check_generation, load_generator, own_length, search_settings
+from search.token_rules import check_end, check_settings, check_start, check_target_vocabulary
 
 SMALL_BERT = {"vocab_size": 41, "hidden_size": 16, "intermediate_size": 24, "num_attention_heads": 2}
 SMALL_BERT |= {"num_hidden_layers": 1, "max_position_embeddings": 48, "pad_token_id": 0}
@@ -187,6 +189,38 @@ def with_start(model, tokens):
 def target_tokens(text_target):
     """As mBART's tokenizer has them: the end token, and the language, with which summaries are to start."""
     return {"input_ids": [5, 6, 2, 7]}
+
+
+def test_tokens_beyond_the_embeddings_are_refused(encoders, tmp_path):
+    """Even if there are few enough of them."""
+    folder = shutil.copytree(encoders["t5"], tmp_path / "t5")
+    load_generator(folder)
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    word = max(tokenizer["model"]["vocab"], key=tokenizer["model"]["vocab"].get)
+    tokenizer["model"]["vocab"][word] = 5000
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(UserError, match="its tokenizer has 5001 tokens, more than the"):
+        load_generator(folder)
+
+
+def test_a_decoder_with_fewer_tokens_than_the_tokenizer_is_refused():
+    sizes = {"share_encoder_decoder_embeddings": False, "decoder_vocab_size": 30, "pad_token_id": 0}
+    config = transformers.MarianConfig(
+        vocab_size=41, eos_token_id=1, decoder_start_token_id=0, **sizes, **tiny_seq2seq.BART
+    )
+    tokenizer = SimpleNamespace(get_vocab=lambda: {"a": 0, "b": 40})
+    with pytest.raises(ValueError, match="its tokenizer has 41 tokens, but its decoder only 30"):
+        check_target_vocabulary(transformers.MarianMTModel(config), tokenizer)
+    check_target_vocabulary(tiny_seq2seq.build("bart"), tokenizer)
+    tokenizer.separate_vocabs = True
+    check_target_vocabulary(transformers.MarianMTModel(config), tokenizer)
+
+
+def test_the_attention_of_bigbird_does_not_depend_on_what_came_before(tmp_path):
+    config = transformers.BigBirdPegasusConfig(vocab_size=400, block_size=2, **tiny_seq2seq.BART)
+    transformers.BigBirdPegasusForConditionalGeneration(config).save_pretrained(tmp_path)
+    tiny_inputs.make_tokenizer("t5").save_pretrained(tmp_path)
+    assert load_generator(tmp_path)[0].get_encoder().attention_type == "original_full"
 
 
 @pytest.mark.parametrize(

@@ -148,7 +148,8 @@ def validate(ranked, samples, args, world, stop):
     if stop:
         return None
     documents = [as_document(sample) for sample in samples]
-    settings = {"num_cands": args.num_cands, "num_groups": 1, "diversity_penalty": 0.0, "decoder_max_len": None}
+    settings = {"num_cands": args.num_cands, "num_groups": 1, "diversity_penalty": 0.0}
+    settings["decoder_max_len"] = args.max_target_length + 1  # With the start token.
     settings = search_settings(argparse.Namespace(**settings), ranked.model.generation_config)
     ranked.eval()
     generator = CandidateGenerator(ranked.model, ranked.tokenizer, settings, args.max_source_length)
