@@ -287,10 +287,12 @@ def load_search(args, world, precision, search, origin=None):
     if origin:
         settings, source_length = as_in_samples(settings, origin, args), origin["max_source_length"]
     generator = CandidateGenerator(model.to(world.device), tokenizer, settings, source_length)
-    if origin and generator.fingerprint != origin["generator"]:
+    is_another = origin and generator.fingerprint != origin["generator"]
+    if is_another or (origin and origin.get("config", generator.config_digest) != generator.config_digest):
+        how = "other weights or in another precision" if is_another else "another config.json"
         raise UserError(
             f"--generator_name {args.generator_name}: the samples were made with {origin['generator_name']}, with "
-            "other weights or in another precision; give that generator and the same --half_precision"
+            f"{how}; give that generator and the same --half_precision"
         )
     return generator
 

@@ -81,6 +81,7 @@ def main():
 def candidate_files(generator, folder, split, documents, world):
     settings = generator.settings | {
         "generator": generator.fingerprint,
+        "config": generator.config_digest,
         "tokenizer": provenance.digest(tokenizer_text(generator.tokenizer)),
         "documents": hashlib.sha256(json.dumps(documents).encode()).hexdigest(),
         "max_source_length": generator.max_source_length,

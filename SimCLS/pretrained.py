@@ -11,7 +11,7 @@ from harness import torchvision_compat  # noqa: F401  # isort: skip (before tran
 
 import huggingface_hub
 import torch
-from transformers import AutoConfig, AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig
 from transformers.utils import logging
 
 from harness.endings import UserError
@@ -27,6 +27,13 @@ T5_FAMILY = ("t5", "mt5", "umt5", "longt5", "switch_transformers")
 DROPOUT_KEYS = (
     "dropout_rate", "hidden_dropout_prob", "attention_probs_dropout_prob", "dropout", "attention_dropout",
     "activation_dropout",
+)  # fmt: skip
+# Parts of the names of settings in a config that do not affect what a model in evaluation computes: names, versions and
+# types, what only training uses, what saves memory, and what is returned besides.
+NOT_COMPUTED = (
+    "name_or_path", "architectures", "version", "dtype", "id2label", "label2id", "problem_type", "task_specific_params",
+    "finetuning_task", "auto_map", "dropout", "layerdrop", "initializer", "init_std", "gradient_checkpointing",
+    "chunk_size_feed_forward", "use_cache", "output_", "return_dict", "classifier", "attn_implementation",
 )  # fmt: skip
 # The names of models' embedding tables for absolute positions; relative positions have no limit.
 POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
@@ -169,6 +176,21 @@ def tokenizer_text(tokenizer):
     else:
         parts = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     return json.dumps([parts, tokenizer.truncation_side])
+
+
+def computation(config):
+    """The settings in a model's config that affect what it computes in evaluation, a dict of plain JSON values. Those
+    of generation are not among them: they belong to the generation config."""
+    of_generation = {name for name in GenerationConfig().to_dict() if not name.endswith("token_id")}
+
+    def chosen(settings):
+        names = [name for name in settings if not any(part in name for part in NOT_COMPUTED)]
+        return {name: inner(settings[name]) for name in names if name not in of_generation}
+
+    def inner(value):  # The encoder's config, say.
+        return chosen(value) if isinstance(value, dict) and "model_type" in value else value
+
+    return json.loads(json.dumps(chosen(config.to_diff_dict()), default=str, sort_keys=True))
 
 
 @functools.cache

@@ -105,7 +105,7 @@ class Summarizer:
         if args.scorer_path:
             self.judge = load_judge(args, world, say=lambda line: None)
             self.weights = fitted_to(args.scorer_path)
-            made = {"candidates": {"generator": self.generator.fingerprint, "search": self.generator.settings}}
+            made = {"candidates": self.generator.how()}
             trained = read_description(args.scorer_path) or {}
             for line in provenance.check_belonging(made, trained, args.rouge_tokens):
                 tell(f"warning: {line}")

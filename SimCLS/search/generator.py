@@ -3,9 +3,7 @@
 import argparse
 import copy
 import functools
-import hashlib
 import itertools
-import json
 import tempfile
 from pathlib import Path
 from typing import NamedTuple
@@ -20,6 +18,7 @@ from harness import arguments, endings
 from harness.endings import UserError
 from search.ctranslate2_beams import CTranslate2Beams
 from search.diverse_beam import DiverseBeamSearch
+from search.identity import config_digest, fingerprint
 from search.sampling import NucleusSampling
 from search.token_rules import check_end, check_settings, check_start, check_target_vocabulary
 from texts import provenance
@@ -302,14 +301,21 @@ class CandidateGenerator:
         count = found.tokens.shape[1]
         return [every[start : start + count] for start in range(0, len(every), count)]
 
+    def how(self):
+        """How this generator makes candidates, the part of their provenance that does not depend on the text."""
+        return {
+            "generator": self.fingerprint,
+            "config": self.config_digest,
+            "search": self.settings,
+            "max_source_length": self.max_source_length,
+        }
+
     def origin(self, name, path, documents):
         """The provenance of this generator's candidates. name: of the generator. path: of the text. documents: all of
         the text, also those without candidates."""
         return provenance.describe(
             generator_name=Path(name).resolve().name if Path(name).is_dir() else name,
-            generator=self.fingerprint,
-            search=self.settings,
-            max_source_length=self.max_source_length,
+            **self.how(),
             text_name=Path(path).name,
             text=provenance.digest(documents),
         )
@@ -318,26 +324,18 @@ class CandidateGenerator:
     def fingerprint(self):
         return fingerprint(self.model, self.tokenizer)
 
-
-def fingerprint(model, tokenizer, dtype=None):
-    """A digest of a generator's weights, vocabulary and generation config. dtype: to convert its floats to, or None."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        tensor = tensor.detach().cpu()
-        if dtype and tensor.is_floating_point():
-            tensor = tensor.to(dtype)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy())
-    tokens = model.generation_config.to_dict() | {"transformers_version": None}
-    for part in (sorted(tokenizer.get_vocab().items()), tokens):
-        digest.update(json.dumps(part, sort_keys=True, default=str).encode())
-    return digest.hexdigest()
+    @property
+    def config_digest(self):
+        return config_digest(self.model)
 
 
 def is_of(model, tokenizer, made):
     """Whether samples with the provenance `made` have candidates from this generator, whatever its precision was then;
     True if unknown."""
-    origin = ((made or {}).get("candidates") or {}).get("generator")
+    candidates = (made or {}).get("candidates") or {}
+    origin, ours = candidates.get("generator"), config_digest(model)
+    if candidates.get("config", ours) != ours:
+        return False
     types = (torch.float32, torch.bfloat16, torch.float16)
     return origin is None or any(fingerprint(model, tokenizer, dtype) == origin for dtype in types)
 

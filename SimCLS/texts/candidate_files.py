@@ -18,6 +18,8 @@ from harness.files import atomic_write, write_json
 from texts import provenance
 from texts.sentences import ptb_tokenize
 
+# Settings that older files do not have; where one is missing, it is not compared.
+NEWER = ("tokenizer", "tokenizer_settings", "config")
 FILES = ("source", "target", "out", "source.tokenized", "target.tokenized", "out.tokenized", "likelihood")
 
 
@@ -39,8 +41,8 @@ class CandidateFiles:
         return same and all((self.folder / f"{self.split}.{name}").is_file() for name in FILES)
 
     def changed(self, found):
-        """The settings that differ in the dict `found`, in words. Older files do not have the tokenizer."""
-        found = {"tokenizer": self.settings.get("tokenizer")} | found
+        """The settings that differ in the dict `found`, in words."""
+        found = {name: self.settings[name] for name in NEWER if name in self.settings} | found
         names = found.keys() | self.settings.keys()
         return ", ".join(sorted(name for name in names if found.get(name) != self.settings.get(name)))
 

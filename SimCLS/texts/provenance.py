@@ -30,7 +30,11 @@ def describe(**what):
 
 
 def write(folder, described):
-    if read(folder) != json.loads(json.dumps(described)):  # An equal file is left alone.
+    """Write `described` to `folder`. An equal file is left alone, and so is an older one that says less: what it does
+    not say is unknown, and what was made of it has its digest."""
+    found = read(folder)
+    said = (found or {}).keys() - {"digest"}
+    if not said or any(found[key] != each for key, each in json.loads(json.dumps(described)).items() if key in said):
         write_json(folder / FILE, described)
 
 
