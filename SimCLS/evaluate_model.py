@@ -232,7 +232,7 @@ def judge_candidates(args, world, judge):
     warnings = provenance.check_belonging(made, trained, args.rouge_tokens)
     if args.generator_name and not candidates.origin:
         warnings.append("the samples' generator is unknown; the plain beam may be from another generator or search")
-    weights = usable_weights(fitted_to(args.scorer_path), samples, warnings)
+    weights = usable_weights(fitted_to(args.scorer_path, warnings), samples, warnings)
     for line in warnings:
         world.say(f"warning: {line}")
     scores = score_candidates(judge.scorer, judge.encoding, samples, args.batch_size, world.device, judge.precision)
@@ -287,12 +287,11 @@ def load_search(args, world, precision, search, origin=None):
     if origin:
         settings, source_length = as_in_samples(settings, origin, args), origin["max_source_length"]
     generator = CandidateGenerator(model.to(world.device), tokenizer, settings, source_length)
-    is_another = origin and generator.fingerprint != origin["generator"]
-    if is_another or (origin and origin.get("config", generator.config_digest) != generator.config_digest):
-        how = "other weights or in another precision" if is_another else "another config.json"
+    ours = generator.how()
+    if origin and any(origin.get(name, ours[name]) != ours[name] for name in ("generator", "config")):
         raise UserError(
             f"--generator_name {args.generator_name}: the samples were made with {origin['generator_name']}, with "
-            f"{how}; give that generator and the same --half_precision"
+            "other weights, config.json or precision; give that generator and the same --half_precision"
         )
     return generator
 
@@ -317,7 +316,7 @@ def read_samples(args):
         texts = [sentences for sentences, _ in sample["candidates"]]
         sample["rouge"] = score(sample["abstract"], texts, args.rouge_tokens)
     made = provenance.read(args.samples) or {}
-    origin = made.get("candidates")
+    origin = provenance.origin(made)
     is_plain = origin is not None and begins_with_beam_search(origin["search"])
     if not is_plain and not args.generator_name:
         print("no row for plain beam search, which these samples do not contain; add --generator_name to get it")

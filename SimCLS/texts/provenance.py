@@ -3,11 +3,22 @@
 import hashlib
 import json
 
+from harness.endings import UserError
 from harness.files import write_json
+from harness.shapes import COUNT, NUMBER, TEXT, WHOLE, each, fault, maybe
 
 FILE = "provenance.json"
 # Keys for human readers; they do not affect the digest.
 NAMES = ("generator_name", "text_name", "candidates", "documents")
+NEWER = ("config",)  # Keys that older files lack.
+# What they look like; each may lack some of it.
+_SEARCH = dict.fromkeys(("num_beams", "num_groups", "num_samples", "max_length"), maybe(WHOLE))
+_SEARCH |= dict.fromkeys(("min_length", "no_repeat_ngram_size", "seed"), maybe(COUNT)) | {"engine": maybe(TEXT)}
+_SEARCH |= dict.fromkeys(("diversity_penalty", "length_penalty", "top_p"), maybe(NUMBER))
+_CANDIDATES = dict.fromkeys(("generator_name", "generator", "config", "text_name", "text"), maybe(TEXT))
+_CANDIDATES |= {"search": maybe(_SEARCH | {"searches": maybe(each(list, _SEARCH))}), "max_source_length": maybe(WHOLE)}
+SHAPE = dict.fromkeys(("digest", "split", "rouge_tokens", "sentences"), maybe(TEXT)) | _CANDIDATES
+SHAPE |= {"cand_num": maybe(WHOLE), "documents": maybe(COUNT), "candidates": maybe(_CANDIDATES)}
 
 
 def digest(value):
@@ -32,19 +43,39 @@ def describe(**what):
 def write(folder, described):
     """Write `described` to `folder`. An equal file is left alone, and so is an older one that says less: what it does
     not say is unknown, and what was made of it has its digest."""
-    found = read(folder)
-    said = (found or {}).keys() - {"digest"}
-    if not said or any(found[key] != each for key, each in json.loads(json.dumps(described)).items() if key in said):
+    found, plain = _read(folder) or {}, json.loads(json.dumps(described))
+    older = {key: value for key, value in plain.items() if key not in NEWER}
+    if found != plain and found | {"digest": None} != older | {"digest": None}:
         write_json(folder / FILE, described)
 
 
 def read(folder):
-    """The dict that `write` wrote to `folder`; None if there is none, as in published samples."""
+    """The dict that `write` wrote to `folder`; None if there is none, as in published samples. UserError if it has been
+    changed into something else."""
+    described = _read(folder)
+    wrong = described and fault(described, SHAPE)
+    if wrong:
+        raise UserError(
+            f"{folder / FILE} does not say what made these files ({wrong}); copy it again, or make them anew"
+        )
+    return described
+
+
+def _read(folder):
     try:
         described = json.loads((folder / FILE).read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return described if isinstance(described, dict) and "digest" in described else None
+
+
+def origin(made):
+    """The provenance of the candidates of samples with the provenance `made`; None if it does not say how they were
+    made."""
+    candidates = (made or {}).get("candidates") or {}
+    known = all(candidates.get(name) is not None for name in ("generator_name", "generator", "search"))
+    known = known and candidates.get("max_source_length") and candidates["search"].get("searches", True)
+    return candidates if known else None
 
 
 def differences(ours, theirs):
@@ -87,6 +118,6 @@ def check_belonging(made, scorer, rouge_tokens):
         wrong.append("the scorer was trained on the documents judged here; the results do not apply to other documents")
     if same_documents(made, scorer.get("validation")):
         wrong.append("the scorer's weights were chosen by the documents judged here; the results flatter it")
-    for theirs in sorted({each.get("rouge_tokens") or rouge_tokens for each in (made or {}, scorer)} - {rouge_tokens}):
+    for theirs in sorted({what.get("rouge_tokens") or rouge_tokens for what in (made or {}, scorer)} - {rouge_tokens}):
         wrong.append(f"the scorer or the samples were made with --rouge_tokens {theirs}, not {rouge_tokens}")
     return wrong
