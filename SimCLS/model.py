@@ -9,6 +9,7 @@ import json
 import pickle
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from data_utils import TextEncoding
@@ -18,19 +19,31 @@ from harness import endings, torchvision_compat  # noqa: F401
 from harness.endings import UserError
 from harness.files import atomic_write, write_json
 from harness.resume import read_tensors
+from harness.shapes import NUMBER, TEXT, WHOLE, each, fault, maybe
 
 # isort: split
-from pretrained import DROPOUT_KEYS, check_length, load, most_tokens
+from pretrained import DROPOUT_KEYS, check_length, computation, load, most_tokens
 from transformers import AutoModelForTextEncoding
 
 from scorer import minilm, short_attention
 from scorer.converted_weights import convert_once
+from texts import provenance
 
 # The settings of the published scorers: the margin, and the most tokens of a document and of a summary.
 MARGIN = 0.01
 TOTAL_LEN, MAX_LEN = 512, 120
 # Model types that split their layers' parts over several lists, or have weights after the layers that all of them use.
 NO_LAYERS = ("xlm", "flaubert", "deberta", "deberta-v2")
+# What scorer.json holds. Older files, and those of other programs, have less of it.
+TEXTS = ("architecture", "tokenizer", "rouge_tokens")
+COUNTS = ("hidden_size", "layers", "vocabulary", "total_len", "max_len", "candidates")
+DESCRIPTION = {"encoder": TEXT} | dict.fromkeys(TEXTS, maybe(TEXT)) | dict.fromkeys(COUNTS, maybe(WHOLE))
+DESCRIPTION["config"] = maybe(("an object", lambda value: isinstance(value, dict)))
+DESCRIPTION |= dict.fromkeys(("samples", "validation"), maybe(provenance.SHAPE))
+DESCRIPTION["earlier_samples"] = maybe(each(list, provenance.SHAPE))
+DESCRIPTION["weights"] = maybe(
+    {"likelihood": NUMBER, "agreement": NUMBER, "power": NUMBER, "scorer_digest": maybe(TEXT)}
+)
 
 
 class Scorer(nn.Module):
@@ -39,6 +52,7 @@ class Scorer(nn.Module):
     def __init__(self, encoder):
         super().__init__()
         self.encoder = encoder
+        self.name = encoder.name_or_path  # For messages: the encoder, or the file of trained weights.
         self._skip_unused_states()
         convert_once(encoder)
 
@@ -169,6 +183,15 @@ def score_samples(scorer, samples, numbers, batch_size, device, precision):
         scorer.train()
 
 
+def check_scores(scores, scorer):
+    """UserError unless the scores of `scorer`, a NumPy array, are finite: no candidate is the best among NaN."""
+    if not np.isfinite(scores).all():
+        raise UserError(
+            f"the scorer {scorer.name} gives scores that are NaN or infinite; copy it again, train it again with a "
+            "smaller --lr, or use bfloat16 or single precision instead of float16"
+        )
+
+
 def load_encoder(name, dropout=0.0):
     """(encoder in float32, tokenizer) from a folder in `from_pretrained` form, a name on the hub, or "minilm".
 
@@ -183,6 +206,7 @@ def load_encoder(name, dropout=0.0):
         problem=f"cannot load an encoder from {name!r}, as a folder or as a name on the hub",
         advice=minilm.ADVICE if name == minilm.NAME else "create_model.py makes one from scratch",
         dtype=torch.float32,
+        chunk_size_feed_forward=0,  # Chunks would need all tokens where only the first one's state is computed.
         **dict.fromkeys(DROPOUT_KEYS, dropout),
     )
     check_reads_on(encoder, name)
@@ -194,7 +218,7 @@ def load_encoder(name, dropout=0.0):
 @torch.no_grad()
 def check_reads_on(encoder, name):
     """UserError unless the first token's state depends on the tokens after it. In a decoder it does not, so all texts
-    would have the same state."""
+    would have the same state. UserError, too, if `encoder` cannot run."""
     ids = torch.zeros(2, 4, dtype=torch.int64)
     ids[1, -1] = 1
     try:
@@ -203,7 +227,10 @@ def check_reads_on(encoder, name):
     except Exception as error:  # Other kinds of models may raise anything.
         if endings.explain(error):  # Such as out of memory, which is not the model's fault.
             raise
-        reads_on = False
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"{name!r} cannot encode a text ({reason}); correct its config.json, or choose another"
+        ) from None
     if not reads_on:
         raise UserError(f"{name!r} is not a text encoder whose first token attends to later ones; choose another")
 
@@ -227,8 +254,8 @@ def load_scorer(name=None, weights=None, total_len=None, max_len=None, dropout=0
     own = min(most, tokenizer.model_max_length)
     encoding.total_len = total_len or trained.get("total_len") or min(TOTAL_LEN, own)
     encoding.max_len = max_len or trained.get("max_len") or min(MAX_LEN, own)
-    check_length("--total_len", encoding.total_len, special, most)
-    check_length("--max_len", encoding.max_len, special, most)
+    for flag, given, length in (("total_len", total_len, encoding.total_len), ("max_len", max_len, encoding.max_len)):
+        check_length(f"--{flag}" if given else f"its {flag} of", length, special, most)
     scorer, description = Scorer(encoder), _describe(name, encoder, encoding)
     if "candidates" in trained:  # The candidates per document in training.
         description["candidates"] = trained["candidates"]
@@ -245,6 +272,7 @@ def _describe(name, encoder, texts):
         "hidden_size": encoder.config.hidden_size,
         "layers": encoder.config.num_hidden_layers,
         "vocabulary": encoder.config.vocab_size,
+        "config": computation(encoder.config),
         "tokenizer": texts.fingerprint,
         "total_len": texts.total_len,
         "max_len": texts.max_len,
@@ -265,13 +293,22 @@ def read_description(path):
     try:
         with open(path, encoding="utf-8") as file:
             description = json.load(file)
-        if not isinstance(description, dict) or not isinstance(description.get("encoder"), str):
-            raise ValueError
+        wrong = fault(description, DESCRIPTION)
     except FileNotFoundError:
         return None
-    except (OSError, ValueError):
-        raise UserError(f"{path} does not describe a scorer; copy it again from where the scorer was trained") from None
-    return description
+    except (OSError, ValueError, RecursionError):
+        wrong = "it is not JSON"
+    if wrong:
+        raise UserError(f"{path} does not describe a scorer ({wrong}); copy it again from where the scorer was trained")
+    # In an older file any of them may be null.
+    return {name: value for name, value in description.items() if value is not None}
+
+
+def _changed_settings(trained, ours):
+    """The settings of an encoder's `computation` that differ from those in training, in words; "" if those are None."""
+    names = sorted(ours.keys() | trained.keys()) if trained is not None else ()
+    shown = {name: [settings.get(name, "left out") for settings in (ours, trained)] for name in names}
+    return ", ".join(f"{name} {now} (in training {then})" for name, (now, then) in shown.items() if now != then)
 
 
 def load_weights(path, scorer, description):
@@ -286,11 +323,18 @@ def load_weights(path, scorer, description):
                 f"{path} was trained for the encoder {trained['encoder']} ({key} {trained[key]}), not for "
                 f"{description['encoder']} ({key} {description[key]}); give that encoder, or choose another scorer"
             )
+    changed = _changed_settings(trained.get("config"), description["config"])
+    if changed:
+        raise UserError(
+            f"{path} was trained for the encoder {trained['encoder']}, but the config.json of {description['encoder']} "
+            f"has {changed}; give that encoder as it was, or choose another scorer"
+        )
     try:
         weights = read_tensors(path)
         # The published scorers contain a pooler, and older ones position ids; neither is used.
         unused = [name for name in weights if name.endswith("position_ids") or ".pooler." in name]
         scorer.load_state_dict({name: value for name, value in weights.items() if name not in unused})
+        scorer.name = str(path)
     except OSError as error:
         raise UserError(f"cannot read the scorer {path}: {error.strerror or error}") from None
     except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, TypeError, pickle.UnpicklingError):

@@ -38,6 +38,7 @@ from texts.samples import split_lower
 from texts.scoring import add_rouge_argument, agreement
 from texts.sentences import SentenceSplitter, ptb_tokenize
 
+DOCUMENT_COLUMN = "abstract"
 BATCHES_AT_ONCE = 16  # Batches whose documents are sorted by length together.
 
 
@@ -45,7 +46,7 @@ def get_args_parser():
     parser = arguments.OneLineParser(description=__doc__)
     add = parser.add_argument
     add("text", nargs="?", default="-", help="text file, CSV file, or - for standard input")
-    add("--doc_col_name", default="abstract", help="column of a CSV file")
+    add("--doc_col_name", help=f"column of a CSV file; by default {DOCUMENT_COLUMN}")
     add("--generator_name", required=True, help="folder, or name on the hub")
     add_judge_arguments(parser)
     add_half_precision(parser, "generate and score in it", unnamed="auto")
@@ -61,22 +62,30 @@ def main():
     distributed.refuse_job()
     check_search(args)
     check_scorer_path(args)
-    documents = map(clean, read_documents(args.text, args.doc_col_name))
+    documents = map(clean, read_documents(args.text, args.doc_col_name or DOCUMENT_COLUMN))
     first = next(documents, None)
     if first is None:
         raise UserError(f"{args.text} is empty; it needs one document per line")
+    if args.doc_col_name and not is_table(args.text):
+        raise UserError(
+            f"--doc_col_name goes with a .csv file, which {args.text} is not; leave it out, or rename the file"
+        )
     with distributed.world(devices.choose(args)) as world:
         summarizer = Summarizer(args, world)
         documents = itertools.chain([first], documents)
         while some := list(itertools.islice(documents, BATCHES_AT_ONCE * args.cand_gen_batch)):
             for found in summarizer(some):
-                print(json.dumps(found) if args.all else found["summary"])
+                print(json.dumps(found, allow_nan=False) if args.all else found["summary"])
             sys.stdout.flush()
+
+
+def is_table(name):
+    return name.lower().endswith((".csv", ".csv.gz"))
 
 
 def read_documents(name, column):
     """Yield the documents of the file `name`, or of standard input. UserError for a table that is not a .csv file."""
-    if name.lower().endswith((".csv", ".csv.gz")):
+    if is_table(name):
         # A repeated header is a document like any other: each row has its line of output.
         yield from (text for (text,) in read_columns(Path(name), column))
         return
@@ -104,10 +113,11 @@ class Summarizer:
         self.judge = self.weights = None
         if args.scorer_path:
             self.judge = load_judge(args, world, say=lambda line: None)
-            self.weights = fitted_to(args.scorer_path)
+            warnings = []
+            self.weights = fitted_to(args.scorer_path, warnings)
             made = {"candidates": self.generator.how()}
             trained = read_description(args.scorer_path) or {}
-            for line in provenance.check_belonging(made, trained, args.rouge_tokens):
+            for line in warnings + provenance.check_belonging(made, trained, args.rouge_tokens):
                 tell(f"warning: {line}")
 
     def __call__(self, documents):

@@ -135,7 +135,10 @@ def judge(name, generator, documents, scorer, args):
     if scorer:
         weights, encoding, _ = scorer
         scores = score_candidates(weights, encoding, samples, args.batch, CPU, choose_precision(None, CPU))
-        chosen = by_scorer(scores, with_agreement(samples), fitted_to(args.scorer_path))
+        warnings = []
+        chosen = by_scorer(scores, with_agreement(samples), fitted_to(args.scorer_path, warnings))
+        for line in warnings:
+            print(f"warning: {line}", file=sys.stderr)
         row["chosen"] = 100 * float(np.mean([each[place] for each, place in zip(rouge, chosen, strict=True)]))
     return row
 

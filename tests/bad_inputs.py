@@ -292,6 +292,10 @@ TABLE = {
     ],
     "SimCLS/summarize.py": [
         ("none.txt", "cannot read none.txt"),
+        (
+            "mine/one.txt --doc_col_name x",
+            "--doc_col_name goes with a .csv file, which mine/one.txt is not; leave it out",
+        ),
         ("mine", "cannot read mine"),
         ("{bad}/candidates/latin/train.out", "train.out, line 7"),
         ("{bad}/candidates/empty/train.out", "train.out is empty; it needs one document per line"),

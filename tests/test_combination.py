@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from harness.distributed import World
+from harness.endings import UserError
 from scorer import choices, combination
 from scorer.scorer_arguments import get_args_parser
 
@@ -139,7 +140,20 @@ def test_weights_count_for_the_scorer_that_they_were_fitted_to_alone(tmp_path, m
     for name in ("scorer.bin", "model.bin"):
         (tmp_path / name).write_text(name)
     combination.fit_best(run, None, {"encoder": "bert"}, None, None, None, World(0, 1, torch.device("cpu")))
-    assert combination.fitted_to(tmp_path / "scorer.bin") == run.facts["weights"]
-    assert combination.fitted_to(tmp_path / "model.bin") is None
+    warnings = []
+    assert combination.fitted_to(tmp_path / "scorer.bin", warnings) == run.facts["weights"]
+    assert combination.fitted_to(tmp_path / "model.bin", warnings) is None
+    assert warnings == []
+    (tmp_path / "scorer.bin").write_text("another")
+    assert combination.fitted_to(tmp_path / "scorer.bin", warnings) is None
+    (line,) = warnings
+    assert "fitted to another scorer.bin; they are not used" in line
     assert f"adds {weights['likelihood']:.3g} x (log-probability / tokens^1) to the score" in said[0]
     assert f"adds {weights['agreement']:.3g} x (agreement with the others) to the score" in said[1]
+
+
+def test_a_combined_score_that_is_not_finite_is_refused():
+    likelihood, agreement = np.array([[-1.0, 2.0], [-2.0, 3.0]]), np.array([0.5, 0.1])
+    for weights in ({"likelihood": 1e308, "power": -1e308}, {"likelihood": 0.0, "power": 1.0, "agreement": 1e308}):
+        with pytest.raises(UserError, match="make scores that are not finite"):
+            combination.combine(np.array([1e308, 0.0]), likelihood, 10 * agreement, {"agreement": 0.0} | weights)

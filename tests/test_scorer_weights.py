@@ -1,24 +1,30 @@
 """The scorer's weight files: which are loaded, and which are refused."""
 
+import json
 import os
 import pickle
+import shutil
 import signal
 
+import numpy as np
 import pytest
 import torch
 from data_utils import LengthBatches
 from main import load_model
-from model import check_reads_on, load_encoder, load_scorer, save_scorer
+from model import check_reads_on, load_encoder, load_scorer, read_description, save_scorer
 from transformers import AutoTokenizer, BertModel
 
 from harness.distributed import World
 from harness.endings import UserError
 from harness.epochs import Epoch
+from harness.precision import choose_precision
 from harness.resume import StopRequest, read_state
 from harness.timing import PhaseTimer
+from scorer.choices import score_candidates
 from scorer.metrics import Metrics
 from scorer.scorer_arguments import cached_path, get_args_parser
 from scorer.scorer_run import ScorerRun
+from texts.samples import read_sample, sample_files
 
 CPU = torch.device("cpu")
 
@@ -177,3 +183,105 @@ def test_weights_outside_the_cache_are_refused(tmp_path, monkeypatch, name):
 def test_encoder_that_is_none(tmp_path):
     with pytest.raises(UserError, match=r"create_model\.py"):
         load_encoder(str(tmp_path))
+
+
+DAMAGE = {
+    "total_len is not a whole number above 0": [{"total_len": "64"}, {"total_len": 30.5}, {"total_len": -5}],
+    "max_len is not": [{"max_len": [3]}],
+    "weights is not an object": [{"weights": [1]}],
+    "weights has no agreement": [{"weights": {"likelihood": 1.0, "power": 1.0}}],
+    "weights has no power": [{"weights": {"likelihood": 1.0, "agreement": 1.0}}],
+    "weights.agreement is not a number": [
+        {"weights": {"likelihood": 1.0, "power": 1.0, "agreement": each}} for each in ("1", float("nan"))
+    ],
+    "samples is not an object": [{"samples": "x"}],
+    "samples.candidates is not an object": [{"samples": {"candidates": [1]}}],
+    "validation is not an object": [{"validation": [1]}],
+    "earlier_samples is not a list": [{"earlier_samples": "x"}],
+    "rouge_tokens is not text": [{"rouge_tokens": ["x"]}],
+    "config is not an object": [{"config": "x"}],
+    "encoder is not text": [{"encoder": None}],
+}
+
+
+@pytest.fixture
+def saved(encoders, tmp_path):
+    """The path of a scorer's weights, with its description beside it."""
+    scorer, _, description = load_scorer(encoders["bert"], total_len=60, max_len=20)
+    save_scorer(tmp_path / "scorer.bin", scorer, description)
+    return tmp_path / "scorer.bin"
+
+
+def describe(path, **changes):
+    """Change the description of the weights `path`."""
+    described = path.with_name("scorer.json")
+    described.write_text(json.dumps(json.loads(described.read_text()) | changes))
+
+
+@pytest.mark.parametrize("wrong", DAMAGE)
+def test_a_damaged_description_is_refused(wrong, saved):
+    for changes in DAMAGE[wrong]:
+        describe(saved, **{"encoder": "x"} | changes)
+        with pytest.raises(UserError, match=r"scorer\.json does not describe a scorer \(" + wrong):
+            load_scorer(weights=saved)
+        saved.with_name("scorer.json").write_text("{}")
+
+
+def test_what_a_description_lacks_or_has_as_null_is_unknown(saved):
+    describe(saved, earlier_samples=None, samples=None, validation=None, weights=None, config=None, total_len=None)
+    assert load_scorer(weights=saved)[1].max_len == 20
+    assert read_description(saved).get("earlier_samples", ()) == ()
+
+
+def test_a_length_that_the_description_sets_is_not_called_an_argument(saved):
+    describe(saved, total_len=65)
+    with pytest.raises(UserError, match="its total_len of 65 is more than the 64 positions"):
+        load_scorer(weights=saved)
+
+
+def test_an_encoder_that_computes_otherwise_is_another(encoders, saved, tmp_path):
+    shutil.copytree(encoders["bert"], tmp_path / "bert")
+    config = json.loads((tmp_path / "bert/config.json").read_text())
+    unused = {"hidden_dropout_prob": 0.7, "architectures": ["Another"], "dtype": "float16"}
+    for changes in ({}, unused):
+        (tmp_path / "bert/config.json").write_text(json.dumps(config | changes))
+        load_scorer(tmp_path / "bert", saved)
+    for name, value in {"hidden_act": "relu", "num_attention_heads": 4}.items():
+        (tmp_path / "bert/config.json").write_text(json.dumps(config | {name: value}))
+        with pytest.raises(
+            UserError, match=rf"config.json of .*bert has {name} {value} \(in training {config[name]}\)"
+        ):
+            load_scorer(tmp_path / "bert", saved)
+    describe(saved, config=None)  # As from before it was kept.
+    load_scorer(tmp_path / "bert", saved)
+
+
+def test_an_encoder_that_saves_memory_by_chunks_gives_the_same_scores(encoders, tmp_path, sample_folder):
+    shutil.copytree(encoders["bert"], tmp_path / "bert")
+    config = json.loads((tmp_path / "bert/config.json").read_text())
+    (tmp_path / "bert/config.json").write_text(json.dumps(config | {"chunk_size_feed_forward": 2}))
+    samples = [read_sample(path) for path in sample_files(sample_folder / "test")][:3]
+    scores = []
+    for folder in (encoders["bert"], tmp_path / "bert"):
+        scorer, encoding, _ = load_scorer(folder, total_len=60, max_len=20)
+        scores.append(score_candidates(scorer, encoding, samples, 3, CPU, choose_precision(None, CPU)))
+    assert np.array_equal(np.stack(scores[0]), np.stack(scores[1]))
+
+
+def test_an_encoder_that_fails_is_told_as_what_it_is():
+    def broken(**inputs):
+        raise ValueError("the tensor dimension to be chunked must divide")
+
+    with pytest.raises(UserError, match=r"'bert' cannot encode a text \(the tensor dimension to be chunked must"):
+        check_reads_on(broken, "bert")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_scores_that_are_not_finite_are_refused(value, saved, sample_folder):
+    scorer, _, description = load_scorer(weights=saved)
+    torch.nn.init.constant_(scorer.encoder.encoder.layer[1].output.LayerNorm.weight, value)
+    save_scorer(saved, scorer, description)
+    scorer, encoding, _ = load_scorer(weights=saved)
+    samples = [read_sample(path) for path in sample_files(sample_folder / "test")][:3]
+    with pytest.raises(UserError, match=r"the scorer .*/scorer\.bin gives scores that are NaN or infinite"):
+        score_candidates(scorer, encoding, samples, 3, CPU, choose_precision(None, CPU))

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from data_utils import SampleSet, TextEncoding, tokenize_samples
-from model import load_scorer, score_samples
+from model import check_scores, load_scorer, score_samples
 from pretrained import half_precision_name
 
 from harness.arguments import positive_int
@@ -53,7 +53,7 @@ def load_judge(args, world, say=print):
 
 
 def score_candidates(scorer, encoding, samples, batch_size, device, precision):
-    """The scorer's scores of each sample's candidates, a list of float64 [candidates].
+    """The scorer's scores of each sample's candidates, a list of float64 [candidates]. UserError if one is not finite.
 
     samples: list of dicts as from `read_sample`, in any order.
     """
@@ -63,6 +63,7 @@ def score_candidates(scorer, encoding, samples, batch_size, device, precision):
     for part, _, scores, _ in score_samples(scorer, dataset, numbers, batch_size, device, precision):
         for number, own in zip(part, scores.cpu().double().numpy(), strict=True):
             found[number] = own[: len(samples[number]["candidates"])]
+            check_scores(found[number], scorer)
     return found
 
 

@@ -6,9 +6,10 @@ A candidate's log-probability is divided by a power of its number of tokens: 1 g
 
 import numpy as np
 import torch
-from model import load_weights, read_description, score_samples
+from model import check_scores, load_weights, read_description, score_samples
 
 from harness.devices import widest_float
+from harness.endings import UserError
 from harness.files import write_json
 from texts import provenance
 from texts.scoring import mean_score
@@ -22,12 +23,16 @@ def combine(scores, likelihood, agreement, weights):
     """The combined scores, float64 [..., candidates]: the scorer's scores plus the weighted TERMS.
 
     scores, agreement: float [..., candidates]. likelihood: float [..., candidates, 2], log-probabilities and numbers of
-    tokens. A term with weight 0 may be None. weights: as from `fit`.
+    tokens. A term with weight 0 may be None. weights: as from `fit`. UserError if a result is not finite.
     """
-    if weights["likelihood"]:
-        scores = scores + weights["likelihood"] * per_token(likelihood, weights["power"])
-    if weights["agreement"]:
-        scores = scores + weights["agreement"] * agreement
+    with np.errstate(all="ignore"):
+        if weights["likelihood"]:
+            scores = scores + weights["likelihood"] * per_token(likelihood, weights["power"])
+        if weights["agreement"]:
+            scores = scores + weights["agreement"] * agreement
+    if not np.isfinite(scores).all():
+        shown = ", ".join(f"{name} {weights[name]:g}" for name in (*TERMS, "power"))
+        raise UserError(f"the weights in scorer.json ({shown}) make scores that are not finite; train the scorer again")
     return scores
 
 
@@ -46,6 +51,7 @@ def fit(scorer, samples, args, precision, world):
         for number, own in zip(part, scores.cpu().double().numpy(), strict=True):
             likelihood, agreement = (samples.figures(name, number) for name in TERMS)
             rouge = mean_score(samples.figures("rouge", number))
+            check_scores(own[: len(rouge)], scorer)
             judged.append((own[: len(rouge)], likelihood, agreement, rouge))
 
     def total(sums):
@@ -112,14 +118,21 @@ def _slopes(moments, kept):
     return slopes
 
 
-def fitted_to(path):
-    """The weights that `fit_best` fitted to the scorer in the file `path`, or None. A run's model.bin has none: it only
-    shares a folder with the description of scorer.bin."""
+def fitted_to(path, warnings):
+    """The weights that `fit_best` fitted to the scorer in the file `path`, or None; a line is added to the list
+    `warnings` if there are weights that belong to other contents of it. A run's model.bin has none: it only shares a
+    folder with the description of scorer.bin."""
     fitted = (read_description(path) or {}).get("weights")
     if not fitted:
         return None
     digest = provenance.digest_files([path])
-    return fitted if fitted.get("scorer_digest", digest) == digest else None
+    if fitted.get("scorer_digest", digest) == digest:
+        return fitted
+    if path.name != "model.bin":
+        warnings.append(
+            f"the weights of the choice in scorer.json were fitted to another {path.name}; they are not used"
+        )
+    return None
 
 
 def fit_best(run, scorer, description, samples, args, precision, world):
