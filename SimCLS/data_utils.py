@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.numpy
 import torch
-from pretrained import tokenizer_text
+from pretrained import tokenizer_settings, tokenizer_text
 from tqdm import tqdm
 
 from harness.endings import UserError
@@ -49,6 +49,8 @@ class TextEncoding:
         self.pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
         self._first = [] if _begins_with_special_token(tokenizer) else [_token_to_begin_with(tokenizer)]
         self.fingerprint = _digest(tokenizer_text(tokenizer))
+        more = tokenizer_settings(tokenizer)
+        self.settings_digest = None if more is None else _digest(more)
 
     def documents(self, texts):
         """The token ids of a list of str: a list of lists of int."""
@@ -298,6 +300,7 @@ def load_samples(folder, encoding, max_num, rouge_tokens, device_type, dtype=Non
     folder = Path(folder)
     files = sample_files(folder)
     settings = [FORMAT, encoding.fingerprint, encoding.total_len, encoding.max_len, max_num, rouge_tokens]
+    settings += [encoding.settings_digest] * (encoding.settings_digest is not None)
     path = folder.parent / f"{folder.name}-{_digest(json.dumps(settings))}.tokens"
     stats = [(file.name, file.stat()) for file in files]
     fingerprint = _digest(json.dumps([[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats]))

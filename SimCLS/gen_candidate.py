@@ -25,7 +25,7 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 from harness import arguments, devices, endings, torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
-from pretrained import tokenizer_text
+from pretrained import tokenizer_settings, tokenizer_text
 from utils import progress
 
 from harness.distributed import world as join_world
@@ -86,6 +86,9 @@ def candidate_files(generator, folder, split, documents, world):
         "documents": hashlib.sha256(json.dumps(documents).encode()).hexdigest(),
         "max_source_length": generator.max_source_length,
     }
+    more = tokenizer_settings(generator.tokenizer)
+    if more is not None:
+        settings["tokenizer_settings"] = provenance.digest(more)
     return CandidateFiles(folder, split, settings, world)
 
 

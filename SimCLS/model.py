@@ -35,7 +35,7 @@ TOTAL_LEN, MAX_LEN = 512, 120
 # Model types that split their layers' parts over several lists, or have weights after the layers that all of them use.
 NO_LAYERS = ("xlm", "flaubert", "deberta", "deberta-v2")
 # What scorer.json holds. Older files, and those of other programs, have less of it.
-TEXTS = ("architecture", "tokenizer", "rouge_tokens")
+TEXTS = ("architecture", "tokenizer", "tokenizer_settings", "rouge_tokens")
 COUNTS = ("hidden_size", "layers", "vocabulary", "total_len", "max_len", "candidates")
 DESCRIPTION = {"encoder": TEXT} | dict.fromkeys(TEXTS, maybe(TEXT)) | dict.fromkeys(COUNTS, maybe(WHOLE))
 DESCRIPTION["config"] = maybe(("an object", lambda value: isinstance(value, dict)))
@@ -274,6 +274,7 @@ def _describe(name, encoder, texts):
         "vocabulary": encoder.config.vocab_size,
         "config": computation(encoder.config),
         "tokenizer": texts.fingerprint,
+        "tokenizer_settings": texts.settings_digest,
         "total_len": texts.total_len,
         "max_len": texts.max_len,
     }
@@ -317,7 +318,7 @@ def load_weights(path, scorer, description):
     UserError if they cannot be read or were trained for another encoder.
     """
     trained = read_description(path) or {}
-    for key in ("architecture", "hidden_size", "layers", "vocabulary", "tokenizer"):
+    for key in ("architecture", "hidden_size", "layers", "vocabulary", "tokenizer", "tokenizer_settings"):
         if key in trained and trained[key] != description[key]:
             raise UserError(
                 f"{path} was trained for the encoder {trained['encoder']} ({key} {trained[key]}), not for "

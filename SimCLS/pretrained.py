@@ -1,6 +1,7 @@
 """Loading and checking a model with its tokenizer, from a folder in `from_pretrained` form or from the hub."""
 
 import functools
+import hashlib
 import importlib.util
 import json
 import re
@@ -34,6 +35,12 @@ NOT_COMPUTED = (
     "name_or_path", "architectures", "version", "dtype", "id2label", "label2id", "problem_type", "task_specific_params",
     "finetuning_task", "auto_map", "dropout", "layerdrop", "initializer", "init_std", "gradient_checkpointing",
     "chunk_size_feed_forward", "use_cache", "output_", "return_dict", "classifier", "attn_implementation",
+)  # fmt: skip
+# Of a tokenizer: names, what each call sets, and what affects only the way back to text.
+NO_TOKENIZER_SETTINGS = (
+    "name_or_path", "tokenizer_class", "tokenizer_file", "special_tokens_map_file", "auto_map", "backend", "is_local",
+    "local_files_only", "trust_remote_code", "_commit_hash", "model_max_length", "padding_side", "truncation_side",
+    "model_input_names", "clean_up_tokenization_spaces", "chat_template", "processor_class", "transformers_version",
 )  # fmt: skip
 # The names of models' embedding tables for absolute positions; relative positions have no limit.
 POSITION_TABLES = ("position_embeddings", "embed_positions", "wpe")
@@ -176,6 +183,29 @@ def tokenizer_text(tokenizer):
     else:
         parts = [type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]
     return json.dumps([parts, tokenizer.truncation_side])
+
+
+def tokenizer_settings(tokenizer):
+    """What else affects the token ids of a tokenizer without a tokenizer.json: its settings, such as lower case or a
+    language, and the contents of its files, as text. None for others: in them `tokenizer_text` has it all."""
+    if tokenizer.is_fast:
+        return None
+    paths = tokenizer.vocab_files_names.keys()
+    settings = {
+        name: value
+        for name, value in tokenizer.init_kwargs.items()
+        if name not in NO_TOKENIZER_SETTINGS and name not in paths
+    }
+    files = {name: digest for name, value in vars(tokenizer).items() if (digest := _digest_of_file(name, value))}
+    # Without text there are only the tokens that begin and end one: of a language, say.
+    return json.dumps([settings, files, tokenizer("")["input_ids"]], sort_keys=True, default=str)
+
+
+def _digest_of_file(name, value):
+    """A digest of what a tokenizer's attribute holds of a file besides the vocabulary, or None if that is nothing."""
+    if hasattr(value, "serialized_model_proto"):  # Of sentencepiece.
+        return hashlib.sha256(value.serialized_model_proto()).hexdigest()
+    return hashlib.sha256(repr(sorted(value.items())).encode()).hexdigest() if name == "bpe_ranks" else None
 
 
 def computation(config):

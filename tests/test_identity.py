@@ -1,13 +1,17 @@
 """What a model computes is part of what it is known by: its config.json, and the settings of its tokenizer."""
 
 import json
+import shutil
 import sys
+from types import SimpleNamespace
 
 import gen_candidate
 import pytest
 import tiny_inputs
-from pretrained import computation
+from data_utils import TextEncoding
+from pretrained import computation, tokenizer_settings, tokenizer_text
 from transformers import BertConfig, T5Config
+from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from harness.endings import UserError
 from search.generator import is_of, load_generator
@@ -65,3 +69,26 @@ def test_candidates_of_a_generator_that_computes_otherwise_are_others(tmp_path, 
     assert provenance.read(tmp_path / "candidates/t5_2") == before
     assert is_of(model, tokenizer, {"candidates": before})
     assert made["config"] != config_digest(model)
+
+
+def test_a_slow_tokenizer_is_known_by_its_settings_and_files(tmp_path):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "read", "Read", "##er"]
+    (tmp_path / "vocab.txt").write_text("\n".join(words) + "\n")
+    BertTokenizerLegacy(str(tmp_path / "vocab.txt"), do_lower_case=True).save_pretrained(tmp_path)
+
+    def known(**settings):
+        tokenizer = BertTokenizerLegacy.from_pretrained(tmp_path, **settings)
+        encoding = TextEncoding(tokenizer, 9, 9)
+        return tokenizer_text(tokenizer), encoding.fingerprint, tokenizer_settings(tokenizer), encoding.settings_digest
+
+    plain = known()
+    assert known(model_max_length=7, padding_side="left") == plain
+    for changed in (known(do_lower_case=False), known(never_split=["Read"])):
+        assert [one == other for one, other in zip(plain, changed, strict=True)] == [True, True, False, False]
+    elsewhere = shutil.copytree(tmp_path, tmp_path / "copy")
+    assert tokenizer_settings(BertTokenizerLegacy.from_pretrained(elsewhere)) == plain[2]
+    tokenizer = BertTokenizerLegacy.from_pretrained(tmp_path)
+    tokenizer.sp_model = SimpleNamespace(serialized_model_proto=lambda: b"as of sentencepiece")
+    assert tokenizer_settings(tokenizer) != plain[2]
+    assert tokenizer_settings(tiny_inputs.make_tokenizer("bert")) is None
+    assert TextEncoding(tiny_inputs.make_tokenizer("bert"), 9, 9).settings_digest is None
