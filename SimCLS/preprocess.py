@@ -36,7 +36,7 @@ from harness import arguments, endings, machine
 from harness.endings import UserError
 from harness.files import staging
 from texts import provenance
-from texts.candidate_files import check_counts, likelihood_file, read_likelihoods, read_split, text_files
+from texts.candidate_files import check_counts, edited_files, likelihood_file, read_likelihoods, read_split, text_files
 from texts.samples import FILE_NAME, score_sample
 from texts.scoring import add_rouge_argument, check_references
 from texts.sentences import SentenceSplitter
@@ -69,6 +69,10 @@ def main():
     likelihood = likelihood_file(args.src_dir, args.split)
     documents = check_counts(plain, tokenized, likelihood, args.cand_num)
     check_references(read_lines(plain.target), args.rouge_tokens, plain.target)
+    edited = edited_files(args.src_dir, args.split)
+    if edited:
+        told = f"{args.src_dir}: {', '.join(edited)} changed since gen_candidate.py wrote them"
+        print(f"warning: {told}; texts, tokenized texts and likelihoods must still match", file=sys.stderr)
     splitter = SentenceSplitter(read_lines(plain.source))
     made_of = provenance.describe(
         files=provenance.digest_files(path for path in (*plain, *tokenized, likelihood) if path),
@@ -78,6 +82,7 @@ def main():
         sentences=splitter.kind,
         candidates=provenance.read(args.src_dir),
         documents=documents,
+        **({"edited": edited} if edited else {}),
     )
     with staging(args.tgt_dir) as stage:
         refuse_to_replace(args.tgt_dir, made_of)

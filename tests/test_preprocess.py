@@ -19,6 +19,7 @@ from utils import map_in_order, read_lines
 from harness.endings import UserError
 from harness.files import staging
 from texts import provenance
+from texts.candidate_files import FILES, edited_files
 from texts.samples import read_sample, sample_files
 from texts.sentences import SentenceSplitter, ptb_tokenize
 
@@ -118,6 +119,24 @@ def test_likelihoods_reach_their_candidates_and_a_wrong_line_is_named(tmp_path, 
         assert f"train.likelihood, line 5: {line!r} is not a log-prob" in run_script(SCRIPT, *args, code=2).stderr
     path.write_text("\n".join(lines[:8]) + "\n")
     assert "train.likelihood has 8 lines, not 9" in run_script(SCRIPT, *args, code=2).stderr
+
+
+def test_files_that_were_edited_are_told(tmp_path, run_script):
+    write_files(tmp_path / "in", cat_documents(4))
+    args = ("--src_dir", tmp_path / "in", "--split", "train", "--cand_num", 3, "--workers", 1)
+    (tmp_path / "in" / "train.likelihood").write_text("-1.5 3\n" * 12)
+    digests = {name: provenance.digest_files([tmp_path / "in" / f"train.{name}"]) for name in FILES[:-1]}
+    (tmp_path / "in" / "train.settings.json").write_text(json.dumps({"files": digests}))  # As gen_candidate.py does.
+    assert "changed since" not in run_script(SCRIPT, *args, "--tgt_dir", tmp_path / "one").stderr
+    out = tmp_path / "in" / "train.out"
+    out.write_text("".join(reversed(out.read_text().splitlines(keepends=True))))
+    (tmp_path / "in" / "train.likelihood").unlink()
+    told = run_script(SCRIPT, *args, "--tgt_dir", tmp_path / "two").stderr
+    assert f"warning: {tmp_path / 'in'}: train.out, train.likelihood changed since gen_candidate.py wrote them" in told
+    made = [json.loads((tmp_path / name / "provenance.json").read_text()) for name in ("one", "two")]
+    assert [each.get("edited") for each in made] == [None, ["train.out", "train.likelihood"]]
+    (tmp_path / "in" / "train.settings.json").write_text("{}")  # As an earlier version did.
+    assert edited_files(tmp_path / "in", "train") == []
 
 
 @pytest.mark.parametrize("text", ["a\x85b", "a\u2028b\u2029c", "a\x0bb\x0cc\x1cd\x1ee", "\ufeffa\x01"])

@@ -21,6 +21,7 @@ from texts.sentences import ptb_tokenize
 # Settings that older files do not have; where one is missing, it is not compared.
 NEWER = ("tokenizer", "tokenizer_settings", "config")
 FILES = ("source", "target", "out", "source.tokenized", "target.tokenized", "out.tokenized", "likelihood")
+DIGESTS = "files"  # In a split's settings file: a digest of each text file. (Likelihoods are rounded, but not exact.)
 
 
 class CandidateFiles:
@@ -43,7 +44,7 @@ class CandidateFiles:
     def changed(self, found):
         """The settings that differ in the dict `found`, in words."""
         found = {name: self.settings[name] for name in NEWER if name in self.settings} | found
-        names = found.keys() | self.settings.keys()
+        names = (found.keys() | self.settings.keys()) - {DIGESTS}
         return ", ".join(sorted(name for name in names if found.get(name) != self.settings.get(name)))
 
     def prepare(self):
@@ -111,7 +112,8 @@ class CandidateFiles:
             lines = plain.get(name) or self._collect(name, len(documents))
             with atomic_write(self.folder / f"{self.split}.{name}", "w") as file:
                 file.writelines(f"{line}\n" for some in lines for line in some)
-        write_json(self.settings_path, self.settings)
+        digests = {name: provenance.digest_files([self.folder / f"{self.split}.{name}"]) for name in FILES[:-1]}
+        write_json(self.settings_path, self.settings | {DIGESTS: digests})
         for path in self._partials():
             path.unlink()
 
@@ -176,6 +178,21 @@ class Lines(NamedTuple):
     source: str
     target: str
     candidates: list
+
+
+def edited_files(src_dir, split):
+    """The names of a split's files that are no longer as gen_candidate.py wrote them, list of str. None are if other
+    programs wrote them, or if its version kept no digests."""
+    settings = _read_json(src_dir / f"{split}.settings.json")
+    digests = settings.get(DIGESTS) if isinstance(settings, dict) else None
+    if not isinstance(digests, dict):
+        return []
+    paths = {name: src_dir / f"{split}.{name}" for name in FILES}
+    return [
+        path.name
+        for name, path in paths.items()
+        if not path.exists() or digests.get(name) not in (None, provenance.digest_files([path]))
+    ]
 
 
 def likelihood_file(src_dir, split):
