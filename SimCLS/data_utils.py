@@ -125,6 +125,17 @@ class SampleSet(torch.utils.data.Dataset):
         firsts = self._arrays["score"][self._arrays["candidate_start"][:-1]]
         return bool((self._arrays["score"] == np.repeat(firsts, counts)).all())
 
+    @property
+    def digest(self):
+        """A digest of what a scorer learns from and is judged by. The agreement is left out: it follows from the texts,
+        and its last bits from the machine."""
+        every = hashlib.blake2b(digest_size=8)
+        for name, array in sorted(self._arrays.items()):
+            if name != "agreement":
+                every.update(f"{name} {array.dtype} {array.shape}".encode())
+                every.update(np.ascontiguousarray(array))
+        return every.hexdigest()
+
     def figures(self, name, number):
         """The values `name` of the candidates of sample `number`, an array [candidates, ...]; None if the split has
         none.

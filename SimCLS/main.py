@@ -70,6 +70,7 @@ def main():
 def train(args, world, precision, run, scorer, encoding, description):
     device = world.device
     train_set, val_set = load_data(args, world, precision, encoding, description)
+    run.facts["data_digest"] = provenance.digest([train_set.digest, val_set.digest])
     parallel_scorer = world.wrap(plan_memory(scorer, train_set, args, world, precision, run))
     batches, loader = training_batches(args, world, train_set)
     optimizer = torch.optim.Adam([each for each in scorer.parameters() if each.requires_grad], fused=True)

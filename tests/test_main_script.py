@@ -253,6 +253,15 @@ def test_a_run_goes_on_with_other_workers_but_with_no_other_samples(tiny, baseli
         assert (ended.code, line in ended.err + ended.out) == ({2: 2, 0: 143}[workers], True), ended.err
     shutil.rmtree(tmp_path / "cache" / NAME)
     (samples / "val/0.json").write_bytes((sample_folder / "val/0.json").read_bytes())
+    # Of the same size: only their contents tell.
+    text = (sample_folder / "train/0.json").read_text()
+    sample = json.loads(text)
+    best, worst = (choice(sample["candidates"], key=lambda each: each[1]) for choice in (max, min))
+    best[1], worst[1] = worst[1], best[1]
+    (samples / "train/0.json").write_text(json.dumps(sample))
+    ended = run("--num_workers", 2, "--resume")
+    assert (ended.code, "samples have other contents than those" in ended.err) == (2, True), ended.err
+    (samples / "train/0.json").write_text(text)
     # It has the other run's weights, of which no later ones may be better.
     assert f"resuming from {there.relative_to(tmp_path)}" in run("--resume", before=STOP_IN_STEP.format(1)).out
     assert (there / "scorer.bin").read_bytes() == (tmp_path / "cache" / NAME / "scorer.bin").read_bytes()
