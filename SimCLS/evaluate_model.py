@@ -17,7 +17,6 @@ counting the actual assignment too, whose means differ at least as much (two-sid
 """  # noqa: E501 (commands)
 
 import argparse
-import json
 import sys
 from pathlib import Path
 from typing import NamedTuple
@@ -27,16 +26,14 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import numpy as np
 from data_utils import ROUGE
 from model import read_description
-from pretrained import MODEL_FILES
 from utils import read_lines
 
 from harness import arguments, devices, distributed, endings
 from harness.arguments import positive_int
 from harness.endings import UserError
-from harness.files import places, portable, write_record
+from harness.files import output_lock, places, portable, write_record
 from harness.machine import describe_machine
 from harness.precision import add_half_precision, choose_precision
-from harness.resume import changes
 from harness.runs import FORMAT
 from scorer.choices import (
     add_judge_arguments,
@@ -50,6 +47,7 @@ from scorer.choices import (
     words,
 )
 from scorer.combination import fitted_to
+from scorer.evaluation_record import EXPERIMENT, digest_of_input, digest_of_models, refuse_to_replace
 from scorer.significance import ALONE, FREE, P_VALUES, summarise
 from search.generator import (
     CANDIDATES,
@@ -64,12 +62,11 @@ from search.generator import (
     search_settings,
 )
 from texts import provenance
-from texts.documents import add_dataset_arguments, clean, find_dataset, read_splits
+from texts.documents import add_dataset_arguments, clean, read_splits
 from texts.samples import as_document, as_sample, provenance_of, read_sample, sample_files
 from texts.scoring import add_rouge_argument, check_references, mean_score, score, signature
 from texts.sentences import SentenceSplitter
 
-EXPERIMENT = "simcls_evaluation"
 SHOWN = 3
 # Settings of a search -> the arguments that set them.
 ASKED = {
@@ -81,13 +78,6 @@ ASKED = {
 OF_DOCUMENTS = ("dataset_name", "doc_col_name", "sum_col_name", "dataset_percent", "search", *OF_ONE_SEARCH)
 OF_GENERATOR = (*ASKED.values(), "engine")
 OF_CANDIDATES = ("scorer_path", "half_precision", "num_cands")
-# Keys of a record besides its arguments -> what differs from another record that has another value.
-USED = {
-    "places": "other folders with the same names",
-    "precision": "another precision",
-    "scorer_digest": "other scorer weights",
-    "input_digest": "other contents of the input files",
-}
 ORDER = (*FREE, "worst", "best", ALONE, "SimCLS")
 # Arguments that do not affect the figures.
 NEUTRAL = ("output", "batch_size", "cand_gen_batch", "device", "threads")
@@ -126,11 +116,13 @@ def main():
     beside = args.summaries or args.scorer_path
     output = args.output or beside.with_name("evaluation.json")
     settings = {name: value for name, value in vars(args).items() if name not in NEUTRAL}
-    with distributed.world(devices.choose(args)) as world:
+    # The lock: a second evaluation would replace what this one writes, or the other way round.
+    with distributed.world(devices.choose(args)) as world, output_lock(output.with_name(output.name + ".lock"), output):
         judge = None if args.summaries else load_judge(args, world)
         used = {"places": places(settings), "input_digest": digest_of_input(args)}
         if judge:
             used |= {"precision": judge.precision.label, "scorer_digest": provenance.digest_files([args.scorer_path])}
+            used["models_digest"] = digest_of_models(args, judge.description["encoder"])
         refuse_to_replace(output, portable(settings), used)
         judged = judge_candidates(args, world, judge) if judge else judge_files(args)
         result = summarise(judged.systems) | judged.facts
@@ -162,35 +154,6 @@ def check_arguments(args, given):
     if not args.summaries and not args.scorer_path:
         raise UserError(f"--{sources[0]} needs --scorer_path, a scorer that main.py trained")
     check_scorer_path(args)
-
-
-def digest_of_input(args):
-    """A digest of the input files that the arguments name: samples, text files, or documents and the generator."""
-    files = sample_files(args.samples) if args.samples else [args.summaries, args.references, args.sources]
-    if args.generator_name and not args.samples:
-        generator = Path(args.generator_name)  # For a name on the hub, there are no files; the name itself is recorded.
-        files = [
-            find_dataset(args.dataset_name),
-            *(path for name in MODEL_FILES for path in sorted(generator.glob(name))),
-        ]
-    # No pipes, which can be read only once. Missing files are reported later.
-    return provenance.digest_files(path for path in files if path and path.is_file())
-
-
-def refuse_to_replace(output, arguments, used):
-    """UserError if the file `output` exists and is not the record of an evaluation with these arguments and `used`."""
-    if not output.exists():
-        return
-    try:
-        record = json.loads(output.read_bytes())
-        ours = record["experiment"] == EXPERIMENT
-        was = changes({name: record["arguments"].get(name) for name in arguments}, arguments)
-        was = was or ", ".join(text for key, text in USED.items() if record.get(key) != used.get(key))
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        ours = False
-    if not ours or was:
-        what = f"from an evaluation with {was}" if ours else "not an evaluation"
-        raise UserError(f"{output} already exists and is {what}; choose another --output, or delete it")
 
 
 # --------------------------------------------------------------------------------------------------- the figures

@@ -50,6 +50,8 @@ NO_LIMIT = 10**6  # Lengths from here on, such as tokenizers' 1e30, mean that th
 TOKENS = (WHOLE[0], lambda value: is_number(value) and (value >= NO_LIMIT or WHOLE[1](value)))
 JSON_FILES = ("config.json", "generation_config.json", "tokenizer*.json", "special_tokens_map.json", "vocab.json")
 MODEL_FILES = (*JSON_FILES, "*.safetensors", "*.bin", "*.model")
+# Besides, those that only some tokenizers have.
+ALL_FILES = (*MODEL_FILES, "*.txt", "*.spm", "*.tokenizer", "*.codes", "vocab-*.json")
 
 
 def load(name, kind, problem, advice, dtype=torch.float32, **settings):

@@ -24,7 +24,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from harness.distributed import World
 from harness.endings import UserError
 from harness.precision import choose_precision
-from scorer import choices
+from scorer import choices, evaluation_record
 from scorer.metrics import validate
 from scorer.scorer_arguments import get_args_parser
 from scorer.significance import bootstrap_interval, permutation_test, summarise
@@ -203,7 +203,7 @@ def test_generated_candidates_are_those_of_the_chain(run_script, encoders, score
     for key in ("systems", "p_values", "words", "rouge", "provenance"):
         assert one[key] == two[key]
     assert one["warnings"] == []
-    used = {name: one[name] for name in evaluate_model.USED}
+    used = {name: one[name] for name in evaluation_record.USED}
     assert used["precision"] == "fp32"
     assert used["scorer_digest"] == provenance.digest_files([scorer_path])
     check = functools.partial(evaluate_model.refuse_to_replace, tmp_path / "one.json")
@@ -236,17 +236,6 @@ def test_an_evaluation_by_relative_paths_can_be_repeated_and_replaces_nothing_el
     output.write_text(json.dumps(json.loads(output.read_text()) | {"experiment": "another"}))
     refused = run_script(EVALUATE, *words, cwd=tmp_path, code=2).stderr
     assert "evaluation.json already exists and is not an evaluation; choose another --output" in refused
-
-
-def test_an_input_is_known_by_its_documents_and_its_generator(encoders, tmp_path):
-    shutil.copytree(encoders["t5"], tmp_path / "t5")
-    (tmp_path / "papers.csv").write_text("abstract,title\n")
-    words = ["--generator_name", str(tmp_path / "t5"), "--dataset_name", str(tmp_path / "papers.csv")]
-    args, found = evaluate_model.get_args_parser().parse_args(words), set()
-    for path, text in (("papers.csv", "a,b\n"), ("t5/generation_config.json", '{"decoder_start_token_id": 0}')):
-        found |= {evaluate_model.digest_of_input(args), evaluate_model.digest_of_input(args)}
-        (tmp_path / path).write_text(text)
-    assert len(found | {evaluate_model.digest_of_input(args)}) == 3
 
 
 SENTENCES = [
