@@ -308,7 +308,7 @@ def read_description(path):
 def _changed_settings(trained, ours):
     """The settings of an encoder's `computation` that differ from those in training, in words; "" if those are None."""
     names = sorted(ours.keys() | trained.keys()) if trained is not None else ()
-    shown = {name: [settings.get(name, "left out") for settings in (ours, trained)] for name in names}
+    shown = {name: [settings.get(name, "off") for settings in (ours, trained)] for name in names}
     return ", ".join(f"{name} {now} (in training {then})" for name, (now, then) in shown.items() if now != then)
 
 

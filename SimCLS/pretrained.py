@@ -217,6 +217,8 @@ def computation(config):
 
     def chosen(settings):
         names = [name for name in settings if not any(part in name for part in NOT_COMPUTED)]
+        # Off and unset are left out, as what the library will add one day will be by default.
+        names = [name for name in names if settings[name] is not None and settings[name] is not False]
         return {name: inner(settings[name]) for name in names if name not in of_generation}
 
     def inner(value):  # The encoder's config, say.
