@@ -14,8 +14,9 @@ from harness import resume
 from harness.arguments import DRY_STEPS
 from harness.endings import UserError, is_out_of_gpu_memory
 from harness.epochs import Epoch
-from harness.files import as_recorded, is_locked, output_lock, places, write_record
+from harness.files import places, write_record
 from harness.machine import UNKNOWN, describe_machine, same_pace, timestamp
+from harness.run_files import RunFiles
 from harness.run_log import RunLog
 from harness.timing import nvtx_range, training_seconds
 from harness.tracing import trace
@@ -26,7 +27,7 @@ FORMAT = 1
 NOT_RESULTS = ("resume", "restart", "trace", "device", "threads", "dry_run", "log")
 
 
-class Run:
+class Run(RunFiles):
     """The files `folder`/`name`.* of a run of the script `experiment`; only the main process writes them.
 
     args: the parsed arguments. not_results: names of arguments, as NOT_RESULTS. facts: further entries of the record;
@@ -38,10 +39,7 @@ class Run:
 
     title = "training"  # The NVTX range around all epochs.
     unit = "samples"  # What the progress bar counts.
-    elsewhere = "output folder"  # What the user should change if a name is taken.
     saves_within_epochs = False  # Whether the state is saved within epochs too, or only after them.
-    only_of_records = ()  # Names in `not_results` that still distinguish two finished runs.
-    weights = ()  # Files that, without a state or a record to explain them, are replaced only on request.
 
     def __init__(self, experiment, folder, name, args, world, not_results=(), fixed_length=None, **facts):
         """fixed_length: why a finished run cannot continue to a larger --num_epoch; None if it can."""
@@ -63,9 +61,6 @@ class Run:
         # --half_precision means different types on a CPU and on CUDA, so the actual type counts.
         self.arguments |= {"processes": world.size, "precision": facts.get("precision")}
 
-    def path(self, suffix):
-        return self.folder / f"{self.name}{suffix}"
-
     def log_folder(self):
         """Where `-l` writes."""
         return self.folder / self.name
@@ -79,78 +74,6 @@ class Run:
         """Wall-clock time of the run so far, over all processes that resumed it: loading, training, evaluation and
         saving. What a killed process did after its last saved state is repeated, and does not count twice."""
         return self._seconds_before + time.perf_counter() - self._started
-
-    # -------------------------------------------------------------------------------------- the name and its files
-
-    @contextlib.contextmanager
-    def lock(self):
-        """Lock the run's name, so that no second run writes the same files.
-
-        UserError if another run holds the lock, and if this run would replace an earlier run's files without being
-        asked to.
-        """
-        if self.is_dry:
-            yield
-            return
-        with contextlib.ExitStack() as held:
-            with self.world.main_first():  # If the main process is refused, every process ends.
-                if self.world.is_main:
-                    held.enter_context(output_lock(self.path(".lock")))
-                    self._claim_name()
-                    for abandoned in self.temporary_files():
-                        abandoned.unlink()
-            yield
-
-    def _claim_name(self):
-        """UserError if an earlier run's files would be lost. With --restart, each is replaced once its successor is
-        written."""
-        asked = vars(self.args)
-        for path in map(self.path, (".json", ".pt", ".npz")):
-            if path.is_dir():  # Otherwise training would end with an error.
-                raise UserError(f"{path} is a folder; move it away, or choose another {self.elsewhere}")
-        if asked.get("restart"):
-            return
-        saved = resume.read_state(self.path(".state"), mmap=True)
-        finished = resume.recorded_arguments(self.path(".json"))
-        # Timings of a few steps may be replaced by a whole run, but not by a profile of another run.
-        recorded = resume.recorded_arguments(self.path(".json"), whole=not asked.get("max_steps"))
-        resume.refuse_unknown(self.path(".json"), () if saved else self.weights, self.elsewhere)
-        own = {} if asked.get("resume") else {name: asked.get(name) for name in self.only_of_records}
-        self._refuse_another(self.path(".state"), saved and saved["arguments"], self.arguments)
-        self._refuse_another(self.path(".json"), recorded, as_recorded(self.arguments | own))
-        if asked.get("resume"):
-            return
-        if resume.is_interrupted(saved, finished):
-            done = f"{saved['parts'].get('epoch')} of {asked.get('num_epoch')} epochs done"
-            ways = "--resume continues it, --restart starts over"
-            raise UserError(f"{self.path('.state')} holds an interrupted run ({done}); {ways}")
-        if finished:
-            longer = "" if self.fixed_length else ", --resume with a larger --num_epoch continues it"
-            raise UserError(f"{self.path('.json')} is a finished run; --restart runs it again{longer}")
-
-    def _refuse_another(self, path, theirs, ours):
-        """UserError if the file `path` is of a run with other arguments than `ours`."""
-        was = theirs and resume.changes({name: theirs.get(name) for name in ours}, ours)
-        if was:
-            longer = self.fixed_length and "--num_epoch" in was
-            why = f"{self.fixed_length}, so it cannot be continued to another length; " if longer else ""
-            raise UserError(
-                f"{path} is from a run with {was}; {why}choose another {self.elsewhere}, or --restart to replace it"
-            )
-
-    def temporary_files(self):
-        """The Paths of temporary files that a killed run of this name left."""
-        return self.folder.glob(f".{self.name}.*.tmp")
-
-    def is_done(self):
-        """Whether --resume has nothing left to do; if so, prints that."""
-        finished = self.args.resume and resume.recorded_arguments(self.path(".json"))
-        if not finished or finished["num_epoch"] != self.args.num_epoch:
-            return False
-        if resume.is_interrupted(resume.read_state(self.path(".state"), mmap=True), finished):
-            return False
-        self.world.say(f"{self.path('.json')} is finished; nothing to resume")
-        return True
 
     # ------------------------------------------------------------------------------------------------- its epochs
 
@@ -267,34 +190,6 @@ class Run:
 
     # -------------------------------------------------------------------------------------- its state and its record
 
-    def other_states(self):
-        """The Paths of other runs' states from which this run can continue as from its own, if those runs were
-        interrupted."""
-        return ()
-
-    def take_over(self, state):
-        """Take over what a run has besides its state file. state: the Path of one of the `other_states`."""
-
-    def _state_to_resume(self):
-        """The Path of this run's own state, or of one of `other_states` that is further along."""
-        own = self.path(".state")
-        saved = resume.read_state(own, mmap=True)
-        finished = resume.recorded_arguments(self.path(".json"))
-        if finished or (saved and resume.changes(saved["arguments"], self.arguments)):
-            return own  # `load_state` reports what is wrong with it.
-        found = {own: resume.place_of(saved)} if saved else {}
-        # With a state of its own, the run does not need the others to be readable.
-        ignored = [UserError] if saved else []
-        for path in self.other_states():
-            if is_locked(path.with_suffix(".lock")):  # That run is training.
-                continue
-            with contextlib.suppress(*ignored):
-                saved = resume.read_state(path, mmap=True)
-                finished = resume.recorded_arguments(path.with_suffix(".json"))
-                if resume.is_interrupted(saved, finished) and not resume.changes(saved["arguments"], self.arguments):
-                    found[path] = resume.place_of(saved)
-        return max(found, key=found.get, default=own)  # On a tie the first, its own.
-
     def resume(self):
         """Load the saved state into the parts passed to `epochs`.
 
@@ -366,12 +261,6 @@ class Run:
         started = time.perf_counter()
         yield
         self.seconds["saving_seconds"] += time.perf_counter() - started
-
-    def saved_facts(self):
-        """The `facts` of the state from which --resume will continue; empty if there is none."""
-        state = resume.read_state(self._state_to_resume(), mmap=True) if self.args.resume else None
-        facts = state and state["parts"].get("facts")
-        return facts if isinstance(facts, dict) else {}
 
     def note_saved(self, size):
         """Record the bytes that forward saved for backward in the run's first step; ignored until they are known."""

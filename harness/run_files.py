@@ -1,0 +1,122 @@
+"""The files of a run under its name: who may write them, and from which saved state --resume continues."""
+
+import contextlib
+
+from harness import resume
+from harness.endings import UserError
+from harness.files import as_recorded, is_locked, output_lock
+
+
+class RunFiles:
+    """The part of a Run that decides about its files; it uses the Run's args, arguments, world, folder and name."""
+
+    elsewhere = "output folder"  # What the user should change if a name is taken.
+    only_of_records = ()  # Names in `not_results` that still distinguish two finished runs.
+    weights = ()  # Files that, without a state or a record to explain them, are replaced only on request.
+
+    def path(self, suffix):
+        return self.folder / f"{self.name}{suffix}"
+
+    @contextlib.contextmanager
+    def lock(self):
+        """Lock the run's name, so that no second run writes the same files.
+
+        UserError if another run holds the lock, and if this run would replace an earlier run's files without being
+        asked to.
+        """
+        if self.is_dry:
+            yield
+            return
+        with contextlib.ExitStack() as held:
+            with self.world.main_first():  # If the main process is refused, every process ends.
+                if self.world.is_main:
+                    held.enter_context(output_lock(self.path(".lock")))
+                    self._claim_name()
+                    for abandoned in self.temporary_files():
+                        abandoned.unlink()
+            yield
+
+    def _claim_name(self):
+        """UserError if an earlier run's files would be lost. With --restart, each is replaced once its successor is
+        written."""
+        asked = vars(self.args)
+        for path in map(self.path, (".json", ".pt", ".npz")):
+            if path.is_dir():  # Otherwise training would end with an error.
+                raise UserError(f"{path} is a folder; move it away, or choose another {self.elsewhere}")
+        if asked.get("restart"):
+            return
+        saved = resume.read_state(self.path(".state"), mmap=True)
+        finished = resume.recorded_arguments(self.path(".json"))
+        # Timings of a few steps may be replaced by a whole run, but not by a profile of another run.
+        recorded = resume.recorded_arguments(self.path(".json"), whole=not asked.get("max_steps"))
+        resume.refuse_unknown(self.path(".json"), () if saved else self.weights, self.elsewhere)
+        own = {} if asked.get("resume") else {name: asked.get(name) for name in self.only_of_records}
+        self._refuse_another(self.path(".state"), saved and saved["arguments"], self.arguments)
+        self._refuse_another(self.path(".json"), recorded, as_recorded(self.arguments | own))
+        if asked.get("resume"):
+            return
+        if resume.is_interrupted(saved, finished):
+            done = f"{saved['parts'].get('epoch')} of {asked.get('num_epoch')} epochs done"
+            ways = "--resume continues it, --restart starts over"
+            raise UserError(f"{self.path('.state')} holds an interrupted run ({done}); {ways}")
+        if finished:
+            longer = "" if self.fixed_length else ", --resume with a larger --num_epoch continues it"
+            raise UserError(f"{self.path('.json')} is a finished run; --restart runs it again{longer}")
+
+    def _refuse_another(self, path, theirs, ours):
+        """UserError if the file `path` is of a run with other arguments than `ours`."""
+        was = theirs and resume.changes({name: theirs.get(name) for name in ours}, ours)
+        if was:
+            longer = self.fixed_length and "--num_epoch" in was
+            why = f"{self.fixed_length}, so it cannot be continued to another length; " if longer else ""
+            raise UserError(
+                f"{path} is from a run with {was}; {why}choose another {self.elsewhere}, or --restart to replace it"
+            )
+
+    def temporary_files(self):
+        """The Paths of temporary files that a killed run of this name left."""
+        return self.folder.glob(f".{self.name}.*.tmp")
+
+    def is_done(self):
+        """Whether --resume has nothing left to do; if so, prints that."""
+        finished = self.args.resume and resume.recorded_arguments(self.path(".json"))
+        if not finished or finished["num_epoch"] != self.args.num_epoch:
+            return False
+        if resume.is_interrupted(resume.read_state(self.path(".state"), mmap=True), finished):
+            return False
+        self.world.say(f"{self.path('.json')} is finished; nothing to resume")
+        return True
+
+    def other_states(self):
+        """The Paths of other runs' states from which this run can continue as from its own, if those runs were
+        interrupted."""
+        return ()
+
+    def take_over(self, state):
+        """Take over what a run has besides its state file. state: the Path of one of the `other_states`."""
+
+    def _state_to_resume(self):
+        """The Path of this run's own state, or of one of `other_states` that is further along."""
+        own = self.path(".state")
+        saved = resume.read_state(own, mmap=True)
+        finished = resume.recorded_arguments(self.path(".json"))
+        if finished or (saved and resume.changes(saved["arguments"], self.arguments)):
+            return own  # `load_state` reports what is wrong with it.
+        found = {own: resume.place_of(saved)} if saved else {}
+        # With a state of its own, the run does not need the others to be readable.
+        ignored = [UserError] if saved else []
+        for path in self.other_states():
+            if is_locked(path.with_suffix(".lock")):  # That run is training.
+                continue
+            with contextlib.suppress(*ignored):
+                saved = resume.read_state(path, mmap=True)
+                finished = resume.recorded_arguments(path.with_suffix(".json"))
+                if resume.is_interrupted(saved, finished) and not resume.changes(saved["arguments"], self.arguments):
+                    found[path] = resume.place_of(saved)
+        return max(found, key=found.get, default=own)  # On a tie the first, its own.
+
+    def saved_facts(self):
+        """The `facts` of the state from which --resume will continue; empty if there is none."""
+        state = resume.read_state(self._state_to_resume(), mmap=True) if self.args.resume else None
+        facts = state and state["parts"].get("facts")
+        return facts if isinstance(facts, dict) else {}
