@@ -165,11 +165,14 @@ class Run(RunFiles):
         tensors = itertools.chain(*((*part.parameters(), *part.buffers()) for part in parts))
         return all(bool(tensor.isfinite().all()) for tensor in tensors)
 
-    def check_finite(self, epoch, loss, advice):
-        """UserError with `advice` if the mean `loss` of an Epoch, or a weight after it, is not finite."""
-        if math.isfinite(loss) and self.may_go_on():
+    def check_finite(self, epoch, loss, advice, **figures):
+        """UserError with `advice` if the mean `loss` of an Epoch, a weight after it, or one of its other `figures`
+        (what it is of: float) is not finite."""
+        broken = [] if self.may_go_on() else ["weights"]
+        broken += [name for name, value in figures.items() if not math.isfinite(value)]
+        if math.isfinite(loss) and not broken:
             return
-        what = "weights became NaN or infinite" if math.isfinite(loss) else f"the loss became {loss}"
+        what = f"{broken[0]} became NaN or infinite" if math.isfinite(loss) else f"the loss became {loss}"
         kept = f"; {self.path('.state')} was saved before that" if self.path(".state").exists() else ""
         raise UserError(f"{what} in epoch {epoch.number + 1}{kept}. {advice}")
 

@@ -29,6 +29,7 @@ from harness.precision import choose_precision
 from image_loaders import evaluation_batches, normalise
 from images import SIZE, load_images
 from layouts import Layout
+from outputs import count_broken
 from picture_files import printable, read_picture
 from weights import load_model, read_record, weights_digest
 
@@ -174,7 +175,7 @@ def classify(paths, model, known, precision, layout):
 def checked(output):
     """`output`, the logits of a batch; UserError if they are not finite, as probabilities and classes would then mean
     nothing."""
-    if not output.isfinite().all():
+    if count_broken(output):
         raise UserError(
             "the model's outputs are NaN or infinite for some images: its weights are damaged, or overflow in the half "
             "precision that the run's record names"

@@ -1,6 +1,7 @@
 """What the ResNeXt scripts share around their loops: arguments, run names, metrics, evaluation and records."""
 
 import argparse
+import math
 import re
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from harness.timing import nvtx_range
 from image_loaders import DeviceImages, evaluation_batches, training_loader
 from images import SIZE, load_images
 from models.resnext import parse_name
+from outputs import count_broken
 from picture_files import LARGEST
 from weights import start_from, weights_digest
 
@@ -182,7 +184,8 @@ class Metrics(torch.nn.Module):
 
 
 def evaluate(model, data, precision, world, batch_size, stop, **layout):
-    """Accuracy in percent on the test images, each counted once, in the precision and layout of training.
+    """Accuracy in percent on the test images, each counted once, in the precision and layout of training. NaN, which
+    ends the run (`add_epoch`), if the model's outputs for some of them are not finite.
 
     layout: memory_format and dtype of the images, if not the defaults. The model is not compiled for evaluation: that
     would take longer than it saves. A StopRequest ends it early; the result is then None.
@@ -191,16 +194,19 @@ def evaluate(model, data, precision, world, batch_size, stop, **layout):
         return None
     world.broadcast_buffers(model)
     model.eval()
-    correct = torch.zeros((), dtype=torch.int64, device=world.device)  # Read once, at the end.
+    counts = torch.zeros(2, dtype=torch.int64, device=world.device)  # Correct and broken; read once, at the end.
     with nvtx_range("validation"), torch.inference_mode():
         for images, labels in evaluation_batches(data, batch_size, world.device, world.rank, world.size):
             if stop:
                 break
             with precision.autocast():
                 output = model(images.to(world.device, **layout))
-            correct += (output.argmax(1) == labels).sum()
+            counts += torch.stack([(output.argmax(1) == labels).sum(), count_broken(output)])
     model.train()
-    return None if stop else 100 * world.sum(correct).item() / len(data.test_labels)
+    if stop:
+        return None
+    correct, broken = world.sum(counts).tolist()
+    return math.nan if broken else 100 * correct / len(data.test_labels)
 
 
 class ImageRun(runs.Run):
@@ -227,10 +233,10 @@ class ImageRun(runs.Run):
         return [path for path in sorted(self.folder.glob("*.state")) if alike.fullmatch(path.stem)]
 
     def add_epoch(self, epoch, test_acc, evaluation_seconds):
-        """Append an Epoch to the history; UserError if its loss or a weight is not finite."""
+        """Append an Epoch to the history; UserError if its loss, a weight, or the model's output is not finite."""
         loss, acc = self.state["metrics"].result(self.world)
         advice = "Use a smaller --lr, or bfloat16 or single precision instead of float16"
-        self.check_finite(epoch, loss, advice)
+        self.check_finite(epoch, loss, advice, **{"the model's outputs for test images": test_acc})
         self.state["metrics"].totals.zero_()
         self.record_epoch(epoch, evaluation_seconds, loss=loss, acc=acc, test_acc=test_acc)
         # Before the state is saved, so that a resumed run keeps them.

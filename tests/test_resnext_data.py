@@ -53,6 +53,13 @@ def test_images_that_are_in_both_splits_or_in_two_classes_are_told(place):
     assert (data["test_pictures_in_training"], data["pictures_in_several_classes"]) == (1, 1)
 
 
+def test_outputs_that_overflow_where_every_weight_is_finite_end_the_run(place):
+    line = train(place, "--lr", 1000, "--batch_size", 44, code=2)
+    assert "the model's outputs for test images became NaN or infinite in epoch 1. Use a smaller --lr" in line
+    assert line.count("\n") == 1
+    assert not list(place.glob("model_history/*.json"))
+
+
 def test_a_class_whose_name_has_a_line_break_stays_on_its_line(place):
     rename(place, "dark", "da\nrk")
     assert "2 classes (da\\nrk, light)" in train(place).splitlines()[0]
