@@ -12,6 +12,7 @@ class RunFiles:
 
     elsewhere = "output folder"  # What the user should change if a name is taken.
     only_of_records = ()  # Names in `not_results` that still distinguish two finished runs.
+    results = ()  # The Paths of the files, besides the record, that a finished run consists of.
     weights = ()  # Files that, without a state or a record to explain them, are replaced only on request.
 
     def path(self, suffix):
@@ -78,14 +79,27 @@ class RunFiles:
         return self.folder.glob(f".{self.name}.*.tmp")
 
     def is_done(self):
-        """Whether --resume has nothing left to do; if so, prints that."""
+        """Whether --resume has nothing left to do; if so, prints that. UserError if the finished run was on other
+        inputs than those here, or if its results are gone and no saved state can give them again."""
         finished = self.args.resume and resume.recorded_arguments(self.path(".json"))
         if not finished or finished["num_epoch"] != self.args.num_epoch:
             return False
-        if resume.is_interrupted(resume.read_state(self.path(".state"), mmap=True), finished):
+        saved = resume.read_state(self.path(".state"), mmap=True)
+        if resume.is_interrupted(saved, finished):
             return False
-        self.world.say(f"{self.path('.json')} is finished; nothing to resume")
-        return True
+        self.check_inputs()
+        gone = [path for path in self.results if not path.is_file()]
+        if gone and not saved:
+            raise UserError(
+                f"{self.path('.json')} is finished, but {gone[0]} is gone, and no {self.path('.state').name} is there "
+                "to write it again from; put it back, or --restart to train again"
+            )
+        what = f"{gone[0]} is gone; writing it again" if gone else "nothing to resume"
+        self.world.say(f"{self.path('.json')} is finished; {what}")
+        return not gone
+
+    def check_inputs(self):
+        """UserError if the run that the record describes was on other inputs, such as images, than those here."""
 
     def other_states(self):
         """The Paths of other runs' states from which this run can continue as from its own, if those runs were

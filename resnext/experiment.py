@@ -23,7 +23,7 @@ from images import SIZE, load_images
 from models.resnext import parse_name
 from outputs import count_broken
 from picture_files import LARGEST
-from weights import start_from, weights_digest
+from weights import read_record, start_from, weights_digest
 
 SECONDS_BETWEEN_READS = 2.0  # Between reads of the running loss, which is on the device.
 
@@ -112,13 +112,18 @@ def run_name(args, suffix=""):
     return "_".join(filter(None, parts)) + suffix
 
 
+def load_data(args, world):
+    """The ImageData that the arguments name."""
+    with world.first_on_machine():
+        return load_images(args.dataset, args.data_dir, args.size)
+
+
 def load_parts(args, world, run, kind, **more):
     """(the ImageData that the arguments name, a model of class `kind` for it on this process's device); both are
     described in the record. more: arguments of `kind` besides its size and the number of classes."""
     if args.init and Path(args.init).resolve() == run.path(".pt").resolve():
         raise UserError(f"--init {args.init} is the file that this run writes; copy it, or choose another --output_dir")
-    with world.first_on_machine():
-        data = load_images(args.dataset, args.data_dir, args.size)
+    data = load_data(args, world)
     run.facts["data"] = data.state_dict()
     world.say(str(data))
     torch.manual_seed(args.seed)
@@ -222,9 +227,13 @@ class ImageRun(runs.Run):
             # Only its path identifies such a data set; a resumed run may still find it at another path.
             self.only_of_records = (*self.only_of_records, "data_dir")
         super().__init__(experiment, args.output_dir, run_name(args, suffix), args, world, NOT_RESULTS, **more)
-        self.weights = self.path(".pt"), self.path(".npz")
+        self.weights = self.results = self.path(".pt"), self.path(".npz")
         self._shown_at = 0.0  # When the progress bar's figures were last read.
         self.saves_within_epochs = world.size == 1  # Several processes each have their own sums until the epoch ends.
+
+    def check_inputs(self):
+        if self.args.dataset == "folder":  # The other data sets are the same everywhere, and may not be there any more.
+            load_data(self.args, self.world).load_state_dict(read_record(self.path(".pt")).get("data", {}))
 
     def other_states(self):
         """The states of runs that differ from this one only in how they load images."""

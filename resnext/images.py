@@ -106,9 +106,7 @@ class ImageData:
         """UserError if `state`, saved with a run, is that of another data set."""
         changes = self.differs_from(state)
         if changes:
-            raise UserError(
-                f"--resume: the data set differs from the interrupted run's: {changes}; --restart starts over"
-            )
+            raise UserError(f"--resume: the data set differs from the earlier run's: {changes}; --restart starts over")
 
     def differs_from(self, facts):
         """How this data set differs from that of `facts`, a state_dict, as text; "" if they are the same."""

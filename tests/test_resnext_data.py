@@ -95,10 +95,11 @@ def test_a_run_goes_on_with_the_same_pictures_alone(place):
         shutil.copytree(place / "model_history", changed / "model_history")
         shutil.copytree(place / "pictures", changed / "pictures")
         change(changed)
-        line = train(changed, "--num_epoch", 2, "--resume", code=2)
-        assert line.startswith(
-            f"resnext.py: --resume: the data set differs from the interrupted run's: {words}; --restart"
-        )
+        for epochs in (1, 2):  # Where the run is finished, and where it goes on.
+            line = train(changed, "--num_epoch", epochs, "--resume", code=2)
+            assert line.startswith(
+                f"resnext.py: --resume: the data set differs from the earlier run's: {words}; --restart"
+            )
     moved = place / "elsewhere"
     (place / "pictures").rename(moved)
     assert "epoch 2/2" in train(place, "--data_dir", moved, "--num_epoch", 2, "--resume")

@@ -164,6 +164,20 @@ def test_a_finished_run_is_made_longer(run, whole, tmp_path):
     assert "is gone; --restart starts over" in run("--num_epoch", 4, "--resume", code=2).err
 
 
+@pytest.mark.parametrize("suffix", [".pt", ".npz"])
+def test_results_that_are_gone_are_written_again_or_told(run, tmp_path, suffix):
+    run("--num_epoch", 1)
+    path = tmp_path / f"{NAME}{suffix}"
+    before = path.read_bytes()
+    path.unlink()
+    assert f"{path.name} is gone; writing it again" in run("--num_epoch", 1, "--resume").out
+    assert path.read_bytes() == before
+    path.unlink()
+    (tmp_path / f"{NAME}.state").unlink()
+    line = run("--num_epoch", 1, "--resume", code=2).err
+    assert f"{path.name} is gone, and no {NAME}.state is there to write it again from; put it back, or --rest" in line
+
+
 def test_a_run_that_was_stopped_within_an_epoch_does_not_end_before_it(run, tmp_path):
     run("--num_epoch", 3, code=143, before=STOP_IN_STEP.format(9))
     state = (tmp_path / f"{NAME}.state").read_bytes()
