@@ -13,6 +13,7 @@ class RunFiles:
     elsewhere = "output folder"  # What the user should change if a name is taken.
     only_of_records = ()  # Names in `not_results` that still distinguish two finished runs.
     results = ()  # The Paths of the files, besides the record, that a finished run consists of.
+    has_saved = False  # Whether this process has saved the state.
     weights = ()  # Files that, without a state or a record to explain them, are replaced only on request.
 
     def path(self, suffix):
@@ -47,12 +48,12 @@ class RunFiles:
         if asked.get("restart"):
             return
         saved = resume.read_state(self.path(".state"), mmap=True)
-        finished = resume.recorded_arguments(self.path(".json"))
-        # Timings of a few steps may be replaced by a whole run, but not by a profile of another run.
-        recorded = resume.recorded_arguments(self.path(".json"), whole=not asked.get("max_steps"))
         resume.refuse_unknown(self.path(".json"), () if saved else self.weights, self.elsewhere)
-        own = {} if asked.get("resume") else {name: asked.get(name) for name in self.only_of_records}
         self._refuse_another(self.path(".state"), saved and saved["arguments"], self.arguments)
+        finished = self._recorded(saved)
+        # Timings of a few steps may be replaced by a whole run, but not by a profile of another run.
+        recorded = self._recorded(saved, whole=not asked.get("max_steps"))
+        own = {} if asked.get("resume") else {name: asked.get(name) for name in self.only_of_records}
         self._refuse_another(self.path(".json"), recorded, as_recorded(self.arguments | own))
         if asked.get("resume"):
             return
@@ -64,9 +65,27 @@ class RunFiles:
             longer = "" if self.fixed_length else ", --resume with a larger --num_epoch continues it"
             raise UserError(f"{self.path('.json')} is a finished run; --restart runs it again{longer}")
 
+    def _recorded(self, saved, whole=True):
+        """resume.recorded_arguments of this run's record; None if this run, with the state `saved`, was begun by
+        --restart and has not replaced the record of the run before it yet."""
+        recorded = resume.recorded_arguments(self.path(".json"), whole)
+        begun_anew = saved and recorded and _changes(recorded, as_recorded(self.arguments))
+        return None if begun_anew else recorded
+
+    def how_to_continue(self):
+        """What to do to continue after a stop, as the only item of a list; empty if there is no state to continue."""
+        if not self.has_own_state():
+            return []
+        flag = "--resume instead of --restart" if vars(self.args).get("restart") else "--resume"
+        return [f"run the same command with {flag} to continue ({self.path('.state')})"]
+
+    def has_own_state(self):
+        """Whether the state that is there is this run's: until it first saves one, --restart leaves the earlier one."""
+        return self.path(".state").exists() and (self.has_saved or not vars(self.args).get("restart"))
+
     def _refuse_another(self, path, theirs, ours):
         """UserError if the file `path` is of a run with other arguments than `ours`."""
-        was = theirs and resume.changes({name: theirs.get(name) for name in ours}, ours)
+        was = theirs and _changes(theirs, ours)
         if was:
             longer = self.fixed_length and "--num_epoch" in was
             why = f"{self.fixed_length}, so it cannot be continued to another length; " if longer else ""
@@ -81,11 +100,11 @@ class RunFiles:
     def is_done(self):
         """Whether --resume has nothing left to do; if so, prints that. UserError if the finished run was on other
         inputs than those here, or if its results are gone and no saved state can give them again."""
-        finished = self.args.resume and resume.recorded_arguments(self.path(".json"))
-        if not finished or finished["num_epoch"] != self.args.num_epoch:
+        if not self.args.resume:
             return False
         saved = resume.read_state(self.path(".state"), mmap=True)
-        if resume.is_interrupted(saved, finished):
+        finished = self._recorded(saved)
+        if not finished or finished["num_epoch"] != self.args.num_epoch or resume.is_interrupted(saved, finished):
             return False
         self.check_inputs()
         gone = [path for path in self.results if not path.is_file()]
@@ -113,8 +132,7 @@ class RunFiles:
         """The Path of this run's own state, or of one of `other_states` that is further along."""
         own = self.path(".state")
         saved = resume.read_state(own, mmap=True)
-        finished = resume.recorded_arguments(self.path(".json"))
-        if finished or (saved and resume.changes(saved["arguments"], self.arguments)):
+        if self._recorded(saved) or (saved and resume.changes(saved["arguments"], self.arguments)):
             return own  # `load_state` reports what is wrong with it.
         found = {own: resume.place_of(saved)} if saved else {}
         # With a state of its own, the run does not need the others to be readable.
@@ -134,3 +152,8 @@ class RunFiles:
         state = resume.read_state(self._state_to_resume(), mmap=True) if self.args.resume else None
         facts = state and state["parts"].get("facts")
         return facts if isinstance(facts, dict) else {}
+
+
+def _changes(theirs, ours):
+    """resume.changes from `theirs` in those arguments that `ours` has."""
+    return resume.changes({name: theirs.get(name) for name in ours}, ours)

@@ -143,8 +143,7 @@ class Run(RunFiles):
         """Save the state in the middle of `epoch`, unless it could not be resumed, and end the script."""
         if self.may_go_on():
             self.save(epoch.number, epoch.done)
-        state = self.path(".state")
-        self.stop.leave(*[f"run the same command with --resume to continue ({state})"] * state.exists())
+        self.stop.leave(*self.how_to_continue())
 
     def finish_profiling(self, timing):
         """Write the record of a run that --max_steps ended; its last epoch contains only timings. For --dry_run, print
@@ -173,7 +172,7 @@ class Run(RunFiles):
         if math.isfinite(loss) and not broken:
             return
         what = f"{broken[0]} became NaN or infinite" if math.isfinite(loss) else f"the loss became {loss}"
-        kept = f"; {self.path('.state')} was saved before that" if self.path(".state").exists() else ""
+        kept = f"; {self.path('.state')} was saved before that" if self.has_own_state() else ""
         raise UserError(f"{what} in epoch {epoch.number + 1}{kept}. {advice}")
 
     def record_epoch(self, epoch, evaluation_seconds, **figures):
@@ -256,7 +255,7 @@ class Run(RunFiles):
                     log=self.log.state_dict(),
                     **states,
                 )
-            self._saved_at = time.perf_counter()
+            self._saved_at, self.has_saved = time.perf_counter(), True
 
     @contextlib.contextmanager
     def writing(self):

@@ -164,6 +164,25 @@ def test_a_finished_run_is_made_longer(run, whole, tmp_path):
     assert "is gone; --restart starts over" in run("--num_epoch", 4, "--resume", code=2).err
 
 
+def test_a_run_that_began_with_restart_and_was_stopped_goes_on(run, tmp_path):
+    """The record there is still that of the run before it."""
+    run("--num_epoch", 1)
+    begun = ["--num_epoch", 1, "--lr", 0.003]
+    line = run(*begun, "--restart", code=143, before=STOP_IN_STEP.format(3)).err
+    assert "run the same command with --resume instead of --restart to continue" in line
+    line = run(*begun, code=2).err
+    assert "holds an interrupted run (0 of 1 epochs done); --resume continues it, --restart starts over" in line
+    assert "resuming from" in run(*begun, "--resume").out
+    assert json.loads((tmp_path / f"{NAME}.json").read_text())["arguments"]["lr"] == 0.003
+
+
+def test_the_state_of_the_run_before_is_not_taken_for_ones_own(run):
+    small = ["--num_epoch", 1, "--save_every", 60]
+    run(*small)
+    line = run(*small, "--lr", 1e30, "--restart", code=2).err
+    assert "in epoch 1. Use a smaller" in line
+
+
 @pytest.mark.parametrize("suffix", [".pt", ".npz"])
 def test_results_that_are_gone_are_written_again_or_told(run, tmp_path, suffix):
     run("--num_epoch", 1)
