@@ -23,7 +23,7 @@ from images import SIZE, load_images
 from models.resnext import parse_name
 from outputs import count_broken
 from picture_files import LARGEST
-from weights import read_record, start_from, weights_digest
+from weights import check_start, read_record, start_from, weights_digest
 
 SECONDS_BETWEEN_READS = 2.0  # Between reads of the running loss, which is on the device.
 
@@ -128,7 +128,11 @@ def load_parts(args, world, run, kind, **more):
     world.say(str(data))
     torch.manual_seed(args.seed)
     model = kind(*parse_name(args.model), num_classes=len(data.classes), **more)
-    start_from(args.init, model, data.classes, world.say)
+    saved = run.saved_facts()
+    if args.init and saved:  # The saved state has all weights.
+        check_start(args.init, saved)
+    elif args.init:
+        run.facts["init"] = start_from(args.init, model, data.classes, world.say)
     run.facts["parameters"] = sum(weight.numel() for weight in model.parameters())
     return data, model.to(world.device)
 
@@ -232,8 +236,11 @@ class ImageRun(runs.Run):
         self.saves_within_epochs = world.size == 1  # Several processes each have their own sums until the epoch ends.
 
     def check_inputs(self):
+        record = read_record(self.path(".pt"))
+        if self.args.init:
+            check_start(self.args.init, record)
         if self.args.dataset == "folder":  # The other data sets are the same everywhere, and may not be there any more.
-            load_data(self.args, self.world).load_state_dict(read_record(self.path(".pt")).get("data", {}))
+            load_data(self.args, self.world).load_state_dict(record.get("data", {}))
 
     def other_states(self):
         """The states of runs that differ from this one only in how they load images."""

@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import sys
 from pathlib import Path
 
 import torch
@@ -39,6 +41,7 @@ RECORD = {
     "data": maybe({"classes": maybe(("a list of different names", _all_differ)), "mean": maybe(_three_numbers(0)),
                    "std": maybe(_three_numbers(LEAST_DEVIATION)), "size": maybe(SIDE)}),
     "weights_digest": maybe(TEXT),
+    "init": maybe({"weights_digest": maybe(TEXT)}),
     "layout": maybe({"form": maybe(("a known form", lambda value: value in [*FORMS]))}),
 }  # fmt: skip
 PREFIXES = ("module.", "_orig_mod.")  # Added by DataParallel and the like, and by torch.compile.
@@ -89,26 +92,58 @@ def load_model(path):
 
 
 def start_from(path, model, classes, say):
-    """Load the weights in the file `path` into `model`, which distinguishes `classes` (names); nothing if it is None.
-    If the weights are for other classes, the last layer keeps its own weights, with a message."""
-    if path is None:
-        return
+    """Load the weights in the file `path` into `model`, which distinguishes `classes` (names). If the weights are for
+    other classes, or that is uncertain, the last layer keeps its own weights, with a message.
+
+    Returns what the run's record says of it: the file's digest, whether the record beside it is of other weights, and
+    whether the last layer is new.
+    """
     weights, own = read_weights(path), model.state_dict()
-    there = read_record(Path(path)).get("data", {}).get("classes")
+    record = read_record(Path(path))
+    digest, is_foreign = weights_digest(path), is_of_other_weights(record, path)
+    there = None if is_foreign else record.get("data", {}).get("classes")
     layer = weights.get("linear.weight", torch.zeros(0))
     count = len(layer) if layer.ndim else 0
-    if count == len(classes) and there is None:
-        say(f"--init {path}: no record gives its {count} classes; assuming that they are those here")
-    elif count != len(classes) or there != classes:
+    is_new = is_foreign or count != len(classes) or there not in (None, classes)
+    if is_foreign:
+        warn_of_other_weights(path, "the last layer starts from random weights")
+    elif is_new:
         say(
             f"--init {path}: trained on {count} other classes than the {len(classes)} here; the last layer starts from "
             "random weights"
         )
+    elif there is None:
+        say(f"--init {path}: no record gives its {count} classes; assuming that they are those here")
+    if is_new:
         weights |= {name: own[name] for name in ("linear.weight", "linear.bias")}
     try:
         model.load_state_dict(weights)
     except RuntimeError:
         raise UserError(f"--init {path} does not fit this model; choose another, or another --model") from None
+    return {"weights_digest": digest, "record_of_other_weights": is_foreign, "new_last_layer": is_new}
+
+
+def check_start(path, facts):
+    """UserError if the weights in the file `path` are not those that a run with `facts`, from its record or state,
+    started from. The file may be gone: nothing of it is needed any more."""
+    known = facts.get("init", {}).get("weights_digest")
+    if known and Path(path).is_file() and weights_digest(path) != known:
+        raise UserError(
+            f"--init {path} has other weights than those that the run to resume started from; put the old ones back, "
+            "or --restart starts from these"
+        )
+
+
+def is_of_other_weights(record, path):
+    """Whether the record beside the weights `path` says that it is of others."""
+    return record.get("weights_digest") not in (None, weights_digest(path))
+
+
+def warn_of_other_weights(path, consequence):
+    """Print a warning on stderr that the record beside the weights `path` is of others, and what follows from that."""
+    if os.environ.get("RANK", "0") == "0":  # Each process of torchrun loads them.
+        record = Path(path).with_suffix(".json")
+        print(f"warning: {record} is the record of other weights than {path}; {consequence}", file=sys.stderr)
 
 
 def read_record(path):

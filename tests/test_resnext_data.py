@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from models.resnext import Block, ResNeXt
-from weights import start_from
+from weights import start_from, weights_digest
 
 NAME = "resnext_0_worker_8_resnext29_1x4d_folder"
 
@@ -164,3 +164,36 @@ def test_the_scripts_take_trained_weights(place):
     line = train(place, "--init", f"model_history/{NAME}_init.pt", "--restart", code=2)
     assert f"--init model_history/{NAME}_init.pt is the file that this run writes" in line
     assert (place / f"model_history/{NAME}_init.pt").read_bytes() == before
+
+
+def test_a_run_goes_on_without_the_weights_that_it_began_with_but_not_with_others(place):
+    train(place, "--output_dir", "first")
+    weights, begun = place / f"first/{NAME}.pt", ["--init", f"first/{NAME}.pt"]
+    train(place, *begun)
+    record = json.loads((place / f"model_history/{NAME}_init.json").read_text())
+    assert record["init"]["weights_digest"] == weights_digest(weights)
+    torch.save(torch.load(weights) | {"linear.bias": torch.zeros(2)}, weights)
+    for epochs in (1, 2):  # Where the run is finished, and where it goes on.
+        line = train(place, *begun, "--resume", "--num_epoch", epochs, code=2)
+        assert f"--init first/{NAME}.pt has other weights than those that the run to resume started from" in line
+    weights.unlink()
+    assert "nothing to resume" in train(place, *begun, "--resume")
+    train(place, *begun, "--resume", "--num_epoch", 2)
+    longer = json.loads((place / f"model_history/{NAME}_init.json").read_text())
+    assert longer["init"] == record["init"]
+
+
+def test_the_record_of_other_weights_gives_no_classes(place, capsys):
+    trained = ResNeXt(1, 4, num_classes=2)
+    torch.save(trained.state_dict(), place / "run.pt")
+    record = {"arguments": {}, "data": {"classes": ["dark", "light"]}, "weights_digest": "0123"}
+    (place / "run.json").write_text(json.dumps(record))
+    model = ResNeXt(1, 4, num_classes=2)
+    started = start_from(place / "run.pt", model, ["dark", "light"], print)
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.endswith("run.pt; the last layer starts from random weights\n")
+    assert "run.json is the record of other weights than" in told.err
+    assert not torch.equal(model.linear.weight, trained.linear.weight)
+    assert started == {"weights_digest": weights_digest(place / "run.pt"), "record_of_other_weights": True,
+                       "new_last_layer": True}  # fmt: skip
