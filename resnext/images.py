@@ -1,5 +1,6 @@
 """The images: three data sets as arrays. All images are uint8 [N, size, size, 3], all labels int64 [N]."""
 
+import collections
 import dataclasses
 import functools
 import hashlib
@@ -17,6 +18,17 @@ from picture_files import list_classes, printable, read_picture
 
 SIZE = 32
 DARK = 16  # What 12-bit values stored in 16 bits reach after reduction to 8 bits, as dark as in a viewer.
+MOST_NAMED = 20  # Of the files that are left out, in the record.
+# What may be a mistake in a data set: its name in the record, and in words.
+ODDITIES = {
+    "test_pictures_in_training": "test images that are also training images",
+    "pictures_in_several_classes": "training images that are in several classes",
+    "test_pictures_in_several_classes": "test images that are in several classes",
+    "train_pictures_repeated": "training images that repeat another of their class",
+    "test_pictures_repeated": "test images that repeat another of their class",
+    "dark_train_pictures": f"training images without a pixel above {DARK} of 255",
+    "dark_test_pictures": f"test images without a pixel above {DARK} of 255",
+}
 
 
 @dataclasses.dataclass
@@ -54,14 +66,18 @@ class ImageData:
         return mean.astype(np.float32), np.where(std < 1 / 255, 1, std).astype(np.float32)
 
     @functools.cached_property
-    def repeated(self):
-        """(the number of test images that are training images too, the number of different training images that are in
-        several classes)"""
-        classes_of = {}
-        for image, label in zip(self.train_images, self.train_labels.tolist(), strict=True):
-            classes_of.setdefault(_fingerprint(image), set()).add(label)
-        seen = sum(_fingerprint(image) in classes_of for image in self.test_images)
-        return seen, sum(len(labels) > 1 for labels in classes_of.values())
+    def oddities(self):
+        """{its name in the record: the number of images that suggest a mistake in the data set}, see ODDITIES."""
+        train, test = _by_content(self.train_images, self.train_labels), _by_content(self.test_images, self.test_labels)
+        return {
+            "test_pictures_in_training": sum(sum(test[image].values()) for image in test.keys() & train.keys()),
+            "pictures_in_several_classes": sum(len(labels) > 1 for labels in train.values()),
+            "test_pictures_in_several_classes": sum(len(labels) > 1 for labels in test.values()),
+            "train_pictures_repeated": _repeats(train),
+            "test_pictures_repeated": _repeats(test),
+            "dark_train_pictures": _dark(self.train_images),
+            "dark_test_pictures": _dark(self.test_images),
+        }
 
     def __str__(self):
         shown = [printable(name) for name in self.classes[:10]] + ["..."] * (len(self.classes) > 10)
@@ -72,19 +88,12 @@ class ImageData:
             f"{len(self.classes)} classes ({', '.join(shown)}){resized}"
         )
         if self.left_out:
-            names = [str(path) for path in self.left_out[:3]] + ["..."] * (len(self.left_out) > 3)
+            names = [printable(str(path)) for path in self.left_out[:3]] + ["..."] * (len(self.left_out) > 3)
             text += f"; {len(self.left_out)} files left out, not named as images ({', '.join(names)})"
-        seen, contradictory = self.repeated
-        if seen:
-            text += f"; test images that are also training images: {seen}"
-        if contradictory:
-            text += f"; training images that are in several classes: {contradictory}"
-        if (brightest := self.train_images.max()) <= DARK:
-            text += (
-                f"; no training pixel is above {brightest} of 255: if 16-bit files hold fewer bits, scale their values "
-                "up first"
-            )
-        return text
+        found = [f"; {what}: {self.oddities[name]}" for name, what in ODDITIES.items() if self.oddities[name]]
+        advice = "; if 16-bit files hold fewer bits, scale their values up first"
+        is_dark = self.oddities["dark_train_pictures"] or self.oddities["dark_test_pictures"]
+        return text + "".join(found) + advice * bool(is_dark)
 
     def state_dict(self):
         """What a run's record and saved state say of the data: plain values, enough to use the trained weights
@@ -94,8 +103,9 @@ class ImageData:
             "classes": self.classes,
             "train_pictures": len(self.train_labels),
             "test_pictures": len(self.test_labels),
-            "test_pictures_in_training": self.repeated[0],
-            "pictures_in_several_classes": self.repeated[1],
+            **self.oddities,
+            "files_left_out": len(self.left_out),
+            "first_left_out": [printable("/".join(path.parts[-3:])) for path in self.left_out[:MOST_NAMED]],
             "size": self.size,
             "mean": mean.tolist(),
             "std": std.tolist(),
@@ -130,8 +140,21 @@ class ImageData:
         return digest.hexdigest()[:32]
 
 
-def _fingerprint(image):
-    return hashlib.blake2b(np.ascontiguousarray(image), digest_size=8).digest()
+def _by_content(images, labels):
+    """{hash of an image's pixels: Counter of the labels of the images with these pixels}"""
+    found = collections.defaultdict(collections.Counter)
+    for image, label in zip(images, labels.tolist(), strict=True):
+        found[hashlib.blake2b(np.ascontiguousarray(image), digest_size=8).digest()][label] += 1
+    return found
+
+
+def _repeats(by_content):
+    """The number of images that repeat another one of their own class."""
+    return sum(sum(labels.values()) - len(labels) for labels in by_content.values())
+
+
+def _dark(images):
+    return int((images.reshape(len(images), -1).max(1) <= DARK).sum())
 
 
 def load_images(dataset, data_dir, size=SIZE):

@@ -159,6 +159,25 @@ def test_classes_are_walked_down_and_what_is_left_out_is_counted(tmp_path):
     assert str(data).startswith("4 training and 3 test images of 2 classes (cat, dog), resized to 32x32; 8 files left")
     first = ", ".join(f"{tmp_path}/train/{name}" for name in ("cat/.trash", "dog/.DS_Store", "dog/film.mpeg"))
     assert f"({first}, ...)" in str(data)
+    facts = data.state_dict()
+    assert (facts["files_left_out"], facts["first_left_out"][0]) == (8, "train/cat/.trash")
+
+
+def test_images_that_repeat_are_counted(tmp_path):
+    shade = iter(range(20, 250))
+    for split in ("train", "test"):
+        for name in "abc":
+            paint(tmp_path / split / name / "0.png", colour=next(shade))
+    paint(tmp_path / "elsewhere/0.png", colour=next(shade))
+    for link in ("one", "two"):  # A folder that two links lead to.
+        (tmp_path / "train/a" / link).symlink_to(tmp_path / "elsewhere")
+    again = next(shade)
+    paint(*(tmp_path / f"test/{name}.png" for name in ("a/1", "a/2", "a/3", "b/1")), colour=again)
+    data = load_images("folder", tmp_path)
+    assert "; training images that repeat another of their class: 1; test images that repeat" in str(data)
+    assert "; test images that are in several classes: 1" in str(data)
+    counts = {name: count for name, count in data.oddities.items() if count}
+    assert counts == {"test_pictures_in_several_classes": 1, "train_pictures_repeated": 1, "test_pictures_repeated": 2}
 
 
 def test_a_class_without_a_picture_is_named(tmp_path):
@@ -189,13 +208,17 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
         list_classes(tmp_path)
 
 
-@pytest.mark.parametrize(("white", "warned"), [(4095, True), (65535, False)])
-def test_pictures_of_fewer_bits_than_their_files_are_told(tmp_path, white, warned):
+@pytest.mark.parametrize("dark", [(), ("train",), ("test",), ("train", "test")])
+def test_pictures_of_fewer_bits_than_their_files_are_told(tmp_path, dark):
     for split in ("train", "test"):
         for name in "ab":
             folder = tmp_path / split / name
             folder.mkdir(parents=True)
-            grey = np.linspace(0, white, 1024).astype(np.uint16).reshape(32, 32)
-            Image.fromarray(grey).save(folder / "0.png")
-    said = str(load_images("folder", tmp_path))
-    assert ("no training pixel is above 16 of 255" in said) == warned
+            for number, white in enumerate((65535, 4095 if split in dark else 65534)):
+                grey = np.linspace(0, white, 1024).astype(np.uint16).reshape(32, 32)
+                Image.fromarray(grey).save(folder / f"{number}.png")
+    data = load_images("folder", tmp_path)
+    for split, word in (("train", "training"), ("test", "test")):
+        told = f"; {word} images without a pixel above 16 of 255: 2" in str(data)
+        assert (told, data.state_dict()[f"dark_{split}_pictures"]) == ((True, 2) if split in dark else (False, 0))
+    assert ("if 16-bit files hold fewer bits, scale their values up first" in str(data)) == bool(dark)
