@@ -14,6 +14,8 @@ LARGEST = 4096  # Largest height and width of an image in pixels: all images are
 ONLY_NAMED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
 # Formats whose 16-bit grey pixels are unsigned, with white at the maximum.
 SIXTEEN_BITS = {"IM", "JPEG2000", "PNG", "PPM", "TIFF"}
+# Formats whose fourth byte is often left 0 without meaning that anything is transparent.
+UNUSED_ALPHA = {"BMP", "DIB", "DDS", "ICO", "CUR", "TGA", "TIFF"}
 BITS_PER_SAMPLE, PHOTOMETRIC, PLANAR, COLOUR_MAP, SAMPLE_FORMAT = 258, 262, 284, 320, 339  # TIFF tags.
 
 
@@ -107,6 +109,9 @@ def as_shown(image):
 
     if image.format == "TIFF":
         _check_tiff(image)
+    if image.format == "PCX" and image.mode == "L":
+        _check_pcx(image)
+    image_format = image.format  # Conversion drops it.
     coding = str(image.tile[0].args) if image.tile else ""
     image.load()
     with contextlib.suppress(Exception):  # Damaged EXIF data do not keep a viewer from showing the pixels.
@@ -125,6 +130,10 @@ def as_shown(image):
     if image.mode == "La":
         image = image.convert("LA")
     image = image.convert("RGBA")
+    if not image.getextrema()[3][1]:  # On white, nothing would be left of it.
+        if image_format not in UNUSED_ALPHA:
+            raise UserError("every pixel is transparent")
+        return image.convert("RGB")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
@@ -137,6 +146,16 @@ def _check_tiff(image):
         raise UserError("an 8-bit palette, where TIFF has 16 bits; save it as RGB")
     if image.mode == "L" and 2 in tags.get(SAMPLE_FORMAT, ()):
         raise UserError("signed grey values have no certain white level; save it with 8 or 16 bits")
+
+
+def _check_pcx(image):
+    """UserError if no palette ends the file, as where it was cut off, and the header does not say that there is none:
+    Pillow takes the numbers of colours for shades of grey."""
+    image.fp.seek(68)
+    needs_none = image.fp.read(1) == b"\2"
+    image.fp.seek(-769, os.SEEK_END)
+    if not needs_none and image.fp.read(1) != b"\x0c":
+        raise UserError("its palette is missing")
 
 
 def _eight_bits(image):

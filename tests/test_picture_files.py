@@ -15,9 +15,12 @@ from picture_files import list_classes, read_picture
 GREY = np.array([[0, 4095], [32768, 65535]], np.uint16)
 SHOWN = [0, 16, 128, 255]  # GREY's range brought to 255.
 HALF = Image.fromarray(np.array([[[200, 0, 0, 255], [200, 0, 0, 128]], [[200, 0, 0, 0]] * 2], np.uint8))
+NO_ALPHA = Image.new("RGBA", (2, 2), (200, 0, 0, 0))
 ON_WHITE = [(200, 0, 0), (227, 127, 127), (255, 255, 255), (255, 255, 255)]
 COLOURS = Image.frombytes("P", (2, 2), bytes([0, 1, 2, 3]))
 COLOURS.putpalette([255, 0, 0, 0, 255, 0, 0, 0, 255, 9, 9, 9])
+MANY_COLOURS = COLOURS.resize((40, 40))  # Pillow itself refuses a file that is shorter than a palette.
+MANY_COLOURS.putdata([0, 1, 2, 3] * 400)
 TURNED = Image.Exif()
 TURNED[0x112] = 6  # To be turned clockwise by a quarter.
 
@@ -28,6 +31,11 @@ def saved(image, **how):
 
 def raw(content):
     return lambda path: path.write_bytes(content)
+
+
+def cut(make, count):
+    """What `make` writes, without the last `count` bytes."""
+    return lambda path: (make(path), path.write_bytes(path.read_bytes()[:-count]))
 
 
 def png(bits, kind, pixels, *extra):
@@ -60,6 +68,10 @@ PICTURES = {
     "transparent.webp": (saved(HALF, lossless=True, exact=True), ON_WHITE),
     "transparent.tiff": (saved(HALF), ON_WHITE),
     "transparent grey.png": (saved(HALF.convert("LA")), [60, 157, 255, 255]),
+    "alpha unused.tga": (saved(NO_ALPHA), [(200, 0, 0)] * 4),
+    "alpha unused.tif": (saved(NO_ALPHA), [(200, 0, 0)] * 4),
+    "palette.pcx": (saved(COLOURS), [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)]),
+    "grey.pcx": (saved(Image.new("L", (2, 2), 7)), [7] * 4),
     "palette.PNG": (saved(COLOURS), [(255, 0, 0), (0, 255, 0), (0, 0, 255), (9, 9, 9)]),
     "palette and alphas.png": (
         saved(COLOURS, transparency=bytes([255, 0, 128, 255])),
@@ -119,6 +131,9 @@ UNCERTAIN = {
         raw(png(16, 2, bytes(26), (b"tRNS", bytes([1, 0] * 3)))),
         "a 16-bit transparent colour",
     ),
+    "transparent.png": (saved(NO_ALPHA), "every pixel is transparent"),
+    "palette cut.pcx": (cut(saved(MANY_COLOURS), 769), "its palette is missing"),
+    "palette cut short.pcx": (cut(saved(MANY_COLOURS), 700), "its palette is missing"),
     "pipe.png": (os.mkfifo, "it is not a file"),
     "nowhere.png": (lambda path: path.symlink_to("no/such/file"), "it is not a file"),
     "itself.png": (lambda path: path.symlink_to(path), "it is not a file"),
