@@ -1,6 +1,7 @@
 """The files of a run under its name: who may write them, and from which saved state --resume continues."""
 
 import contextlib
+from pathlib import Path
 
 from harness import resume
 from harness.endings import UserError
@@ -26,6 +27,7 @@ class RunFiles:
         UserError if another run holds the lock, and if this run would replace an earlier run's files without being
         asked to.
         """
+        self._check_trace()
         if self.is_dry:
             yield
             return
@@ -37,6 +39,15 @@ class RunFiles:
                     for abandoned in self.temporary_files():
                         abandoned.unlink()
             yield
+
+    def _check_trace(self):
+        """UserError if --trace names a file of the run itself, or if no trace would be written."""
+        traced = vars(self.args).get("trace")
+        if traced and self.is_dry:
+            raise UserError("--dry_run writes nothing, and so no --trace; leave one of them out")
+        own = (self.path(suffix).resolve() for suffix in (".json", ".evaluation.json"))
+        if traced and Path(traced).resolve() in own:
+            raise UserError(f"--trace {traced} is the name of a file of this run itself; choose another")
 
     def _claim_name(self):
         """UserError if an earlier run's files would be lost. With --restart, each is replaced once its successor is

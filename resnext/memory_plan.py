@@ -1,6 +1,7 @@
 """--policy and --memory_budget in a training script: what backward recomputes, so that forward need not keep it."""
 
 from harness import arguments
+from harness.endings import UserError
 from harness.loading import largest_batch
 from harness.planning import Plan, plan_recomputation
 from models.resnext_checkpoint import POLICIES
@@ -21,7 +22,10 @@ def add_budget_arguments(parser, policy):
 
 
 def policy_label(args):
-    """The part of a run's file names that stands for these arguments: "budget0.4", "held0.4", or the policy."""
+    """The part of a run's file names that stands for these arguments: "budget0.4", "held0.4", or the policy. UserError
+    if --budget_of has no effect."""
+    if args.budget_of == "held" and not args.memory_budget:
+        raise UserError("--budget_of held says what --memory_budget limits; add that, or leave it out")
     if not args.memory_budget:
         return args.policy
     return f"{'held' if args.budget_of == 'held' else 'budget'}{args.memory_budget:g}"

@@ -3,6 +3,7 @@
 RESNEXT = (
     "--dataset folder --data_dir {good}/pictures --model resnext29_1x4d --batch_size 8 --num_worker 0 --num_epoch 1"
 )
+RESNEXT_NAME = "resnext_0_worker_8_resnext29_1x4d_folder"  # Of the files of a run with these arguments.
 # Good arguments of each script; those of a case come after them, and so in their place.
 GOOD = {
     "resnext/resnext.py": RESNEXT,
@@ -72,16 +73,20 @@ TABLE = {
         ("--init absent.pt", "cannot read absent.pt"),
         ("--init taken", "taken has no ResNeXt-29 weights"),
         ("--init {bad}/weights/alone.pt --model resnext29_2x4d", "alone.pt does not fit this model"),
+        (f"--trace model_history/{RESNEXT_NAME}.json", f"{RESNEXT_NAME}.json is the name of a file of this run itself"),
+        ("--trace trace.json --dry_run", "--dry_run writes nothing, and so no --trace; leave one of them out"),
         ("--data_dir {bad}/pictures/pipe", "pipe/test/dark/0.png (it is not a file)"),
     ],
     "resnext/resnext_checkpoint.py": [
         ("--memory_budget 0", "--memory_budget: '0' is not a number above 0 and at most 1"),
         ("--memory_budget 1.1", "--memory_budget: '1.1' is not"),
         ("--memory_budget 0.01", "cannot be met; the lowest peak that this model can have is"),
+        ("--budget_of held", "--budget_of held says what --memory_budget limits; add that, or leave it out"),
         ("--policy all", "--policy: invalid choice"),
         ("--policy block --memory_budget 0.5", "not allowed with argument"),
     ],
     "resnext/resnext_fast.py": [
+        ("--budget_of held", "--budget_of held says what --memory_budget limits; add that, or leave it out"),
         ("--label_smoothing 2", "--label_smoothing: '2' is not"),
         ("--cuda_graphs", "--cuda_graphs needs a compiled model; add --compile"),
         ("--max_autotune --compile False", "--max_autotune needs a compiled model; add --compile"),
