@@ -31,7 +31,9 @@ from images import SIZE, load_images
 from layouts import Layout
 from outputs import count_broken
 from picture_files import printable, read_picture
-from weights import load_model, read_record, weights_digest
+from weights import is_of_other_weights, load_model, read_record, warn_of_other_weights, weights_digest
+
+FOREIGN = "the record beside the weights, which gave classes, mean, std and precision, is of other weights"
 
 
 def get_args_parser():
@@ -67,9 +69,13 @@ def main():
     args.output_dir = args.output_dir or args.run.parent
     device = devices.choose(args)
     model, record = load_model(args.run), read_record(args.run)
-    if record.get("weights_digest") not in (None, weights_digest(args.run)):
-        path = args.run.with_suffix(".json")
-        print(f"warning: {path} is the record of other weights than {args.run}", file=sys.stderr)
+    record["is_foreign"] = is_of_other_weights(record, args.run)
+    if record["is_foreign"]:
+        warn_of_other_weights(
+            args.run,
+            "its classes, mean, std and precision are used all the same; if they are others, move it away and name the "
+            "data with --dataset and --data_dir",
+        )
         record.pop("epochs", None)  # Their accuracy is not that of these weights.
     on_test_pictures = not (args.pictures or args.export)
     data = load_data(args, record) if on_test_pictures or missing_facts(args, record) else None
@@ -79,7 +85,7 @@ def main():
         )
     known = gather(args, record, data, len(model.linear.weight))
     if args.export:
-        print(export(model, known, args.export))
+        print(export(model, known, args.export, FOREIGN if record["is_foreign"] else None))
     settings = record.get("arguments", {})
     precision = choose_precision(settings.get("half_precision"), device, settings.get("true_fp32"))
     chosen = record.get("layout", {})  # Only resnext_fast.py chooses a layout.
@@ -247,6 +253,7 @@ def print_and_write(args, record, data, judged, predictions):
     results = {
         "weights": args.run.name,
         "data": judged,
+        **({"warning": FOREIGN} if record.get("is_foreign") else {}),
         "test_acc": predictions.accuracy(),
         "test_acc_by_class": by_class,
         "confusion": matrix.tolist(),

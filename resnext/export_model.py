@@ -29,11 +29,11 @@ class Exported(nn.Module):
         return self.model((pictures.float() / 255 - self.mean) / self.std)
 
 
-def export(model, known, path):
+def export(model, known, path, warning=None):
     """Write `model` to `path`, .pt2 or .onnx, and return a line that says what was written and how it was checked.
 
-    known: the evaluate.Known of the model. UserError if `path` exists, if the exported outputs differ, or if a package
-    is missing.
+    known: the evaluate.Known of the model. warning: a text to keep in the file. UserError if `path` exists, if the
+    exported outputs differ, or if a package is missing.
     """
     write = {".pt2": _to_torch, ".onnx": _to_onnx}.get(path.suffix)
     if write is None:
@@ -46,7 +46,8 @@ def export(model, known, path):
     with torch.inference_mode():
         expected = module(pictures)
     program = torch.export.export(module, (pictures[:2],), dynamic_shapes=({0: torch.export.Dim("pictures")},))
-    content, outputs = write(program, known.classes, pictures)
+    notes = {"classes": json.dumps(known.classes)} | ({"warning": json.dumps(warning)} if warning else {})
+    content, outputs = write(program, notes, pictures)
     form = f"written: {path} (uint8 [N, 3, {known.size}, {known.size}] -> logits [N, {len(known.classes)}])"
     if outputs is None:
         checked = "not checked, since onnxruntime is not installed"
@@ -62,24 +63,26 @@ def export(model, known, path):
     return f"{form}; {checked}"
 
 
-def _to_torch(program, classes, pictures):
-    """(the bytes of a .pt2 file, its outputs for `pictures`)"""
+def _to_torch(program, notes, pictures):
+    """(the bytes of a .pt2 file that contains `notes`, {name: JSON}; its outputs for `pictures`)"""
     buffer = io.BytesIO()
-    torch.export.save(program, buffer, extra_files={"classes.json": json.dumps(classes)})
+    torch.export.save(program, buffer, extra_files={f"{name}.json": text for name, text in notes.items()})
     buffer.seek(0)
     with torch.inference_mode():
         return buffer.getvalue(), torch.export.load(buffer).module()(pictures)
 
 
-def _to_onnx(program, classes, pictures):
-    """(the bytes of an .onnx file, its outputs for `pictures`, or None without onnxruntime)"""
+def _to_onnx(program, notes, pictures):
+    """(the bytes of an .onnx file that contains `notes`, {name: JSON}; its outputs for `pictures`, or None without
+    onnxruntime)"""
     if not all(map(importlib.util.find_spec, ("onnx", "onnxscript"))):
         raise UserError("--export to ONNX needs two more packages: pip install onnx onnxscript")
     proto = torch.onnx.export(
         program, input_names=["pictures"], output_names=["logits"], dynamo=True, verbose=False
     ).model_proto
-    entry = proto.metadata_props.add()
-    entry.key, entry.value = "classes", json.dumps(classes)
+    for name, text in notes.items():
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = name, text
     content = proto.SerializeToString()
     if not importlib.util.find_spec("onnxruntime"):
         return content, None
