@@ -31,6 +31,11 @@ class Terminated(BaseException):
         self.number = number
 
 
+def printable(text):
+    """`text`, such as the name of a file or a class, with escapes for line breaks and other control characters."""
+    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in text)
+
+
 def run(main):
     """Call `main()` and end the process the way a shell user expects.
 
@@ -238,8 +243,9 @@ def leave_terminal(number):
 
 def _end(code, line):
     # Of a torchrun job's processes, one reports a signal, but each reports its own error.
+    name = os.path.basename(sys.argv[0])
     is_first = os.environ.get("RANK", "0") == "0" or "WORLD_SIZE" not in os.environ
-    lines = {sys.stdout: "", sys.stderr: f"{os.path.basename(sys.argv[0])}: {line}\n" * (is_first or code == 2)}
+    lines = {sys.stdout: "", sys.stderr: f"{name}: {printable(line)}\n" * (is_first or code == 2)}
     for stream, text in lines.items():
         try:
             stream.write(text)

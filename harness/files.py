@@ -14,7 +14,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from harness.endings import UserError
+from harness.endings import UserError, printable
 
 ROOT = Path(__file__).resolve().parent.parent
 SURROGATES = re.compile("[\\ud800-\\udfff]")  # Half characters, which a Python str can hold and UTF-8 cannot.
@@ -238,4 +238,8 @@ def publish(stage, folder):
 
 @functools.cache  # Once per process is enough.
 def _warn_of_no_locks(reason):
-    print(f"warning: {reason}; make sure that no second run writes the same output", file=sys.stderr, flush=True)
+    print(
+        f"warning: {printable(reason)}; make sure that no second run writes the same output",
+        file=sys.stderr,
+        flush=True,
+    )

@@ -23,14 +23,14 @@ from confusion import WIDEST_TABLE, Predictions, class_lines, draw_matrix, draw_
 from export_model import export
 from harness import devices, endings
 from harness.arguments import OneLineParser, deviation, positive_int, share
-from harness.endings import UserError
+from harness.endings import UserError, printable
 from harness.files import ROOT, atomic_write, write_json
 from harness.precision import choose_precision
 from image_loaders import evaluation_batches, normalise
 from images import SIZE, load_images
 from layouts import Layout
 from outputs import count_broken
-from picture_files import printable, read_picture
+from picture_files import read_picture
 from weights import is_of_other_weights, load_model, read_record, warn_of_other_weights, weights_digest
 
 FOREIGN = "the record beside the weights, which gave classes, mean, std and precision, is of other weights"

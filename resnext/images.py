@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 
 from harness import torchvision_compat  # noqa: F401  (before torchvision)
-from harness.endings import UserError
+from harness.endings import UserError, printable
 from harness.machine import usable_cores
-from picture_files import list_classes, printable, read_picture
+from picture_files import list_classes, read_picture
 
 SIZE = 32
 DARK = 16  # What 12-bit values stored in 16 bits reach after reduction to 8 bits, as dark as in a viewer.

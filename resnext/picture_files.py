@@ -171,8 +171,3 @@ def _eight_bits(image):
         inverted = image.tag_v2.get(PHOTOMETRIC) == 0
     grey = np.rint(np.asarray(image).astype(np.float64) * (255 / white)).astype(np.uint8)
     return 255 - grey if inverted else grey
-
-
-def printable(name):
-    """The file or class name with escapes for line breaks and other control characters."""
-    return "".join(each if each.isprintable() else ascii(each)[1:-1] for each in name)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from harness.arguments import LEAST_DEVIATION
-from harness.endings import UserError
+from harness.endings import UserError, printable
 from harness.resume import read_tensors
 from harness.shapes import NUMBER, TEXT, WHOLE, each, fault, maybe
 from models.grouped_convolution import FORMS
@@ -143,7 +143,8 @@ def warn_of_other_weights(path, consequence):
     """Print a warning on stderr that the record beside the weights `path` is of others, and what follows from that."""
     if os.environ.get("RANK", "0") == "0":  # Each process of torchrun loads them.
         record = Path(path).with_suffix(".json")
-        print(f"warning: {record} is the record of other weights than {path}; {consequence}", file=sys.stderr)
+        told = printable(f"warning: {record} is the record of other weights than {path}; {consequence}")
+        print(told, file=sys.stderr)
 
 
 def read_record(path):

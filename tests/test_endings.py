@@ -305,6 +305,13 @@ def test_a_rank_that_is_empty_does_not_hide_the_line(monkeypatch, capsys):
     assert capsys.readouterr().err.endswith(": what is wrong\n")
 
 
+def test_a_name_with_line_breaks_stays_on_the_line(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["script.py"])
+    with pytest.raises(SystemExit):
+        endings._end(2, "cannot read a\nb\x1b[31m\u2028c\udcff é.png; choose another")
+    assert capsys.readouterr().err == ("script.py: cannot read a\\nb\\x1b[31m\\u2028c\\udcff é.png; choose another\n")
+
+
 def test_a_rank_without_a_job_hides_no_signal(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     monkeypatch.delenv("WORLD_SIZE", raising=False)
