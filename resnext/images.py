@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import hashlib
 import json
+import unicodedata
 from concurrent.futures import ThreadPoolExecutor
 from http.client import HTTPException
 from pathlib import Path
@@ -201,10 +202,21 @@ def _load_digits(data_dir):
     return ImageData(images[train], labels[train], images[test], labels[test], classes, flip=False)
 
 
+def _composed(name):
+    return unicodedata.normalize("NFC", name)
+
+
 def _load_folder(data_dir, size):
     (train, others), (test, more) = (list_classes(data_dir / split) for split in ("train", "test"))
     for has, lacks, classes in (("test", "train", test.keys() - train), ("train", "test", train.keys() - test)):
         if classes:
+            there = train if lacks == "train" else test
+            same = [name for name in sorted(classes) if _composed(name) in map(_composed, there)]
+            if same:
+                raise UserError(
+                    f"{data_dir / has} and {data_dir / lacks} spell the class {same[0]!r} with different Unicode "
+                    "characters that look the same (normalisation forms NFC and NFD); give both folders one name"
+                )
             raise UserError(f"{data_dir / has} has the class {min(classes)!r}, but {data_dir / lacks} does not")
     if len(train) == 1:
         raise UserError(f"{data_dir} has only the class {min(train)!r}; training needs at least two")

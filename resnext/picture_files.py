@@ -3,12 +3,16 @@
 import contextlib
 import functools
 import os
+import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
 
-from harness.endings import UserError
+from harness.endings import UserError, printable
 
+# Pillow's own warning names no file; `_warn_if_large` does. A filter for a while would not be safe among threads.
+warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
 LARGEST = 4096  # Largest height and width of an image in pixels: all images are kept in memory.
 # Formats that Pillow recognises but cannot decode by itself.
 ONLY_NAMED = {"BUFR", "GRIB", "HDF5", "MPEG", "WMF"}
@@ -91,6 +95,7 @@ def read_picture(path, size):
         if not path.is_file():  # Opening a pipe would wait forever.
             raise UserError("it is not a file")
         with Image.open(path) as image:
+            _warn_if_large(path, image.size)
             image = as_shown(image)
             if image.size != (size, size):
                 image = image.resize((size, size), Image.BILINEAR)
@@ -100,6 +105,15 @@ def read_picture(path, size):
     except Exception as error:  # Pillow may raise any exception on a damaged file.
         reason = str(error) if isinstance(error, UserError) else type(error).__name__
         raise UserError(f"cannot decode the image {path} ({reason}); replace or remove it") from None
+
+
+def _warn_if_large(path, size):
+    """Pillow's warning of a decompression bomb, with the file's name."""
+    from PIL import Image
+
+    if Image.MAX_IMAGE_PIXELS and size[0] * size[1] > Image.MAX_IMAGE_PIXELS:
+        told = f"warning: {path} has {size[0]}x{size[1]} pixels; decoding it takes much memory, so make it smaller"
+        print(printable(told), file=sys.stderr, flush=True)
 
 
 def as_shown(image):

@@ -209,6 +209,15 @@ def test_a_class_without_a_picture_is_named(tmp_path):
         load_images("folder", tmp_path)
 
 
+def test_class_names_that_look_the_same_are_told(tmp_path):
+    paint(*(tmp_path / f"{split}/a/0.png" for split in ("train", "test")))
+    paint(tmp_path / "train/caf\u00e9/0.png", tmp_path / "test/cafe\u0301/0.png")
+    with pytest.raises(
+        UserError, match=r"test and .*train spell the class 'cafe.' with .*; give both folders one name"
+    ):
+        load_images("folder", tmp_path)
+
+
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
     paint(tmp_path / "a/deep/0.png")
     scan = os.scandir

@@ -60,6 +60,16 @@ def test_outputs_that_overflow_where_every_weight_is_finite_end_the_run(place):
     assert not list(place.glob("model_history/*.json"))
 
 
+def test_an_image_with_very_many_pixels_is_told_by_name(place):
+    Image.new("RGB", (40, 40)).save(place / "pictures/test/dark/la\nrge.png")
+    arguments = "--dataset folder --data_dir pictures --model resnext29_1x4d --batch_size 8 --num_worker 0 --dry_run"
+    limit = "from PIL import Image; Image.MAX_IMAGE_PIXELS = 1500"
+    ended = launch.run("resnext/resnext.py", *arguments.split(), cwd=place, before=limit)
+    assert ended.err == (
+        "warning: pictures/test/dark/la\\nrge.png has 40x40 pixels; decoding it takes much memory, so make it smaller\n"
+    )
+
+
 def test_a_class_whose_name_has_a_line_break_stays_on_its_line(place):
     rename(place, "dark", "da\nrk")
     assert "2 classes (da\\nrk, light)" in train(place).splitlines()[0]
