@@ -3,6 +3,7 @@
 import contextlib
 import datetime
 import os
+import socket
 import sys
 from typing import NamedTuple
 
@@ -11,13 +12,14 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from harness.endings import UserError
+from harness.endings import UserError, signals_end_at_once
 
 # For training collectives: a process that has not arrived by then hangs.
 TRAINING_TIMEOUT = datetime.timedelta(minutes=10)
 # For waiting for a process that works alone: it may download, or tokenize a large data set.
 PATIENCE = datetime.timedelta(days=1)
 JOB_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+MEETING_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 
 
 class World(NamedTuple):
@@ -141,10 +143,11 @@ def read_job():
     try:
         rank, size, local_rank, local_size = (int(told[name]) for name in JOB_VARIABLES)
         fit = 0 <= local_rank <= rank < size and local_rank < local_size <= size
-        fit = fit and os.environ["MASTER_ADDR"] and int(os.environ["MASTER_PORT"])
+        fit = fit and os.environ["MASTER_ADDR"] and 0 < int(os.environ["MASTER_PORT"]) < 2**16
     except (KeyError, ValueError):
         fit = False
     if not fit:
+        told |= {name: os.environ[name] for name in MEETING_VARIABLES if name in os.environ}
         words = " ".join(f"{name}={value}" for name, value in told.items())
         raise UserError(
             f"the environment has {words}, which torchrun never sets like this; unset {', '.join(told)}, or start the "
@@ -165,10 +168,28 @@ def world(device):
     if not job.is_started:
         yield World(0, 1, device)
         return
-    on_cuda = device.type == "cuda"
-    dist.init_process_group(
-        "nccl" if on_cuda else "gloo", timeout=TRAINING_TIMEOUT, device_id=device if on_cuda else None
-    )
-    yield World(job.rank, job.size, device, dist.new_group(backend="gloo", timeout=PATIENCE))
+    with signals_end_at_once():
+        patient = _meet(device)
+    yield World(job.rank, job.size, device, patient)
     # Not after an error: NCCL would wait for the others, which may be waiting for this process.
     dist.destroy_process_group()
+
+
+def _meet(device):
+    """Wait for the other processes of the job, and join them: the group `World.patient`. UserError if they cannot
+    meet."""
+    address, port = (os.environ[name] for name in MEETING_VARIABLES)
+    on_cuda = device.type == "cuda"
+    try:
+        socket.getaddrinfo(address, port)  # Torch would look for it until the timeout.
+        dist.init_process_group(
+            "nccl" if on_cuda else "gloo", timeout=TRAINING_TIMEOUT, device_id=device if on_cuda else None
+        )
+        return dist.new_group(backend="gloo", timeout=PATIENCE)
+    except (socket.gaierror, UnicodeError) as error:  # The latter of what cannot be a name.
+        reason, remedy = f"there is no such address: {error}", "correct MASTER_ADDR"
+    except (dist.DistNetworkError, dist.DistStoreError) as error:
+        reason, remedy = str(error).partition("\n")[0].rstrip("."), "start all of them, and check MASTER_ADDR"
+        if "EADDRINUSE" in reason:
+            reason, remedy = "the port is already in use", "set MASTER_PORT to a free one"
+    raise UserError(f"the processes of this job cannot meet at {address}, port {port} ({reason}); {remedy}")

@@ -9,8 +9,10 @@ import errno
 import os
 import re
 import signal
+import socket
 import stat
 import sys
+import threading
 import traceback
 
 # SIGHUP, which not every system has: the terminal has closed.
@@ -239,6 +241,41 @@ def leave_terminal(number):
             with contextlib.suppress(OSError, ValueError):
                 if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):
                     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextlib.contextmanager
+def signals_end_at_once():
+    """A context for calls that wait outside of Python, which runs no handler before they return: a signal that is
+    heeded ends the process with its line and its code, without the `finally` blocks."""
+    heeded = {number: signal.getsignal(number) for number in (signal.SIGINT, *TERMINATING)}
+    heeded = {number: handler for number, handler in heeded.items() if callable(handler)}
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def watch():
+        with reader:
+            while told := reader.recv(1):  # The number of a signal; nothing once the writer is closed.
+                if told[0] in heeded:
+                    _end_at_once(told[0])
+
+    usual = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    _set_action(heeded, lambda *_: None)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        for number, handler in heeded.items():
+            signal.signal(number, handler)
+        signal.set_wakeup_fd(usual)
+        writer.close()
+
+
+def _end_at_once(number):
+    leave_terminal(number)
+    try:
+        _end(128 + number, "interrupted" if number == signal.SIGINT else "terminated")
+    finally:
+        os._exit(128 + number)
 
 
 def _end(code, line):

@@ -1,7 +1,9 @@
 """Two processes, started as torchrun starts them, compute what one does. (Of ResNeXt: test_resnext_scripts.py.)"""
 
 import json
+import signal
 import socket
+from pathlib import Path
 
 import bad_inputs
 import launch
@@ -213,3 +215,70 @@ def test_every_script_refuses_what_is_left_over_of_another_job(script, tmp_path)
     ended = launch.run(script, *bad_inputs.GOOD[script].format(**good).split(), cwd=tmp_path, WORLD_SIZE="")
     assert (ended.code, ended.err.count("\n")) == (2, 1)
     assert "the environment has WORLD_SIZE=, which torchrun never sets like this" in ended.err
+
+
+MEETS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import torch
+from harness import distributed, endings
+
+def main():
+    print("waits", flush=True)
+    with distributed.world(torch.device("cpu")):
+        print("met")
+
+endings.run(main)
+"""
+ALONE_IN_JOB = JOB | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+
+
+def one_line_of_meeting(tmp_path, **job):
+    (tmp_path / "check.py").write_text(MEETS)
+    ended = launch.run(tmp_path / "check.py", launch.ROOT, cwd=tmp_path, **ALONE_IN_JOB | job)
+    assert (ended.code, ended.out, ended.err.count("\n")) == (2, "waits\n", 1), ended.err
+    return ended.err
+
+
+def test_processes_that_cannot_meet_are_told_in_one_line(tmp_path):
+    for port in ("70000", "65536", "-1", "0"):
+        line = one_line_of_meeting(tmp_path, MASTER_PORT=port)
+        assert f"MASTER_PORT={port}, which torchrun never sets like this; unset RANK" in line
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        assert f"port {port} (the port is already in use); set MASTER_PORT" in one_line_of_meeting(
+            tmp_path, MASTER_PORT=port
+        )
+    for address in ("no-such-host.invalid", "a" * 70, "a..b"):
+        line = one_line_of_meeting(tmp_path, MASTER_ADDR=address)
+        assert f"cannot meet at {address}, port 1 (there is no such address: " in line
+
+
+@pytest.mark.parametrize(
+    ("number", "line"), [(signal.SIGTERM, "terminated"), (signal.SIGINT, "interrupted"), (signal.SIGHUP, "terminated")]
+)
+def test_a_process_that_waits_for_another_heeds_a_signal(number, line, tmp_path):
+    (tmp_path / "check.py").write_text(MEETS)
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    job = ALONE_IN_JOB | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_PORT": str(port)}
+    process = launch.Script(tmp_path / "check.py", launch.ROOT, cwd=tmp_path, before=HEED_SIGNALS, **job)
+    assert launch.wait_until(lambda: listens(port) or not process.running(), launch.PATIENCE), process.err
+    process.kill(number)
+    assert process.wait(60) == 128 + number  # Torch's own patience is ten minutes.
+    assert process.err == f"check.py: {line}\n"
+
+
+# The tests themselves may have been started by nohup, and what is ignored stays so.
+HEED_SIGNALS = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+"""
+
+
+def listens(port):
+    """Whether a process of this machine listens on a port, as Linux tells without connecting to it."""
+    rows = [line.split() for path in ("tcp", "tcp6") for line in Path("/proc/net", path).read_text().splitlines()[1:]]
+    return any(row[1].endswith(f":{port:04X}") and row[3] == "0A" for row in rows)
