@@ -10,6 +10,7 @@ import dataclasses
 import re
 import sqlite3
 from collections import defaultdict
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,16 @@ class Range:
     def is_step(self):
         return STEP.fullmatch(self.name) is not None
 
+    def around(self):
+        """The ranges around this one, the innermost first."""
+        while self := self.parent:
+            yield self
+
+    @property
+    def is_at_edge(self):
+        """Whether it takes no time and lies at the start or the end of its parent, and so perhaps beside it."""
+        return self.start == self.end and self.parent is not None and self.end in (self.parent.start, self.parent.end)
+
 
 def read_trace(path):
     """{process id: [timing of each epoch]} of the trace at `path`; timings are in the form of PhaseTimer.end_epoch.
@@ -58,7 +69,7 @@ def read_trace(path):
             database.close()
     except sqlite3.Error as error:
         raise UserError(f"cannot read the trace {path}: {error}; {HOW_TO_EXPORT}") from None
-    timings, most = {}, {}
+    chosen, most = {}, {}
     for (thread, _), ranges in lanes.items():
         process, steps = _process(thread), sum(each.is_step for each in ranges)
         if steps and process in most:
@@ -66,7 +77,8 @@ def read_trace(path):
                 f"{path}: process {process} has steps in several threads or domains; using the one with the most steps"
             )
         if steps > most.get(process, 0):
-            timings[process], most[process] = _epochs(ranges, work.get(process)), steps
+            chosen[process], most[process] = ranges, steps
+    timings = {process: _epochs(ranges, work.get(process), path) for process, ranges in chosen.items()}
     if not timings:
         raise UserError(f"{path} has no ranges named '... - step N'; trace a training script of this repository")
     return timings
@@ -96,11 +108,17 @@ def _read_ranges(database, path):
     if "textId" in columns and _columns(database, "StringIds"):
         name, names = "COALESCE(event.text, string.value)", "LEFT JOIN StringIds string ON string.id = event.textId"
     domain = "event.domainId" if "domainId" in columns else "NULL"
-    whole = _integers("event.globalTid", "event.start", "event.end")
+    whole = (
+        f"({_integers('event.globalTid', 'event.start', 'event.end')} "
+        f"AND typeof({name}) IN ('text', 'null') AND event.end >= event.start)"
+    )
+    source = f"FROM NVTX_EVENTS event {names} WHERE event.eventType IN {PUSH_POP_EVENTS} AND {whole}"
+    ((left_out,),) = database.execute(f"SELECT COUNT(*) {source} IS NOT TRUE")
+    if left_out:
+        warn(f"{path}: ranges left out, as they have not ended, or have no times, thread or name of nsys: {left_out}")
     rows = database.execute(
         f"SELECT event.globalTid, {domain}, {name}, event.start, event.end "
-        f"FROM NVTX_EVENTS event {names} WHERE event.eventType IN {PUSH_POP_EVENTS} AND {whole} "
-        f"AND typeof({name}) IN ('text', 'null') AND event.end >= event.start ORDER BY event.start, event.end DESC"
+        f"{source} ORDER BY event.start, event.end DESC"
     )
     lanes, open_ranges = defaultdict(list), defaultdict(list)
     for *lane, name, start, end in rows:
@@ -132,25 +150,60 @@ def _read_device_work(database):
     return {process: np.array(times, dtype=np.int64) for process, times in work.items()}
 
 
-def _epochs(ranges, work):
+def _epochs(ranges, work, path):
     """The timing of each epoch in one thread's `ranges`; work: its process's GPU work, or None."""
     steps = [each for each in ranges if each.is_step]
     epochs = {id(step.parent): [] for step in steps}
+    _refuse_steps_within(steps, epochs, path)
+    left_out, outside = 0, [step.start for step in steps if step.parent is None]  # Of an epoch that has not ended.
     for each in ranges:
         parent = each.parent
+        if each.is_at_edge and not parent.is_step and (parent.parent is not None and parent.parent.is_step):
+            parent = parent.parent
         if each.is_step:
             epochs[id(parent)].append(each)
         elif parent is not None and parent.is_step and id(parent.parent) in epochs:
             epochs[id(parent.parent)].append(each)
         elif parent is not None and id(parent) in epochs:
             epochs[id(parent)].append(each)
+        elif parent is None and outside and each.start >= outside[0] and id(each) not in epochs:
+            left_out += 1
+    if left_out:
+        warn(f"{path}: ranges left out, as they lie beside {len(outside)} steps in no epoch that has ended: {left_out}")
     warm_from = steps[min(WARMUP_STEPS, len(steps)) - 1].end
-    return [_timing(members, warm_from, work) for members in epochs.values()]
+    timings = [_timing(members, warm_from, work, path) for members in epochs.values()]
+    # The ranges are disjoint, but not what they launched. Rounding is not meant.
+    if any(timing["unphased_seconds"] < -1e-6 * timing["seconds"] for timing in timings):
+        warn(f"{path}: the GPU worked for several phases at once, or after its epoch; the shares add up to above 100 %")
+    return timings
 
 
-def _timing(members, warm_from, work):
+def _refuse_steps_within(steps, epochs, path):
+    """UserError if a step lies within another, or its epoch within another epoch: their time would count twice."""
+    for step in steps:
+        for outer in step.around():
+            if outer.is_step or (outer is not step.parent and id(outer) in epochs):
+                raise UserError(
+                    f"{path}: the step '{step.name}' is nested in '{outer.name}', so that its time would count twice; "
+                    "record only one loop of steps"
+                )
+
+
+def _refuse_overlaps(ranges, path):
+    """UserError if two of the ranges, which lie beside each other, overlap: their shares would add up to anything."""
+    for one, other in pairwise(sorted(ranges, key=lambda each: (each.start, each.end))):
+        if other.start < one.end:
+            raise UserError(
+                f"{path}: '{one.name}' and '{other.name}' overlap, which push/pop ranges of one thread cannot; "
+                "record and export the trace again"
+            )
+
+
+def _timing(members, warm_from, work, path):
     """The timing of one epoch. members: its steps and phases; those that start before `warm_from` are warm-up."""
     steps = [each for each in members if each.is_step]
+    _refuse_overlaps([each for each in members if not each.is_step], path)
+    _refuse_overlaps([each for each in members if each.parent is steps[0].parent], path)
     epoch = steps[0].parent
     seconds = (epoch.end - epoch.start if epoch else steps[-1].end - steps[0].start) / 1e9
     if not seconds:

@@ -127,13 +127,83 @@ def test_gpu_time_goes_to_the_range_that_launched_the_work(tmp_path, ranges_as_t
 
 
 @pytest.mark.parametrize("row", ["'x', 1, 9, 'forward'", "NULL, 1, 9, 'forward'", "1, NULL, 9, 'forward'",
-                                 "1, 9, 1, 'forward'", "1, 'a', 9, 'forward'", "1, 1, 9, x'00ff'"])  # fmt: skip
-def test_a_row_that_is_no_range_is_passed_over(tmp_path, row):
+                                 "1, 9, 1, 'forward'", "1, 'a', 9, 'forward'", "1, 1, 9, x'00ff'",
+                                 "1, 1.5, 9, 'forward'"])  # fmt: skip
+def test_a_row_that_is_no_range_is_passed_over_and_told(tmp_path, row, capsys):
     make_trace(tmp_path / "trace.sqlite", 6)
     expected = read_trace(tmp_path / "trace.sqlite")
+    assert capsys.readouterr().err == ""
     with sqlite3.connect(tmp_path / "trace.sqlite") as database:
         database.execute(f"INSERT INTO NVTX_EVENTS (globalTid, start, end, text, eventType) VALUES ({row}, 59)")
     assert read_trace(tmp_path / "trace.sqlite") == expected
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "ranges left out, as they have not ended" in line
+    assert line.endswith(": 1")
+
+
+LOOP = [("epoch 1", 0, 300)] + [
+    (name, 100 * step + start, 100 * step + end)
+    for step in range(3)
+    for name, start, end in ((f"epoch 1 - step {step + 1}", 0, 100), ("forward", 0, 60), ("backward", 60, 90))
+]
+
+
+def trace_of(ranges, path):
+    """A trace of ranges (name, start, end) in milliseconds; an end of None is of one that has not ended."""
+    path.unlink(missing_ok=True)
+    with sqlite3.connect(path) as database:
+        database.execute("CREATE TABLE NVTX_EVENTS (start INT, end INT, eventType INT, text TEXT, globalTid INT)")
+        rows = [(start * MS, end and end * MS, 59, name, MAIN) for name, start, end in ranges]
+        database.executemany("INSERT INTO NVTX_EVENTS VALUES (?, ?, ?, ?, ?)", rows)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("ranges", "line"),
+    [
+        (LOOP + [("other - step 1", 10, 20)], "the step 'other - step 1' is nested in 'epoch 1 - step 1'"),
+        (LOOP + LOOP, "the step 'epoch 1 - step 1' is nested in 'epoch 1"),
+        (LOOP[:-2] + [("validation", 200, 300), ("other - step 1", 210, 220)], "'other - step 1' is nested in"),
+        (LOOP + [("epoch 1 - step 4", 299, 310)], "'epoch 1 - step 3' and 'epoch 1 - step 4' overlap"),
+        (LOOP + [("loss", 50, 70)], "'loss' overlap, which push/pop ranges of one thread cannot"),
+        (LOOP + [("logging", 95, 105)], "overlap, which push/pop"),
+    ],
+)
+def test_ranges_whose_shares_would_be_impossible_are_refused(ranges, line, tmp_path):
+    ranges = [(name, start, 400 if name == "epoch 1" else end) for name, start, end in ranges]
+    with pytest.raises(UserError, match=line) as error:
+        read_trace(trace_of(ranges, tmp_path / "trace.sqlite"))
+    assert "trace.sqlite" in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_phase_that_takes_no_time_lies_beside_the_one_that_it_touches(tmp_path):
+    for at in (60, 90):
+        ranges = LOOP + [("zero grad", at + 100 * step, at + 100 * step) for step in range(3)]
+        (timing,) = read_trace(trace_of(ranges, tmp_path / "trace.sqlite"))[PROCESS]
+        assert set(timing["phases"]) == {"forward", "backward", "zero grad", "step"}
+        assert timing["phases"]["zero grad"]["host_ms"]["total"] == 0
+        assert timing["phases"]["backward"]["host_ms"]["total"] == 90
+
+
+def test_what_lies_beside_the_steps_of_an_epoch_that_has_not_ended_is_told(tmp_path, capsys):
+    ended = [("epoch 0", -100, -10), ("epoch 0 - step 1", -90, -80), ("validation", -50, -20)]
+    ranges = [*ended, ("epoch 1", 0, None), *LOOP[1:], ("validation", 300, 350)]
+    first, second = read_trace(trace_of(ranges, tmp_path / "trace.sqlite"))[PROCESS]
+    assert ("validation" in first["phases"], "validation" in second["phases"]) == (True, False)
+    told = capsys.readouterr().err.splitlines()
+    assert [line.rpartition(": ")[2] for line in told] == ["1", "1"]
+    assert "ranges left out, as they lie beside 3 steps in no epoch that has ended" in told[1]
+
+
+def test_work_of_several_phases_at_once_is_told(tmp_path, capsys):
+    make_trace(tmp_path / "trace.sqlite", 6)
+    assert read_trace(tmp_path / "trace.sqlite")
+    assert capsys.readouterr().err == ""
+    with sqlite3.connect(tmp_path / "trace.sqlite") as database:
+        database.execute("UPDATE CUPTI_ACTIVITY_KIND_KERNEL SET start = 0, end = 600000000")
+    assert read_trace(tmp_path / "trace.sqlite")
+    assert "the GPU worked for several phases at once" in capsys.readouterr().err
 
 
 def test_of_two_threads_with_steps_the_one_with_more_is_told(tmp_path, capsys):
