@@ -20,8 +20,17 @@ PACKAGES = ("torch", "torchvision", "transformers", "numpy", "nvtx")
 VECTOR_INSTRUCTIONS = {"avx512f": "AVX-512", "avx2": "AVX2", "sve": "SVE", "asimd": "NEON"}
 BFLOAT16_FLAGS, BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}, "bfloat16"
 AMX_FLAG, AMX = "amx_bf16", "AMX"  # Instructions that multiply tiles of bfloat16.
-# Variables that make the same computation faster or slower: threads, allocators.
-ENVIRONMENT = re.compile(r"(OMP|MKL|MALLOC|PYTORCH)_\w+|LD_PRELOAD")
+# Variables that make the same computation faster or slower: threads and their cores, instructions, allocators.
+ENVIRONMENT = re.compile(
+    r"(OMP|GOMP|KMP|MKL|DNNL|ONEDNN|OPENBLAS|ATEN|MALLOC|PYTORCH|CUBLAS)_\w+"
+    r"|LD_PRELOAD|GLIBC_TUNABLES|CUDA_LAUNCH_BLOCKING|NVIDIA_TF32_OVERRIDE"
+)
+# Those that keep libraries from instructions that the processor has. The library of the first two heeds the first.
+ONEDNN_LIMITS = ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA")
+LIMITS = (*ONEDNN_LIMITS, "ATEN_CPU_CAPABILITY", "MKL_ENABLE_INSTRUCTIONS", "MKL_CBWR")
+# Limits of oneDNN, which multiplies bfloat16, that are below the instructions for it, and those just below AMX.
+BELOW_BFLOAT16 = {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"}
+BELOW_AMX = BELOW_BFLOAT16 | {"AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX10_1_512"}
 
 
 def describe_machine(device):
@@ -60,7 +69,8 @@ def timestamp():
 
 def hardware_name(device):
     """The marketing name of the GPU; or that of the processor with its number of usable cores and its instruction sets,
-    since processors of one name exist with and without them: "AMD EPYC, 2 cores, AVX-512, bfloat16"."""
+    since processors of one name exist with and without them, and with LIMITS: "AMD EPYC, 2 cores, AVX-512, bfloat16".
+    """
     if device.type == "cuda":
         import torch
 
@@ -68,13 +78,19 @@ def hardware_name(device):
     name, flags = _processor()
     words = [name, f"{usable_cores()} cores"]
     words += next(([word] for flag, word in VECTOR_INSTRUCTIONS.items() if flag in flags), [])
-    return ", ".join(words + [BFLOAT16] * multiplies_bfloat16() + [AMX] * (AMX_FLAG in flags))
+    words += [BFLOAT16] * multiplies_bfloat16() + [AMX] * (AMX_FLAG in flags and _onednn_limit() not in BELOW_AMX)
+    return ", ".join(words + [f"{name}={os.environ[name]}" for name in LIMITS if os.environ.get(name)])
 
 
 def multiplies_bfloat16():
-    """Whether the processor has instructions for bfloat16 products; without them they are several times slower than
-    float32."""
-    return bool(_processor()[1] & BFLOAT16_FLAGS)
+    """Whether the processor has instructions for bfloat16 products, which may be used; without them they are several
+    times slower than float32."""
+    return bool(_processor()[1] & BFLOAT16_FLAGS) and _onednn_limit() not in BELOW_BFLOAT16
+
+
+def _onednn_limit():
+    """What limits oneDNN's instructions: the first variable that is set, even if to no name that it knows; or None."""
+    return next((os.environ[name].upper() for name in ONEDNN_LIMITS if os.environ.get(name)), None)
 
 
 @functools.cache

@@ -53,9 +53,38 @@ def test_a_commit_is_dirty_where_a_tracked_file_that_runs_depend_on_has_changed(
     ],
 )
 def test_a_processor_is_named_with_what_it_can_multiply(flags, name, monkeypatch):
+    for limit in machine.LIMITS:
+        monkeypatch.delenv(limit, raising=False)
     monkeypatch.setattr(machine, "_processor", lambda: ("AMD EPYC", flags))
     monkeypatch.setattr(machine, "usable_cores", lambda: 2)
     assert machine.hardware_name(CPU) == name
+
+
+@pytest.mark.parametrize(
+    ("limits", "words"),
+    [
+        ({"DNNL_MAX_CPU_ISA": "avx2"}, "AVX-512, DNNL_MAX_CPU_ISA=avx2"),
+        ({"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_BF16"}, "AVX-512, bfloat16, ONEDNN_MAX_CPU_ISA=AVX512_CORE_BF16"),
+        (
+            {"DNNL_MAX_CPU_ISA": "AVX2", "ONEDNN_MAX_CPU_ISA": "ALL"},
+            "AVX-512, bfloat16, AMX, ONEDNN_MAX_CPU_ISA=ALL, DNNL_MAX_CPU_ISA=AVX2",
+        ),
+        ({"ATEN_CPU_CAPABILITY": "avx2"}, "AVX-512, bfloat16, AMX, ATEN_CPU_CAPABILITY=avx2"),
+        ({"MKL_CBWR": ""}, "AVX-512, bfloat16, AMX"),
+    ],
+)
+def test_a_processor_whose_instructions_are_limited_is_another(limits, words, monkeypatch):
+    for name in machine.LIMITS:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in limits.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(machine, "_processor", lambda: ("AMD EPYC", {"avx512f", "avx512_bf16", "amx_bf16"}))
+    monkeypatch.setattr(machine, "usable_cores", lambda: 2)
+    assert machine.hardware_name(CPU) == f"AMD EPYC, 2 cores, {words}"
+    assert machine.multiplies_bfloat16() == ("bfloat16" in words)
+    told = machine.describe_machine(CPU)
+    assert told["hardware"].endswith(words)
+    assert limits.items() <= told["environment"].items()
 
 
 def test_a_processor_is_named_without_its_trademarks(monkeypatch):
@@ -82,7 +111,11 @@ def test_variables_that_change_times_are_told_without_folders(monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libjemalloc.so")
     monkeypatch.setenv("MALLOCATOR", "no")
+    names = ("KMP_AFFINITY", "GOMP_CPU_AFFINITY", "OMP_PROC_BIND", "ONEDNN_DEFAULT_FPMATH_MODE", "ATEN_CPU_CAPABILITY")
+    for name in names:
+        monkeypatch.setenv(name, "some")
     told = machine.describe_machine(CPU)["environment"]
     assert told["MALLOC_MMAP_MAX_"] == "0"
+    assert {told[name] for name in names} == {"some"}
     assert told["LD_PRELOAD"] == "libjemalloc.so"
     assert "MALLOCATOR" not in told
