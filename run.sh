@@ -17,9 +17,22 @@
 #
 # SEEDS="0 1 2" repeats the runs with each seed. An interrupted run is resumed, and a finished one is not repeated,
 # unless AGAIN=1. A training run or benchmark that fails, for example for lack of memory, is reported, and the others
-# continue. NO_SETUP=1 installs nothing, and uses the python3 on the PATH. DRY=1 only prints the commands.
+# continue. NO_SETUP=1 installs nothing, and uses the python3 on the PATH. DRY=1 only prints the commands. Only report
+# and test take arguments. Paths are relative to the folder that the command is given in.
 set -euo pipefail
+caller=$PWD
 cd "$(dirname "$0")"
+root=$PWD
+
+# from_here VARIABLE: make a path in it that is relative to the caller's folder absolute, unless the caller is here.
+from_here() {
+    case ${!1:-} in
+        "" | /*) ;;
+        *) [ "$caller" = "$root" ] || printf -v "$1" %s "$caller/${!1}" ;;
+    esac
+}
+for name in PICTURES CSV OUT; do from_here $name; done
+case ${PYTHON:-} in */*) from_here PYTHON ;; esac  # Others are looked for on the PATH.
 
 # Spinning OpenMP threads are slow on a busy machine; passive ones cost nothing on an idle one.
 export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-PASSIVE}
@@ -302,16 +315,41 @@ benchmarks() {
     done
 }
 
+# In the caller's folder, to which the arguments are relative.
+report() {
+    local script=report.py
+    [ "$caller" = "$root" ] || { script=$root/report.py; show cd "$caller"; }
+    show python3 "$script" "$@"
+}
+
 lint() {
     show python3 -m ruff check .
     show python3 -m ruff format --check .
     show python3 -m reporting.links
 }
 
+# takes_none VARIABLES [ARGUMENT...]: refuse arguments, which would change nothing, and name what the job heeds.
+takes_none() {
+    [ $# -gt 1 ] || return 0
+    echo "run.sh: '${*:2}' would be ignored: this job takes no arguments, but variables, as in DRY=1 bash run.sh:" \
+        "${1:+$1 }AGAIN NO_SETUP DRY" >&2
+    exit 2
+}
+
+case "${1:-}" in
+    "") takes_none "EPOCHS SEEDS" "${@:2}" ;;
+    cifar) takes_none "EPOCHS MODEL PICTURES SEEDS" "${@:2}" ;;
+    resnext) takes_none "EPOCHS SEEDS" "${@:2}" ;;
+    simcls) takes_none "EPOCHS PERCENT SEEDS" "${@:2}" ;;
+    pubmed) takes_none "CSV EPOCHS PERCENT SEEDS" "${@:2}" ;;
+    profile) takes_none "STEPS" "${@:2}" ;;
+    benchmarks) takes_none "ONLY LIMIT OUT" "${@:2}" ;;
+    lint) takes_none "" "${@:2}" ;;
+esac
 case "${1:-}" in
     "") setup; short ;;
     cifar | resnext | simcls | pubmed | profile | benchmarks) setup; "$1" ;;
-    report) setup; show python3 report.py "${@:2}" ;;
+    report) setup; report "${@:2}" ;;
     test) setup; show python3 -m pytest -n 2 --dist worksteal "${@:2}" ;;
     lint) setup; lint ;;
     *) echo "run.sh: unknown job '$1'; jobs are: (none) cifar resnext simcls pubmed profile benchmarks report test lint" >&2; exit 2 ;;

@@ -17,10 +17,12 @@ from scorer.scorer_arguments import get_args_parser, run_name
 sys.path.append(str(ROOT / "benchmarks"))
 
 
-def run_job(*words, code=0, folder=ROOT, **environment):
-    """`bash run.sh WORDS` in `folder`: its lines on stdout, or on stderr when it is to fail."""
+def run_job(*words, code=0, folder=ROOT, cwd=None, **environment):
+    """`bash run.sh WORDS` of `folder`, given in the folder `cwd`: its lines on stdout, or on stderr when it is to
+    fail."""
     command = [shutil.which("bash"), str(folder / "run.sh"), *words]
-    result = subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, timeout=60)
+    environment = os.environ | environment
+    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=60, cwd=cwd or folder)
     assert result.returncode == code, result.stderr
     return (result.stderr if code else result.stdout).splitlines()
 
@@ -34,6 +36,30 @@ def test_an_unknown_job_is_one_line():
 def test_a_text_that_is_not_named_is_one_line():
     (line,) = run_job("pubmed", code=2, DRY="1", CSV="")
     assert "CSV=" in line
+
+
+@pytest.mark.parametrize(
+    ("job", "variable"),
+    [("", "EPOCHS"), ("cifar", "MODEL"), ("resnext", "SEEDS"), ("simcls", "PERCENT"), ("pubmed", "CSV"),
+     ("profile", "STEPS"), ("benchmarks", "ONLY"), ("lint", "DRY")],
+)  # fmt: skip
+def test_arguments_that_would_be_ignored_are_one_line(job, variable):
+    (line,) = run_job(job, "--num_epoch", "3", code=2, DRY="1")
+    assert "'--num_epoch 3' would be ignored" in line
+    assert variable in line
+
+
+def test_paths_are_relative_to_the_folder_of_the_caller(tmp_path):
+    there = {"DRY": "1", "PICTURES": "my pictures", "CSV": "a.csv", "OUT": "out", "ONLY": "fast"}
+    for job, path, where in (("cifar", "my pictures", "--data_dir"), ("pubmed", "a.csv", "--dataset_name"),
+                             ("benchmarks", "out/fast.json", "--output")):  # fmt: skip
+        words = [word for line in run_job(job, cwd=tmp_path, **there) for word in shlex.split(line)]
+        assert words[words.index(where) + 1] == str(tmp_path / path)
+        absolute = run_job(job, cwd=tmp_path, **there | {"PICTURES": "/p", "CSV": "/p", "OUT": "/p"})
+        words = [word for line in absolute for word in shlex.split(line)]
+        assert words[words.index(where) + 1].startswith("/p")
+    assert run_job("report", "mine", cwd=tmp_path, DRY="1") == [f"$ cd {tmp_path}", f"$ python3 {ROOT}/report.py mine"]
+    assert run_job("report", "mine", DRY="1") == ["$ python3 report.py mine"]
 
 
 class Parsed(Exception):
