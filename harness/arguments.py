@@ -7,6 +7,8 @@ from harness.machine import usable_cores
 
 # Adam divides the learning rate by 1 - 0.9, so a larger one overflows float32 in a single update.
 LARGEST_LEARNING_RATE = 1e37
+# At a smaller one, rounding to float32 leaves all but the tiniest weights as they are: nothing is learnt.
+LEAST_LEARNING_RATE = 1e-12
 # For image channels; dividing by a smaller deviation overflows float32 within a few layers.
 LEAST_DEVIATION = 1e-6
 
@@ -16,7 +18,8 @@ def _number(kind, accept, wanted):
 
     def read(text):
         try:
-            value = kind(text)
+            # Python also reads the digits of other scripts, and 1_6 as 16, which may be a typo of 1.6.
+            value = kind(text) if text.isascii() and "_" not in text else None
         except ValueError:
             value = None
         if value is None or not accept(value):
@@ -39,8 +42,8 @@ deviation = _number(float, lambda value: LEAST_DEVIATION <= value <= 1,
                     f"a number from {LEAST_DEVIATION:g} to 1")  # fmt: skip
 share = _number(float, lambda value: 0 <= value <= 1, "a number from 0 to 1")
 share_below_one = _number(float, lambda value: 0 <= value < 1, "a number of at least 0 and below 1")
-learning_rate = _number(float, lambda value: 0 < value <= LARGEST_LEARNING_RATE,
-                        f"a number above 0 and at most {LARGEST_LEARNING_RATE:g}")  # fmt: skip
+learning_rate = _number(float, lambda value: LEAST_LEARNING_RATE <= value <= LARGEST_LEARNING_RATE,
+                        f"a number from {LEAST_LEARNING_RATE:g} to {LARGEST_LEARNING_RATE:g}")  # fmt: skip
 
 # A far larger number of processes or threads is a typo, and would bring the machine down.
 _MOST = max(64, 8 * usable_cores())

@@ -28,7 +28,7 @@ def widest_float(device):
 
 def device_name(text):
     """An argparse type: the name of a device of a kind that the scripts support."""
-    if not re.fullmatch(r"cpu|mps|cuda(:\d+)?", text):
+    if not re.fullmatch(r"cpu|mps|cuda(:[0-9]+)?", text):
         raise argparse.ArgumentTypeError(f"{text!r} is not cpu, cuda, mps, or a GPU such as cuda:1")
     return text
 

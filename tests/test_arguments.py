@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from harness import arguments, machine
-from harness.arguments import LARGEST_LEARNING_RATE, learning_rate, threads, workers
+from harness.arguments import LARGEST_LEARNING_RATE, LEAST_LEARNING_RATE, learning_rate, threads, workers
 from harness.precision import add_half_precision
 
 
@@ -34,9 +34,27 @@ def test_workers_are_bounded_by_the_usable_cores():
 def test_a_learning_rate_fits_into_float32():
     assert learning_rate("0.01") == 0.01
     assert learning_rate("1e37") == LARGEST_LEARNING_RATE
-    for text in ("0", "-1", "1.1e37", "1e38", "inf", "nan", "fast"):
-        with pytest.raises(argparse.ArgumentTypeError, match=r"is not a number above 0 and at most 1e\+37$"):
+    assert learning_rate("1e-12") == LEAST_LEARNING_RATE
+    for text in ("0", "-1", "1e-13", "1e-300", "1.1e37", "1e38", "inf", "nan", "fast"):
+        with pytest.raises(argparse.ArgumentTypeError, match=r"is not a number from 1e-12 to 1e\+37$"):
             learning_rate(text)
+
+
+def test_at_the_least_learning_rate_a_tiny_weight_still_changes():
+    weight = torch.nn.Parameter(torch.full([1], 1e-5))
+    optimizer = torch.optim.Adam([weight], lr=LEAST_LEARNING_RATE)
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    assert weight.item() < torch.tensor(1e-5).item()
+
+
+@pytest.mark.parametrize("kind", ["positive_int", "seed", "workers", "threads", "positive_float", "learning_rate"])
+def test_numbers_are_of_plain_digits(kind):
+    read = getattr(arguments, kind)
+    assert read("16") == read("+16") == read("016") == 16
+    for text in ("３２", "1_6", "١", "1\u00a0", "²"):  # The digits of other scripts, and a space of theirs.
+        with pytest.raises(argparse.ArgumentTypeError, match="is not a"):
+            read(text)
 
 
 @pytest.mark.parametrize("unnamed", ["float16", "bfloat16", "auto"])
