@@ -22,6 +22,7 @@ sys.path.insert(0, str(ROOT))
 from harness import arguments, endings
 from harness.endings import UserError
 from reporting import accuracy, benchmarks, headline, loops, overview, records, sentences, studies, tables, terminal
+from reporting.named import read_runs
 from reporting.pages import pages, rewrite
 
 FOLDERS = ("runs", "model_history", "resnext/model_history", "SimCLS/cache")
@@ -148,7 +149,7 @@ def compare_two(args, show):
 
 
 def print_phases(path, show):
-    runs = [run for run in records.read_folders([path])[0] if run.timed_epochs]
+    runs = [run for run in read_runs(path) if run.timed_epochs]
     if not runs:
         raise UserError(f"{path} is not a record of a training run with an epoch in it that it timed itself")
     if len(runs) > 1:

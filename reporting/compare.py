@@ -1,7 +1,5 @@
 """A comparison of two runs, or of two folders of runs that differ only in their seed."""
 
-from pathlib import Path
-
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.ticker import MaxNLocator
@@ -9,8 +7,9 @@ from matplotlib.ticker import MaxNLocator
 from harness.endings import UserError
 from reporting.comparison import Sample, quantity, ratio_with_interval, within_noise
 from reporting.figures import STYLE, WIDTH, arm_handles, distinct_colours, draw_band, save, stacked
+from reporting.named import read_runs
 from reporting.overview import PHASES, by_place
-from reporting.records import Record, read_folders
+from reporting.records import Record
 from reporting.tables import hardware, markdown, place, settings
 
 RESULTS = {"loss": "Training loss", "acc": "Training accuracy, %", "test_acc": "Test accuracy, %"}
@@ -20,11 +19,7 @@ NOISE = {True: "within the noise", False: "beyond the noise", None: "unknown: to
 def read_side(path):
     """The Records at `path`: of one run (its .json, or a file next to it such as its .pt), or of a folder with runs of
     one set-up. UserError if there is none, or if there are several set-ups."""
-    path = Path(path)
-    record = path.with_suffix(".json")
-    if path.suffix in (".pt", ".npz", ".lock", ".state") and record.is_file():
-        path = record
-    set_ups = [repeats for _, rows in by_place(read_folders([path])[0]) for repeats in rows]
+    set_ups = [repeats for _, rows in by_place(read_runs(path)) for repeats in rows]
     if not set_ups:
         raise UserError(f"{path} has no record of a training run; choose a run's .json, or a folder of them")
     if len(set_ups) > 1:

@@ -84,15 +84,19 @@ def warn(line):
     print(f"report.py: {line}", file=sys.stderr)
 
 
-def read_folders(folders, published=False):
+def skip(path, fault):
+    warn(f"skipped {path}: {fault}")
+
+
+def read_folders(folders, published=False, tell=skip):
     """(runs, evaluations) in `folders` and all their subfolders: lists of Record and of dicts, in order of path.
 
-    A file that is truncated or not one of our records is named on stderr and left out; with `published`, so is one
-    without a clean commit. Copies of a record count once. UserError if a folder does not exist.
+    A file that is truncated or not one of our records is left out, after `tell(path, fault)`; with `published`, so is
+    one without a clean commit. Copies of a record count once. UserError if a folder does not exist.
     """
     runs, evaluations, seen = [], [], set()
     for path in sorted({path for folder in folders for path in _json_files(Path(folder))}):
-        record = _read(path)
+        record = _read(path, tell)
         if record is None or (published and refused(path, record)):
             continue
         text = json.dumps(record, sort_keys=True)
@@ -147,7 +151,8 @@ def _json_files(folder):
     if not folder.is_dir():
         raise UserError(f"there is no folder {folder}; choose one with run records, which bash run.sh makes")
     found, seen = [], set()
-    for place, folders, names in os.walk(folder, followlinks=True, onerror=_warn_of_folder):
+    walk = os.walk(folder, followlinks=True, onerror=lambda error: skip(error.filename, error.strerror))
+    for place, folders, names in walk:
         real = os.path.realpath(place)
         if real in seen:  # Reached through a link, perhaps to a parent folder.
             folders.clear()
@@ -157,27 +162,23 @@ def _json_files(folder):
     return [path for path in found if path.is_file()]
 
 
-def _warn_of_folder(error):
-    warn(f"skipped {error.filename}: {error.strerror}")
-
-
-def _read(path):
-    """The record at `path`, or None after reporting what is wrong with it."""
+def _read(path, tell):
+    """The record at `path`, or None after telling what is wrong with it."""
     try:
         text = path.read_bytes()
         if SAMPLE.fullmatch(path.name) and b'"experiment":' not in text:
             return None
         record = json.loads(NO_LETTER.sub(rb"\\ufffd", text))
     except OSError as error:
-        return warn(f"skipped {path}: {error.strerror}")
+        return tell(path, error.strerror)
     except (ValueError, RecursionError):
-        return warn(f"skipped {path}: not valid JSON; run its script again, or delete it")
+        return tell(path, "not valid JSON; run its script again, or delete it")
     is_ours = isinstance(record, dict) and "experiment" in record
     described = not is_ours or record["experiment"] == "brio"
     if described and (path.parent / "config.json").exists():
         return None  # Files that describe a model. Evaluations show what a generator of brio.py is worth.
     fault = _fault(record) if is_ours else "not a record of a run"
-    return record if fault is None else warn(f"skipped {path}: {fault}")
+    return record if fault is None else tell(path, fault)
 
 
 def _fault(record):

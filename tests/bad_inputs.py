@@ -384,6 +384,8 @@ TABLE = {
         ("--nsys {bad}/traces/other", "other has no NVTX ranges"),
         ("--nsys {bad}/traces/no_steps", "no_steps has no ranges named '... - step N'"),
         ("--phases absent.json", "absent.json"),
+        ("--phases taken", "taken is not the record of a run (not valid JSON); choose the .json that"),
+        ("--compare taken mine", "taken is not the record of a run (not valid JSON); choose the .json that"),
         ("mine --compare absent.json absent.json", "mine: --nsys, --phases, --timeline and --compare take no other"),
         ("--phases absent.json --image_dir mine", "--image_dir: --nsys and --phases draw nothing"),
         ("--phases {bad}/records/text.json", "text.json"),

@@ -67,10 +67,11 @@ def refused(script, arguments, place, folders, **more):
     arguments = f"{bad_inputs.GOOD[script]} {arguments}".format(good=good, bad=bad).split()
     ended = launch.run(script, *arguments, cwd=place, **more)
     assert ended.code == 2, ended.err
-    # report.py tells of files that it leaves out, whatever comes then.
+    # report.py tells of files that it leaves out of a folder, whatever comes then.
     lines = [
         line for line in ended.err.splitlines() if not line.startswith(("report.py: skipped", "report.py: no runs"))
     ]
+    assert "--phases" not in arguments or lines == ended.err.splitlines()
     assert len(lines) == 1, ended.err
     assert contents(place) == before
     return lines[0]
