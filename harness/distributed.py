@@ -176,20 +176,18 @@ def world(device):
 
 
 def _meet(device):
-    """Wait for the other processes of the job, and join them: the group `World.patient`. UserError if they cannot
-    meet."""
+    """Wait for the other processes of the job, and join them: the group `World.patient`. Where they cannot meet,
+    `endings.explain` has the line for torch's error."""
     address, port = (os.environ[name] for name in MEETING_VARIABLES)
-    on_cuda = device.type == "cuda"
     try:
         socket.getaddrinfo(address, port)  # Torch would look for it until the timeout.
-        dist.init_process_group(
-            "nccl" if on_cuda else "gloo", timeout=TRAINING_TIMEOUT, device_id=device if on_cuda else None
-        )
-        return dist.new_group(backend="gloo", timeout=PATIENCE)
     except (socket.gaierror, UnicodeError) as error:  # The latter of what cannot be a name.
-        reason, remedy = f"there is no such address: {error}", "correct MASTER_ADDR"
-    except (dist.DistNetworkError, dist.DistStoreError) as error:
-        reason, remedy = str(error).partition("\n")[0].rstrip("."), "start all of them, and check MASTER_ADDR"
-        if "EADDRINUSE" in reason:
-            reason, remedy = "the port is already in use", "set MASTER_PORT to a free one"
-    raise UserError(f"the processes of this job cannot meet at {address}, port {port} ({reason}); {remedy}")
+        raise UserError(
+            f"the processes of this job cannot meet at {address}, port {port} (there is no such address: {error}); "
+            "correct MASTER_ADDR"
+        ) from None
+    on_cuda = device.type == "cuda"
+    dist.init_process_group(
+        "nccl" if on_cuda else "gloo", timeout=TRAINING_TIMEOUT, device_id=device if on_cuda else None
+    )
+    return dist.new_group(backend="gloo", timeout=PATIENCE)

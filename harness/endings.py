@@ -160,6 +160,12 @@ def explain(error):
             f"torch.compile failed ({_reason(text)}); install a C++ compiler if there is none, or use --compile False; "
             "TRACEBACK=1 shows where it failed"
         )
+    if type(error).__name__ in ("DistNetworkError", "DistStoreError"):
+        reason, remedy = _reason(text), "start all of them, and check MASTER_ADDR"
+        if "EADDRINUSE" in text:
+            reason, remedy = "the port is already in use", "set MASTER_PORT to a free one"
+        place = f"{os.environ.get('MASTER_ADDR')}, port {os.environ.get('MASTER_PORT')}"
+        return f"the processes of this job cannot meet at {place} ({reason}); {remedy}"
     if "RANK" in os.environ and any(words in text for words in _PEER_IS_GONE):
         return "another process of this job has ended; its own message says why"
     # The latter is raised when a worker is killed while a tensor is taken from it.
@@ -189,7 +195,7 @@ def _words_of(error):
 
 
 def _reason(text):
-    """The first informative line of a compiler's error; the lines before it only name its stages."""
+    """The first informative line of an error; of a compiler's, the lines before it only name its stages."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     telling = [line for line in lines if not line.endswith("raised:")]
     return (telling or lines or ["no reason given"])[0].rstrip(".")

@@ -42,6 +42,27 @@ def test_a_lost_peer_is_told_in_one_line_within_a_job_alone(monkeypatch):
     assert explain(error) == "another process of this job has ended; its own message says why"
 
 
+@pytest.mark.parametrize(
+    ("kind", "text", "reason"),
+    [
+        (
+            "DistStoreError",
+            "Timed out after 9 seconds waiting for clients. 1/2 clients joined.",
+            "joined); start all of",
+        ),
+        ("DistNetworkError", "The client socket has timed out\nframes", "socket has timed out); start all of"),
+        ("DistNetworkError", "failed to listen. name: EADDRINUSE", "the port is already in use); set MASTER_PORT"),
+    ],
+)
+def test_processes_that_cannot_meet_are_one_line(kind, text, reason, monkeypatch):
+    monkeypatch.setenv("MASTER_ADDR", "host")
+    monkeypatch.setenv("MASTER_PORT", "7")
+    line = explain(getattr(torch.distributed, kind)(text))
+    assert line.startswith("the processes of this job cannot meet at host, port 7 (")
+    assert reason in line
+    assert "\n" not in line
+
+
 def test_a_compiler_that_fails_is_one_line_with_its_reason():
     from torch._inductor.exc import InvalidCxxCompiler
 

@@ -240,7 +240,7 @@ def one_line_of_meeting(tmp_path, **job):
     return ended.err
 
 
-def test_processes_that_cannot_meet_are_told_in_one_line(tmp_path):
+def test_processes_that_cannot_meet_are_told_in_one_line(encoders, tmp_path):
     for port in ("70000", "65536", "-1", "0"):
         line = one_line_of_meeting(tmp_path, MASTER_PORT=port)
         assert f"MASTER_PORT={port}, which torchrun never sets like this; unset RANK" in line
@@ -249,6 +249,11 @@ def test_processes_that_cannot_meet_are_told_in_one_line(tmp_path):
         assert f"port {port} (the port is already in use); set MASTER_PORT" in one_line_of_meeting(
             tmp_path, MASTER_PORT=port
         )
+        started = ["--pt_model", encoders["t5"], "--data_file", tiny_inputs.make_table(tmp_path / "papers.csv")]
+        ended = launch.run("SimCLS/finetune_model.py", *started, "--save_dir", "tuned", cwd=tmp_path,
+                           **ALONE_IN_JOB | {"MASTER_PORT": port})  # fmt: skip
+        assert (ended.code, ended.err.count("\n")) == (2, 1), ended.err
+        assert f"port {port} (the port is already in use)" in ended.err
     for address in ("no-such-host.invalid", "a" * 70, "a..b"):
         line = one_line_of_meeting(tmp_path, MASTER_ADDR=address)
         assert f"cannot meet at {address}, port 1 (there is no such address: " in line
