@@ -13,7 +13,7 @@ import torch
 from model import load_scorer, save_scorer
 
 from harness.endings import UserError
-from search.generator import CandidateGenerator, load_generator
+from search.generator import CandidateGenerator, load_generator, search_settings
 from texts.scoring import agreement
 
 pytestmark = pytest.mark.slow
@@ -144,3 +144,20 @@ def test_documents_pass_some_at_a_time(run_here, monkeypatch):
     assert len(run_here("-", "--cand_gen_batch", 3)) == 200
     assert [count for count, _ in calls] == [48] * 4 + [8]
     assert [seen for _, seen in calls] == [48, 96, 144, 192, 200]
+
+
+def test_documents_cut_otherwise_than_in_training_are_told(run_here, encoders, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    model, tokenizer = load_generator(encoders["t5"], torch.float32)
+    args = summarize.get_args_parser().parse_args(
+        ["--generator_name", "x", "--num_cands", "4", "--decoder_max_len", "9"]
+    )
+    made = CandidateGenerator(model, tokenizer, search_settings(args, model.generation_config), 30).how()
+    scorer, _, description = load_scorer(encoders["bert"], total_len=60, max_len=20)
+    save_scorer(tmp_path / "scorer.bin", scorer, description | {"samples": {"candidates": made}})
+    (tmp_path / "texts.txt").write_text("sort a list\n")
+    for length, told in ((30, ""), (20, "made with other settings (max_source_length) than these")):
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        run_here("texts.txt", "--scorer_path", "scorer.bin", "--max_source_length", length)
+        assert told in sys.stderr.getvalue()
+        assert bool(told) == ("warning" in sys.stderr.getvalue())
