@@ -5,6 +5,7 @@ import datetime
 import os
 import socket
 import sys
+import time
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,9 @@ TRAINING_TIMEOUT = datetime.timedelta(minutes=10)
 PATIENCE = datetime.timedelta(days=1)
 JOB_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MEETING_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
+TRIES_FOR_ADDRESS = (
+    30  # One a second: in a cluster, the main machine's name may become known after this process starts.
+)
 
 
 class World(NamedTuple):
@@ -175,17 +179,25 @@ def world(device):
     dist.destroy_process_group()
 
 
+def _find_address(address, port):
+    """UserError if the name `address` is still unknown after some tries: torch would try until the timeout."""
+    for left in reversed(range(TRIES_FOR_ADDRESS)):
+        try:
+            socket.getaddrinfo(address, port)
+            return
+        except (socket.gaierror, UnicodeError) as error:  # The latter of what cannot be a name.
+            if not left or isinstance(error, UnicodeError):
+                raise UserError(
+                    f"the processes of this job cannot meet at {address}, port {port} (there is no such address: "
+                    f"{error}); correct MASTER_ADDR"
+                ) from None
+        time.sleep(1)
+
+
 def _meet(device):
     """Wait for the other processes of the job, and join them: the group `World.patient`. Where they cannot meet,
     `endings.explain` has the line for torch's error."""
-    address, port = (os.environ[name] for name in MEETING_VARIABLES)
-    try:
-        socket.getaddrinfo(address, port)  # Torch would look for it until the timeout.
-    except (socket.gaierror, UnicodeError) as error:  # The latter of what cannot be a name.
-        raise UserError(
-            f"the processes of this job cannot meet at {address}, port {port} (there is no such address: {error}); "
-            "correct MASTER_ADDR"
-        ) from None
+    _find_address(*(os.environ[name] for name in MEETING_VARIABLES))
     on_cuda = device.type == "cuda"
     dist.init_process_group(
         "nccl" if on_cuda else "gloo", timeout=TRAINING_TIMEOUT, device_id=device if on_cuda else None
