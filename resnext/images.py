@@ -117,7 +117,10 @@ class ImageData:
         """UserError if `state`, saved with a run, is that of another data set."""
         changes = self.differs_from(state)
         if changes:
-            raise UserError(f"--resume: the data set differs from the earlier run's: {changes}; --restart starts over")
+            raise UserError(
+                f"--resume: the data set differs from the earlier run's: {changes}; --restart starts over, "
+                "another --output_dir keeps both runs"
+            )
 
     def differs_from(self, facts):
         """How this data set differs from that of `facts`, a state_dict, as text; "" if they are the same."""
