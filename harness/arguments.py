@@ -3,6 +3,7 @@
 import argparse
 import math
 
+from harness.endings import printable
 from harness.machine import usable_cores
 
 # Adam divides the learning rate by 1 - 0.9, so a larger one overflows float32 in a single update.
@@ -96,4 +97,4 @@ class OneLineParser(argparse.ArgumentParser):
         super().__init__(formatter_class=HelpWithDefaults, **more)
 
     def error(self, message):
-        self.exit(2, f"{self.prog}: error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"{self.prog}: error: {printable(message)} (see {self.prog} --help)\n")

@@ -207,6 +207,15 @@ def test_each_batch_can_be_an_update(tiny, tmp_path):
     assert [update for update, _ in second["losses"]] == list(range(12, 23))
 
 
+def test_a_finished_run_whose_scorer_is_gone_is_not_called_finished(tiny, baseline, tmp_path):
+    shutil.copytree(baseline[0], tmp_path, dirs_exist_ok=True)
+    assert "nothing to resume" in launch.run(MAIN, *tiny, "--resume", cwd=tmp_path).out
+    (tmp_path / "cache" / NAME / "scorer.bin").unlink()
+    ended = launch.run(MAIN, *tiny, "--resume", cwd=tmp_path)
+    assert ended.code == 2
+    assert "scorer.bin is gone, and no" in ended.err
+
+
 # ------------------------------------------------------------------------------------------ stopping and going on
 
 
@@ -256,8 +265,9 @@ def test_a_run_goes_on_with_other_workers_but_with_no_other_samples(tiny, baseli
     # Of the same size: only their contents tell.
     text = (sample_folder / "train/0.json").read_text()
     sample = json.loads(text)
-    best, worst = (choice(sample["candidates"], key=lambda each: each[1]) for choice in (max, min))
-    best[1], worst[1] = worst[1], best[1]
+    for name in ("candidates", "candidates_untok"):
+        best, worst = (choice(sample[name], key=lambda each: each[1]) for choice in (max, min))
+        best[1], worst[1] = worst[1], best[1]
     (samples / "train/0.json").write_text(json.dumps(sample))
     ended = run("--num_workers", 2, "--resume")
     assert (ended.code, "samples have other contents than those" in ended.err) == (2, True), ended.err

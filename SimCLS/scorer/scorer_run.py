@@ -44,6 +44,7 @@ class ScorerRun(runs.Run):
     def __init__(self, args, world, **facts):
         name = run_name(args)
         super().__init__("simcls", CACHE / name, name, args, world, NOT_RESULTS, FIXED_LENGTH, **facts)
+        self.results = () if args.max_steps else tuple(self.folder / name for name in WEIGHTS)
         # A run that was killed in its first validation has weights, but no state yet.
         self.weights = () if args.resume else [self.folder / name for name in WEIGHTS]
         self.validations, self.losses, self.best = [], [], None
