@@ -94,6 +94,17 @@ def test_equal_texts_of_a_sample_are_encoded_once(sample_folder, encoding):
     assert sum(len(group) for group in batch.texts) == len({*rows, int(batch.documents[0])})
 
 
+def test_groups_are_larger_where_tokens_cost_less(sample_folder, encoding, monkeypatch):
+    samples = map(read_sample, sample_files(sample_folder / "train")[:12])
+    arrays = tokenize_samples(samples, encoding, 16)
+    groups = {}
+    for fast in (True, False):
+        monkeypatch.setattr(data_utils, "multiplies_bfloat16", lambda fast=fast: fast)
+        for dtype in (torch.bfloat16, None):
+            groups[fast, dtype] = len(SampleSet(arrays, encoding, "cpu", dtype).batch(range(12)).texts)
+    assert groups[True, torch.bfloat16] < groups[True, None] == groups[False, torch.bfloat16] == groups[False, None]
+
+
 def test_token_file_is_used_until_something_changes(sample_folder, encoding, tmp_path):
     folder = tmp_path / "val"
     folder.mkdir()
