@@ -81,7 +81,7 @@ def load(name, kind, problem, advice, dtype=torch.float32, **settings):
         tokenizer, embeddings = load_tokenizer(name, **options), model.get_input_embeddings().num_embeddings
         if wrong := fault(tokenizer.model_max_length, TOKENS, "its tokenizer's model_max_length"):
             raise ValueError(wrong)
-        tokens = max(len(tokenizer), *(number + 1 for number in tokenizer.get_vocab().values()))
+        tokens = max([len(tokenizer), *(number + 1 for number in tokenizer.get_vocab().values())])
         if tokens > embeddings:  # A text with one of the rest would end the run.
             raise ValueError(f"its tokenizer has {tokens} tokens, more than the {embeddings} embeddings")
         return model, tokenizer

@@ -95,11 +95,14 @@ class Tokens(list):
 
     pad_token, model_max_length = "<pad>", 64
 
+    def get_vocab(self):
+        return {}
+
 
 def test_dropout_is_all_of_the_generator_s(tmp_path, monkeypatch):
     tiny_seq2seq.build("bart").save_pretrained(tmp_path)
     monkeypatch.setattr(pretrained, "load_tokenizer", lambda *_, **__: Tokens())
-    for check in ("check_start", "check_end"):
+    for check in ("check_start", "check_end", "check_target_vocabulary"):
         monkeypatch.setattr(generator, check, lambda *_: None)
     config = generator.load_generator(str(tmp_path), dropout=0.25)[0].config
     assert (config.dropout, config.attention_dropout, config.activation_dropout) == (0.25, 0.25, 0.25)

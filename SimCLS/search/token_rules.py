@@ -179,7 +179,7 @@ def check_target_vocabulary(model, tokenizer):
         tokenizer, "separate_vocabs", False
     ):  # Marian's may have fewer target than source tokens.
         return
-    tokens = max(tokenizer.get_vocab().values()) + 1
+    tokens = 1 + max(tokenizer.get_vocab().values(), default=-1)
     if tokens > len(head.weight):
         raise ValueError(f"its tokenizer has {tokens} tokens, but its decoder only {len(head.weight)}")
 
