@@ -337,21 +337,16 @@ takes_none() {
 }
 
 case "${1:-}" in
-    "") takes_none "EPOCHS SEEDS" "${@:2}" ;;
-    cifar) takes_none "EPOCHS MODEL PICTURES SEEDS" "${@:2}" ;;
-    resnext) takes_none "EPOCHS SEEDS" "${@:2}" ;;
-    simcls) takes_none "EPOCHS PERCENT SEEDS" "${@:2}" ;;
-    pubmed) takes_none "CSV EPOCHS PERCENT SEEDS" "${@:2}" ;;
-    profile) takes_none "STEPS" "${@:2}" ;;
-    benchmarks) takes_none "ONLY LIMIT OUT" "${@:2}" ;;
-    lint) takes_none "" "${@:2}" ;;
-esac
-case "${1:-}" in
-    "") setup; short ;;
-    cifar | resnext | simcls | pubmed | profile | benchmarks) setup; "$1" ;;
+    "") takes_none "EPOCHS SEEDS" "${@:2}"; setup; short ;;
+    cifar) takes_none "EPOCHS MODEL PICTURES SEEDS" "${@:2}"; setup; cifar ;;
+    resnext) takes_none "EPOCHS SEEDS" "${@:2}"; setup; resnext ;;
+    simcls) takes_none "EPOCHS PERCENT SEEDS" "${@:2}"; setup; simcls ;;
+    pubmed) takes_none "CSV EPOCHS PERCENT SEEDS" "${@:2}"; setup; pubmed ;;
+    profile) takes_none "STEPS" "${@:2}"; setup; profile ;;
+    benchmarks) takes_none "ONLY LIMIT OUT" "${@:2}"; setup; benchmarks ;;
+    lint) takes_none "" "${@:2}"; setup; lint ;;
     report) setup; report "${@:2}" ;;
     test) setup; show python3 -m pytest -n 2 --dist worksteal "${@:2}" ;;
-    lint) setup; lint ;;
     *) echo "run.sh: unknown job '$1'; jobs are: (none) cifar resnext simcls pubmed profile benchmarks report test lint" >&2; exit 2 ;;
 esac
 exit $failed

@@ -30,7 +30,7 @@ CHUNK = 256  # Samples that are tokenized together.
 POOL = 32  # Batches whose samples are sorted by length together.
 
 # One more encoder call costs about as much as this many more tokens in an existing call. On a CPU with instructions for
-# bfloat16 the tokens cost less in it: in groups by 200 to 400 instead of 64, a step of a small encoder takes 0.7 to 0.8
+# bfloat16 the tokens cost less in it: in groups by 200 to 400 instead of 64, a step of a small encoder takes 0.7 to 0.9
 # times as long there, and in float32 1.1 to 1.2 times (a Xeon with AMX, 4 documents with 8 candidates).
 TOKENS_PER_CALL = {"cpu": 64, "cpu in bfloat16": 256, "cuda": 2048}
 

@@ -21,9 +21,8 @@ TRAINING_TIMEOUT = datetime.timedelta(minutes=10)
 PATIENCE = datetime.timedelta(days=1)
 JOB_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MEETING_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
-TRIES_FOR_ADDRESS = (
-    30  # One a second: in a cluster, the main machine's name may become known after this process starts.
-)
+# One a second: in a cluster, the main machine's name may become known after this process starts.
+TRIES_FOR_ADDRESS = 30
 
 
 class World(NamedTuple):

@@ -9,10 +9,8 @@ import errno
 import os
 import re
 import signal
-import socket
 import stat
 import sys
-import threading
 import traceback
 
 # SIGHUP, which not every system has: the terminal has closed.
@@ -251,37 +249,16 @@ def leave_terminal(number):
 
 @contextlib.contextmanager
 def signals_end_at_once():
-    """A context for calls that wait outside of Python, which runs no handler before they return: a signal that is
-    heeded ends the process with its line and its code, without the `finally` blocks."""
-    heeded = {number: signal.getsignal(number) for number in (signal.SIGINT, *TERMINATING)}
-    heeded = {number: handler for number, handler in heeded.items() if callable(handler)}
-    reader, writer = socket.socketpair()
-    writer.setblocking(False)
-
-    def watch():
-        with reader:
-            while told := reader.recv(1):  # The number of a signal; nothing once the writer is closed.
-                if told[0] in heeded:
-                    _end_at_once(told[0])
-
-    usual = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
-    _set_action(heeded, lambda *_: None)
-    threading.Thread(target=watch, daemon=True).start()
+    """A context for calls that wait outside of Python, which runs no handler before they return: in it, signals that
+    are heeded have the system's own action, which ends the process with the same code, but without a line."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, *TERMINATING)}
+    handlers = {number: handler for number, handler in handlers.items() if callable(handler)}
+    _set_action(handlers, signal.SIG_DFL)
     try:
         yield
     finally:
-        for number, handler in heeded.items():
+        for number, handler in handlers.items():
             signal.signal(number, handler)
-        signal.set_wakeup_fd(usual)
-        writer.close()
-
-
-def _end_at_once(number):
-    leave_terminal(number)
-    try:
-        _end(128 + number, "interrupted" if number == signal.SIGINT else "terminated")
-    finally:
-        os._exit(128 + number)
 
 
 def _end(code, line):

@@ -238,8 +238,5 @@ def publish(stage, folder):
 
 @functools.cache  # Once per process is enough.
 def _warn_of_no_locks(reason):
-    print(
-        f"warning: {printable(reason)}; make sure that no second run writes the same output",
-        file=sys.stderr,
-        flush=True,
-    )
+    told = f"warning: {printable(reason)}; make sure that no second run writes the same output"
+    print(told, file=sys.stderr, flush=True)

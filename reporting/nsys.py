@@ -42,8 +42,10 @@ class Range:
 
     def around(self):
         """The ranges around this one, the innermost first."""
-        while self := self.parent:
-            yield self
+        outer = self.parent
+        while outer:
+            yield outer
+            outer = outer.parent
 
     @property
     def is_at_edge(self):

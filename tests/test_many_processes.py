@@ -261,10 +261,8 @@ def test_processes_that_cannot_meet_are_told_in_one_line(encoders, tmp_path):
         assert f"cannot meet at {address}, port 1 (there is no such address: " in line
 
 
-@pytest.mark.parametrize(
-    ("number", "line"), [(signal.SIGTERM, "terminated"), (signal.SIGINT, "interrupted"), (signal.SIGHUP, "terminated")]
-)
-def test_a_process_that_waits_for_another_heeds_a_signal(number, line, tmp_path):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_a_process_that_waits_for_another_heeds_a_signal(number, tmp_path):
     (tmp_path / "check.py").write_text(MEETS)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
@@ -273,8 +271,8 @@ def test_a_process_that_waits_for_another_heeds_a_signal(number, line, tmp_path)
     process = launch.Script(tmp_path / "check.py", launch.ROOT, cwd=tmp_path, before=HEED_SIGNALS, **job)
     assert launch.wait_until(lambda: listens(port) or not process.running(), launch.PATIENCE), process.err
     process.kill(number)
-    assert process.wait(60) == 128 + number  # Torch's own patience is ten minutes.
-    assert process.err == f"check.py: {line}\n"
+    assert process.wait(60) in (-number, 128 + number)  # Torch's own patience is ten minutes.
+    assert process.err == ""
 
 
 # The tests themselves may have been started by nohup, and what is ignored stays so.
