@@ -96,14 +96,40 @@ train() {
 
 short() {
     local code=0
-    digits
     set +e  # If the chain fails, it stops at once, but the tables of what was trained are still printed.
-    chain
-    code=$?
+    if [ -n "$cuda${DRY:-}" ] || [ "$(getconf _NPROCESSORS_ONLN)" -lt 2 ]; then
+        digits
+        chain
+        code=$?
+    else
+        side_by_side
+        code=$?
+    fi
     set -e
     case $code in 0) ;; 130 | 143) exit $code ;; *) failed=$code ;; esac
     show python3 report.py --only headline data-loader mixed-precision checkpointing together evaluation
     echo "bash run.sh report prints all tables"
+}
+
+# On a CPU, neither part gains much by a second core, so each gets one. The lines of the chain follow those of digits.
+side_by_side() {
+    local log=runs/simcls/short.log chain
+    mkdir -p "${log%/*}"
+    set -m  # A process group of its own, so that all of it can be stopped.
+    OMP_NUM_THREADS=1 chain >"$log" 2>&1 </dev/null &
+    chain=$!
+    set +m
+    trap "kill -TERM -- -$chain 2>/dev/null; wait $chain" EXIT
+    digits
+    echo "# the following ran beside it, from $log:"
+    exec 3<"$log"
+    while kill -0 $chain 2>/dev/null; do
+        cat <&3
+        sleep 1
+    done
+    cat <&3
+    trap - EXIT
+    wait $chain
 }
 
 digits() {
