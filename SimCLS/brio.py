@@ -96,14 +96,14 @@ def main():
             model, tokenizer = load_own_generator(args, made_of, world)
         run = BrioRun(args, world, precision=precision.label)
         with run.lock():
+            data = load_data(args, tokenizer, run)
             if not run.is_done():
-                train(args, world, precision, run, RankedGenerator(model, tokenizer, args.length_penalty))
+                train(args, world, precision, run, RankedGenerator(model, tokenizer, args.length_penalty), *data)
 
 
-def train(args, world, precision, run, ranked):
+def train(args, world, precision, run, ranked, train_set, val_set):
     device = world.device
     ranked.train().to(device)
-    train_set, val_set = load_data(args, ranked.tokenizer)
     parallel = world.wrap(ranked)
     batches, loader = training_batches(args, world, train_set)
     optimizer = torch.optim.Adam(ranked.parameters(), fused=True)
@@ -171,11 +171,12 @@ def load_own_generator(args, made_of, world):
     return model, tokenizer
 
 
-def load_data(args, tokenizer):
-    """(training RankedSamples, validation samples as a list of dicts)"""
+def load_data(args, tokenizer, run):
+    """(training RankedSamples, validation samples as a list of dicts); the facts of `run` get their digest."""
     train, val = (
         [read_sample(path) for path in sample_files(Path(args.dataset) / split)] for split in ("train", "val")
     )
+    run.facts["data_digest"] = provenance.digest([train, val])
     train_set = RankedSamples(train, tokenizer, args.num_cands, args.max_source_length, args.max_target_length)
     if args.rank_weight and train_set.all_tied:
         raise UserError(

@@ -63,14 +63,14 @@ def main():
         short_attention.prefer(scorer.encoder, device, precision.dtype)
         run = ScorerRun(args, world, precision=precision.label)
         with run.lock():
+            data = load_data(args, world, precision, encoding, description)
+            run.facts["data_digest"] = provenance.digest([each.digest for each in data])
             if not run.is_done():
-                train(args, world, precision, run, scorer, encoding, description)
+                train(args, world, precision, run, scorer, description, *data)
 
 
-def train(args, world, precision, run, scorer, encoding, description):
+def train(args, world, precision, run, scorer, description, train_set, val_set):
     device = world.device
-    train_set, val_set = load_data(args, world, precision, encoding, description)
-    run.facts["data_digest"] = provenance.digest([train_set.digest, val_set.digest])
     parallel_scorer = world.wrap(plan_memory(scorer, train_set, args, world, precision, run))
     batches, loader = training_batches(args, world, train_set)
     optimizer = torch.optim.Adam([each for each in scorer.parameters() if each.requires_grad], fused=True)

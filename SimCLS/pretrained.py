@@ -150,6 +150,13 @@ def refuse_to_replace(folder, restart=""):
         raise UserError(f"{folder} already contains a model; choose another --save_dir{restart}")
 
 
+def files_of_model(folder):
+    """The Paths that a saved model in `folder` cannot be loaded without: its config and its weights, which are several
+    files if they are large."""
+    weights = sorted(Path(folder).glob("model*.safetensors")) or [Path(folder) / "model.safetensors"]
+    return (Path(folder) / "config.json", *weights)
+
+
 def check_apart(folder, source):
     """UserError if the output `folder` is that of the model `source`, which would be overwritten."""
     _check_name(folder)

@@ -1,6 +1,7 @@
 """The files of a run under its name: who may write them, and from which saved state --resume continues."""
 
 import contextlib
+import json
 from pathlib import Path
 
 from harness import resume
@@ -130,6 +131,18 @@ class RunFiles:
 
     def check_inputs(self):
         """UserError if the run that the record describes was on other inputs, such as images, than those here."""
+        path = self.path(".json")
+        self.check_digest(json.loads(path.read_text(encoding="utf-8")), path)
+
+    def check_digest(self, facts, path):
+        """UserError if `facts`, kept in the file `path`, tell of training data with other contents than those here;
+        earlier versions kept no digest."""
+        ours = self.facts.get("data_digest")
+        if ours and facts.get("data_digest", ours) != ours:
+            raise UserError(
+                f"{self.args.dataset} has other contents than when the run in {path} began to learn from it; restore "
+                f"them, choose another {self.elsewhere}, or --restart"
+            )
 
     def other_states(self):
         """The Paths of other runs' states from which this run can continue as from its own, if those runs were

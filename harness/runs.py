@@ -206,6 +206,7 @@ class Run(RunFiles):
             self.world.say(f"no saved state {path}; starting from the beginning")
             return 0, 0
         try:
+            self.check_digest(state["facts"], path)
             for name, part in self.state.items():
                 part.load_state_dict(state[name])
             self.history, self.part = state["history"], state["part"]

@@ -53,7 +53,8 @@ def test_scores_are_log_probabilities_whatever_else_is_in_the_batch(encoders, sa
 
 
 def test_a_run_learns_the_order_and_leaves_a_generator(run_script, encoders, sample_folder, tmp_path):
-    arguments = ["--generator_name", encoders["t5"], "--dataset", sample_folder, "--save_dir", "brio", "--num_epoch", 3,
+    samples = shutil.copytree(sample_folder, tmp_path / "samples")
+    arguments = ["--generator_name", encoders["t5"], "--dataset", samples, "--save_dir", "brio", "--num_epoch", 3,
                  "--num_cands", 6, "--num_workers", 0, "--lr", 0.003, "--mle_weight", 0,
                  "--length_penalty", 0.7]  # fmt: skip
     printed = run_script(SCRIPT, *arguments, cwd=tmp_path).stdout
@@ -72,6 +73,14 @@ def test_a_run_learns_the_order_and_leaves_a_generator(run_script, encoders, sam
     before, after = (load_generator(str(folder))[0].state_dict() for folder in (encoders["t5"], tmp_path / "brio"))
     assert any(not torch.equal(before[name], after[name]) for name in before)
     assert "nothing to resume" in run_script(SCRIPT, *arguments, "--resume", cwd=tmp_path).stdout
+    first = samples / "val" / "0.json"
+    text = first.read_text()
+    first.write_text(json.dumps(json.loads(text) | {"article_untok": ["Another text."]}))
+    ended = run_script(SCRIPT, *arguments, "--resume", cwd=tmp_path, code=2)
+    assert "has other contents than when the run in" in ended.stderr
+    first.write_text(text)
+    (tmp_path / "brio" / "model.safetensors").unlink()
+    assert "model.safetensors is gone" in run_script(SCRIPT, *arguments, "--resume", cwd=tmp_path, code=2).stderr
 
 
 def test_what_makes_it_worse_and_samples_of_another_generator_are_said(run_script, encoders, sample_folder, tmp_path):

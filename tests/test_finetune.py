@@ -280,3 +280,7 @@ def test_a_finished_generator_is_not_replaced_unasked(workplace, tuned):
     assert (finished.code, finished.out) == (0, "tuned/finetune.json is finished; nothing to resume\n")
     assert (workplace / "tuned/model.safetensors").read_bytes() == before
     assert not (workplace / "tuned/checkpoints").exists()
+    (workplace / "tuned/model.safetensors").rename(workplace / "aside")
+    ended = launch.run(FINETUNE, *arguments_of("tuned"), "--resume", cwd=workplace)
+    (workplace / "aside").rename(workplace / "tuned/model.safetensors")
+    assert (ended.code, "is finished, but tuned/model.safetensors is gone" in ended.err) == (2, True), ended.err

@@ -216,6 +216,18 @@ def test_a_finished_run_whose_scorer_is_gone_is_not_called_finished(tiny, baseli
     assert "scorer.bin is gone, and no" in ended.err
 
 
+def test_a_finished_run_on_samples_that_were_edited_since_is_not_called_finished(tiny, sample_folder, tmp_path):
+    samples = shutil.copytree(sample_folder, tmp_path / "samples")
+    run = functools.partial(launch.run, MAIN, *tiny, "--num_epoch", 1, "--dataset", samples, cwd=tmp_path)
+    assert run().code == 0
+    assert "nothing to resume" in run("--resume").out
+    sample = json.loads((samples / "train/0.json").read_text())
+    sample["article_untok"] = ["Another text."]
+    (samples / "train/0.json").write_text(json.dumps(sample))
+    ended = run("--resume")
+    assert (ended.code, "has other contents than when the run in" in ended.err) == (2, True), ended.err
+
+
 # ------------------------------------------------------------------------------------------ stopping and going on
 
 
@@ -270,7 +282,7 @@ def test_a_run_goes_on_with_other_workers_but_with_no_other_samples(tiny, baseli
         best[1], worst[1] = worst[1], best[1]
     (samples / "train/0.json").write_text(json.dumps(sample))
     ended = run("--num_workers", 2, "--resume")
-    assert (ended.code, "samples have other contents than those" in ended.err) == (2, True), ended.err
+    assert (ended.code, "has other contents than when the run in" in ended.err) == (2, True), ended.err
     (samples / "train/0.json").write_text(text)
     # It has the other run's weights, of which no later ones may be better.
     assert f"resuming from {there.relative_to(tmp_path)}" in run("--resume", before=STOP_IN_STEP.format(1)).out

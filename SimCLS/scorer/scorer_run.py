@@ -69,17 +69,9 @@ class ScorerRun(runs.Run):
 
     def state_dict(self):
         history = {"validations": self.validations, "losses": self.losses, "best": self.best}
-        facts = {"collapsed": self.facts.get("collapsed", []), "data_digest": self.facts.get("data_digest")}
-        return history | {"watch": self._watch.state_dict()} | facts
+        return history | {"watch": self._watch.state_dict(), "collapsed": self.facts.get("collapsed", [])}
 
     def load_state_dict(self, state):
-        """UserError if the state is of samples with other contents; an older state does not tell."""
-        ours = self.facts.get("data_digest")
-        if (state.get("data_digest") or ours) != ours:
-            raise UserError(
-                f"the samples in {self.args.dataset} have other contents than those that the interrupted run "
-                f"{self.path('.state')} learns from; restore them, choose another {self.elsewhere}, or --restart"
-            )
         self.validations, self.losses, self.best = state["validations"], state["losses"], state["best"]
         self._watch.load_state_dict(state["watch"])
         if state["collapsed"]:

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from data_utils import ROUGE, padded
-from pretrained import GENERATOR_LOCK, refuse_to_replace
+from pretrained import GENERATOR_LOCK, files_of_model, refuse_to_replace
 
 from harness import runs
 from harness.devices import widest_float
@@ -176,6 +176,7 @@ class BrioRun(runs.Run):
         # A profile keeps no generator, and its record does not replace the one of the generator that is there.
         name = f"brio_{args.max_steps}_steps" if args.max_steps else "brio"
         super().__init__("brio", args.save_dir, name, args, world, NOT_RESULTS, why, **facts)
+        self.results = () if args.max_steps else files_of_model(self.folder)
 
     @contextlib.contextmanager
     def lock(self):
