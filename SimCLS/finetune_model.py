@@ -235,12 +235,12 @@ def finetune(args, model, tokenizer, splits, dtype):
     shutil.rmtree(finished, ignore_errors=True)  # Left by a run that was killed while removing it.
     if args.resume and not checkpoints.is_dir() and (args.save_dir / "finetune.json").is_file():
         refuse_a_finished_run(args)
-        record = args.save_dir / "finetune.json"
+        done = args.save_dir / "finetune.json"
         for path in files_of_model(args.save_dir):
             if not path.is_file():
-                raise UserError(f"{record} is finished, but {path} is gone; put it back, or --restart to train again")
+                raise UserError(f"{done} is finished, but {path} is gone; put it back, or --restart to train again")
         if read_job().rank == 0:
-            print(f"{record} is finished; nothing to resume")
+            print(f"{done} is finished; nothing to resume")
         return
     last = state_to_resume(args, checkpoints)
     trainer = make_trainer(args, model, tokenizer, splits, dtype, checkpoints)

@@ -78,6 +78,7 @@ def load(name, kind, problem, advice, dtype=torch.float32, **settings):
         dtype = dtype if isinstance(dtype, torch.dtype) else dtype(config)
         model, loaded = kind.from_pretrained(name, config=config, dtype=dtype, output_loading_info=True, **options)
         check_weights(model, loaded["missing_keys"], loaded["unexpected_keys"])
+        check_relative_positions(config)
         tokenizer, embeddings = load_tokenizer(name, **options), model.get_input_embeddings().num_embeddings
         if wrong := fault(tokenizer.model_max_length, TOKENS, "its tokenizer's model_max_length"):
             raise ValueError(wrong)
@@ -133,6 +134,15 @@ def check_weights(model, missing, unexpected):
     for name, buffer in model.named_buffers():  # Infinity is allowed: it may forbid a token.
         if buffer.isnan().any():
             raise ValueError(f"its weights {name} contain NaN")
+
+
+def check_relative_positions(config):
+    """ValueError if the buckets of relative positions, as T5 has them, do not fit the config's largest distance: half
+    of a decoder's are for single distances, the others for ranges up to the largest."""
+    most = getattr(config, "relative_attention_max_distance", None)
+    least = getattr(config, "relative_attention_num_buckets", 0) // 2 + 1
+    if most is not None and most < least:
+        raise ValueError(f"the relative_attention_max_distance {most} in its config.json must be at least {least}")
 
 
 def _in_any_layer(name):

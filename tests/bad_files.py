@@ -121,6 +121,7 @@ def make_models(good, folder):
     changes = {"layers": ("t5", "config", {"num_decoder_layers": 1})}
     changes |= {"encoder_layers": ("bert", "config", {"num_hidden_layers": 1})}
     changes |= {"epsilon": ("t5", "config", {"layer_norm_epsilon": float("nan")})}
+    changes |= {"distance": ("t5", "config", {"relative_attention_max_distance": 4})}
     changes |= {"documents": ("t5", "tokenizer_config", {"model_max_length": 64.5})}
     for name, (kind, file, change) in changes.items():
         shutil.copytree(good / kind, folder / name)

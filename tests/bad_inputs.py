@@ -187,6 +187,10 @@ TABLE = {
             "it has an adapter (adapter_config.json), which would not be applied",
         ),
         ("--generator_name {bad}/models/layers", "13 weights in its files do not fit its config.json, such as decoder"),
+        (
+            "--generator_name {bad}/models/distance",
+            "the relative_attention_max_distance 4 in its config.json must be at",
+        ),
         ("--generator_name {bad}/models/bias", "its weights final_logits_bias contain NaN"),
         ("--generator_name {bad}/models/length", "in its generation_config.json max_length is not a whole number"),
         ("--generator_name {bad}/models/documents", "its tokenizer's model_max_length is not a whole number above 0"),

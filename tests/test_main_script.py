@@ -222,7 +222,8 @@ def test_a_finished_run_on_samples_that_were_edited_since_is_not_called_finished
     assert run().code == 0
     assert "nothing to resume" in run("--resume").out
     sample = json.loads((samples / "train/0.json").read_text())
-    sample["article_untok"] = ["Another text."]
+    for name in ("candidates", "candidates_untok"):  # Of the same size: only their contents tell.
+        sample[name][0][1], sample[name][-1][1] = sample[name][-1][1], sample[name][0][1]
     (samples / "train/0.json").write_text(json.dumps(sample))
     ended = run("--resume")
     assert (ended.code, "has other contents than when the run in" in ended.err) == (2, True), ended.err
