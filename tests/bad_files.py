@@ -193,6 +193,7 @@ def make_samples(good, folder):
         "key": {name: value for name, value in sample.items() if name != "abstract_untok"},
         "sentences": sample | {"article": "one text"},
         "score": sample | {"candidates": [["one text", 1.0]]},
+        "huge": sample | {"candidates": [[text, 1e308] for text, _ in sample["candidates"]]},
         "count": sample | {"candidates": sample["candidates"][:5]},
         "tied": sample
         | {name: [[text, 0.5] for text, _ in sample[name]] for name in ("candidates", "candidates_untok")},

@@ -253,6 +253,7 @@ TABLE = {
         ("--dataset {bad}/samples/key", "key/train/3.json is not a sample: it has no abstract_untok"),
         ("--dataset {bad}/samples/sentences", "3.json is not a sample: article is not a list of sentences"),
         ("--dataset {bad}/samples/score", "3.json is not a sample: candidates.0 is not [sentences, score]"),
+        ("--dataset {bad}/samples/huge", "3.json is not a sample: candidates.0 is not [sentences, score]"),
         ("--dataset {bad}/samples/count", "3.json is not a sample: it has 5 candidates, 6 candidates_untok"),
         ("--dataset {bad}/samples/no_candidates", "3.json is not a sample: it has no candidates"),
         ("--dataset {bad}/samples/tied", "all candidates have equal scores, so there is nothing to learn"),

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from harness.endings import UserError
 from harness.files import is_utf8
-from harness.shapes import NUMBER, WHOLE, each, fault, maybe
+from harness.shapes import WHOLE, each, fault, is_number, maybe
 from texts import provenance
 from texts.candidate_files import Lines
 from texts.documents import Document
@@ -31,9 +31,10 @@ def _are_sentences(value):
 
 
 SENTENCES = ("a list of sentences in UTF-8", _are_sentences)  # JSON also allows "\ud800", which no tokenizer accepts.
+FIGURE = ("a number", lambda value: is_number(value) and abs(value) < 1e30)  # So that sums of them are numbers, too.
 SAMPLE = dict.fromkeys(KEYS[:4], SENTENCES)
-SAMPLE |= dict.fromkeys(KEYS[4:], each(list, ("[sentences, score], in UTF-8", _pair(SENTENCES, NUMBER))))
-SAMPLE["likelihood"] = maybe(each(list, ("[log-probability, tokens]", _pair(NUMBER, WHOLE))))
+SAMPLE |= dict.fromkeys(KEYS[4:], each(list, ("[sentences, score], in UTF-8", _pair(SENTENCES, FIGURE))))
+SAMPLE["likelihood"] = maybe(each(list, ("[log-probability, tokens]", _pair(FIGURE, WHOLE))))
 
 
 def sample_files(folder):
