@@ -304,7 +304,7 @@ def training_arguments(args, checkpoints, num_samples, dtype):
     fields = transformers.Seq2SeqTrainingArguments.__dataclass_fields__
     recomputation = "activation_checkpointing" if "activation_checkpointing" in fields else "gradient_checkpointing"
     updates = args.max_steps or -(-num_samples // args.batch_size) * args.num_epoch
-    return transformers.Seq2SeqTrainingArguments(
+    settings = dict(
         output_dir=str(checkpoints),
         num_train_epochs=args.num_epoch,
         max_steps=args.max_steps or -1,
@@ -330,6 +330,8 @@ def training_arguments(args, checkpoints, num_samples, dtype):
         disable_tqdm=not sys.stderr.isatty(),
         seed=args.seed,
     )
+    with endings.signals_end_at_once():  # The library waits here for the other processes of a job.
+        return transformers.Seq2SeqTrainingArguments(**settings)
 
 
 def record(args, trainer, seconds):
