@@ -209,6 +209,13 @@ def _composed(name):
     return unicodedata.normalize("NFC", name)
 
 
+def _two_spellings(name, where):
+    return UserError(
+        f"{where} the class {name!r} with different Unicode characters that look the same (normalisation forms NFC and "
+        "NFD); give both folders one name"
+    )
+
+
 def _load_folder(data_dir, size):
     (train, others), (test, more) = (list_classes(data_dir / split) for split in ("train", "test"))
     for has, lacks, classes in (("test", "train", test.keys() - train), ("train", "test", train.keys() - test)):
@@ -216,11 +223,11 @@ def _load_folder(data_dir, size):
             there = train if lacks == "train" else test
             same = [name for name in sorted(classes) if _composed(name) in map(_composed, there)]
             if same:
-                raise UserError(
-                    f"{data_dir / has} and {data_dir / lacks} spell the class {same[0]!r} with different Unicode "
-                    "characters that look the same (normalisation forms NFC and NFD); give both folders one name"
-                )
+                raise _two_spellings(same[0], f"{data_dir / has} and {data_dir / lacks} spell")
             raise UserError(f"{data_dir / has} has the class {min(classes)!r}, but {data_dir / lacks} does not")
+    for name in train:
+        if name != _composed(name) and _composed(name) in train:
+            raise _two_spellings(name, f"{data_dir / 'train'} has two folders that spell")
     if len(train) == 1:
         raise UserError(f"{data_dir} has only the class {min(train)!r}; training needs at least two")
     arrays, files = [], []

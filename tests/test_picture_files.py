@@ -216,6 +216,10 @@ def test_class_names_that_look_the_same_are_told(tmp_path):
         UserError, match=r"test and .*train spell the class 'cafe.' with .*; give both folders one name"
     ):
         load_images("folder", tmp_path)
+    for split in ("train", "test"):
+        paint(*(tmp_path / split / name / "1.png" for name in ("caf\u00e9", "cafe\u0301")))
+    with pytest.raises(UserError, match="train has two folders that spell the class 'cafe.' with"):
+        load_images("folder", tmp_path)
 
 
 def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
