@@ -7,7 +7,7 @@ from reporting import pace, published
 from reporting.comparison import Sample, difference_interval, interval_text, paired, signed
 from reporting.records import Record, provenance
 from reporting.studies import SIMCLS, STUDIES, test_accuracy, validation_rouge
-from reporting.tables import data_name, groups, is_toy, markdown, multiple, place
+from reporting.tables import data_name, groups, is_toy, length, markdown, multiple, place
 
 CHECKPOINT = "`resnext_checkpoint.py"  # Flags and the closing quote follow.
 MULTIPLIES_HALF = "on CPUs with bfloat16 instructions, and on GPUs (published)"
@@ -113,9 +113,8 @@ class Effect:
 
     @property
     def where(self):
-        model, epochs = self.group.settings.get("model"), self.group.settings.get("num_epoch")
-        length = f"{epochs} epoch{'' if epochs == 1 else 's'}" if epochs else None
-        words = ", ".join(filter(None, [model, data_name(self.group), length]))
+        settings = self.group.settings
+        words = ", ".join(filter(None, [settings.get("model"), data_name(self.group), length(settings)]))
         short = f" (times: {SHORT[self.in_turn]})" if self.timed is not self.row else ""
         return f"{words}{short}; {place(self.group.machine)}"
 

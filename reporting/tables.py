@@ -274,15 +274,23 @@ def _cells(study, group, row, found, with_times):
 def caption(group, all_groups):
     """What all rows of a group share, without unremarkable settings that are the same in all groups."""
     common = group.settings
-    phrases = {"model": "{}", "dataset": "{}", "batch_size": "batch {}", "num_epoch": "{} epochs"}
+    phrases = {"model": "{}", "dataset": "{}", "batch_size": "batch {}"}
     words = [phrase.format(common[name]) for name, phrase in phrases.items() if name in common]
-    words = ["1 epoch" if word == "1 epochs" else word for word in words]
-    for name in sorted(set(common) - set(phrases)):
+    words += [length(common)] if length(common) else []
+    for name in sorted(set(common) - {*phrases, "num_epoch", "max_steps"}):
         if len({str(other.settings.get(name)) for other in all_groups}) > 1:
             words.append(f"{_words(name).lower()} {common[name]}")
     records = [run.record for row in group.rows for run in row.runs]
     made = provenance(records)
     return f"{', '.join(words)}; {place(group.machine)}{'; ' * bool(made)}{made}:"
+
+
+def length(settings):
+    """ "15 epochs", or "30 steps" where --max_steps ended the runs first; None if the `settings` do not tell."""
+    for name, unit in (("max_steps", "step"), ("num_epoch", "epoch")):
+        if settings.get(name):
+            return f"{settings[name]} {unit}{'' if settings[name] == 1 else 's'}"
+    return None
 
 
 def place(machine):

@@ -23,6 +23,13 @@ def test_data_loader_table():
     assert rows["device"]["Load, % of step"] == "4.0"
 
 
+def test_a_caption_tells_how_long_the_runs_really_were():
+    for changes, told in (({"num_epoch": 200}, "200 epochs"), ({"num_epoch": 1}, "1 epoch"),
+                          ({"num_epoch": 200, "max_steps": 30}, "30 steps"), ({"max_steps": 1}, "1 step")):  # fmt: skip
+        found = tables.groups(DATA_LOADER, [make_run(**changes), make_run(num_worker=0, **changes)])
+        assert f", {told}; " in tables.caption(found[0], found)
+
+
 @pytest.mark.parametrize("changes", [{"model": "resnext29_2x4d"}, {"dataset": "digits"}, {"batch_size": 64}])
 def test_published_figures_stand_beside_the_same_experiment_alone(changes):
     rows = rows_of(DATA_LOADER, [make_run(**changes), make_run(num_worker=0, **changes)])
