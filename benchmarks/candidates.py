@@ -9,20 +9,21 @@ any. The arms:
     original    transformers 4.56.2, documents in file order, in batches of 32, all padded to 512 tokens
     sorted      transformers 4.56.2, documents sorted by length, padded to the longest of the batch
     ours        DiverseBeamSearch, documents sorted by length
+    bfloat16    the same in bfloat16, if the processor supports it
 
 Batches of 32 are the original's default. On a CPU smaller ones are faster: --original_batch 1 shows `original` at its
 best.
 
 The reference runs in a separate interpreter, whose environment has transformers 4.56.2; without --reference_python, it
-is the same algorithm reimplemented on the installed version's modules. Before the timing, all arms must give equal
-tokens.
+is the same algorithm reimplemented on the installed version's modules. Before the timing, all arms in single precision
+must give equal tokens; for bfloat16, the record has the share of these candidates that it finds, too.
 """
 
 import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median
+from statistics import mean, median
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P does not look.
 
@@ -36,6 +37,7 @@ from candidates_reference import DIVERSITY_PENALTY
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from harness import arguments, endings
+from harness.machine import multiplies_bfloat16
 from search.diverse_beam import DiverseBeamSearch
 from search.generator import length_batches, load_generator
 from texts.documents import find_dataset, read_documents, split_documents
@@ -46,6 +48,7 @@ NEEDS = "torch and transformers 4.56.2"
 TARGETS = {
     "cpu": {
         "t5-small shape, original": ("at least", 8.0),
+        "t5-small shape, original against bfloat16": ("at least", 8.0),
         "t5-small shape, sorted": ("at least", 2.5),
         "bart kind, sorted": ("at least", 2.5),
     }
@@ -126,30 +129,25 @@ def make_cases(args, train, texts, folder):
 
 def time_case(name, model_folder, sources, reference, args):
     """Check that all arms give equal tokens, then time them in turn."""
-    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(model_folder).eval()
-    search = DiverseBeamSearch(
-        model,
-        num_beams=args.num_cands,
-        num_groups=args.num_cands,
-        diversity_penalty=DIVERSITY_PENALTY,
-        max_length=args.decoder_max_len,
-        min_length=model.generation_config.min_length or 0,
-        no_repeat_ngram_size=model.generation_config.no_repeat_ngram_size or 0,
-    )
+    searches = {"ours": torch.float32} | ({"bfloat16": torch.bfloat16} if multiplies_bfloat16() else {})
+    searches = {arm: make_search(model_folder, dtype, args) for arm, dtype in searches.items()}
     request = {"model": str(model_folder), "num_cands": args.num_cands, "max_length": args.decoder_max_len}
     places, size = range(len(sources)), args.original_batch
     as_they_come = [places[start : start + size] for start in range(0, len(places), size)]
-    by_length, pad = length_batches(sources, args.reference_batch), search.pad_token
+    by_length, pad = length_batches(sources, args.reference_batch), searches["ours"].pad_token
     arms = {
         "original": lambda: run_reference(reference, sources, as_they_come, request | {"pad_to": LONGEST}, pad),
         "sorted": lambda: run_reference(reference, sources, by_length, request | {"pad_to": None}, pad),
-        "ours": lambda: run_ours(search, sources, args.batch),
+        **{arm: lambda search=search: run_ours(search, sources, args.batch) for arm, search in searches.items()},
     }
     outputs = {arm: run()[1] for arm, run in arms.items()}
     for arm in ("original", "sorted"):
         equal = sum(a == b for a, b in zip(outputs[arm], outputs["ours"], strict=True))
         print(f"{name}: the tokens of {equal} of {len(sources)} documents equal those of {arm}", flush=True)
         check(equal == len(sources), f"{name}: the tokens differ from those of {arm}")
+    same = {arm: shared(outputs[arm], outputs["ours"]) for arm in searches}
+    for arm, share in same.items():
+        print(f"{name}: {arm} finds {100 * share:.0f} % of the candidates of ours", flush=True)
     # The reference's seconds are measured inside its process.
     seconds = interleaved({arm: lambda run=run: run()[0] for arm, run in arms.items()}, args.rounds)
     lengths = [len(candidate) for some in outputs["ours"] for candidate in some]
@@ -158,8 +156,35 @@ def time_case(name, model_folder, sources, reference, args):
         "mean_candidate_tokens": sum(lengths) / len(lengths),
         "seconds": seconds,
         "documents_per_second": {arm: len(sources) / median(times) for arm, times in seconds.items()},
-        "ratios": {arm: ratio_summary(seconds[arm], seconds["ours"]) for arm in ("original", "sorted")},
+        "same_candidates": same,
+        "ratios": {
+            f"{theirs}{against}": ratio_summary(seconds[theirs], seconds[ours])
+            for ours, against in (("ours", ""), ("bfloat16", " against bfloat16"))
+            if ours in searches
+            for theirs in ("original", "sorted")
+        },
     }
+
+
+def make_search(model_folder, dtype, args):
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(model_folder, dtype=dtype).eval()
+    return DiverseBeamSearch(
+        model,
+        num_beams=args.num_cands,
+        num_groups=args.num_cands,
+        diversity_penalty=DIVERSITY_PENALTY,
+        max_length=args.decoder_max_len,
+        min_length=model.generation_config.min_length or 0,
+        no_repeat_ngram_size=model.generation_config.no_repeat_ngram_size or 0,
+    )
+
+
+def shared(some, others):
+    """The share of the documents' candidates `others` that are among `some`."""
+    pairs = zip(some, others, strict=True)
+    return mean(
+        len(set(map(tuple, ours)) & set(map(tuple, theirs))) / len(set(map(tuple, theirs))) for ours, theirs in pairs
+    )
 
 
 def run_ours(search, sources, size):

@@ -24,6 +24,12 @@ def test_what_the_reference_answers_is_in_the_order_of_the_documents_without_the
     assert (seconds, found) == (0.5, [[[2, 0, 5]], [[2, 6]]])
 
 
+def test_the_share_of_candidates_that_another_precision_finds_counts_each_document_alike():
+    ours = [[[1], [2], [3], [3]], [[7, 8], [9]]]
+    assert candidates.shared(ours, ours) == 1
+    assert candidates.shared([[[3], [1], [4], [5]], [[8, 7], [9]]], ours) == (2 / 3 + 1 / 2) / 2
+
+
 def test_evaluation_agrees_with_the_originals_restated(run_script, encoders, tmp_path):
     table, output = tiny_inputs.make_table(tmp_path / "data.csv"), tmp_path / "evaluation.json"
     # As the demonstration's generator, which the search restated has to follow.
