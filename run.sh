@@ -372,7 +372,8 @@ case "${1:-}" in
     benchmarks) takes_none "ONLY LIMIT OUT" "${@:2}"; setup; benchmarks ;;
     lint) takes_none "" "${@:2}"; setup; lint ;;
     report) setup; report "${@:2}" ;;
-    test) setup; show python3 -m pytest -n 2 --dist worksteal "${@:2}" ;;
+    # Three, since tests of several processes wait for each other.
+    test) setup; show python3 -m pytest -n 3 --dist worksteal "${@:2}" ;;
     *) echo "run.sh: unknown job '$1'; jobs are: (none) cifar resnext simcls pubmed profile benchmarks report test lint" >&2; exit 2 ;;
 esac
 exit $failed
