@@ -206,6 +206,7 @@ def judge_candidates(args, world, judge):
     systems, mean_words = compare(samples, chosen, candidates.plain)
     show_documents(samples, chosen["SimCLS"])
     facts = {"words": mean_words, "rouge": signature(args.rouge_tokens, candidates.splitter), "warnings": warnings}
+    facts |= {"training": trained.get("training")}  # So that the report averages over seeds, and nothing else.
     return Judged(systems, facts | {"weights": weights, "provenance": candidates.origin})
 
 

@@ -39,6 +39,7 @@ TEXTS = ("architecture", "tokenizer", "tokenizer_settings", "rouge_tokens")
 COUNTS = ("hidden_size", "layers", "vocabulary", "total_len", "max_len", "candidates")
 DESCRIPTION = {"encoder": TEXT} | dict.fromkeys(TEXTS, maybe(TEXT)) | dict.fromkeys(COUNTS, maybe(WHOLE))
 DESCRIPTION["config"] = maybe(("an object", lambda value: isinstance(value, dict)))
+DESCRIPTION["training"] = DESCRIPTION["config"]
 DESCRIPTION |= dict.fromkeys(("samples", "validation"), maybe(provenance.SHAPE))
 DESCRIPTION["earlier_samples"] = maybe(each(list, provenance.SHAPE))
 DESCRIPTION["weights"] = maybe(

@@ -166,13 +166,14 @@ def original_study():
 
 def evaluations(records):
     """A table of ROUGE by each way to choose a summary, for the records of SimCLS/evaluate_model.py; records that
-    differ only in the scorer, such as its seed, share a table."""
+    differ only in the scorer's seed share a table."""
     same = {}
     for record in records:
         what = {name: value for name, value in record["arguments"].items() if name not in ("scorer_path", "output")}
         metrics = sorted({metric for of_system in record["systems"].values() for metric in of_system})
         where = record["machine"].get("hardware")
-        same.setdefault(str((what, metrics, record.get("documents"), where)), []).append(record)
+        how = record.get("training")  # Of the scorer; unknown in records before December 2026.
+        same.setdefault(str((what, metrics, record.get("documents"), where, how)), []).append(record)
     return "\n\n".join(map(_evaluation, same.values()))
 
 

@@ -152,6 +152,9 @@ def test_lengths_of_the_weights_are_those_of_what_follows(tiny, baseline, sample
     assert tables[0] == tables[1] != tables[2]
     description = json.loads((folder / f"cache/{NAME}/scorer.json").read_text())
     assert description["candidates"] == 6
+    training = description["training"]
+    assert (training["num_epoch"], training["lr"], training["layers"]) == (2, 0.002, description["layers"])
+    assert json.loads((folder / f"cache/{NAME}/evaluation.json").read_text())["training"] == training
 
 
 def test_a_diverged_run_keeps_no_weights_that_are_not_finite(tiny, tmp_path):
