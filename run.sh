@@ -116,10 +116,11 @@ side_by_side() {
     local log=runs/simcls/short.log chain
     mkdir -p "${log%/*}"
     set -m  # A process group of its own, so that all of it can be stopped.
-    OMP_NUM_THREADS=1 chain >"$log" 2>&1 </dev/null &
+    # Its shells end after the running command, which saves its state first.
+    { trap "exit 143" TERM; OMP_NUM_THREADS=1 chain; } >"$log" 2>&1 </dev/null &
     chain=$!
     set +m
-    trap "kill -TERM -- -$chain 2>/dev/null; wait $chain" EXIT
+    trap "kill -TERM -- -$chain 2>/dev/null; wait $chain || true" EXIT
     digits
     echo "# the following ran beside it, from $log:"
     exec 3<"$log"
@@ -244,6 +245,7 @@ choose_encoder() {
 # The whole chain once. Evaluation generates its own candidates, so it can use more test documents.
 chain() (
     set -e
+    trap "exit 143" TERM
     samples ${short_percent}_percent $short_percent ../../../SimCLS/demo
     seed=0
     train $simcls/main.py $learning --run_name short --num_epoch 1 --num_workers 1 $half

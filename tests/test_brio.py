@@ -75,7 +75,10 @@ def test_a_run_learns_the_order_and_leaves_a_generator(run_script, encoders, sam
     assert "nothing to resume" in run_script(SCRIPT, *arguments, "--resume", cwd=tmp_path).stdout
     first = samples / "val" / "0.json"
     text = first.read_text()
-    first.write_text(json.dumps(json.loads(text) | {"article_untok": ["Another text."]}))
+    sample = json.loads(text)
+    for name in ("candidates", "candidates_untok"):  # Of the same size: only their contents tell.
+        sample[name][0][1], sample[name][-1][1] = sample[name][-1][1], sample[name][0][1]
+    first.write_text(json.dumps(sample))
     ended = run_script(SCRIPT, *arguments, "--resume", cwd=tmp_path, code=2)
     assert "has other contents than when the run in" in ended.stderr
     first.write_text(text)

@@ -205,7 +205,7 @@ def test_the_two_parts_of_the_short_job_run_side_by_side_and_stop_together(copy_
     assert [command.split("/")[-1] for command in commands[9:]] == ["gen_candidate.py", "preprocess.py", "report.py"]
     # Interrupted, with the chain in the midst of a command.
     stopped = copy_of_run_sh / "stopped"
-    trap = f"trap 'echo >{stopped}; exit 143' TERM"
+    trap = f"trap 'sleep 1; echo >{stopped}; exit 143' TERM"
     case = f"case $* in *gen_cand*) ;; *) until grep -q gen_cand {calls}; do sleep 0.1; done; exit 130 ;; esac"
     python.write_text(f"#!/bin/sh\n{trap}\necho $@ >>{calls}\n{case}\nwhile :; do sleep 0.1; done\n")
     calls.unlink()
