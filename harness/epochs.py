@@ -54,12 +54,13 @@ class Epoch:
     def end(self, result):
         """Record the epoch with `result`, the outcome of its evaluation (None if a stop cut that short).
 
-        Saves the state. After a signal, the script ends here. UserError if the epoch's loss is not finite.
+        Saves the state. After a signal, the script ends here. UserError if the epoch's loss is not finite, or if a
+        line could not be printed.
         """
         run, evaluation_seconds = self.run, time.perf_counter() - self._steps_ended
         if run.part and run.part["samples"] > self.samples:
             self.timing, self.samples = run.part["timing"], run.part["samples"]
-        if run.stop.signal is not None:
+        if run.stop.is_early:
             run.part = {"timing": self.timing, "samples": self.samples}
             run.leave(self)
         if run.stop.enough:
@@ -69,4 +70,4 @@ class Epoch:
         run.add_epoch(self, result, evaluation_seconds)
         if self.number + 1 < run.args.num_epoch:  # After the last epoch, `finish` decides what to keep.
             run.save_when_due(self.number + 1, 0)
-        run.world.say(run.line())
+        run.print(run.line())

@@ -155,18 +155,27 @@ def changes(saved, arguments):
 class StopRequest:
     """Whether training has to stop early: `if stop: ...`.
 
-    signal: the SIGINT, SIGTERM or SIGHUP that has arrived, or None. enough: whether the steps of --max_steps are done.
+    signal: the SIGINT, SIGTERM or SIGHUP that has arrived, or None. error: the OSError of a line that could not be
+    printed, or None. enough: whether the steps of --max_steps are done.
     """
 
     def __init__(self):
-        self.signal, self.enough = None, False
+        self.signal, self.error, self.enough = None, None, False
 
     def __bool__(self):
-        return self.signal is not None or self.enough
+        return self.is_early or self.enough
+
+    @property
+    def is_early(self):
+        """Whether training is to go on later."""
+        return self.signal is not None or self.error is not None
 
     def leave(self, *words):
         """End the script as the signal would have, with exit code 130, 143 or 129; `words` tell the user how to
-        continue."""
+        continue. UserError if it was not a signal."""
+        if self.signal is None:
+            reason = f"cannot write to the standard output ({self.error.strerror})"
+            raise UserError("; ".join([reason, *words])) from None
         raise KeyboardInterrupt(*words) if self.signal == signal.SIGINT else Terminated(self.signal, *words)
 
 

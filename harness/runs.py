@@ -39,6 +39,7 @@ class Run(RunFiles):
 
     title = "training"  # The NVTX range around all epochs.
     unit = "samples"  # What the progress bar counts.
+    _is_training = False  # Whether a stop request is heeded.
     saves_within_epochs = False  # Whether the state is saved within epochs too, or only after them.
 
     def __init__(self, experiment, folder, name, args, world, not_results=(), fixed_length=None, **facts):
@@ -67,8 +68,18 @@ class Run(RunFiles):
 
     def say(self, line):
         """Print a line, and log it."""
-        self.world.say(line)
+        self.print(line)
         self.log.line(line)
+
+    def print(self, line):
+        """Print a line. If that fails between steps, as with a full disk or a reader that has gone, training stops
+        after its next step and keeps its state, where one process alone can do so; otherwise, OSError."""
+        try:
+            self.world.say(line)
+        except OSError as error:
+            if not self._is_training or self.world.size > 1:
+                raise
+            self.stop.error = error
 
     def elapsed_seconds(self):
         """Wall-clock time of the run so far, over all processes that resumed it: loading, training, evaluation and
@@ -101,11 +112,13 @@ class Run(RunFiles):
             contextlib.closing(self.log),
             resume.stop_requests(enabled=self.world.size == 1) as self.stop,
         ):
+            self._is_training = True
             for number in range(first, self.args.num_epoch):
                 yield Epoch(self, number, done)
                 if self.stop.enough:
                     return
                 done = 0
+            self._is_training = False
 
     def opening(self):
         """Lines that describe the run, printed before its first epoch."""

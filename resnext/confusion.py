@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from harness.endings import printable
+
 os.environ["MPLBACKEND"] = "agg"  # Figures go to files; an unknown backend in it makes matplotlib raise an error.
 WIDEST_TABLE = 20  # More classes do not fit a terminal, or a figure with numbers in it.
 HEAD = 5  # Letters of a class's name above its column.
@@ -104,10 +106,12 @@ def draw_mistakes(mistakes, images, predictions, classes):
 
 def literal(text):
     """`text` escaped so that matplotlib draws it literally. It would read text between two dollar signs as a
-    formula, draw letters missing from its font as boxes, and reject invalid UTF-8; the last two become escapes such
-    as \\u732b."""
+    formula, draw letters missing from its font as boxes, and reject invalid UTF-8; the last two, and control
+    characters, become escapes such as \\u732b."""
     from matplotlib.font_manager import FontProperties, findfont, get_font
 
     letters = get_font(findfont(FontProperties())).get_charmap()
-    drawn = (each if ord(each) in letters else each.encode("ascii", "backslashreplace").decode() for each in text)
+    drawn = (
+        each if ord(each) in letters else each.encode("ascii", "backslashreplace").decode() for each in printable(text)
+    )
     return "".join(drawn).replace("$", r"\$")

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import io
 import os
 import sys
 import warnings
@@ -117,8 +118,9 @@ def _warn_if_large(path, size):
 
 
 def as_shown(image):
-    """The newly opened Pillow image `image` as RGB: rotated according to its EXIF data, 16-bit pixels scaled to 8 bits
-    by the range of the format, transparent parts on white. UserError if the range is uncertain."""
+    """The newly opened Pillow image `image` as RGB: rotated according to its EXIF data, colours converted from its
+    profile to sRGB, 16-bit pixels scaled to 8 bits by the range of the format, transparent parts on white. UserError if
+    the range is uncertain."""
     from PIL import Image, ImageOps
 
     if image.format == "TIFF":
@@ -130,6 +132,7 @@ def as_shown(image):
     image.load()
     with contextlib.suppress(Exception):  # Damaged EXIF data do not keep a viewer from showing the pixels.
         ImageOps.exif_transpose(image, in_place=True)
+    image = _in_srgb(image)
     key = image.info.get("transparency")
     if image.mode[0] in "IF":
         grey = _eight_bits(image)
@@ -149,6 +152,22 @@ def as_shown(image):
             raise UserError("every pixel is transparent")
         return image.convert("RGB")
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _in_srgb(image):
+    """`image` with its colours converted from the profile that it has, if any, to sRGB, as viewers do."""
+    from PIL import ImageCms
+
+    key, profile = image.info.get("transparency"), image.info.get("icc_profile")
+    if not profile or image.mode not in ("RGB", "RGBA", "L", "CMYK", "P") or (key is not None and image.mode != "P"):
+        return image  # A transparent colour is one of the unconverted ones.
+    if image.mode == "P":
+        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
+    # Not by a profile that is damaged, or for another kind of pixels.
+    with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
+        srgb, mode = ImageCms.createProfile("sRGB"), "RGBA" if image.mode == "RGBA" else "RGB"
+        return ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode=mode)
+    return image
 
 
 def _check_tiff(image):

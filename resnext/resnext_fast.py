@@ -27,7 +27,7 @@ from torch import nn
 
 from experiment import Metrics, conduct, evaluate, get_args_parser, load_parts, training_batches
 from harness import devices, endings
-from harness.arguments import FLAG, OneLineParser, learning_rate, share
+from harness.arguments import FLAG, OneLineParser, learning_rate, share_below_one
 from harness.loading import largest_batch
 from harness.machine import multiplies_bfloat16
 from harness.memory import SavedBytes
@@ -91,7 +91,7 @@ def get_fast_args_parser():
     add("--cuda_graphs", **FLAG, help="with --compile, launch its kernels as CUDA graphs")
     add("--optimizer", choices=LEARNING_RATES, default="muon", help="muon, which is sgd with orthogonalised updates of "
         "the convolutions, or sgd, both in one cycle; or adam at a constant rate as in resnext.py")  # fmt: skip
-    add("--label_smoothing", type=share, default=0.1, help="weight of the uniform distribution in the target")
+    add("--label_smoothing", type=share_below_one, default=0.1, help="weight of the uniform distribution in the target")
     add_budget_arguments(parser, policy=None)
     return parser
 

@@ -356,7 +356,10 @@ def test_an_export_whose_outputs_are_others_is_refused(tmp_path, monkeypatch):
     assert (tmp_path / "mine.pt2").read_text() == "precious"
 
 
-@pytest.mark.parametrize(("name", "drawn"), [(os.fsdecode(b"o\xff$"), "o\\udcff\\$"), ("Bär 猫", "Bär \\u732b")])
+@pytest.mark.parametrize(
+    ("name", "drawn"),
+    [(os.fsdecode(b"o\xff$"), "o\\udcff\\$"), ("Bär 猫", "Bär \\u732b"), ("\x1b[31mred\t", "\\x1b[31mred\\t")],
+)
 def test_a_class_whose_name_no_font_draws_is_told_by_escapes(name, drawn, recwarn):
     assert literal(name) == drawn
     draw_matrix(np.eye(2, dtype=int), [name, "b"], name).canvas.draw()

@@ -6,7 +6,7 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, ImageCms
 
 from harness.endings import UserError
 from images import load_images
@@ -207,6 +207,41 @@ def test_a_class_without_a_picture_is_named(tmp_path):
     (tmp_path / "test/c").rename(tmp_path / "d")
     with pytest.raises(UserError, match=r"train has the class 'c', but .*test does not"):
         load_images("folder", tmp_path)
+
+
+# The colours of Display P3 and of sRGB, in XYZ for the white of profiles (D50), as columns.
+DISPLAY_P3 = np.array([[0.5151, 0.2919, 0.1572], [0.2412, 0.6922, 0.0666], [-0.0011, 0.0419, 0.7841]])
+SRGB = np.array([[0.4361, 0.3851, 0.1431], [0.2225, 0.7169, 0.0606], [0.0139, 0.0971, 0.7141]])
+
+
+def display_p3():
+    """A colour profile: that of sRGB with other colours."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    for name, colour in zip((b"rXYZ", b"gXYZ", b"bXYZ"), DISPLAY_P3.T, strict=True):
+        entry = profile.index(name)
+        start = int.from_bytes(profile[entry + 4 : entry + 8], "big") + 8
+        profile[start : start + 12] = b"".join(round(part * 65536).to_bytes(4, "big", signed=True) for part in colour)
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif", "webp"])
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P"])
+def test_colours_of_another_profile_become_srgb(mode, suffix, tmp_path):
+    pixels = np.array([[[200, 200, 60], [20, 240, 20], [128, 128, 128], [250, 90, 80]]], np.uint8).repeat(4, 0)
+    image = Image.fromarray(pixels)
+    image = image.convert(mode, **{"palette": Image.Palette.ADAPTIVE} if mode == "P" else {})
+    assert (np.array(image.convert("RGB")) == pixels).all()
+    exact = {"lossless": True} if suffix == "webp" else {}
+    image.save(tmp_path / f"p3.{suffix}", icc_profile=display_p3(), **exact)
+    shares = pixels / 255
+    light = np.where(shares <= 0.04045, shares / 12.92, ((shares + 0.055) / 1.055) ** 2.4)
+    light = np.clip(light @ (np.linalg.inv(SRGB) @ DISPLAY_P3).T, 0, 1)
+    expected = 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    assert abs(expected - pixels).max() > 50
+    assert abs(read_picture(tmp_path / f"p3.{suffix}", 4) - expected).max() < 3
+    for profile in (b"damaged", None):
+        image.save(tmp_path / f"plain.{suffix}", **{"icc_profile": profile} if profile else {}, **exact)
+        assert (read_picture(tmp_path / f"plain.{suffix}", 4) == pixels).all()
 
 
 def test_class_names_that_look_the_same_are_told(tmp_path):

@@ -83,6 +83,23 @@ def test_stopped_twice_in_one_epoch_and_at_its_very_end(run, whole, tmp_path):
     assert all(epoch["samples_per_second"] > 0 for epoch in epochs)
 
 
+# In a step, as above, but standard output has no reader any more, or its disk is full.
+LOSE_OUTPUT = {
+    "gone": "reader, writer = os.pipe(); os.close(reader); os.dup2(writer, 1)",
+    "full": 'os.dup2(os.open("/dev/full", os.O_WRONLY), 1)',
+}
+
+
+@pytest.mark.parametrize(("kind", "reason"), [("gone", "Broken pipe"), ("full", "No space left on device")])
+def test_a_run_whose_output_cannot_be_written_stops_and_goes_on(run, whole, tmp_path, kind, reason):
+    lose = STOP_IN_STEP.format(8).replace("os.kill(os.getpid(), signal.SIGTERM)", LOSE_OUTPUT[kind])
+    stopped = run("--num_epoch", 3, code=2, before=lose)
+    (line,) = stopped.err.splitlines()
+    assert f"cannot write to the standard output ({reason}); run the same command with --resume" in line
+    assert "resuming from" in run("--num_epoch", 3, "--resume").out
+    assert_same_results(whole, tmp_path)
+
+
 def test_an_interrupted_run_is_not_begun_anew_unasked(run, tmp_path):
     run("--num_epoch", 2, code=143, before=STOP_IN_STEP.format(8))
     state = (tmp_path / f"{NAME}.state").read_bytes()
