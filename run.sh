@@ -120,7 +120,7 @@ side_by_side() {
     { trap "exit 143" TERM; OMP_NUM_THREADS=1 chain; } >"$log" 2>&1 </dev/null &
     chain=$!
     set +m
-    trap "kill -TERM -- -$chain 2>/dev/null; wait $chain || true" EXIT
+    trap "kill -TERM -- -$chain 2>/dev/null; wait $chain" EXIT
     digits
     echo "# the following ran beside it, from $log:"
     exec 3<"$log"

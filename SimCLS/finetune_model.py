@@ -233,9 +233,9 @@ def finetune(args, model, tokenizer, splits, dtype):
     """Train, and write the best model, its tokenizer and the record of the run to args.save_dir."""
     checkpoints, finished = args.save_dir / "checkpoints", args.save_dir / ".finished"
     shutil.rmtree(finished, ignore_errors=True)  # Left by a run that was killed while removing it.
-    if args.resume and not checkpoints.is_dir() and (args.save_dir / "finetune.json").is_file():
+    done = args.save_dir / "finetune.json"
+    if args.resume and not checkpoints.is_dir() and done.is_file():
         refuse_a_finished_run(args)
-        done = args.save_dir / "finetune.json"
         for path in files_of_model(args.save_dir):
             if not path.is_file():
                 raise UserError(f"{done} is finished, but {path} is gone; put it back, or --restart to train again")

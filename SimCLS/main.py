@@ -35,11 +35,6 @@ from scorer.scorer_run import ScorerRun
 from texts import provenance
 from texts.samples import check_training
 
-# What tells scorers apart that learnt in another way; two that differ in none of these are seeds of one set-up.
-OF_TRAINING = (
-    "samples_digest", "num_epoch", "max_steps", "batch_size", "accumulate_step", "lr", "warmup", "dropout",
-    "frozen_layers", "grad_norm", "margin", "gold_margin", "gold_weight", "max_num",
-)  # fmt: skip
 OF_EVALUATION = ("evaluate", "dataset", "model_pt", "cuda", "gpuid", "device")
 
 
@@ -64,11 +59,13 @@ def main():
         # An argument, so that a run resumes only with the samples that it began with, and its record identifies them.
         args.samples_digest = provenance.digest(made_of)
         # No TensorFloat-32: here it would affect the matrix products, for which PyTorch leaves it off by default too.
-        encoder = {name: description.get(name) for name in ("architecture", "hidden_size", "layers", "tokenizer")}
-        description["training"] = encoder | {name: getattr(args, name) for name in OF_TRAINING}
         precision = choose_precision(half_precision, device, true_fp32=True, say=world.say)
         short_attention.prefer(scorer.encoder, device, precision.dtype)
         run = ScorerRun(args, world, precision=precision.label)
+        # Scorers of which this is equal differ in nothing but the seed.
+        description["training"] = provenance.digest(
+            {name: run.arguments[name] for name in run.arguments.keys() - {"seed"}}
+        )
         with run.lock():
             data = load_data(args, world, precision, encoding, description)
             run.facts["data_digest"] = provenance.digest([each.digest for each in data])

@@ -35,11 +35,10 @@ TOTAL_LEN, MAX_LEN = 512, 120
 # Model types that split their layers' parts over several lists, or have weights after the layers that all of them use.
 NO_LAYERS = ("xlm", "flaubert", "deberta", "deberta-v2")
 # What scorer.json holds. Older files, and those of other programs, have less of it.
-TEXTS = ("architecture", "tokenizer", "tokenizer_settings", "rouge_tokens")
+TEXTS = ("architecture", "tokenizer", "tokenizer_settings", "rouge_tokens", "training")
 COUNTS = ("hidden_size", "layers", "vocabulary", "total_len", "max_len", "candidates")
 DESCRIPTION = {"encoder": TEXT} | dict.fromkeys(TEXTS, maybe(TEXT)) | dict.fromkeys(COUNTS, maybe(WHOLE))
 DESCRIPTION["config"] = maybe(("an object", lambda value: isinstance(value, dict)))
-DESCRIPTION["training"] = DESCRIPTION["config"]
 DESCRIPTION |= dict.fromkeys(("samples", "validation"), maybe(provenance.SHAPE))
 DESCRIPTION["earlier_samples"] = maybe(each(list, provenance.SHAPE))
 DESCRIPTION["weights"] = maybe(

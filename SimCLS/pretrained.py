@@ -161,8 +161,7 @@ def refuse_to_replace(folder, restart=""):
 
 
 def files_of_model(folder):
-    """The Paths that a saved model in `folder` cannot be loaded without: its config and its weights, which are several
-    files if they are large."""
+    """The Paths of the config and the weights of the model saved in `folder`, or of where they would be."""
     weights = sorted(Path(folder).glob("model*.safetensors")) or [Path(folder) / "model.safetensors"]
     return (Path(folder) / "config.json", *weights)
 

@@ -27,7 +27,7 @@ from harness import torchvision_compat  # noqa: F401  # isort: skip (before tran
 import numpy as np
 import torch
 import transformers
-from candidates import END, make_cases, run_ours, strip
+from candidates import END, make_cases, run_ours, shared, strip
 
 from harness import arguments, endings
 from harness.machine import multiplies_bfloat16
@@ -175,9 +175,7 @@ def time_case(name, case, args, documents=None):
 def quality(candidates, expected, documents):
     """The quality of the candidates, in %: the share of the `expected` candidates among them and, given `documents`,
     the mean of the three ROUGE scores for the first and for the best candidate."""
-    shares = [len(set(map(tuple, ours)) & set(map(tuple, theirs))) / len(theirs)
-              for ours, theirs in zip(candidates, expected, strict=True)]  # fmt: skip
-    figures = {"the same": 100 * float(np.mean(shares))}
+    figures = {"the same": 100 * shared(candidates, expected)}
     if documents:
         tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "SimCLS" / "demo", local_files_only=True)
         split = SentenceSplitter(document.text for document in documents).split

@@ -172,7 +172,7 @@ def evaluations(records):
         what = {name: value for name, value in record["arguments"].items() if name not in ("scorer_path", "output")}
         metrics = sorted({metric for of_system in record["systems"].values() for metric in of_system})
         where = record["machine"].get("hardware")
-        how = record.get("training")  # Of the scorer; unknown in records before December 2026.
+        how = record.get("training")  # Of the scorer, without its seed; absent from older records.
         same.setdefault(str((what, metrics, record.get("documents"), where, how)), []).append(record)
     return "\n\n".join(map(_evaluation, same.values()))
 

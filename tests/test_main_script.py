@@ -152,9 +152,15 @@ def test_lengths_of_the_weights_are_those_of_what_follows(tiny, baseline, sample
     assert tables[0] == tables[1] != tables[2]
     description = json.loads((folder / f"cache/{NAME}/scorer.json").read_text())
     assert description["candidates"] == 6
-    training = description["training"]
-    assert (training["num_epoch"], training["lr"], training["layers"]) == (2, 0.002, description["layers"])
-    assert json.loads((folder / f"cache/{NAME}/evaluation.json").read_text())["training"] == training
+    assert json.loads((folder / f"cache/{NAME}/evaluation.json").read_text())["training"] == description["training"]
+
+
+def test_scorers_that_differ_only_in_the_seed_are_told_from_others(tiny, tmp_path):
+    learnt = []
+    for name, more in (("a", []), ("b", ["--seed", 1, "--num_workers", 2]), ("c", ["--lr", 0.001])):
+        assert launch.run(MAIN, *tiny, "--num_epoch", 1, *more, "--run_name", name, cwd=tmp_path).code == 0
+        learnt.append(json.loads((tmp_path / f"cache/{name}/scorer.json").read_text())["training"])
+    assert learnt[0] == learnt[1] != learnt[2]
 
 
 def test_a_diverged_run_keeps_no_weights_that_are_not_finite(tiny, tmp_path):

@@ -211,7 +211,7 @@ def test_evaluation_table():
     renamed["systems"]["generator"]["rouge9"] = renamed["systems"]["generator"].pop("rouge1")
     assert overview.evaluations([record, renamed]).count("95 % intervals") == 2
     for epochs, tables_of in ((2, 1), (1, 2)):  # Only seeds of one set-up are averaged.
-        trained = [each | {"training": {"num_epoch": given}} for each, given in ((record, 2), (other, epochs))]
+        trained = [each | {"training": f"{given} epochs"} for each, given in ((record, 2), (other, epochs))]
         assert overview.evaluations(trained).count("50 documents") == tables_of
     other["arguments"]["samples"] = "elsewhere"
     assert overview.evaluations([record, other]).count("95 % intervals") == 2
