@@ -31,10 +31,10 @@ from utils import read_lines
 from harness import arguments, devices, distributed, endings
 from harness.arguments import positive_int
 from harness.endings import UserError
-from harness.files import output_lock, places, portable, write_record
+from harness.files import RECORD_FORMAT, output_lock, places, portable, write_record
+from harness.job import refuse_job
 from harness.machine import describe_machine
 from harness.precision import add_half_precision, choose_precision
-from harness.runs import FORMAT
 from scorer.choices import (
     add_judge_arguments,
     by_rules,
@@ -111,7 +111,7 @@ def get_args_parser():
 def main():
     parser = get_args_parser()
     args = parser.parse_args()
-    distributed.refuse_job()
+    refuse_job()
     check_arguments(args, arguments.given(parser, args))
     beside = args.summaries or args.scorer_path
     output = args.output or beside.with_name("evaluation.json")
@@ -127,7 +127,7 @@ def main():
         judged = judge_candidates(args, world, judge) if judge else judge_files(args)
         result = summarise(judged.systems) | judged.facts
         print_table(result)
-        record = {"format": FORMAT, "experiment": EXPERIMENT, "arguments": vars(args)} | used
+        record = {"format": RECORD_FORMAT, "experiment": EXPERIMENT, "arguments": vars(args)} | used
         write_record(output, record | {"machine": describe_machine(world.device)} | result)
 
 

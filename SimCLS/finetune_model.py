@@ -39,9 +39,10 @@ from pretrained import (
 )
 
 from harness import arguments, determinism, devices, endings, resume, runs, torchvision_compat, tracing  # noqa: F401
-from harness.distributed import World, read_job
+from harness.distributed import World
 from harness.endings import UserError
 from harness.files import as_recorded, output_lock, places, publish, staging, write_json, write_record
+from harness.job import read_job
 from harness.machine import describe_machine
 from harness.precision import add_half_precision, choose_precision
 from harness.resume import changes, check_arguments, stop_requests

@@ -22,6 +22,7 @@ from pretrained import half_precision_name
 from harness import determinism, devices, distributed, endings
 from harness.arguments import given
 from harness.endings import UserError
+from harness.job import read_job
 from harness.memory import SavedBytes
 from harness.precision import choose_precision
 from harness.timing import PhaseTimer
@@ -160,7 +161,7 @@ def choose_device(args):
     """The torch.device of this process; UserError for contradictory arguments or a GPU that does not exist."""
     if len(set(args.gpuid)) < len(args.gpuid):
         raise UserError(f"--gpuid {' '.join(map(str, args.gpuid))} names a GPU twice")
-    job = distributed.read_job()
+    job = read_job()
     processes, rank = job.local_size, job.local_rank
     if job.is_started and len(args.gpuid) not in (1, processes):
         raise UserError(f"--gpuid names {len(args.gpuid)} GPUs, but there are {processes} processes; leave it out")
@@ -185,7 +186,7 @@ def become_evaluation(args, device, given):
     `given`, a list of names, that are only for training."""
     if not args.model_pt:
         raise UserError("-e evaluates trained weights; give them with --model_pt, such as run/scorer.bin")
-    if distributed.read_job().is_started or len(args.gpuid) > 1:
+    if read_job().is_started or len(args.gpuid) > 1:
         raise UserError("-e runs in a single process; start it without torchrun, with one --gpuid")
     command = [sys.executable, Path(__file__).resolve().with_name("evaluate_model.py")]
     command += ["--samples", Path(args.dataset) / "test", "--scorer_path", cached_path(args.model_pt)]
@@ -203,7 +204,7 @@ def become_evaluation(args, device, given):
 
 def start_processes(args):
     """If --gpuid names several GPUs and torchrun is not running yet, replace this process by it, with one per GPU."""
-    if len(args.gpuid) == 1 or distributed.read_job().is_started:
+    if len(args.gpuid) == 1 or read_job().is_started:
         return
     meeting = ["--standalone"] if args.port is None else ["--nnodes=1", f"--master_port={args.port}"]
     torchrun = [sys.executable, "-m", "torch.distributed.run", *meeting, f"--nproc_per_node={len(args.gpuid)}"]

@@ -28,6 +28,7 @@ from utils import STANDARD_INPUT, read_lines
 
 from harness import arguments, devices, distributed, endings
 from harness.endings import UserError
+from harness.job import refuse_job
 from harness.precision import add_half_precision, choose_precision
 from scorer.choices import add_judge_arguments, check_scorer_path, load_judge, score_candidates
 from scorer.combination import combine, fitted_to
@@ -59,7 +60,7 @@ def get_args_parser():
 
 def main():
     args = get_args_parser().parse_args()
-    distributed.refuse_job()
+    refuse_job()
     check_search(args)
     check_scorer_path(args)
     documents = map(clean, read_documents(args.text, args.doc_col_name or DOCUMENT_COLUMN))

@@ -9,8 +9,8 @@ import re
 import torch
 
 from harness.arguments import threads
-from harness.distributed import read_job
 from harness.endings import UserError
+from harness.job import read_job
 
 
 def add_arguments(parser, default="a CUDA GPU where there is one, else the CPU"):

@@ -14,13 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from harness.endings import UserError, signals_end_at_once
+from harness.job import MEETING_VARIABLES, read_job
 
 # For training collectives: a process that has not arrived by then hangs.
 TRAINING_TIMEOUT = datetime.timedelta(minutes=10)
 # For waiting for a process that works alone: it may download, or tokenize a large data set.
 PATIENCE = datetime.timedelta(days=1)
-JOB_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-MEETING_VARIABLES = ("MASTER_ADDR", "MASTER_PORT")
 # One a second: in a cluster, the main machine's name may become known after this process starts.
 TRIES_FOR_ADDRESS = 30
 
@@ -120,43 +119,6 @@ class World(NamedTuple):
         least = torch.tensor(int(good))
         dist.all_reduce(least, dist.ReduceOp.MIN, group=self.patient)
         return bool(least)
-
-
-def refuse_job():
-    """UserError under torchrun, for a script that would repeat all its work in each process."""
-    if read_job().size > 1:
-        raise UserError("this script runs in a single process; start it with python3 instead of torchrun")
-
-
-class Job(NamedTuple):
-    """What torchrun tells a process through environment variables. is_started: whether it started this one."""
-
-    is_started: bool
-    rank: int
-    local_rank: int
-    size: int
-    local_size: int
-
-
-def read_job():
-    """The Job of this process; UserError if its variables are left over from another job or inconsistent."""
-    told = {name: os.environ[name] for name in JOB_VARIABLES if name in os.environ}
-    if not told:
-        return Job(False, 0, 0, 1, 1)
-    try:
-        rank, size, local_rank, local_size = (int(told[name]) for name in JOB_VARIABLES)
-        fit = 0 <= local_rank <= rank < size and local_rank < local_size <= size
-        fit = fit and os.environ["MASTER_ADDR"] and 0 < int(os.environ["MASTER_PORT"]) < 2**16
-    except (KeyError, ValueError):
-        fit = False
-    if not fit:
-        told |= {name: os.environ[name] for name in MEETING_VARIABLES if name in os.environ}
-        words = " ".join(f"{name}={value}" for name, value in told.items())
-        raise UserError(
-            f"the environment has {words}, which torchrun never sets like this; unset {', '.join(told)}, or start the "
-            "script with torchrun"
-        )
-    return Job(True, rank, local_rank, size, local_size)
 
 
 @contextlib.contextmanager

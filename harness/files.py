@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from harness.endings import UserError, printable
 
 ROOT = Path(__file__).resolve().parent.parent
+RECORD_FORMAT = 1  # Of the records of runs and evaluations; another one is not read.
 SURROGATES = re.compile("[\\ud800-\\udfff]")  # Half characters, which a Python str can hold and UTF-8 cannot.
 # errno values that mean that this file system has no locks: FUSE and older network file systems, NFS without its lock
 # daemon, and folders on NFS.

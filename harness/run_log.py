@@ -6,8 +6,8 @@
 from pathlib import Path
 
 from harness.endings import UserError
+from harness.epoch_times import phase_times
 from harness.files import is_utf8, make_folder
-from harness.timing import phase_times
 
 
 def add_argument(parser):

@@ -13,15 +13,15 @@ from tqdm import tqdm
 from harness import resume
 from harness.arguments import DRY_STEPS
 from harness.endings import UserError, is_out_of_gpu_memory
+from harness.epoch_times import training_seconds
 from harness.epochs import Epoch
-from harness.files import places, write_record
+from harness.files import RECORD_FORMAT, places, write_record
 from harness.machine import UNKNOWN, describe_machine, same_pace, timestamp
 from harness.run_files import RunFiles
 from harness.run_log import RunLog
-from harness.timing import nvtx_range, training_seconds
+from harness.timing import nvtx_range
 from harness.tracing import trace
 
-FORMAT = 1
 # Arguments that choose where and how a process runs, not what it computes: a resumed run may change them. Each script
 # adds its own.
 NOT_RESULTS = ("resume", "restart", "trace", "device", "threads", "dry_run", "log")
@@ -287,7 +287,7 @@ class Run(RunFiles):
         """Write the record, `name`.json, which is self-contained: arguments, machine, versions, commit, epochs."""
         if self.world.is_main:
             record = {
-                "format": FORMAT,
+                "format": RECORD_FORMAT,
                 "experiment": self.experiment,
                 "name": self.name,
                 "arguments": vars(self.args) | {"processes": self.world.size},

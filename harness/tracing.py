@@ -22,11 +22,11 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from harness import timing
 from harness.devices import synchronize
 from harness.endings import UserError
+from harness.epoch_times import STEP, WARMUP_STEPS
 from harness.files import atomic_write, make_folder
 
-STEPS = 5  # Traced after timing.WARMUP_STEPS of warm-up.
+STEPS = 5  # Traced after WARMUP_STEPS.
 COSTLIEST = 10
-STEP = re.compile(r".+ - step \d+")
 BEGINNING = re.compile(rb'\s*{\s*"schemaVersion"')  # Of what torch.profiler writes.
 END = re.compile(rb'"traceName": [^\n]+}\s*$')
 SUFFIXES = (".json", ".json.gz")
@@ -111,9 +111,9 @@ class _Tracer:
     def __call__(self, name):
         if STEP.fullmatch(name):
             self._steps += 1
-            if self._steps == timing.WARMUP_STEPS + 1:
+            if self._steps == WARMUP_STEPS + 1:
                 self._start()
-            elif self._steps == timing.WARMUP_STEPS + STEPS + 1:
+            elif self._steps == WARMUP_STEPS + STEPS + 1:
                 self.end()
         return record_function(name) if self._profile else contextlib.nullcontext()
 
@@ -131,11 +131,11 @@ class _Tracer:
             return
         self._is_done = True
         if self._profile is None:
-            self._say(f"no trace: the run has fewer than {timing.WARMUP_STEPS + 1} steps")
+            self._say(f"no trace: the run has fewer than {WARMUP_STEPS + 1} steps")
             return
         synchronize(self._device)
         self._profile.stop()
-        steps = min(STEPS, self._steps - timing.WARMUP_STEPS)  # Fewer if the run has ended.
+        steps = min(STEPS, self._steps - WARMUP_STEPS)  # Fewer if the run has ended.
         try:
             first = f"traced {steps} steps: {', '.join(self._write())}"
         except OSError:  # Training need not end for it.

@@ -16,8 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from harness.endings import UserError
-from harness.timing import WARMUP_STEPS, describe_epoch
-from harness.tracing import STEP
+from harness.epoch_times import STEP, WARMUP_STEPS, describe_epoch
 from reporting.records import warn
 
 # What torch.autograd.profiler.emit_nvtx appends to an operator's name; it differs in every call.

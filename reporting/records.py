@@ -14,10 +14,10 @@ import numpy as np
 
 from harness import shapes
 from harness.endings import UserError
+from harness.epoch_times import phase_times, training_seconds
+from harness.files import RECORD_FORMAT
 from harness.machine import UNKNOWN
-from harness.runs import FORMAT
 from harness.shapes import ANY, COUNT, NUMBER, PAIR, PERCENT, POSITIVE, TEXT, WHOLE, each, maybe, or_null
-from harness.timing import phase_times, training_seconds
 
 # Candidates of SimCLS, and what resnext/evaluate.py writes.
 NO_RECORD = re.compile(r"\w+\.settings\.json|provenance\.json|.+\.evaluation\.json")
@@ -186,8 +186,8 @@ def _fault(record):
     experiment = record["experiment"]
     if not isinstance(experiment, str) or experiment not in ARGUMENTS:
         return f"a record of the unknown experiment {experiment!r}"
-    if record.get("format") != FORMAT:
-        return f"a record of format {record.get('format')!r}; this program reads {FORMAT}"
+    if record.get("format") != RECORD_FORMAT:
+        return f"a record of format {record.get('format')!r}; this program reads {RECORD_FORMAT}"
     content = OF_EVALUATION if experiment == EVALUATION else OF_RUN
     found = shapes.fault(record, RECORD | content | {"arguments": OF_ALL | ARGUMENTS[experiment]})
     return found and f"a record in which {found}"

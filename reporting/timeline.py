@@ -17,8 +17,8 @@ import numpy as np
 from matplotlib.patches import Patch
 
 from harness.endings import UserError
+from harness.epoch_times import STEP
 from harness.shapes import is_number
-from harness.tracing import STEP
 from reporting.comparison import number
 from reporting.figures import STYLE, WIDTH, distinct_colours, finish, save
 from reporting.overview import PHASES

@@ -5,12 +5,12 @@ import datetime
 
 import torch
 
+from harness.epoch_times import typical_milliseconds
 from harness.loading import largest_batch
 from harness.machine import hardware_name
 from harness.memory import in_mib
 from harness.planning import describe
 from harness.precision import HALF, explain_half_precision
-from harness.timing import typical_milliseconds
 from models.grouped_convolution import set_form
 from models.resnext import parse_name
 from models.resnext_checkpoint import CheckpointResNeXt

@@ -1,4 +1,5 @@
-"""Every script runs without docstrings and asserts (python3 -OO), and where Python leaves its folder off sys.path."""
+"""How scripts start: without docstrings and asserts (python3 -OO), where Python leaves their folder off sys.path, and
+without the seconds of importing torch if they do not need it."""
 
 import os
 import subprocess
@@ -41,3 +42,9 @@ def test_help_of_every_script_without_docstrings_and_without_its_folder_on_the_p
     ended = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
     assert ended.returncode == 0, ended.stderr
     assert ended.stderr.splitlines() == [f"{script} ended with 0" for script in scripts()]
+
+
+@pytest.mark.parametrize("script", ["report.py", "SimCLS/preprocess.py", "SimCLS/texts/sample_data.py"])
+def test_what_computes_no_tensors_starts_without_torch(script):
+    code = "import runpy, sys; runpy.run_path(sys.argv[1]); sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code, ROOT / script], check=True)

@@ -11,7 +11,7 @@ import pytest
 import tiny_inputs
 import torch
 
-from harness import distributed
+from harness import job
 from harness.endings import UserError
 from scorer.significance import ALONE
 
@@ -191,22 +191,22 @@ def test_fine_tuning_of_two_processes_leaves_one_set_of_files(encoders, tmp_path
     ],
 )
 def test_what_is_left_over_of_another_job_is_one_line(left_over, monkeypatch):
-    for name in (*distributed.JOB_VARIABLES, "MASTER_ADDR", "MASTER_PORT"):
+    for name in (*job.JOB_VARIABLES, "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
-    assert distributed.read_job() == (False, 0, 0, 1, 1)
+    assert job.read_job() == (False, 0, 0, 1, 1)
     for name, value in left_over.items():
         monkeypatch.setenv(name, value)
     name = next(iter(left_over))
     with pytest.raises(
         UserError, match=f"{name}={left_over[name]}.*, which torchrun never sets like this; unset .*{name}"
     ):
-        distributed.read_job()
+        job.read_job()
 
 
 def test_the_variables_of_torchrun_make_a_job(monkeypatch):
     for name, value in {"RANK": "3", "LOCAL_RANK": "1", **JOB, "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
-    assert distributed.read_job() == (True, 3, 1, 4, 2)
+    assert job.read_job() == (True, 3, 1, 4, 2)
 
 
 @pytest.mark.parametrize("script", ["resnext/resnext.py", "SimCLS/main.py", "SimCLS/finetune_model.py"])

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from harness.endings import UserError
-from harness.timing import WARMUP_STEPS
+from harness.epoch_times import WARMUP_STEPS
 from reporting.nsys import read_trace
 from reporting.records import Record, combine
 

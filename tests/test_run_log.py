@@ -3,8 +3,8 @@
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from harness.epoch_times import summarise
 from harness.run_log import RunLog, timing_figures
-from harness.timing import summarise
 
 
 def scalars(folder, name="loss"):

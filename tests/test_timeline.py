@@ -11,7 +11,7 @@ import pytest
 import torch
 from run_records import read_table
 
-from harness import timing, tracing
+from harness import epoch_times, timing, tracing
 from reporting import timeline
 
 
@@ -173,7 +173,7 @@ def own_trace(tmp_path_factory):
     phase, numbers = timing.PhaseTimer(cpu), torch.ones(300, 300)
     with tracing.trace(path, cpu, lambda line: None):
         phase.start_epoch()
-        for _ in phase.steps([None] * (timing.WARMUP_STEPS + tracing.STEPS), "epoch 1"):
+        for _ in phase.steps([None] * (epoch_times.WARMUP_STEPS + tracing.STEPS), "epoch 1"):
             with phase("forward"):
                 numbers + numbers
             with phase("backward"):

@@ -9,8 +9,9 @@ import torch
 
 from harness import runs, timing
 from harness.distributed import World
+from harness.epoch_times import WARMUP_STEPS, summarise, training_seconds
 from harness.loading import EpochBatches
-from harness.timing import WARMUP_STEPS, PhaseTimer, summarise, training_seconds
+from harness.timing import PhaseTimer
 
 CPU = torch.device("cpu")
 

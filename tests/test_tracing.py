@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch.autograd import DeviceType
 
-from harness import timing, tracing
+from harness import epoch_times, timing, tracing
 from harness.endings import UserError
 
 PHASES = {"data load", "data copy", "zero grad", "forward", "backward", "optimizer"}
@@ -35,7 +35,7 @@ def test_a_trace_has_the_phases_of_some_steps_after_warm_up_and_their_operators(
     counts = Counter(event["name"] for event in ranges if event["name"] in PHASES)
     assert counts == dict.fromkeys(PHASES, tracing.STEPS)
     steps = [event["name"] for event in ranges if " - step " in event["name"]]
-    assert steps == [f"epoch 1 - step {timing.WARMUP_STEPS + 1 + number}" for number in range(tracing.STEPS)]
+    assert steps == [f"epoch 1 - step {epoch_times.WARMUP_STEPS + 1 + number}" for number in range(tracing.STEPS)]
     forward = next(event for event in ranges if event["name"] == "forward")
     inside = [event for event in events if event.get("name") == "aten::conv2d"
               and forward["ts"] <= event["ts"] <= forward["ts"] + forward["dur"]]  # fmt: skip

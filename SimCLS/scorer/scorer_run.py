@@ -13,12 +13,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from harness import runs
 from harness.endings import UserError
+from harness.epoch_times import typical_milliseconds
 from harness.files import atomic_write, write_json
 from harness.machine import hardware_name
 from harness.memory import in_mib
 from harness.precision import HALF, explain_half_precision
 from harness.run_log import timing_figures
-from harness.timing import typical_milliseconds
 from scorer.metrics import MOST_UPDATES_A_REPORT, CollapseWatch, mean_rouge
 from scorer.scorer_arguments import CACHE, run_name
 

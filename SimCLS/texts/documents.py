@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from harness.arguments import positive_float
-from harness.distributed import read_job
 from harness.endings import UserError
+from harness.job import read_job
 
 FOLDER = Path(__file__).resolve().parent.parent
 SPLIT_SEED = 42

@@ -13,6 +13,7 @@ import csv
 import importlib.util
 import multiprocessing
 import re
+import subprocess
 import sys
 import sysconfig
 import warnings
@@ -83,10 +84,15 @@ def main():
 
 
 def ensure_sample():
-    """The Path of SimCLS/sample.csv, which is built if it does not exist."""
+    """The Path of SimCLS/sample.csv, which is built if it does not exist. SystemExit if that fails."""
     if not SAMPLE.is_file():
         print(f"building {SAMPLE.name} from the docstrings of the installed packages", file=sys.stderr)
-        build_sample(SAMPLE)
+        # In an interpreter of its own: worker processes import the main script anew, and this one's may import torch.
+        code = subprocess.run([sys.executable, __file__], stdout=subprocess.DEVNULL).returncode
+        if code > 0:
+            sys.exit(code)  # It has said why.
+        if code < 0:
+            raise UserError(f"building {SAMPLE} was ended by signal {-code}; run the same command again")
     return SAMPLE
 
 
