@@ -107,6 +107,22 @@ def run(script, *args, cwd, timeout=PATIENCE, **more):
     return process
 
 
+JOB = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
+
+
+def run_two(script, *args, cwd, code=0, **more):
+    """The two processes of a job, after they have ended: as torchrun starts them, but not in new interpreters."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port = found.getsockname()[1]
+    job = JOB | {"MASTER_PORT": str(port)}
+    ranks = [Script(script, *args, cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank), **job, **more)
+             for rank in range(2)]  # fmt: skip
+    for rank in ranks:
+        assert rank.wait() == code, rank.err
+    return ranks
+
+
 def wait_until(condition, timeout, step=0.005):
     """Whether `condition()` came true within `timeout` seconds."""
     deadline = time.monotonic() + timeout

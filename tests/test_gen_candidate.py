@@ -8,7 +8,6 @@ import random
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import threading
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from types import SimpleNamespace
 import gen_candidate
 import pytest
 import torch
-from conftest import script_command
+from launch import run_two
 from pretrained import tokenizer_text
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
@@ -176,13 +175,12 @@ def test_a_crash_at_any_moment_loses_nothing(tiny, whole, tmp_path, monkeypatch,
     assert contents(tmp_path) == contents(whole)
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_bytes(tiny, whole, tmp_path):
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    command = launch + script_command("SimCLS/gen_candidate.py", *arguments(tiny, tmp_path))[1:]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
-    assert "train batches: 8 of 8" in result.stderr  # Half of them.
-    assert "train: 48 documents, " in result.stdout
+    main, other = run_two("SimCLS/gen_candidate.py", *arguments(tiny, tmp_path), cwd=tmp_path)
+    assert "train batches: 8 of 8" in main.err  # Half of them.
+    assert "train: 48 documents, " in main.out
+    assert other.out == ""
     assert contents(tmp_path) == contents(whole)
 
 

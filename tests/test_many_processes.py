@@ -61,25 +61,11 @@ scorer_run.ScorerRun.add_validation = spy
 """
 
 
-JOB = {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
-
-
-def run_two(script, *args, cwd, code=0, **more):
-    """The two processes of a job, after they have ended."""
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        port = found.getsockname()[1]
-    job = JOB | {"MASTER_PORT": str(port)}
-    ranks = [launch.Script(script, *args, cwd=cwd, RANK=str(rank), LOCAL_RANK=str(rank), **job, **more)
-             for rank in range(2)]  # fmt: skip
-    for rank in ranks:
-        assert rank.wait() == code, rank.err
-    return ranks
-
-
 def test_scorer_gradients_of_two_processes_are_those_of_one(encoders, sample_folder, tmp_path):
     (tmp_path / "check.py").write_text(SCORER_CHECK)
-    run_two(tmp_path / "check.py", launch.ROOT, launch.ROOT / "SimCLS", encoders["t5"], sample_folder, cwd=tmp_path)
+    launch.run_two(
+        tmp_path / "check.py", launch.ROOT, launch.ROOT / "SimCLS", encoders["t5"], sample_folder, cwd=tmp_path
+    )
 
 
 LONG_WORK_ALONE = """
@@ -110,7 +96,7 @@ endings.run(main)
 
 def test_the_others_wait_for_a_process_that_works_alone_longer_than_for_one_that_hangs(tmp_path):
     (tmp_path / "check.py").write_text(LONG_WORK_ALONE)
-    run_two(tmp_path / "check.py", launch.ROOT, cwd=tmp_path)
+    launch.run_two(tmp_path / "check.py", launch.ROOT, cwd=tmp_path)
 
 
 DISAGREE = """
@@ -130,13 +116,13 @@ endings.run(main)
 
 def test_processes_that_disagree_end_each_in_one_line(tmp_path):
     (tmp_path / "check.py").write_text(DISAGREE)
-    for process in run_two(tmp_path / "check.py", launch.ROOT, cwd=tmp_path, code=2):
+    for process in launch.run_two(tmp_path / "check.py", launch.ROOT, cwd=tmp_path, code=2):
         assert process.err == "check.py: the processes of this job do not agree on whether this is the first\n"
 
 
 def test_where_the_main_process_fails_alone_the_others_end_in_one_line(tmp_path):
     (tmp_path / "check.py").write_text(LONG_WORK_ALONE)
-    main, other = run_two(tmp_path / "check.py", launch.ROOT, "fail", cwd=tmp_path, code=2)
+    main, other = launch.run_two(tmp_path / "check.py", launch.ROOT, "fail", cwd=tmp_path, code=2)
     assert main.err == "check.py: the disk is full\n"
     assert other.err == "check.py: another process of this job has ended; its own message says why\n"
 
@@ -150,7 +136,7 @@ def test_scorers_of_two_processes_are_equal_and_validate_each_sample_once(encode
     arguments = ["--dataset", "data", "--model_type", encoders["t5"], "--num_workers", 0, "--num_epoch", 1,
                  "--batch_size", 6, "--lr", 0.002, "--run_name", "two"]  # fmt: skip
     before = KEEP_EVERY_RANK.format(root=str(launch.ROOT))
-    _, other = run_two("SimCLS/main.py", *arguments, cwd=tmp_path, before=before)
+    _, other = launch.run_two("SimCLS/main.py", *arguments, cwd=tmp_path, before=before)
     assert other.out == ""
     one, two = (torch.load(tmp_path / f"rank{rank}.pt") for rank in range(2))
     assert all(torch.equal(one[name], two[name]) for name in one)
@@ -165,12 +151,12 @@ def test_fine_tuning_of_two_processes_leaves_one_set_of_files(encoders, tmp_path
     table = tiny_inputs.make_table(tmp_path / "papers.csv")
     command = ["--pt_model", encoders["t5"], "--data_file", table, "--save_dir", "tuned", "--num_epoch", 1,
                "--max_source_length", 24, "--max_target_length", 8]  # fmt: skip
-    _, other = run_two("SimCLS/finetune_model.py", *command, "--batch_size", 8, cwd=tmp_path)
+    _, other = launch.run_two("SimCLS/finetune_model.py", *command, "--batch_size", 8, cwd=tmp_path)
     assert other.out == ""
     record = json.loads((tmp_path / "tuned/finetune.json").read_text())
     assert record["history"][-1]["step"] == 6  # 48 documents.
     assert not (tmp_path / "tuned/checkpoints").exists()
-    refused = launch.run("SimCLS/finetune_model.py", *command, "--batch_size", 9, cwd=tmp_path, **JOB,
+    refused = launch.run("SimCLS/finetune_model.py", *command, "--batch_size", 9, cwd=tmp_path, **launch.JOB,
                          RANK="0", LOCAL_RANK="0")  # fmt: skip
     assert refused.code == 2
     assert "cannot be split equally over 2 processes" in refused.err
@@ -183,11 +169,11 @@ def test_fine_tuning_of_two_processes_leaves_one_set_of_files(encoders, tmp_path
         {"WORLD_SIZE": ""},
         {"WORLD_SIZE": "2"},
         {"LOCAL_RANK": "0"},
-        {"RANK": "zero", "LOCAL_RANK": "0", **JOB},
-        {"RANK": "2", "LOCAL_RANK": "0", **JOB},
-        {"RANK": "1", "LOCAL_RANK": "-1", **JOB},
-        {"RANK": "0", "LOCAL_RANK": "0", **JOB, "MASTER_ADDR": ""},
-        {"RANK": "0", "LOCAL_RANK": "0", **JOB, "MASTER_PORT": "auto"},
+        {"RANK": "zero", "LOCAL_RANK": "0", **launch.JOB},
+        {"RANK": "2", "LOCAL_RANK": "0", **launch.JOB},
+        {"RANK": "1", "LOCAL_RANK": "-1", **launch.JOB},
+        {"RANK": "0", "LOCAL_RANK": "0", **launch.JOB, "MASTER_ADDR": ""},
+        {"RANK": "0", "LOCAL_RANK": "0", **launch.JOB, "MASTER_PORT": "auto"},
     ],
 )
 def test_what_is_left_over_of_another_job_is_one_line(left_over, monkeypatch):
@@ -204,7 +190,7 @@ def test_what_is_left_over_of_another_job_is_one_line(left_over, monkeypatch):
 
 
 def test_the_variables_of_torchrun_make_a_job(monkeypatch):
-    for name, value in {"RANK": "3", "LOCAL_RANK": "1", **JOB, "WORLD_SIZE": "4"}.items():
+    for name, value in {"RANK": "3", "LOCAL_RANK": "1", **launch.JOB, "WORLD_SIZE": "4"}.items():
         monkeypatch.setenv(name, value)
     assert job.read_job() == (True, 3, 1, 4, 2)
 
@@ -232,7 +218,7 @@ def main():
 
 endings.run(main)
 """
-ALONE_IN_JOB = JOB | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
+ALONE_IN_JOB = launch.JOB | {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "LOCAL_WORLD_SIZE": "1"}
 
 
 def one_line_of_meeting(tmp_path, **job):

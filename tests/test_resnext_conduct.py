@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, script_command
+from launch import run_two
 
 from experiment import ImageRun, Metrics, evaluate, get_args_parser
 from harness.distributed import World
@@ -212,13 +213,12 @@ runpy.run_path(script, run_name="__main__")
 def weights_of_two(script, *args, folder):
     """What each of two processes has trained: their state dicts."""
     (folder / "agree.py").write_text(RANKS_AGREE)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               folder / "agree.py", ROOT, ROOT / script, folder, *args, "--output_dir", folder / "out"]  # fmt: skip
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr
+    more = (ROOT, ROOT / script, folder, *args, "--output_dir", folder / "out")
+    run_two(folder / "agree.py", *more, cwd=folder)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 def test_two_processes_agree_and_count_every_test_picture_once(tiny, pictures, tmp_path):
     ranks = weights_of_two("resnext/resnext.py", *tiny, folder=tmp_path)
     recomputing = weights_of_two("resnext/resnext_checkpoint.py", *tiny, "--policy", "block", folder=tmp_path)
@@ -235,26 +235,24 @@ def test_two_processes_agree_and_count_every_test_picture_once(tiny, pictures, t
     assert json.loads((tmp_path / "out" / f"{NAME}.json").read_text())["epochs"][0]["timing"]["steps"] == 6
 
 
-def test_bad_data_under_torchrun_is_told_once_and_without_a_traceback_of_ours(tiny, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-               ROOT / "resnext/resnext.py", *tiny, "--data_dir", tmp_path / "nowhere",
-               "--output_dir", tmp_path]  # fmt: skip
-    result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1
-    assert result.stderr.count("there is no folder") == 1
-    assert "RuntimeError" not in result.stderr
+@pytest.mark.slow
+def test_bad_data_is_told_by_one_process_of_a_job_and_without_a_traceback(tiny, tmp_path):
+    more = ("--data_dir", tmp_path / "nowhere", "--output_dir", tmp_path)
+    ranks = run_two("resnext/resnext.py", *tiny, *more, cwd=tmp_path, code=2)
+    errors = "".join(rank.err for rank in ranks)
+    assert errors.count("there is no folder") == 1
+    assert "RuntimeError" not in errors
 
 
-def test_a_name_that_is_taken_is_told_once_under_torchrun(tiny, tmp_path):
+@pytest.mark.slow
+def test_a_name_that_is_taken_is_told_once_by_a_job(tiny, tmp_path):
     """Only the main process has the lock, and the others end with it, quietly."""
     with output_lock(tmp_path / f"{NAME}.lock"):
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2",
-                   ROOT / "resnext/resnext.py", *tiny, "--output_dir", tmp_path]  # fmt: skip
-        result = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
-    assert result.returncode == 1
-    assert result.stderr.count("another run is writing") == 1
-    assert "RuntimeError" not in result.stderr
-    assert "resnext.py: another process" not in result.stderr
+        ranks = run_two("resnext/resnext.py", *tiny, "--output_dir", tmp_path, cwd=tmp_path, code=2)
+    errors = "".join(rank.err for rank in ranks)
+    assert errors.count("another run is writing") == 1
+    assert "RuntimeError" not in errors
+    assert "resnext.py: another process" not in errors
 
 
 class Unshared(torch.utils.data.Dataset):
