@@ -246,6 +246,8 @@ choose_encoder() {
 chain() (
     set -e
     trap "exit 143" TERM
+    # Otherwise gen_candidate.py builds it, after an import of torch that both parts would have to compile at once.
+    once SimCLS/sample.csv python3 SimCLS/texts/sample_data.py
     samples ${short_percent}_percent $short_percent ../../../SimCLS/demo
     seed=0
     train $simcls/main.py $learning --run_name short --num_epoch 1 --num_workers 1 $half

@@ -191,7 +191,7 @@ def test_the_two_parts_of_the_short_job_run_side_by_side_and_stop_together(copy_
     calls, python = copy_of_run_sh / "calls.txt", copy_of_run_sh / ".venv" / "bin" / "python3"
     writes = f'#!/bin/sh\necho "$OMP_NUM_THREADS $@" >>{calls}\n'
     # Each part waits for the other's first command.
-    meets = "case $* in *gen_cand*) other=resnext/ ;; *) other=gen_cand ;; esac\n"
+    meets = "case $* in *sample_data*) other=resnext/ ;; *) other=sample_data ;; esac\n"
     meets += f"until grep -q $other {calls}; do sleep 0.1; done\n"
     python.write_text(writes + meets + "case $* in *preprocess*) exit 1 ;; esac\n")
     how = {"cwd": copy_of_run_sh, "env": os.environ | {"OMP_NUM_THREADS": "7"}, "capture_output": True, "text": True}
@@ -202,11 +202,13 @@ def test_the_two_parts_of_the_short_job_run_side_by_side_and_stop_together(copy_
     assert sum("resnext/" in line for line in lines) == 9
     assert "report.py" in lines[-1]
     commands = [line.split()[2] for line in result.stdout.splitlines() if line.startswith("$ python3")]
-    assert [command.split("/")[-1] for command in commands[9:]] == ["gen_candidate.py", "preprocess.py", "report.py"]
+    assert [command.split("/")[-1] for command in commands[9:]] == [
+        "sample_data.py", "gen_candidate.py", "preprocess.py", "report.py"
+    ]  # fmt: skip
     # Interrupted, with the chain in the midst of a command.
     stopped = copy_of_run_sh / "stopped"
     trap = f"trap 'sleep 1; echo >{stopped}; exit 143' TERM"
-    case = f"case $* in *gen_cand*) ;; *) until grep -q gen_cand {calls}; do sleep 0.1; done; exit 130 ;; esac"
+    case = f"case $* in *sample_data*) ;; *) until grep -q sample_data {calls}; do sleep 0.1; done; exit 130 ;; esac"
     python.write_text(f"#!/bin/sh\n{trap}\necho $@ >>{calls}\n{case}\nwhile :; do sleep 0.1; done\n")
     calls.unlink()
     result = subprocess.run(["bash", "run.sh"], **how, timeout=60)
