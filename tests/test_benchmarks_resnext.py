@@ -3,7 +3,6 @@
 import functools
 import json
 import sys
-import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -306,31 +305,21 @@ def test_targets_of_fast_are_of_cases_that_it_records(model, device):
     assert [targets[case][1] for case in cases if case in targets] == expected.get((device, model), [])
 
 
-class SlowNumbers(torch.utils.data.Dataset):
-    """Every sample takes 30 ms to load."""
-
-    def __getitem__(self, position):
-        time.sleep(0.03)
-        return torch.zeros(1), 0
-
-    def __len__(self):
-        return 400
-
-
 def test_a_timed_round_pays_for_its_loading():
-    """What the workers have loaded before the round starts is no help, however long they had."""
-    batches = EpochBatches(400, 1, seed=0)
-    loader = worker_loader(SlowNumbers(), batches, 2, CPU)
-    training = object.__new__(fast.TrainingSteps)
-    training.device, training.loaded_ahead = CPU, fast_steps.loaded_ahead(loader)
-    training.source = fast_steps.endless(loader, batches)
-    training.step = lambda: next(training.source)
+    """What the workers have loaded before the round starts is no help: none of it is trained on in the round."""
+    training, trained_on = object.__new__(fast.TrainingSteps), []
+    training.device, training.loaded_ahead, training.source = CPU, 8, iter(range(100))
+    training.step = lambda: trained_on.append(next(training.source))
     training.run(1)
-    time.sleep(0.6)  # Enough for 8 batches.
-    assert training.loaded_ahead == 8
-    # Two workers take 30 ms for every two batches, 150 ms in all, less what is on its way at the start. If the eight
-    # counted, it would be 30 ms.
-    assert training.run(10) >= 0.075
+    training.run(2)
+    assert trained_on == [8, 17, 18]
+
+
+def test_what_the_workers_load_ahead():
+    batches = EpochBatches(400, 1, seed=0)
+    numbers = torch.utils.data.TensorDataset(torch.zeros(400), torch.zeros(400))
+    assert fast_steps.loaded_ahead(worker_loader(numbers, batches, 2, CPU)) == 8
+    assert fast_steps.loaded_ahead(worker_loader(numbers, batches, 0, CPU)) == 0
 
 
 def test_a_round_shorter_than_what_is_loaded_ahead_is_refused():

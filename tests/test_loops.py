@@ -1,12 +1,13 @@
 """The three training loops of ResNeXt are one: they differ in the lines that are their technique, and in no other."""
 
-import ast
 import difflib
 
 import pytest
-from conftest import ROOT
+
+from reporting import loops
 
 BASELINE = "resnext.py"
+LONGEST = 45  # Lines that are read at one look.
 # What the loop of each script has more than the baseline's, and what it has in place of the baseline's own.
 TECHNIQUE = {
     "resnext_checkpoint.py": (
@@ -58,24 +59,25 @@ TECHNIQUE = {
 }
 
 
-def loop(script):
-    """The lines of a script's `train`, stripped."""
-    source = (ROOT / "resnext" / script).read_text()
-    (train,) = (node for node in ast.parse(source).body if getattr(node, "name", "") == "train")
-    return [line.strip() for line in ast.get_source_segment(source, train).splitlines()]
+def lines_of(script):
+    return [line.strip() for line in loops.loop(script)]
 
 
 @pytest.mark.parametrize("script", [BASELINE, *TECHNIQUE])
 def test_a_loop_is_read_at_one_look_and_in_order(script):
-    lines = loop(script)
-    assert len(lines) <= 45
+    lines = lines_of(script)
+    assert len(lines) <= LONGEST
     phases = [line.split('"')[1] for line in lines if line.startswith("with phase(")]
     assert phases == ["data copy", "zero grad", "forward", "backward", "optimizer"]
 
 
 @pytest.mark.parametrize("script", TECHNIQUE)
 def test_loops_differ_in_their_technique_alone(script):
-    marked = [line for line in difflib.ndiff(loop(BASELINE), loop(script)) if line[0] in "+-"]
+    marked = [line for line in difflib.ndiff(lines_of(BASELINE), lines_of(script)) if line[0] in "+-"]
     more, less = TECHNIQUE[script]
     assert [line[2:] for line in marked if line[0] == "+"] == more
     assert [line[2:] for line in marked if line[0] == "-"] == less
+
+
+def test_the_loop_of_the_scorer_is_read_at_one_look_too():
+    assert len(loops.loop("../SimCLS/main.py")) <= LONGEST

@@ -93,6 +93,11 @@ def test_record(baseline):
     assert {"data load", "data copy", "zero grad", "forward", "backward", "optimizer", "step", "validation"} == set(
         phases
     )
+    # Of the second epoch, since no warm-up is left out of it.
+    batches, updates = 11, len(record["epochs"][1]["losses"])
+    phases = record["epochs"][1]["timing"]["phases"]
+    assert [phases[name]["count"] for name in ("step", "forward", "backward")] == [batches] * 3
+    assert [phases[name]["count"] for name in ("zero grad", "optimizer")] == [updates] * 2
 
 
 @pytest.mark.parametrize("extra", [["--num_workers", 2], ["--use_checkpoint"], ["--memory_budget", 0.75]])

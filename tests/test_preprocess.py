@@ -7,12 +7,12 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import preprocess
 import pytest
 from conftest import ROOT, script_command
+from launch import PATIENCE, wait_until
 from rouge_score.rouge_scorer import RougeScorer
 from utils import map_in_order, read_lines
 
@@ -201,11 +201,8 @@ def start_and_wait_for_samples(command, folder):
     process = subprocess.Popen(
         [*command, "--tgt_dir", folder], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-    deadline = time.monotonic() + 60
-    while not (folder / ".unfinished" / "100.json").exists():
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    begun = wait_until((folder / ".unfinished" / "100.json").exists, PATIENCE)
+    assert begun, process.communicate()
     return process
 
 
@@ -222,10 +219,7 @@ def is_running(pid):
 
 
 def wait_until_gone(pids):
-    deadline = time.monotonic() + 10
-    while any(map(is_running, pids)):
-        assert time.monotonic() < deadline, "a worker outlived its parent"
-        time.sleep(0.05)
+    assert wait_until(lambda: not any(map(is_running, pids)), PATIENCE), "a worker outlived its parent"
 
 
 def test_a_killed_run_leaves_no_sample_and_no_worker_and_its_rerun_ends_the_same(tmp_path, slow_run):
@@ -246,7 +240,7 @@ def test_a_signal_ends_a_run_with_one_line_and_the_old_samples_stay(tmp_path, sl
     shutil.copytree(slow_run[2], tmp_path / "out")
     process = start_and_wait_for_samples(slow_run[0], tmp_path / "out")
     process.send_signal(number)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == code
     assert [line for line in errors.splitlines() if " of " not in line] == [errors.splitlines()[-1]]
     assert contents(tmp_path / "out") == slow_run[1]
@@ -255,7 +249,7 @@ def test_a_signal_ends_a_run_with_one_line_and_the_old_samples_stay(tmp_path, sl
 def test_a_killed_worker_is_one_line_and_exit_code_2(tmp_path, slow_run):
     process = start_and_wait_for_samples(slow_run[0], tmp_path / "out")
     os.kill(children(process)[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=PATIENCE)
     assert process.returncode == 2
     assert "a worker process was killed" in errors.splitlines()[-1]
     assert os.listdir(tmp_path / "out") == []
