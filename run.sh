@@ -135,7 +135,7 @@ side_by_side() {
 
 digits() {
     # The model is too small to share a step between two cores: one thread is faster.
-    local common="--dataset digits --model resnext29_2x4d --batch_size 32 --lr 0.0005 --num_worker 2 --threads 1"
+    local common="--dataset digits --model resnext29_2x4d --batch_size 32 --lr 0.0005 --num_workers 2 --threads 1"
     # Half precision may change the result, which takes some epochs to see.
     local long="$common --num_epoch ${EPOCHS:-4} --output_dir runs/digits/results"
     # The other techniques change times and memory, but no result (tests/test_resnext_scripts.py): one epoch is enough.
@@ -147,7 +147,7 @@ digits() {
         train resnext/resnext_fast.py $long --lr 0.05
         train resnext/resnext.py $in_half --half_precision
         train resnext/resnext.py $short
-        train resnext/resnext.py $short --num_worker 0
+        train resnext/resnext.py $short --num_workers 0
         train resnext/resnext.py $short --loader device
         train resnext/resnext_checkpoint.py $short
         train resnext/resnext_checkpoint.py $short --policy block
@@ -159,7 +159,7 @@ digits() {
 cifar() {
     local model=resnext29_4x64d batch workers
     [ -n "$cuda" ] || model=resnext29_2x4d
-    local common=(--model "${MODEL:-$model}" --num_worker 2)
+    local common=(--model "${MODEL:-$model}" --num_workers 2)
     [ -n "$cuda" ] || common+=(--threads 1)
     [ -z "${PICTURES:-}" ] || common+=(--dataset folder --data_dir "$PICTURES")
     local results=("${common[@]}" --num_epoch "${EPOCHS:-15}" --output_dir runs/cifar10)
@@ -176,7 +176,7 @@ cifar() {
     local times=("${common[@]}" --num_epoch 1 --output_dir runs/cifar10_times)
     for seed in $SEEDS; do
         for workers in 2 0 1 4 8; do
-            train resnext/resnext.py "${times[@]}" --num_worker $workers
+            train resnext/resnext.py "${times[@]}" --num_workers $workers
         done
         train resnext/resnext.py "${times[@]}" --loader device
         [ -n "$cuda" ] || train resnext/resnext.py "${times[@]}" --keep_memory
@@ -193,7 +193,7 @@ resnext() {
     local common="--num_epoch ${EPOCHS:-200} --output_dir runs/cifar10_study"
     for seed in $SEEDS; do
         for workers in 2 0 1 4 8; do
-            train resnext/resnext.py $common --num_worker $workers
+            train resnext/resnext.py $common --num_workers $workers
         done
         train resnext/resnext.py $common --loader device
         train resnext/resnext.py $common --half_precision
@@ -325,7 +325,7 @@ pubmed() (
 profile() {
     local size="--model resnext29_2x4d --batch_size 32" name=resnext_2_worker_32_resnext29_2x4d_digits
     [ -z "$cuda" ] || size= name=resnext_2_worker_128_digits
-    show bash reporting/profile.sh runs/profile/resnext resnext/resnext.py --dataset digits $size --num_worker 2 --output_dir runs/profile
+    show bash reporting/profile.sh runs/profile/resnext resnext/resnext.py --dataset digits $size --num_workers 2 --output_dir runs/profile
     show python3 report.py --phases runs/profile/${name}_"$STEPS"_steps.json
     samples 5_percent 5 ../../../SimCLS/demo
     show bash ../../../reporting/profile.sh ../../profile/simcls $simcls/main.py $learning --run_name profile

@@ -53,7 +53,8 @@ def get_args_parser():
     determinism.add_argument(parser)
     devices.add_arguments(parser)
     tracing.add_argument(parser)
-    add("--num_workers", type=arguments.workers, default=1, help="processes that make batches; 0: the main one")
+    add("--num_workers", "--num_worker", type=arguments.workers, default=1,
+        help="processes that make batches; 0: the main one")  # fmt: skip
     add_half_precision(parser, "autocast, in bfloat16 when no type is named, since T5 overflows in float16",
                        unnamed="bfloat16")  # fmt: skip
 

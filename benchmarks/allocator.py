@@ -28,7 +28,7 @@ from experiment import model_name
 from harness import arguments, endings
 from harness.memory import keep_freed_memory
 
-WAYS = {"original": [*ORIGINAL.split(), "--num_worker", "0"], "resnext_fast.py": ["--channels_last", "True"]}
+WAYS = {"original": [*ORIGINAL.split(), "--num_workers", "0"], "resnext_fast.py": ["--channels_last", "True"]}
 SIDES = ("given back", "kept")
 TARGETS = {"cpu": {"resnext29_2x4d, original": ("at least", 1.2), "resnext29_2x4d, resnext_fast.py": ("at least", 1.1)}}
 

@@ -60,7 +60,7 @@ def get_args_parser():
     integer = arguments.positive_int
     parser.add_argument("--data", default="sample", help="CSV file or data set name")
     parser.add_argument("--documents", type=integer, default=16, help="documents of the test split")
-    parser.add_argument("--model", help="also time this generator, a folder with its tokenizer")
+    parser.add_argument("--generator_name", "--model", dest="model", help="folder of a generator to time as well")
     parser.add_argument("--reference_python", default=sys.executable, help="interpreter that has transformers 4.56.2")
     parser.add_argument("--num_cands", type=integer, default=8, help="candidates per document")
     parser.add_argument("--decoder_max_len", type=integer, default=64, help="maximum tokens of a candidate")

@@ -40,7 +40,7 @@ from harness.endings import UserError
 from images import load_images
 
 ORIGINAL = (
-    "--loader workers --num_worker 2 --half_precision False --channels_last False --grouped_convolution groups "
+    "--loader workers --num_workers 2 --half_precision False --channels_last False --grouped_convolution groups "
     "--compile False --keep_memory False --optimizer adam --lr 0.01 --label_smoothing 0"
 )
 TECHNIQUES = {

@@ -39,7 +39,7 @@ def get_args_parser():
     parser.add_argument("--documents", type=arguments.positive_int, help="check only the first ones")
     parser.add_argument("--timed_titles", type=arguments.positive_int, default=1500, help="documents per round")
     parser.add_argument("--timed_paragraphs", type=arguments.positive_int, default=200, help="documents per round")
-    parser.add_argument("--workers", type=arguments.positive_int, default=2)
+    parser.add_argument("--num_workers", "--workers", type=arguments.positive_int, default=2, help="processes a side")
     parser.add_argument("--reference_python", default=sys.executable, help="interpreter that has compare-mt")
     return parser
 
@@ -47,19 +47,19 @@ def get_args_parser():
 def main():
     args = get_args_parser().parse_args()
     titles, paragraphs = make_pairs(read_documents(find_dataset(args.data))[: args.documents])
-    largest = largest_difference(titles + paragraphs[: args.timed_paragraphs], args.workers)
+    largest = largest_difference(titles + paragraphs[: args.timed_paragraphs], args.num_workers)
     pairs = CANDIDATES * (len(titles) + len(paragraphs[: args.timed_paragraphs]))
     print(f"largest difference from rouge-score over {pairs} pairs: {largest:.1e}", flush=True)
     check(largest <= TOLERANCE, "our scores differ from rouge-score's")
     work = {"titles": titles[: args.timed_titles], "paragraphs": paragraphs[: args.timed_paragraphs]}
     needs = "compare-mt, or at least rouge-score"
-    with Reference(args.reference_python, "rouge_reference.py", args.workers, needs=needs) as reference:
+    with Reference(args.reference_python, "rouge_reference.py", args.num_workers, needs=needs) as reference:
         results = {name: time_both(name, some, reference, args) for name, some in work.items()}
     record = new_record(
         "rouge",
         CPU,
         reference=reference.name,
-        processes=args.workers,
+        processes=args.num_workers,
         candidates=CANDIDATES,
         pairs_checked=pairs,
         largest_difference=largest,
@@ -113,7 +113,7 @@ def time_both(name, pairs, reference, args):
     """Time both sides on the same documents, after checking that they give the same scores."""
 
     def ours():
-        return list(map_in_order(score_document, pairs, args.workers, CHUNK))
+        return list(map_in_order(score_document, pairs, args.num_workers, CHUNK))
 
     theirs = np.array(reference.ask(pairs)["scores"])
     check(np.abs(np.array(ours()) - theirs).max() <= TOLERANCE, f"{name}: the two sides differ")

@@ -126,14 +126,13 @@ def explain(error):
     if no_lock or any(words in text for words in _NO_SHARED_MEMORY):
         return (
             "the worker processes are out of shared memory (/dev/shm; in a container, --shm-size enlarges it) or of "
-            "open files (ulimit -n); use --num_worker 0 (--num_workers 0 for SimCLS, --workers 1 for preprocess.py), "
+            "open files (ulimit -n); use --num_workers 0 (1 for preprocess.py), "
             "which needs neither; --resume continues from the last saved state"
         )
     no_process = isinstance(error, OSError) and error.errno in (errno.EAGAIN, errno.ENOMEM)
     if "can't start new thread" in text or (no_process and _passed_through(error, "multiprocessing")):
         return (
-            "cannot start more processes or threads (ulimit -u, or the limit of a container); use fewer workers: "
-            "--num_worker (--num_workers for SimCLS, --workers for preprocess.py)"
+            "cannot start more processes or threads (ulimit -u, or the limit of a container); use fewer --num_workers"
         )
     if isinstance(error, OSError) and error.errno in _DISK_ERRORS:
         return f"cannot open or write {error.filename or 'the output'}: {error.strerror}; {_DISK_ERRORS[error.errno]}"
@@ -171,8 +170,7 @@ def explain(error):
     if text.startswith(KILLED_WORKER) or broken:
         return (
             "a worker process was killed, perhaps for lack of memory, of /dev/shm, or of open files (ulimit -n); use "
-            "fewer workers (--num_worker, or --num_workers for SimCLS) or 0; --resume continues from the last saved "
-            "state"
+            "fewer --num_workers, or 0; --resume continues from the last saved state"
         )
     return None
 

@@ -47,7 +47,7 @@ TECHNIQUES = {
         "to compare with other planners",
     ),
     ("data-loader", "0 workers"): (
-        "Loading without worker processes: `--num_worker 0`",
+        "Loading without worker processes: `--num_workers 0`",
         "to debug; otherwise use workers",
     ),
     ("data-loader", "device"): (
