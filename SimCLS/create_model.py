@@ -16,19 +16,12 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import torch
 import transformers
 from pretrained import refuse_to_replace
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from harness import arguments, endings, torchvision_compat  # noqa: F401
 from harness.endings import UserError
 from harness.files import publish, staging
 from texts.documents import add_dataset_arguments, find_dataset, read_documents, split_documents
-
-SPECIAL_TOKENS = {
-    "t5": {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"},
-    "bert": {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]",
-             "mask_token": "[MASK]"},
-}  # fmt: skip
-TEMPLATES = {"t5": "$A </s>", "bert": "[CLS] $A [SEP]"}
+from texts.new_tokenizer import train_tokenizer
 
 
 def get_args_parser():
@@ -71,31 +64,6 @@ def main():
         tokenizer.save_pretrained(stage)
         publish(stage, args.save_dir)
     print(f"{args.save_dir}: {args.arch}, {model.num_parameters():,} parameters, {len(tokenizer)} tokens")
-
-
-def train_tokenizer(documents, arch, vocab_size):
-    """A byte-level BPE tokenizer for lower-cased text, trained on a list of Document.
-
-    ROUGE ignores case, and a small model learns faster if `Return` and `return` are one token.
-    """
-    special = SPECIAL_TOKENS[arch]
-    tokenizer = Tokenizer(models.BPE(unk_token=special["unk_token"]))
-    tokenizer.normalizer = normalizers.Sequence([normalizers.NFKC(), normalizers.Lowercase()])
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
-    tokenizer.decoder = decoders.Sequence([decoders.ByteLevel(), decoders.Strip(" ", 1, 0)])
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=list(special.values()),
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    tokenizer.train_from_iterator((text for document in documents for text in document), trainer)
-    used = [token for token in TEMPLATES[arch].split() if token != "$A"]
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single=TEMPLATES[arch], special_tokens=[(token, tokenizer.token_to_id(token)) for token in used]
-    )
-    options = {"clean_up_tokenization_spaces": False, **special}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **options)
 
 
 def create_t5(args, tokenizer):

@@ -20,8 +20,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # Where python3 -P doe
 from common import CPU, Reference, check, finish, get_parser, interleaved, new_record, ratio_summary
 
 import torch
-from fast import ORIGINAL
-from fast_steps import TrainingSteps, random_pictures
+from fast_steps import ORIGINAL, TrainingSteps, random_pictures
 from resnext_fast import get_fast_args_parser
 
 from experiment import model_name

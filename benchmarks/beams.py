@@ -27,7 +27,7 @@ from harness import torchvision_compat  # noqa: F401  # isort: skip (before tran
 import numpy as np
 import torch
 import transformers
-from candidates import END, make_cases, run_ours, shared, strip
+from candidate_sides import END, make_cases, run_ours, shared, strip
 
 from harness import arguments, endings
 from harness.machine import multiplies_bfloat16

@@ -28,7 +28,7 @@ from harness import torchvision_compat  # noqa: F401  # isort: skip (before tran
 
 import numpy as np
 import torch
-from candidates import NEEDS, run_reference
+from candidate_sides import NEEDS, run_reference
 from candidates_reference import DIVERSITY_PENALTY
 from model import load_scorer
 from rouge_score.rouge_scorer import RougeScorer

@@ -30,7 +30,7 @@ from common import DEVICE, ON_CUDA, ROOT, finish, get_parser, interleaved_rounds
 
 import torch
 from exactness import Exact
-from fast_steps import LongEpochs, TrainingSteps, fastest_layout
+from fast_steps import ORIGINAL, LongEpochs, TrainingSteps, fastest_layout
 from hardware_limits import distance, forward_work
 from resnext_fast import get_fast_args_parser
 
@@ -39,10 +39,6 @@ from harness import arguments, endings
 from harness.endings import UserError
 from images import load_images
 
-ORIGINAL = (
-    "--loader workers --num_workers 2 --half_precision False --channels_last False --grouped_convolution groups "
-    "--compile False --keep_memory False --optimizer adam --lr 0.01 --label_smoothing 0"
-)
 TECHNIQUES = {
     "loading on the device": "--loader device",
     "channels last": "--channels_last True",

@@ -21,6 +21,11 @@ from images import ImageData
 from layouts import Layout, fastest, open_layouts
 from models.resnext import ResNeXt, parse_name
 
+# resnext_fast.py as resnext.py trains.
+ORIGINAL = (
+    "--loader workers --num_workers 2 --half_precision False --channels_last False --grouped_convolution groups "
+    "--compile False --keep_memory False --optimizer adam --lr 0.01 --label_smoothing 0"
+)
 WARM_UP = 2  # Steps after the one that is checked.
 
 

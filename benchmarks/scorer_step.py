@@ -28,7 +28,6 @@ from common import DEVICE, ON_CUDA, check, finish, get_parser, interleaved_round
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
 import torch
-from create_model import train_tokenizer
 from data_utils import LengthBatches, TextEncoding, load_samples
 from model import MARGIN, MAX_LEN, TOTAL_LEN, Scorer, load_encoder, load_scorer, ranking_loss
 from torch.utils.data import DataLoader, Dataset
@@ -40,6 +39,7 @@ from harness.loading import worker_loader
 from harness.machine import multiplies_bfloat16
 from scorer import short_attention
 from texts.documents import find_dataset, read_documents
+from texts.new_tokenizer import train_tokenizer
 
 CANDIDATES = 16
 BATCH, ACCUMULATE = 8, 2  # main.py's defaults: 16 documents an update.

@@ -10,7 +10,7 @@ from conftest import ROOT
 
 sys.path.append(str(ROOT / "benchmarks"))
 
-import candidates
+import candidate_sides
 
 from search.generator import load_generator
 
@@ -20,14 +20,14 @@ def test_what_the_reference_answers_is_in_the_order_of_the_documents_without_the
     reference = SimpleNamespace(ask=lambda request: {
         "seconds": 0.5, "tokens": [tokens[ids[0]] for batch in request["batches"] for ids in batch],
     })  # fmt: skip
-    seconds, found = candidates.run_reference(reference, [[7], [8]], [[1], [0]], {}, pad=1)
+    seconds, found = candidate_sides.run_reference(reference, [[7], [8]], [[1], [0]], {}, pad=1)
     assert (seconds, found) == (0.5, [[[2, 0, 5]], [[2, 6]]])
 
 
 def test_the_share_of_candidates_that_another_precision_finds_counts_each_document_alike():
     ours = [[[1], [2], [3], [3]], [[7, 8], [9]]]
-    assert candidates.shared(ours, ours) == 1
-    assert candidates.shared([[[3], [1], [4], [5]], [[8, 7], [9]]], ours) == (2 / 3 + 1 / 2) / 2
+    assert candidate_sides.shared(ours, ours) == 1
+    assert candidate_sides.shared([[[3], [1], [4], [5]], [[8, 7], [9]]], ours) == (2 / 3 + 1 / 2) / 2
 
 
 def test_evaluation_agrees_with_the_originals_restated(run_script, encoders, tmp_path):

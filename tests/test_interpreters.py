@@ -1,9 +1,11 @@
 """How scripts start: without docstrings and asserts (python3 -OO), where Python leaves their folder off sys.path, and
 without the seconds of importing torch if they do not need it."""
 
+import ast
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -48,3 +50,18 @@ def test_help_of_every_script_without_docstrings_and_without_its_folder_on_the_p
 def test_what_computes_no_tensors_starts_without_torch(script):
     code = "import runpy, sys; runpy.run_path(sys.argv[1]); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code, ROOT / script], check=True)
+
+
+# Modules of a room that can also be run, and what benchmarks measure.
+IMPORTED = {"sample_data", "minilm", "resnext_fast"}
+
+
+def test_no_script_imports_another():
+    files = [path for folder in ("resnext", "SimCLS", "benchmarks") for path in (ROOT / folder).rglob("*.py")]
+    names = {Path(script).stem for script in scripts()} - IMPORTED
+    assert {"main", "fast", "evaluate_model"} <= names
+    for path in files:
+        nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+        found = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
+        found |= {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
+        assert not found & names, path
