@@ -135,7 +135,6 @@ def page_parts(runs, evaluations, measured):
     """Name -> Markdown: the generated parts of the pages besides the tables of `sections`."""
     parts = {f"headline-{page}": headline.render(runs, page) for page in headline.PAGES}
     parts |= {"bullets": sentences.bullets(runs, evaluations), "faults": sentences.faults(measured)}
-    parts |= {"loop": loops.whole("resnext.py")}
     return parts | {f"loop-{name}": loops.difference(f"resnext_{name}.py") for name in ("checkpoint", "fast")}
 
 

@@ -230,7 +230,7 @@ samples() {
 # What the scorer starts from, and how it learns: a pretrained encoder, or else the generator's encoder.
 choose_encoder() {
     learning="--dataset samples --batch_size 4 --accumulate_step 1 --total_len 96 --max_len 32 $cuda"
-    if [ -n "${DRY:-}" ] || python3 $simcls/scorer/minilm.py; then
+    if [ -n "${DRY:-}" ] || python3 $simcls/pretrained/minilm.py; then
         # With the lowest four of its six layers frozen, a step takes half the time; docs/log.md shows what it then
         # chooses.
         learning+=" --model_type minilm --lr 1e-4 --frozen_layers 4"

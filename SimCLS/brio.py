@@ -22,19 +22,19 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import torch
 from data_utils import training_batches
 from model import ranking_loss
-from pretrained import check_apart, check_lengths
 
 from harness import arguments, determinism, devices, distributed, endings, resume, tracing
 from harness.endings import UserError
 from harness.memory import SavedBytes
 from harness.precision import add_half_precision, choose_precision
 from harness.timing import PhaseTimer
+from pretrained.model_folders import check_apart, check_lengths
 from scorer.optimization import Schedule, clip_gradients, seed_step
 from search.generator import check_generation, is_of, load_generator, own_length, own_source_length
-from search.ranked_generator import BrioRun, Means, RankedGenerator, RankedSamples, validate
 from texts import provenance
+from texts.rouge_scores import add_rouge_argument
 from texts.samples import check_training, read_sample, sample_files
-from texts.scoring import add_rouge_argument
+from training.ranked_generator import BrioRun, Means, RankedGenerator, RankedSamples, validate
 
 
 def get_args_parser():

@@ -15,11 +15,11 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import torch
 import transformers
-from pretrained import refuse_to_replace
 
 from harness import arguments, endings, torchvision_compat  # noqa: F401
 from harness.endings import UserError
 from harness.files import publish, staging
+from pretrained.model_folders import refuse_to_replace
 from texts.documents import add_dataset_arguments, find_dataset, read_documents, split_documents
 from texts.new_tokenizer import train_tokenizer
 

@@ -14,15 +14,15 @@ from typing import NamedTuple
 import numpy as np
 import safetensors.numpy
 import torch
-from pretrained import tokenizer_settings, tokenizer_text
 from tqdm import tqdm
 
 from harness.endings import UserError
 from harness.files import atomic_write
 from harness.loading import EpochBatches, worker_loader
 from harness.machine import multiplies_bfloat16
+from pretrained.model_folders import tokenizer_settings, tokenizer_text
+from texts.rouge_scores import agreement, check_references, score
 from texts.samples import read_sample, sample_files
-from texts.scoring import agreement, check_references, score
 
 FORMAT = 4
 ROUGE = ("rouge1", "rouge2", "rougeL")  # The published names; there, too, rougeL means rougeLsum.
@@ -141,7 +141,8 @@ class SampleSet(torch.utils.data.Dataset):
         none.
 
         name: "score", from the sample file; "rouge", the F-measures of ROUGE-1, -2 and -Lsum, or "agreement", as from
-        `texts.scoring.agreement` (a training split has neither); "likelihood", log-probability and number of tokens.
+        `texts.rouge_scores.agreement` (a training split has neither); "likelihood", log-probability and number of
+        tokens.
         """
         if name not in self._arrays:
             return None

@@ -63,8 +63,8 @@ from search.generator import (
 )
 from texts import provenance
 from texts.documents import add_dataset_arguments, clean, read_splits
+from texts.rouge_scores import add_rouge_argument, check_references, mean_score, score, signature
 from texts.samples import as_document, as_sample, provenance_of, read_sample, sample_files
-from texts.scoring import add_rouge_argument, check_references, mean_score, score, signature
 from texts.sentences import SentenceSplitter
 
 SHOWN = 3

@@ -29,14 +29,6 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 import torch
 import transformers
-from pretrained import (
-    GENERATOR_LOCK,
-    check_apart,
-    check_lengths,
-    files_of_model,
-    half_precision_dtype,
-    refuse_to_replace,
-)
 
 from harness import arguments, determinism, devices, endings, resume, runs, torchvision_compat, tracing  # noqa: F401
 from harness.distributed import World
@@ -46,12 +38,20 @@ from harness.job import read_job
 from harness.machine import describe_machine
 from harness.precision import add_half_precision, choose_precision
 from harness.resume import changes, check_arguments, stop_requests
+from pretrained.model_folders import (
+    GENERATOR_LOCK,
+    check_apart,
+    check_lengths,
+    files_of_model,
+    half_precision_dtype,
+    refuse_to_replace,
+)
 from search.generator import check_generation, check_least, load_generator
-from search.generator_trainer import NvtxPhases, PlainProgress, Rouge, StopAndSave, SummaryDataset, Trainer
 from texts import provenance
 from texts.documents import add_dataset_arguments, read_splits
-from texts.scoring import add_rouge_argument, check_references
+from texts.rouge_scores import add_rouge_argument, check_references
 from texts.sentences import SentenceSplitter
+from training.generator_trainer import NvtxPhases, PlainProgress, Rouge, StopAndSave, SummaryDataset, Trainer
 
 NOT_RESULTS = (*runs.NOT_RESULTS, "save_dir")
 STATE_FILES = ("model*", "optimizer.pt", "scheduler.pt", "rng_state*")  # The Trainer's, besides trainer_state.json.

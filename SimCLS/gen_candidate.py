@@ -25,12 +25,12 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 
 from harness import arguments, devices, endings, torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
-from pretrained import tokenizer_settings, tokenizer_text
 from utils import progress
 
 from harness.distributed import world as join_world
 from harness.files import output_lock
 from harness.precision import add_half_precision, choose_precision
+from pretrained.model_folders import tokenizer_settings, tokenizer_text
 from search.generator import (
     add_search_arguments,
     candidate_generator,

@@ -17,7 +17,6 @@ sys.path[:0] = [str(folder) for folder in Path(__file__).resolve().parents[:2]]
 import torch
 from data_utils import load_samples, training_batches
 from model import load_scorer, read_description
-from pretrained import half_precision_name
 
 from harness import determinism, devices, distributed, endings
 from harness.arguments import given
@@ -26,6 +25,7 @@ from harness.job import read_job
 from harness.memory import SavedBytes
 from harness.precision import choose_precision
 from harness.timing import PhaseTimer
+from pretrained.model_folders import half_precision_name
 from scorer import short_attention
 from scorer.combination import fit_best
 from scorer.layer_plan import plan_memory

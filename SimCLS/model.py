@@ -22,10 +22,11 @@ from harness.resume import read_tensors
 from harness.shapes import NUMBER, TEXT, WHOLE, each, fault, maybe
 
 # isort: split
-from pretrained import DROPOUT_KEYS, check_length, computation, load, most_tokens
 from transformers import AutoModelForTextEncoding
 
-from scorer import minilm, short_attention
+from pretrained import minilm
+from pretrained.model_folders import DROPOUT_KEYS, check_length, computation, load, most_tokens
+from scorer import short_attention
 from scorer.converted_weights import convert_once
 from texts import provenance
 

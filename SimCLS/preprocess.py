@@ -37,8 +37,8 @@ from harness.endings import UserError
 from harness.files import staging
 from texts import provenance
 from texts.candidate_files import check_counts, edited_files, likelihood_file, read_likelihoods, read_split, text_files
+from texts.rouge_scores import add_rouge_argument, check_references
 from texts.samples import FILE_NAME, score_sample
-from texts.scoring import add_rouge_argument, check_references
 from texts.sentences import SentenceSplitter
 
 # Documents per task of a worker process: about 50 ms of work.

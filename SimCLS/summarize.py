@@ -35,8 +35,8 @@ from scorer.combination import combine, fitted_to
 from search.generator import add_search_arguments, candidate_generator, check_search
 from texts import provenance
 from texts.documents import clean, read_columns
+from texts.rouge_scores import add_rouge_argument, agreement
 from texts.samples import split_lower
-from texts.scoring import add_rouge_argument, agreement
 from texts.sentences import SentenceSplitter, ptb_tokenize
 
 DOCUMENT_COLUMN = "abstract"

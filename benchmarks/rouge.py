@@ -24,7 +24,7 @@ from utils import map_in_order, progress
 
 from harness import arguments, endings
 from texts.documents import find_dataset, read_documents
-from texts.scoring import METRICS, score
+from texts.rouge_scores import METRICS, score
 from texts.sentences import SentenceSplitter
 
 CANDIDATES = 16

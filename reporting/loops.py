@@ -14,11 +14,6 @@ def loop(script):
     return text.splitlines()[train.lineno - 1 : train.end_lineno]
 
 
-def whole(script):
-    """train() of a script, as Markdown."""
-    return "\n".join(["```python", *loop(script), "```"])
-
-
 def difference(script, base="resnext.py"):
     """How train() of `script` differs from that of `base`: a diff in Markdown, with one line of context."""
     lines = difflib.unified_diff(loop(base), loop(script), base, script, lineterm="", n=1)

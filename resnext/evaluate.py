@@ -95,9 +95,9 @@ def main():
         classify(args.pictures, model, known, precision, layout)
     if on_test_pictures:
         data.statistics = known.mean, known.std
-        judged = what_is_judged(args, data, known)
+        evaluated = what_is_evaluated(args, data, known)
         batches = evaluation_batches(data, args.batch_size or settings.get("batch_size", 128), device)
-        print_and_write(args, record, data, judged, predict(model, batches, precision, layout))
+        print_and_write(args, record, data, evaluated, predict(model, batches, precision, layout))
 
 
 # ----------------------------------------------------------------------------------- what the weights alone do not say
@@ -201,10 +201,10 @@ def predict(model, batches, precision, layout):
     return Predictions(*map(np.concatenate, zip(*parts, strict=True)))
 
 
-def what_is_judged(args, data, known):
+def what_is_evaluated(args, data, known):
     """What an evaluation evaluates, as its JSON says; UserError if it would replace an evaluation of something else."""
-    judged = {"digest": data.digest, "mean": known.mean.tolist(), "std": known.std.tolist()}
-    judged["weights"] = weights_digest(args.run)
+    evaluated = {"digest": data.digest, "mean": known.mean.tolist(), "std": known.std.tolist()}
+    evaluated["weights"] = weights_digest(args.run)
     path = args.output_dir / f"{args.run.stem}.evaluation.json"
     try:
         there = json.loads(path.read_bytes())["data"]
@@ -214,24 +214,24 @@ def what_is_judged(args, data, known):
                 raise UserError(
                     f"{drawn} already exists, without its {path.name}; move it away, or choose another --output_dir"
                 ) from None
-        return judged
+        return evaluated
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         there = None
-    if there != judged:
+    if there != evaluated:
         raise UserError(
             f"{path} already exists and is not of these weights and images with this --mean and --std; move it away, "
             "or choose another --output_dir"
         )
-    return judged
+    return evaluated
 
 
-def print_and_write(args, record, data, judged, predictions):
+def print_and_write(args, record, data, evaluated, predictions):
     """Print what the predictions for the test images of `data` show, and write it as figures and JSON."""
     matrix = predictions.confusion(len(data.classes))
     mistakes = predictions.surest_mistakes()
     files = data.test_files or [f"test image {number}" for number in range(len(data.test_labels))]
     accuracy = f"test accuracy {predictions.accuracy():.2f} % of {len(files)} images"
-    print(f"{accuracy}{beside_record(record, judged, predictions)}\n")
+    print(f"{accuracy}{beside_record(record, evaluated, predictions)}\n")
     names = [printable(name) for name in data.classes]
     print(*class_lines(matrix, names), sep="\n")
     if len(names) <= WIDEST_TABLE:
@@ -252,7 +252,7 @@ def print_and_write(args, record, data, judged, predictions):
     by_class = {name: 100 * matrix[label, label] / matrix[label].sum() for label, name in enumerate(data.classes)}
     results = {
         "weights": args.run.name,
-        "data": judged,
+        "data": evaluated,
         **({"warning": FOREIGN} if record.get("is_foreign") else {}),
         "test_acc": predictions.accuracy(),
         "test_acc_by_class": by_class,
@@ -271,10 +271,10 @@ def print_and_write(args, record, data, judged, predictions):
     print(f"\nwritten: {args.output_dir / args.run.stem}.{{evaluation.json,{'.png,'.join(figures)}.png}}")
 
 
-def beside_record(record, judged, predictions):
+def beside_record(record, evaluated, predictions):
     """What the run's record says of the same accuracy, as text to append; "" if the record is of something else."""
     facts = record.get("data", {})
-    if any(facts.get(name, value) != value for name, value in judged.items()):
+    if any(facts.get(name, value) != value for name, value in evaluated.items()):
         return ""
     recorded = [epoch["test_acc"] for epoch in record.get("epochs", []) if "test_acc" in epoch]
     if not recorded:

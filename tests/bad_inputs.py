@@ -17,7 +17,7 @@ GOOD = {
     "SimCLS/preprocess.py": "--src_dir {good}/candidates --tgt_dir samples --split train --cand_num 3 --workers 1",
     "SimCLS/main.py": "--dataset {good}/samples --model_type {good}/t5 --num_workers 0 --num_epoch 1 --batch_size 4",
     "SimCLS/brio.py": "--generator_name {good}/t5 --dataset {good}/samples --save_dir brio --num_workers 0",
-    "SimCLS/scorer/minilm.py": "",
+    "SimCLS/pretrained/minilm.py": "",
     "SimCLS/create_model.py": "--data_file {good}/papers.csv --save_dir made --vocab_size 320 --d_model 32",
     "SimCLS/evaluate_model.py": "",
     "SimCLS/summarize.py": "--generator_name {good}/t5 --num_cands 2 --decoder_max_len 4",
@@ -163,7 +163,7 @@ TABLE = {
         ("--generator_name {bad}/models/renamed", "of the model's weights are missing from its files"),
         ("--max_target_length 1", "--max_target_length 1 leaves no room for a text"),
     ],
-    "SimCLS/scorer/minilm.py": [],
+    "SimCLS/pretrained/minilm.py": [],
     "SimCLS/gen_candidate.py": [
         ("--device cuda:1", "--device cuda:1: PyTorch finds no CUDA GPU on this machine"),
         ("--generator_name no/such/folder", "'no/such/folder': cannot load a sequence-to-sequence model"),

@@ -9,16 +9,16 @@ import pytest
 import tiny_seq2seq
 import torch
 from data_utils import ROUGE
-from pretrained import GENERATOR_LOCK
 
 from harness.distributed import World
 from harness.endings import UserError
 from harness.files import output_lock
-from search import ranked_generator
+from pretrained.model_folders import GENERATOR_LOCK
 from search.generator import fingerprint, is_of, load_generator, own_length, own_source_length
-from search.ranked_generator import BrioRun, Means, RankedGenerator, RankedSamples
 from texts import provenance
 from texts.samples import read_sample, sample_files
+from training import ranked_generator
+from training.ranked_generator import BrioRun, Means, RankedGenerator, RankedSamples
 
 pytestmark = pytest.mark.slow
 

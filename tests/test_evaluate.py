@@ -30,8 +30,8 @@ from scorer.scorer_arguments import get_args_parser
 from scorer.significance import bootstrap_interval, permutation_test, summarise
 from search.generator import search_settings
 from texts import provenance
+from texts.rouge_scores import agreement, score
 from texts.samples import as_sample, read_sample, sample_files
-from texts.scoring import agreement, score
 from texts.sentences import SentenceSplitter
 
 pytestmark = pytest.mark.slow

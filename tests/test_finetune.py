@@ -108,10 +108,10 @@ def test_lead_and_dropout_are_as_asked(workplace):
 
 
 def test_validation_is_scored_as_the_samples_are(workplace):
-    from search.generator_trainer import Rouge
     from texts.candidate_files import Lines
     from texts.samples import score_sample
     from texts.sentences import SentenceSplitter, ptb_tokenize
+    from training.generator_trainer import Rouge
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(workplace / "t5")
     split = SentenceSplitter(["One is here. Two are there."]).split
@@ -146,7 +146,7 @@ def test_training_that_diverges_is_one_line_and_keeps_its_state(workplace):
 
 
 def test_order_of_an_epoch_follows_from_its_number_alone():
-    from search.generator_trainer import EpochSampler
+    from training.generator_trainer import EpochSampler
 
     orders = []
     for seed, epoch in ((7, 0), (7, 1), (7, 1), (8, 0)):
@@ -160,7 +160,7 @@ def test_order_of_an_epoch_follows_from_its_number_alone():
 
 
 def test_phases_of_the_trainer_are_nvtx_ranges_as_the_other_scripts_have_them(monkeypatch):
-    from search import generator_trainer
+    from training import generator_trainer
 
     opened, depth = [], 0
 
@@ -226,7 +226,7 @@ def test_the_trainer_sees_one_gpu(visible, device, left, monkeypatch):
 
 
 def test_of_two_epochs_with_the_same_rouge_the_lower_loss_is_the_better():
-    from search.generator_trainer import Trainer
+    from training.generator_trainer import Trainer
 
     trainer = object.__new__(Trainer)
     trainer.args = SimpleNamespace(metric_for_best_model="rouge", greater_is_better=True, save_strategy="epoch")

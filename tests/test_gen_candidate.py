@@ -16,13 +16,13 @@ import gen_candidate
 import pytest
 import torch
 from launch import run_two
-from pretrained import tokenizer_text
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 from utils import read_lines
 
 from harness.endings import UserError
 from harness.precision import Precision
+from pretrained.model_folders import tokenizer_text
 from search.generator import CandidateGenerator, generator_dtype, length_batches, load_generator
 from texts import candidate_files, provenance
 from texts.documents import read_documents, split_documents

@@ -9,11 +9,11 @@ import gen_candidate
 import pytest
 import tiny_inputs
 from data_utils import TextEncoding
-from pretrained import computation, tokenizer_settings, tokenizer_text
 from transformers import BertConfig, T5Config
 from transformers.models.bert.tokenization_bert_legacy import BertTokenizerLegacy
 
 from harness.endings import UserError
+from pretrained.model_folders import computation, tokenizer_settings, tokenizer_text
 from search.generator import is_of, load_generator
 from search.identity import config_digest, fingerprint
 from texts import provenance

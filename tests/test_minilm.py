@@ -7,7 +7,7 @@ import tiny_inputs
 from model import load_scorer
 
 from harness.endings import UserError
-from scorer import minilm
+from pretrained import minilm
 
 
 @pytest.fixture

@@ -16,12 +16,12 @@ import transformers
 from data_utils import TextEncoding
 from main import load_model
 from model import load_encoder, load_scorer
-from pretrained import check_apart, most_tokens, refuse_to_replace
 from tokenizers.processors import TemplateProcessing
 from transformers import BertConfig, EncoderDecoderConfig, EncoderDecoderModel, GenerationConfig
 
 from harness.distributed import World
 from harness.endings import UserError
+from pretrained.model_folders import check_apart, most_tokens, refuse_to_replace
 from scorer.scorer_arguments import get_args_parser
 from search.generator import CandidateGenerator, check_generation, load_generator, own_length, search_settings
 from search.token_rules import check_end, check_settings, check_start, check_target_vocabulary

@@ -1,4 +1,4 @@
-"""texts/scoring.py against its oracle, the `rouge-score` package; and the benchmark that times it."""
+"""texts/rouge_scores.py against its oracle, the `rouge-score` package; and the benchmark that times it."""
 
 import csv
 import json
@@ -15,7 +15,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from harness.endings import UserError
 from texts.documents import read_documents
-from texts.scoring import METRICS, check_references, mean_score, score
+from texts.rouge_scores import METRICS, check_references, mean_score, score
 from texts.sentences import SentenceSplitter
 
 pytestmark = pytest.mark.slow
@@ -105,10 +105,10 @@ def test_where_no_wheel_exists_the_figures_are_the_same():
     code = """
 import sys
 sys.modules["rouge_score_rs"] = None
-from texts import scoring
-assert scoring.RougeScorer.__module__.startswith("rouge_score.")
-print(scoring.score(["The cats sat.", "It slept"], [["a cat sits", "it slept"], ["it"]]).tolist())
-scoring.score(["a"], [], "characters")
+from texts import rouge_scores
+assert rouge_scores.RougeScorer.__module__.startswith("rouge_score.")
+print(rouge_scores.score(["The cats sat.", "It slept"], [["a cat sits", "it slept"], ["it"]]).tolist())
+rouge_scores.score(["a"], [], "characters")
 """
     result = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=os.environ | {"PYTHONPATH": PATHS}

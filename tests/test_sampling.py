@@ -1,11 +1,11 @@
 """Nucleus sampling: what is drawn, how often, and that a document's draws are its own."""
 
-import pretrained
 import pytest
 import tiny_seq2seq
 import torch
 
 from harness.endings import UserError
+from pretrained import model_folders
 from search import generator
 from search.sampling import NucleusSampling
 
@@ -101,7 +101,7 @@ class Tokens(list):
 
 def test_dropout_is_all_of_the_generator_s(tmp_path, monkeypatch):
     tiny_seq2seq.build("bart").save_pretrained(tmp_path)
-    monkeypatch.setattr(pretrained, "load_tokenizer", lambda *_, **__: Tokens())
+    monkeypatch.setattr(model_folders, "load_tokenizer", lambda *_, **__: Tokens())
     for check in ("check_start", "check_end", "check_target_vocabulary"):
         monkeypatch.setattr(generator, check, lambda *_: None)
     config = generator.load_generator(str(tmp_path), dropout=0.25)[0].config

@@ -8,10 +8,10 @@ import pytest
 import torch
 from data_utils import SampleSet, TextEncoding, tokenize_samples
 from model import load_encoder, load_scorer, ranking_loss, score_samples
-from pretrained import half_precision_name
 
 from harness.distributed import World
 from harness.precision import choose_precision
+from pretrained.model_folders import half_precision_name
 from scorer import converted_weights, metrics, short_attention
 from scorer.metrics import CollapseWatch, Metrics, validate
 from scorer.optimization import Schedule, seed_step

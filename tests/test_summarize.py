@@ -14,7 +14,7 @@ from model import load_scorer, save_scorer
 
 from harness.endings import UserError
 from search.generator import CandidateGenerator, load_generator, search_settings
-from texts.scoring import agreement
+from texts.rouge_scores import agreement
 
 pytestmark = pytest.mark.slow
 

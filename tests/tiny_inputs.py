@@ -93,7 +93,7 @@ def make_tokenizer(kind):
 def make_samples(folder):
     """A folder of samples as preprocess.py writes them, train (44), val (12) and test (12), six candidates each: words
     of the reference with more and more others, in no order."""
-    from texts.scoring import mean_score, score
+    from texts.rouge_scores import mean_score, score
 
     draws = np.random.default_rng(0)
     for split, count in (("train", 44), ("val", 12), ("test", 12)):

@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from data_utils import SampleSet, TextEncoding, tokenize_samples
 from model import check_scores, load_scorer, score_samples
-from pretrained import half_precision_name
 
 from harness.arguments import positive_int
 from harness.endings import UserError
 from harness.precision import Precision, choose_precision
+from pretrained.model_folders import half_precision_name
 from scorer.combination import combine, per_token
-from texts.scoring import agreement
+from texts.rouge_scores import agreement
 
 
 class Judge(NamedTuple):
@@ -68,7 +68,7 @@ def score_candidates(scorer, encoding, samples, batch_size, device, precision):
 
 
 def with_agreement(samples, rouge_tokens="standard"):
-    """The `samples`, dicts as from `read_sample`, with the "agreement" of their candidates (see texts.scoring)."""
+    """The `samples`, dicts as from `read_sample`, with the "agreement" of their candidates (see texts.rouge_scores)."""
     return [
         sample | {"agreement": agreement([text for text, _ in sample["candidates"]], rouge_tokens)}
         for sample in samples

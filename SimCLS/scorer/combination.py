@@ -1,5 +1,5 @@
 """The score by which a candidate is chosen: the scorer's score plus weighted terms for the generator's likelihood and
-the agreement with the other candidates (texts.scoring). The weights are fitted on the validation split.
+the agreement with the other candidates (texts.rouge_scores). The weights are fitted on the validation split.
 
 A candidate's log-probability is divided by a power of its number of tokens: 1 gives the mean per token, 0 the sum.
 """
@@ -12,7 +12,7 @@ from harness.devices import widest_float
 from harness.endings import UserError
 from harness.files import write_json
 from texts import provenance
-from texts.scoring import mean_score
+from texts.rouge_scores import mean_score
 
 TERMS = ("likelihood", "agreement")  # In addition to the score.
 POWERS = (1.0, 0.5, 0.0)
@@ -45,23 +45,23 @@ def per_token(likelihood, power):
 def fit(scorer, samples, args, precision, world):
     """The weights of `regress` for the scores of `scorer` on the SampleSet `samples`, which has ROUGE. Each process
     scores its share."""
-    judged = []
+    scored = []
     numbers = np.argsort(samples.document_lengths, kind="stable")[world.rank :: world.size]
     for part, _, scores, _ in score_samples(scorer, samples, numbers, 2 * args.batch_size, world.device, precision):
         for number, own in zip(part, scores.cpu().double().numpy(), strict=True):
             likelihood, agreement = (samples.figures(name, number) for name in TERMS)
             rouge = mean_score(samples.figures("rouge", number))
             check_scores(own[: len(rouge)], scorer)
-            judged.append((own[: len(rouge)], likelihood, agreement, rouge))
+            scored.append((own[: len(rouge)], likelihood, agreement, rouge))
 
     def total(sums):
         there = torch.from_numpy(sums).to(world.device, widest_float(world.device))
         return world.sum(there).cpu().double().numpy()
 
-    return regress(judged, total)
+    return regress(scored, total)
 
 
-def regress(judged, total=lambda sums: sums):
+def regress(scored, total=lambda sums: sums):
     """Fit the weights of the TERMS: a least-squares regression of ROUGE on the score and the TERMS, within documents.
 
     Returns the weights for `combine`, a dict: for each term its slope divided by that of the score, and "power". For
@@ -70,12 +70,12 @@ def regress(judged, total=lambda sums: sums):
     weight 0. "gain" is the change of the choices' mean ROUGE here. (It need not be positive: with a few hundred
     documents it is mostly noise, and requiring it made choices worse.)
 
-    judged: for each document of this process (scores float64 [candidates], likelihood [candidates, 2] or None,
+    scored: for each document of this process (scores float64 [candidates], likelihood [candidates, 2] or None,
     agreement [candidates], ROUGE float64 [candidates]). total: sums an array over the processes.
     """
     size = 1 + len(TERMS)
-    moments = np.zeros((len(judged), len(POWERS), size + 1, size + 1))  # Of score, TERMS, ROUGE, centred per document.
-    for own, (scores, likelihood, agreement, rouge) in zip(moments, judged, strict=True):
+    moments = np.zeros((len(scored), len(POWERS), size + 1, size + 1))  # Of score, TERMS, ROUGE, centred per document.
+    for own, (scores, likelihood, agreement, rouge) in zip(moments, scored, strict=True):
         for place, power in enumerate(POWERS):
             likely = np.zeros(len(scores)) if likelihood is None else per_token(likelihood, power)
             table = np.stack([scores, likely, agreement, rouge])
@@ -100,7 +100,7 @@ def regress(judged, total=lambda sums: sums):
     weights["power"] = POWERS[best]
     gains = [
         rouge[combine(scores, likelihood, agreement, weights).argmax()] - rouge[scores.argmax()]
-        for scores, likelihood, agreement, rouge in judged
+        for scores, likelihood, agreement, rouge in scored
     ]
     gain, documents = total(np.array([sum(gains, 0.0), len(gains)]))
     told = {name: dict(zip(TERMS, map(float, each[1:]), strict=True))

@@ -3,11 +3,10 @@
 import json
 from pathlib import Path
 
-from pretrained import ALL_FILES, MODEL_FILES
-
 from harness.endings import UserError
 from harness.resume import changes
-from scorer import minilm
+from pretrained import minilm
+from pretrained.model_folders import ALL_FILES, MODEL_FILES
 from texts import provenance
 from texts.documents import find_dataset
 from texts.samples import sample_files

@@ -8,7 +8,7 @@ from model import MARGIN, MAX_LEN, TOTAL_LEN
 from harness import arguments, determinism, devices, resume, run_log, tracing
 from harness.endings import UserError
 from harness.precision import add_half_precision
-from texts.scoring import add_rouge_argument
+from texts.rouge_scores import add_rouge_argument
 
 CACHE = Path("cache")
 

@@ -11,11 +11,11 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import transformers
-from pretrained import DROPOUT_KEYS, NO_LIMIT, check_length, half_precision_dtype, load, most_tokens
 from utils import progress
 
 from harness import arguments, endings
 from harness.endings import UserError
+from pretrained.model_folders import DROPOUT_KEYS, NO_LIMIT, check_length, half_precision_dtype, load, most_tokens
 from search.ctranslate2_beams import CTranslate2Beams
 from search.diverse_beam import DiverseBeamSearch
 from search.identity import config_digest, fingerprint

@@ -4,8 +4,8 @@ import hashlib
 import json
 
 import torch
-from pretrained import computation
 
+from pretrained.model_folders import computation
 from texts import provenance
 
 

@@ -15,7 +15,7 @@ from harness.shapes import WHOLE, each, fault, is_number, maybe
 from texts import provenance
 from texts.candidate_files import Lines
 from texts.documents import Document
-from texts.scoring import mean_score, score
+from texts.rouge_scores import mean_score, score
 from texts.sentences import ptb_tokenize
 
 FILE_NAME = re.compile(r"[0-9]{1,200}\.json")  # The file name of a sample.

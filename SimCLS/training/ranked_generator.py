@@ -9,12 +9,12 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from data_utils import ROUGE, padded
-from pretrained import GENERATOR_LOCK, files_of_model, refuse_to_replace
 
 from harness import runs
 from harness.devices import widest_float
 from harness.files import output_lock, publish, staging
 from harness.timing import nvtx_range
+from pretrained.model_folders import GENERATOR_LOCK, files_of_model, refuse_to_replace
 from scorer.metrics import mean_rouge
 from search.generator import CandidateGenerator, generate_samples, search_settings
 from texts.samples import as_document

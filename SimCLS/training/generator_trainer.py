@@ -9,8 +9,8 @@ from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from harness.timing import nvtx_range
 from texts.documents import clean
+from texts.rouge_scores import METRICS, score
 from texts.samples import split_lower
-from texts.scoring import METRICS, score
 from texts.sentences import ptb_tokenize
 
 
