@@ -59,6 +59,8 @@ def main():
         parser.error(
             f"{args.folders[0]}: --nsys, --phases, --timeline and --compare take no other folder; leave it out"
         )
+    if args.image_dir and args.image_dir.resolve() == ROOT / "image" and not args.readme:
+        parser.error("--image_dir: only --readme draws in this repository's image/; choose another folder")
     if args.image_dir and (args.nsys or args.phases):
         parser.error("--image_dir: --nsys and --phases draw nothing; leave it out")
     aligned = not args.markdown and sys.stdout.isatty()

@@ -47,6 +47,7 @@ from pretrained.model_folders import (
     refuse_to_replace,
 )
 from search.generator import check_generation, check_least, load_generator
+from search.token_rules import unsupported_settings
 from texts import provenance
 from texts.documents import add_dataset_arguments, read_splits
 from texts.rouge_scores import add_rouge_argument, check_references
@@ -122,6 +123,8 @@ def main():
     check_lengths(model, tokenizer, args.max_source_length, args.max_target_length)
     set_lengths(args, model, tokenizer)
     check_generation(args.generator_name, model, tokenizer, args.num_beams)
+    for setting in unsupported_settings(model.generation_config):
+        say(f"warning: the generation config sets {setting}, with which gen_candidate.py will refuse this generator")
     transformers.set_seed(args.seed)
     dtype = half_precision_dtype(model.config, args.half_precision, precision)
     with output_lock(args.save_dir / GENERATOR_LOCK) if world.is_main else contextlib.nullcontext():

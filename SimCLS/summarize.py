@@ -35,11 +35,13 @@ from scorer.combination import combine, fitted_to
 from search.generator import add_search_arguments, candidate_generator, check_search
 from texts import provenance
 from texts.documents import clean, read_columns
-from texts.rouge_scores import add_rouge_argument, agreement
+from texts.rouge_scores import add_rouge_argument, agreement, check_references
 from texts.samples import split_lower
 from texts.sentences import SentenceSplitter, ptb_tokenize
 
 DOCUMENT_COLUMN = "abstract"
+NOT_TEXT = (".tsv", ".json", ".jsonl", ".ndjson", ".parquet", ".xlsx", ".docx", ".pdf")
+LONGEST_NAME = 2  # Words of a column's name.
 BATCHES_AT_ONCE = 16  # Batches whose documents are sorted by length together.
 
 
@@ -90,11 +92,17 @@ def read_documents(name, column):
         # A repeated header is a document like any other: each row has its line of output.
         yield from (text for (text,) in read_columns(Path(name), column))
         return
+    if name.lower().endswith(NOT_TEXT):
+        raise UserError(
+            f"{name} is neither plain text, one document per line, nor a .csv file; save it as one of these"
+        )
     lines = read_lines(STANDARD_INPUT if name == "-" else name)
     first = next(lines, None)
     if first is None:
         return
-    if column in [field.strip(" \"'") for field in re.split("[,;\t|]", first)]:
+    fields = [field.strip(" \"'") for field in re.split("[,;\t|]", first)]
+    # A sentence may have the column's name between two commas.
+    if column in fields and max(len(field.split()) for field in fields) <= LONGEST_NAME:
         raise UserError(
             f"{name}: its first line is a table header with the column {column!r}; save it as a .csv file with commas"
         )
@@ -102,16 +110,20 @@ def read_documents(name, column):
     yield from lines
 
 
+def tell(line):
+    print(line, file=sys.stderr, flush=True)  # Standard output is for summaries.
+
+
 class Summarizer:
     """Generates and ranks candidates for documents. args: of this script."""
 
     def __init__(self, args, world):
         self.args, self.world = args, world
-        tell = lambda line: print(line, file=sys.stderr)  # noqa: E731 (standard output is for summaries)
         precision = choose_precision(args.half_precision, world.device, say=tell)
         self.generator = candidate_generator(args, world, precision)
         self.split = SentenceSplitter(None).split  # A stream cannot be read in advance for learning.
         self.judge = self.weights = None
+        self.say = tell
         if args.scorer_path:
             self.judge = load_judge(args, world, say=lambda line: None)
             warnings = []
@@ -129,11 +141,19 @@ class Summarizer:
             return found
         texts = [documents[place] for place in places]
         candidates = self.generator.candidates(texts, self.args.cand_gen_batch)
+        if not self.judge:
+            self.check_tokens(candidates)
         alike = map(self.agreement, candidates)
         scores = self.scores(texts, candidates) if self.judge else [None] * len(texts)
         for place, *of_document in zip(places, candidates, alike, scores, strict=True):
             found[place] = self.described(*of_document)
         return found
+
+    def check_tokens(self, candidates):
+        """UserError if ROUGE, which alone chooses without a scorer, sees little of the candidates' letters."""
+        texts = [candidate.text for some in candidates for candidate in some if any(map(str.isalpha, candidate.text))]
+        say, self.say = self.say, lambda line: None  # Once is enough.
+        check_references(texts, self.args.rouge_tokens, "the candidates", say)
 
     def agreement(self, candidates):
         """The agreement of each of a document's Candidates with the others, float64 [candidates]; None if unused."""

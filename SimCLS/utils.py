@@ -32,6 +32,8 @@ def read_lines(path):
         with sys.stdin.buffer if Path(path) == STANDARD_INPUT and sys.stdin else open(path, "rb") as file:
             for number, line in enumerate(file, 1):
                 line = line.removeprefix(codecs.BOM_UTF8) if number == 1 else line
+                if number == 1 and line.startswith(b"\x1f\x8b"):
+                    raise UserError(f"{path} is compressed; decompress it first (gzip -d)")
                 if b"\0" in line:  # UTF-16 of English without a byte order mark is valid UTF-8, with a NUL per letter.
                     raise UserError(f"{path}, line {number}: a NUL byte, as in UTF-16; save the file as UTF-8")
                 if b"\r" in line.rstrip(b"\r\n"):

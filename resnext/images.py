@@ -55,8 +55,8 @@ class ImageData:
     def statistics(self):
         """Mean and scale of each channel of the training images in [0, 1]; two float32 [3].
 
-        The scale is the standard deviation, or 1 if that is below one level of 255, as for a constant channel: dividing
-        by almost zero would let padding and differing images drown everything that can be learned.
+        The scale is the standard deviation, or 1 if that is below a quarter of a level of 255, as for a constant
+        channel: dividing by almost zero would let padding and differing images drown everything that can be learned.
         """
         # With histograms, since a float copy of CIFAR-10 would take 1.2 GB.
         values = np.arange(256) / 255
@@ -64,7 +64,7 @@ class ImageData:
         share = counts / counts.sum(1, keepdims=True)
         mean = share @ values
         std = np.sqrt(np.maximum(share @ values**2 - mean**2, 0))
-        return mean.astype(np.float32), np.where(std < 1 / 255, 1, std).astype(np.float32)
+        return mean.astype(np.float32), np.where(std < 0.25 / 255, 1, std).astype(np.float32)
 
     @functools.cached_property
     def oddities(self):
@@ -90,7 +90,8 @@ class ImageData:
         )
         if self.left_out:
             names = [printable(str(path)) for path in self.left_out[:3]] + ["..."] * (len(self.left_out) > 3)
-            text += f"; {len(self.left_out)} files left out, not named as images ({', '.join(names)})"
+            why = "hidden, not named as images, or in no class folder"
+            text += f"; {len(self.left_out)} files left out, {why} ({', '.join(names)})"
         found = [f"; {what}: {self.oddities[name]}" for name, what in ODDITIES.items() if self.oddities[name]]
         advice = "; if 16-bit files hold fewer bits, scale their values up first"
         is_dark = self.oddities["dark_train_pictures"] or self.oddities["dark_test_pictures"]

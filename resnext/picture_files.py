@@ -121,7 +121,7 @@ def as_shown(image):
     """The newly opened Pillow image `image` as RGB: rotated according to its EXIF data, colours converted from its
     profile to sRGB, 16-bit pixels scaled to 8 bits by the range of the format, transparent parts on white. UserError if
     the range is uncertain."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageChops, ImageOps
 
     if image.format == "TIFF":
         _check_tiff(image)
@@ -132,42 +132,45 @@ def as_shown(image):
     image.load()
     with contextlib.suppress(Exception):  # Damaged EXIF data do not keep a viewer from showing the pixels.
         ImageOps.exif_transpose(image, in_place=True)
-    image = _in_srgb(image)
-    key = image.info.get("transparency")
+    if image_format == "XBM":
+        image = ImageChops.invert(image)  # Its ones are black.
+    key, profile = image.info.get("transparency"), image.info.get("icc_profile")
     if image.mode[0] in "IF":
-        grey = _eight_bits(image)
-        seen = np.ones(grey.shape, bool) if key is None else np.asarray(image) != key
-        return Image.fromarray(np.where(seen, grey, np.uint8(255))).convert("RGB")
+        seen = None if key is None else Image.fromarray(np.asarray(image) != key)
+        image = _in_srgb(Image.fromarray(_eight_bits(image)), profile)
+        return Image.composite(image, Image.new("RGB", image.size, "white"), seen) if seen else image
     if not image.has_transparency_data:
-        return image.convert("RGB")
+        return _in_srgb(image, profile)
     if key is not None and "16" in coding:
         raise UserError("a 16-bit transparent colour")
     if isinstance(key, int) and image.mode == "L":
         image.info["transparency"] = key * {"L;2": 85, "L;4": 17}.get(coding, 1)  # Scaled as the pixels have been.
     if image.mode == "La":
         image = image.convert("LA")
+    colours = image.convert("L" if image.mode in ("L", "LA") else "RGB")
     image = image.convert("RGBA")
     if not image.getextrema()[3][1]:  # On white, nothing would be left of it.
         if image_format not in UNUSED_ALPHA:
             raise UserError("every pixel is transparent")
-        return image.convert("RGB")
+        return _in_srgb(colours, profile)
+    if profile:
+        alpha, image = image.getchannel("A"), _in_srgb(colours, profile)
+        image.putalpha(alpha)
     return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
 
 
-def _in_srgb(image):
-    """`image` with its colours converted from the profile that it has, if any, to sRGB, as viewers do."""
+def _in_srgb(image, profile):
+    """`image`, which is not transparent, as RGB, with its colours converted from `profile`, the bytes of an ICC profile
+    or None, to sRGB, as viewers do."""
     from PIL import ImageCms
 
-    key, profile = image.info.get("transparency"), image.info.get("icc_profile")
-    if not profile or image.mode not in ("RGB", "RGBA", "L", "CMYK", "P") or (key is not None and image.mode != "P"):
-        return image  # A transparent colour is one of the unconverted ones.
-    if image.mode == "P":
-        image = image.convert("RGBA" if image.has_transparency_data else "RGB")
-    # Not by a profile that is damaged, or for another kind of pixels.
-    with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
-        srgb, mode = ImageCms.createProfile("sRGB"), "RGBA" if image.mode == "RGBA" else "RGB"
-        return ImageCms.profileToProfile(image, io.BytesIO(profile), srgb, outputMode=mode)
-    return image
+    if profile:
+        pixels = image if image.mode in ("L", "CMYK") else image.convert("RGB")
+        # Not by a profile that is damaged, or for another kind of pixels.
+        with contextlib.suppress(ImageCms.PyCMSError, OSError, ValueError):
+            srgb = ImageCms.createProfile("sRGB")
+            return ImageCms.profileToProfile(pixels, io.BytesIO(profile), srgb, outputMode="RGB")
+    return image.convert("RGB")
 
 
 def _check_tiff(image):

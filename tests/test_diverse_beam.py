@@ -50,7 +50,10 @@ def search(case, model=None):
 def assert_equal_to_record(case, result):
     tokens, scores, *_ = result
     assert tokens.dtype == torch.int64
-    assert tokens.flatten(0, 1).tolist() == case["sequences"], case["settings"]
+    ends = case["settings"].get("eos_token_id", [])
+    # Of several end tokens, 4.56.2 always writes the first.
+    found = [[ends[0] if token in ends else token for token in row] for row in tokens.flatten(0, 1).tolist()]
+    assert found == case["sequences"], case["settings"]
     torch.testing.assert_close(scores.flatten(), torch.tensor(case["scores"]), rtol=1e-5, atol=2e-5)
 
 
@@ -61,6 +64,13 @@ def test_tokens_and_scores_equal_those_of_transformers_4_56(name):
     assert len(cases) >= 7
     for case in cases:
         assert_equal_to_record(case, search(case))
+
+
+def test_of_several_end_tokens_the_one_that_was_generated_is_kept():
+    """One of them may be text, such as a full stop."""
+    case = next(case for case in RECORD["cases"] if len(case["settings"].get("eos_token_id", [])) == 3)
+    written = set(search(case).tokens[:, :, 1:].flatten().tolist())
+    assert len(written & set(case["settings"]["eos_token_id"])) > 1
 
 
 def test_an_end_token_among_bad_words_still_ends():

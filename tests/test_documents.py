@@ -81,6 +81,12 @@ def test_a_header_within_is_counted(tmp_path, capsys, again):
     assert told in capsys.readouterr().out
 
 
+def test_a_header_within_whose_columns_have_changed_places_is_refused(tmp_path):
+    write_csv(tmp_path / "two.csv", twenty_rows() + ["title,abstract", "a title,a text of some words"])
+    with pytest.raises(UserError, match="row 22 is another header, .* in each other's place"):
+        read_documents(tmp_path / "two.csv")
+
+
 def test_a_space_may_come_before_quotes(tmp_path):
     rows = [f'text number {index}, "summary, {index}"' for index in range(20)]
     assert read_documents(write_csv(tmp_path / "x.csv", rows))[3] == Document("text number 3", "summary, 3")

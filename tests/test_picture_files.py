@@ -63,6 +63,10 @@ PICTURES = {
     "16 bits and a transparent grey.png": (saved(Image.fromarray(GREY), transparency=4095), [0, 255, 128, 255]),
     "2 bits.png": (raw(grey_png()), [0, 85, 170, 255]),
     "2 bits and a transparent grey.png": (raw(grey_png((b"tRNS", b"\0\2"))), [0, 85, 255, 255]),
+    "ones are black.xbm": (
+        raw(b"#define i_width 2\n#define i_height 2\nstatic char i_bits[] = {\n0x01, 0x02 };\n"),
+        [0, 255, 255, 0],
+    ),
     "1 bit.png": (saved(Image.fromarray(np.eye(2, dtype=bool))), [255, 0, 0, 255]),
     "transparent.png": (saved(HALF), ON_WHITE),
     "transparent.webp": (saved(HALF, lossless=True, exact=True), ON_WHITE),
@@ -242,6 +246,15 @@ def test_colours_of_another_profile_become_srgb(mode, suffix, tmp_path):
     for profile in (b"damaged", None):
         image.save(tmp_path / f"plain.{suffix}", **{"icc_profile": profile} if profile else {}, **exact)
         assert (read_picture(tmp_path / f"plain.{suffix}", 4) == pixels).all()
+
+
+def test_a_transparent_colour_is_one_of_those_before_the_conversion(tmp_path):
+    pixels = np.array([[[200, 200, 60], [20, 240, 20], [128, 128, 128], [250, 90, 80]]], np.uint8).repeat(4, 0)
+    Image.fromarray(pixels).save(tmp_path / "opaque.png", icc_profile=display_p3())
+    Image.fromarray(pixels).save(tmp_path / "key.png", icc_profile=display_p3(), transparency=(20, 240, 20))
+    expected = read_picture(tmp_path / "opaque.png", 4)
+    expected[:, 1] = 255
+    assert (read_picture(tmp_path / "key.png", 4) == expected).all()
 
 
 def test_class_names_that_look_the_same_are_told(tmp_path):

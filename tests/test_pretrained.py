@@ -343,3 +343,22 @@ def test_a_place_that_tokenizers_cannot_write_to_is_refused_before_training(tmp_
     for check in (lambda: check_apart(odd, tmp_path), lambda: refuse_to_replace(odd)):
         with pytest.raises(UserError, match="not UTF-8"):
             check()
+
+
+def test_what_is_no_model_folder_says_why(encoders, tmp_path):
+    with pytest.raises(UserError, match="it is a file.*; give its folder"):
+        load_generator(f"{encoders['t5']}/config.json")
+    shutil.copytree(encoders["t5"], tmp_path / "half")
+    (tmp_path / "half" / "tokenizer_config.json").unlink()
+    with contextlib.suppress(UserError):  # Later versions of the library may do without.
+        load_generator(tmp_path / "half")
+        return
+    with pytest.raises(UserError, match="its tokenizer_config.json is missing"):
+        load_generator(tmp_path / "half")
+
+
+def test_the_form_of_what_the_librarys_search_returns_is_ours(encoders, tmp_path):
+    folder = shutil.copytree(encoders["t5"], tmp_path / "generator")
+    path = folder / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"return_dict_in_generate": True}))
+    assert not load_generator(folder)[0].generation_config.return_dict_in_generate

@@ -5,6 +5,7 @@ import os
 import re
 
 import pytest
+from conftest import ROOT
 from run_records import make_record, make_run, read_table
 
 from reporting import compare, overview, records
@@ -345,3 +346,8 @@ def test_figures_are_the_same_bytes_for_the_same_records(tmp_path):
     assert [path.name for path in drawn[0]] == names
     for one, two in zip(*drawn, strict=True):
         assert one.read_bytes() == two.read_bytes()
+
+
+def test_only_readme_draws_over_the_committed_figures(run_script, tmp_path):
+    errors = run_script("report.py", tmp_path, "--image_dir", ROOT / "image", code=2).stderr
+    assert "--image_dir: only --readme draws in this repository's image/" in errors

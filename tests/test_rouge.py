@@ -147,9 +147,19 @@ def test_references_that_rouge_does_not_see_are_refused_and_a_few_are_told():
     assert said == ["here: 1 of 4 references have no letter or digit that ROUGE counts; they score 0"]
     check_references(["Đường phố Hà Nội"], "standard", "here", said.append)
     assert said[1].startswith("here: the standard ROUGE tokens leave out 6 of 13 letters of the references")
-    for references in (["猫坐在垫子上", "DNA 与猫的关系"], ["кошка"], ["...", "?"], ["η γάτα", "a"]):
+    for references in (["猫坐在垫子上", "DNA 与猫的关系"], ["кошка"], ["η γάτα", "a"]):
         with pytest.raises(UserError, match="add --rouge_tokens unicode"):
             check_references(references, "standard", "here", said.append)
+
+
+@pytest.mark.parametrize("tokens", ["standard", "unicode", "characters"])
+def test_references_without_a_letter_are_refused_whatever_is_counted(tokens):
+    said = []
+    with pytest.raises(UserError, match="^here: no text has a letter or digit"):
+        check_references(["😀 🚀", "...", "?"], tokens, "here", said.append)
+    check_references(["😀 🚀", "a", "b", "c"], tokens, "here", said.append)
+    assert len(said) == 1
+    assert said[0].startswith("here: 1 of 4 ")
 
 
 def test_the_benchmark_proves_equality_and_records_a_ratio(tmp_path, run_script):

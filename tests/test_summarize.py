@@ -1,6 +1,7 @@
 """summarize.py as a user runs it: one's own text in, the best summaries out."""
 
 import contextlib
+import gzip
 import io
 import json
 import socket
@@ -13,7 +14,7 @@ import torch
 from model import load_scorer, save_scorer
 
 from harness.endings import UserError
-from search.generator import CandidateGenerator, load_generator, search_settings
+from search.generator import Candidate, CandidateGenerator, load_generator, search_settings
 from texts.rouge_scores import agreement
 
 pytestmark = pytest.mark.slow
@@ -161,3 +162,31 @@ def test_documents_cut_otherwise_than_in_training_are_told(run_here, encoders, t
         run_here("texts.txt", "--scorer_path", "scorer.bin", "--max_source_length", length)
         assert told in sys.stderr.getvalue()
         assert bool(told) == ("warning" in sys.stderr.getvalue())
+
+
+def test_a_sentence_may_have_the_name_of_the_column_between_commas(run_here, tmp_path):
+    (tmp_path / "a.txt").write_text("We compare concrete, abstract, and mixed nouns.\n")
+    assert len(run_here(tmp_path / "a.txt")) == 1
+    (tmp_path / "b.txt").write_text("id;abstract;title\n")
+    with pytest.raises(UserError, match="is a table header with the column 'abstract'"):
+        run_here(tmp_path / "b.txt")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "line"),
+    [("a.jsonl", b'{"abstract": "read the lines"}\n', "neither plain text"), ("a.tsv", b"a\tb\n", "neither plain text"),
+     ("a.txt.gz", gzip.compress(b"read the lines"), "is compressed; decompress it first")],
+)  # fmt: skip
+def test_what_is_no_text_is_refused(run_here, tmp_path, name, content, line):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match=line):
+        run_here(tmp_path / name)
+
+
+def test_where_rouge_alone_chooses_it_must_see_the_candidates(run_here, tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("read the lines\n")
+    russian = [Candidate("прочитай строки K файла", -1.0, 4), Candidate("прочитай 2 строки", -2.0, 3)]
+    monkeypatch.setattr(CandidateGenerator, "candidates", lambda *_: [russian])
+    with pytest.raises(UserError, match="^the candidates: .* add --rouge_tokens unicode"):
+        run_here(tmp_path / "a.txt")
+    assert run_here(tmp_path / "a.txt", "--rouge_tokens", "unicode") == ["прочитай строки K файла"]

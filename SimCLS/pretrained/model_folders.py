@@ -90,6 +90,10 @@ def load(name, kind, problem, advice, dtype=torch.float32, **settings):
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         if _needs_sentencepiece(Path(name)):
             reason, advice = "its tokenizer needs the package sentencepiece", "install it: pip install sentencepiece"
+        elif Path(name).is_file():
+            reason, advice = "it is a file", "give its folder"
+        elif (Path(name) / "tokenizer.json").is_file() and not (Path(name) / "tokenizer_config.json").is_file():
+            reason += "; its tokenizer_config.json is missing"
         elif "tiktoken" in reason:  # The library tries it if sentencepiece cannot read a file.
             reason = "its tokenizer's .model file is not a sentencepiece model"
         raise UserError(f"{problem} ({reason}); {advice}") from None

@@ -177,6 +177,7 @@ class Beams:
         groups = self.tokens.unflatten(1, (search.num_groups, search.group_size))
         for rank in range(search.group_size):
             hypothesis = take(groups, top_parents[:, :, rank : rank + 1]).squeeze(2)
+            hypothesis[:, :, length] = top_tokens[:, :, rank]  # Which of several end tokens it is: one may be text.
             score = tops[:, :, rank].to(search.divisors.dtype) / search.divisors[length]
             self.ended.add(ends[:, :, rank] & ~self.done, score, log_probs[:, :, rank], hypothesis, length)
         was_done = self.done.unsqueeze(2)
@@ -244,10 +245,8 @@ class Beams:
         tokens, scores, log_probs, lengths = self.ended.ranked()
         longest = min(int(lengths.max()) + 1, search.max_length)
         tokens, column = tokens[:, :, :longest], torch.arange(longest, device=search.device)
-        tokens = torch.where(column < lengths.unsqueeze(2), tokens, search.pad_token)
-        if len(search.end_tokens):
-            tokens = torch.where(column == lengths.unsqueeze(2), search.end_tokens[0], tokens)
-        # Candidates that were cut at the maximum length have no end token.
+        # With the end token, which candidates that were cut at the maximum length do not have.
+        tokens = torch.where(column <= lengths.unsqueeze(2), tokens, search.pad_token)
         return Candidates(tokens, scores.float(), log_probs, lengths.clamp(max=search.max_length - 1))
 
 

@@ -185,6 +185,8 @@ def load_generator(name, dtype=torch.float32, dropout=None):
         check_target_vocabulary(model, tokenizer)
     except ValueError as error:
         raise UserError(f"--generator_name {name!r}: {error}") from None
+    # Which would only change the form of what the library's own search returns.
+    model.generation_config.return_dict_in_generate = False
     if getattr(model.config, "attention_type", None) == "block_sparse":
         # The library leaves BigBird's sparse attention for good at the first short batch, so candidates would depend on
         # what came before.

@@ -131,6 +131,11 @@ class TokenRules:
         return log_probs
 
 
+def unsupported_settings(config):
+    """The names of the settings of a GenerationConfig with which no search here works."""
+    return [name for name, neutral in UNSUPPORTED.items() if getattr(config, name, None) not in neutral]
+
+
 def check_settings(config):
     """ValueError, naming the setting, for an invalid setting of a GenerationConfig."""
     wrong = fault(vars(config), {name: maybe(shape) for name, shape in SETTINGS.items()})

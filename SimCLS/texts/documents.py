@@ -80,6 +80,11 @@ def read_documents(path, document_column="abstract", summary_column="title"):
         text, summary, rows = clean(text), clean(summary), rows + 1
         if is_header((text, summary), (document_column, summary_column)):  # Concatenated files.
             headers += 1
+        elif is_header((summary, text), (document_column, summary_column)):
+            raise UserError(
+                f"{path}: row {rows + 1} is another header, with the columns {document_column!r} and "
+                f"{summary_column!r} in each other's place; give these files the same order before you join them"
+            )
         elif text and summary:
             documents.setdefault(text, Document(text, summary))
         else:

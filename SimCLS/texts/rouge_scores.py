@@ -81,9 +81,15 @@ def mean_score(figures):
 
 
 def check_references(references, tokens, where, say=print):
-    """UserError if ROUGE would ignore more than half of the letters of `references`, an iterable of str; a message if
-    it would ignore some of them completely, or more than a few letters."""
+    """UserError if ROUGE would ignore more than half of the letters of `references`, an iterable of str, or if there
+    are none; a message if it would ignore some of them completely, or more than a few letters."""
+    nothing = f"{where}: no text has a letter or digit, so ROUGE would be 0 for all"
     if tokens != "standard":
+        has_some = [any(map(str.isalnum, reference)) for reference in references]
+        if has_some and not any(has_some):
+            raise UserError(nothing)
+        if not all(has_some):
+            say(f"{where}: {has_some.count(False)} of {len(has_some)} texts have no letter or digit; they score 0")
         return
     count = letters = seen = empty = 0
     for reference in references:
@@ -91,6 +97,8 @@ def check_references(references, tokens, where, say=print):
         ascii_letters = sum(map(str.isascii, own))
         count, letters, seen = count + 1, letters + len(own), seen + ascii_letters
         empty += not ascii_letters and not any(letter.isascii() and letter.isdigit() for letter in reference)
+    if count and empty == count and not letters:
+        raise UserError(nothing)
     if count and (empty == count or seen < LEAST_SEEN * letters):
         raise UserError(
             f"{where}: the standard ROUGE tokens are a-z and 0-9, but {letters - seen} of the {letters} letters are "
