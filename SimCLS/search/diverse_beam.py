@@ -47,8 +47,10 @@ class DiverseBeamSearch(TokenRules):
     min_length: the fewest tokens before an end token, including the start token.
     length_penalty: the exponent of the length by which a score is divided.
     no_repeat_ngram_size: no n-gram of this size occurs twice in a candidate; 0 allows all.
-    early_stopping: when a group stops once it has as many ended hypotheses as beams. True: at once. False: when its
-        best open beam, if it ended now, would not replace one. "never": when that beam could not do so at any length.
+    early_stopping: when a group stops once it has as many ended hypotheses as beams. True: at once. False: when the
+        best continuation of its beams, if it ended now, would not replace one, as in the group search of transformers
+        4.56.2; the library's plain beam search leaves out what has just ended, and may stop sooner. "never": when that
+        continuation could not replace one at any length.
     decoder: as for TokenRules.
 
     Raises ValueError for contradictory settings, and for unsupported settings in the generation config (such as a
