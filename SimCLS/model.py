@@ -210,6 +210,8 @@ def load_encoder(name, dropout=0.0):
         chunk_size_feed_forward=0,  # Chunks would need all tokens where only the first one's state is computed.
         **dict.fromkeys(DROPOUT_KEYS, dropout),
     )
+    if hasattr(encoder.config, "axial_pos_embds"):  # Reformer. In training, it reads only multiples of its chunks.
+        raise UserError(f"{name!r} reads only texts of certain lengths; choose another encoder")
     if getattr(encoder, "pooler", None) is not None:
         encoder.pooler = None  # Unused: its weights would never get a gradient.
     check_reads_on(encoder, name)
@@ -220,8 +222,6 @@ def load_encoder(name, dropout=0.0):
 def check_reads_on(encoder, name):
     """UserError unless the first token's state depends on the tokens after it. In a decoder it does not, so all texts
     would have the same state. UserError, too, if `encoder` cannot run."""
-    if hasattr(encoder.config, "axial_pos_embds"):  # Reformer. In training, it reads only multiples of its chunks.
-        raise UserError(f"{name!r} reads only texts of certain lengths; choose another encoder")
     ids = torch.zeros(2, 4, dtype=torch.int64)
     ids[1, -1] = 1
     try:

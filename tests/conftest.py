@@ -41,6 +41,8 @@ def pytest_collection_modifyitems(items):
         starts_scripts = "run_script" in item.fixturenames or hasattr(item.module, "launch")
         if not starts_scripts and not item.get_closest_marker("slow"):
             item.add_marker("quick")
+    # The longest test first: at the end, the other processes would wait for it.
+    items.sort(key=lambda item: "notebook" not in item.module.__name__)
 
 
 @pytest.fixture(scope="session")
