@@ -107,6 +107,17 @@ def test_single_precision_on_a_gpu_is_called_what_it_is(capability, allowed, lab
     assert precision._label(None, CPU) == "fp32"
 
 
+def test_true_fp32_turns_tensorfloat_off_and_nothing_else_does(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=True))
+    found = []
+    for wanted in (False, True):
+        label = precision.choose_precision(None, torch.device("cuda"), true_fp32=wanted).label
+        found.append((label, torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32))
+    assert found == [("tf32", True, True), ("fp32", False, False)]
+
+
 def test_variables_that_change_times_are_told_without_folders(monkeypatch):
     monkeypatch.setenv("MALLOC_MMAP_MAX_", "0")
     monkeypatch.setenv("LD_PRELOAD", "/usr/lib/libjemalloc.so")
