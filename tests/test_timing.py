@@ -198,6 +198,20 @@ def test_a_pause_within_a_step_is_in_no_phase_and_not_in_the_next_step(clock):
     assert timing["phases"]["forward"]["host_ms"]["total"] == pytest.approx(20)
 
 
+def test_all_pauses_of_a_step_are_left_out(clock):
+    """A step may be followed by a validation and a save."""
+    timer = PhaseTimer(CPU)
+    timer.start_epoch()
+    for _ in timer.steps(Batches(clock, 1, 1), "epoch 1"):
+        for milliseconds in (500, 300):
+            with timer.paused():
+                clock.pass_ms(milliseconds)
+            clock.pass_ms(10)
+    timing = timer.end_epoch()
+    assert timing["seconds"] == pytest.approx(0.021)
+    assert timing["phases"]["step"]["host_ms"]["total"] == pytest.approx(21)
+
+
 def test_what_a_watcher_does_as_a_range_begins_is_no_training(clock, monkeypatch):
     """As of a tracer, which writes its file there."""
 
