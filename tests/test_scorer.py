@@ -125,6 +125,16 @@ def test_schedule_goes_by_the_updates_made():
     assert rates == pytest.approx([0.5, 1, 1, 1, 0.75, 0.75, 0.5, 0.25])
 
 
+def test_the_rate_of_a_run_rises_for_narrower_encoders_unless_it_is_given():
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.ones(3))], fused=True)
+    found = []
+    for flags, width in (([], 768), ([], 192), (["--lr", "0.5"], 192)):
+        args = get_args_parser("").parse_args([*flags, "--num_epoch", "3", "--warmup", "0.2"])
+        schedule = Schedule.of_run(args, optimizer, width, updates_an_epoch=10)
+        found.append((schedule.peak, schedule.warmup, schedule.updates))
+    assert found == [(3e-5, 6, 30), (pytest.approx(2.4e-4), 6, 30), (0.5, 6, 30)]
+
+
 def test_validation_is_the_mean_rouge_of_the_highest_scores(encoders, val_set):
     scorer = load_scorer(encoders["t5"], total_len=60, max_len=20)[0]
     args = get_args_parser("").parse_args([])
@@ -280,6 +290,17 @@ def test_attention_of_short_texts_equals_the_library_s(mask, monkeypatch):
     fused = short_attention.attention(module, *parts, seen, scaling=0.7)[0]
     torch.testing.assert_close(found, fused, rtol=0.02, atol=0.02)
     assert not torch.equal(found, fused)  # They are different computations.
+
+
+def test_attention_of_short_texts_drops_weights_as_often_as_it_is_told():
+    torch.manual_seed(0)
+    query, key = (torch.zeros(8, 4, 64, 2, dtype=torch.bfloat16, requires_grad=True) for _ in range(2))
+    # Equal weights of 1 / 64 choose rows of the identity: the result is the weights.
+    value = torch.eye(64, dtype=torch.bfloat16).expand(8, 4, 64, 64)
+    module = SimpleNamespace(is_causal=False)
+    weights = 64 * short_attention.attention(module, query, key, value, None, dropout=0.25)[0].float()
+    assert weights.unique().tolist() == pytest.approx([0, 4 / 3], rel=0.01)
+    assert (weights == 0).float().mean().item() == pytest.approx(0.25, abs=0.01)
 
 
 def test_a_stopped_run_does_not_validate():
