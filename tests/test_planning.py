@@ -252,6 +252,18 @@ def test_the_least_of_a_steps_times_counts(monkeypatch):
     assert watch.seconds == {"a.step": pytest.approx(0.01)}
 
 
+def test_what_a_step_needs_only_while_it_is_redone_counts():
+    layer = nn.Linear(100, 100)
+
+    def forward(tape, batch):
+        out = tape.run("a.layer", layer, batch)
+        return tape.run("a.wide", lambda out: torch.cat([out.sin()] * 8, 1)[:, :100].clone(), out).square()
+
+    timeline = rehearsal.rehearse(layer, forward, lambda count: torch.randn(count, 100), 10, timed=False)
+    row = 10 * 100 * 4
+    assert [(step.bytes, step.redo_bytes) for step in timeline.steps.values()] == [(row, row), (row, 9 * row)]
+
+
 def test_a_step_whose_output_backward_does_not_need_is_none():
     layer = nn.Linear(3, 3)
 
