@@ -106,7 +106,8 @@ def score_document(document):
 
 
 def largest_difference(pairs, workers):
-    return max(progress(map_in_order(difference, pairs, workers, CANDIDATES), len(pairs), "checked documents"))
+    differences = progress(map_in_order(difference, pairs, workers, CANDIDATES), len(pairs), "checked documents")
+    return float(np.max(list(differences)))  # max() would leave out a NaN that does not come first.
 
 
 def time_both(name, pairs, reference, args):

@@ -27,6 +27,7 @@ from common import DEVICE, ON_CUDA, check, finish, get_parser, interleaved_round
 
 from harness import torchvision_compat  # noqa: F401  # isort: skip (before transformers)
 
+import numpy as np
 import torch
 from data_utils import LengthBatches, TextEncoding, load_samples
 from model import MARGIN, MAX_LEN, TOTAL_LEN, Scorer, load_encoder, load_scorer, ranking_loss
@@ -247,7 +248,8 @@ def largest_difference(arms):
         losses.close()
         arm.optimizer.zero_grad()
     arms["ours"].waited = 0.0
-    return max(abs(value - found["ours"]) for value in found.values())
+    # max() would leave out a NaN that does not come first.
+    return float(np.max([abs(value - found["ours"]) for value in found.values()]))
 
 
 if __name__ == "__main__":

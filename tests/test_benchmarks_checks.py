@@ -1,6 +1,7 @@
 """What a benchmark times has been checked before: a side that computes something slightly else is refused."""
 
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,11 +34,15 @@ def test_a_form_of_a_convolution_that_is_off_by_a_thousandth(monkeypatch):
         layout.measure(layout.Shape(8, 2, 4, 1), arguments, torch.device("cpu"))
 
 
-def test_a_loader_whose_images_are_one_level_of_grey_off(monkeypatch, pictures):
+@pytest.mark.parametrize("change", [lambda number: 1 / 255, lambda number: float("nan") if number else 0.0])
+def test_a_loader_whose_images_are_one_level_of_grey_off_or_nan_from_the_second_batch_on(monkeypatch, pictures, change):
     right = loading.DeviceImages.__iter__
-    monkeypatch.setattr(
-        loading.DeviceImages, "__iter__", lambda self: ((images + 1 / 255, labels) for images, labels in right(self))
-    )
+
+    def wrong(self):
+        for number, (images, labels) in enumerate(right(self)):
+            yield images + change(number), labels
+
+    monkeypatch.setattr(loading.DeviceImages, "__iter__", wrong)
     told = refused(monkeypatch, loading, "--dataset", "folder", "--data_dir", pictures, "--batch_size", 8)
     assert told.startswith("the device loader is off by ")
 
@@ -47,6 +52,18 @@ def test_scores_that_differ_in_the_ninth_digit(monkeypatch, tmp_path):
     monkeypatch.setattr(rouge, "score", lambda *texts: np.array(right(*texts)) + 1e-9)
     told = refused(monkeypatch, rouge, "--data", table, "--documents", 3, "--num_workers", 1)
     assert told == "our scores differ from rouge-score's"
+
+
+def test_no_largest_difference_leaves_out_a_nan(monkeypatch):
+    monkeypatch.setattr(rouge, "difference", lambda number: number)
+    assert np.isnan(rouge.largest_difference([0.0, float("nan"), 0.0], 1))
+    arms = {}
+    for name, loss in {"ours": 1.0, "original": 1.0, "published": float("nan")}.items():
+        losses = (loss for _ in range(1))
+        optimizer = SimpleNamespace(zero_grad=lambda: None)
+        arms[name] = SimpleNamespace(losses=lambda losses=losses: losses, steps_an_update=1, optimizer=optimizer)
+        arms[name].follow, arms[name].order = lambda order: None, None
+    assert np.isnan(scorer_step.largest_difference(arms))
 
 
 def test_losses_of_a_scorer_that_differ_in_the_fourth_digit(monkeypatch, tmp_path):

@@ -248,6 +248,32 @@ def test_colours_of_another_profile_become_srgb(mode, suffix, tmp_path):
         assert (read_picture(tmp_path / f"plain.{suffix}", 4) == pixels).all()
 
 
+def linear_grey():
+    """The colour profile of grey values that are proportional to light (ICC.1:2001-04)."""
+    description = b"desc" + struct.pack(">4xI", 5) + b"grey\0" + bytes(78)
+    white = b"XYZ " + struct.pack(">4x3i", 63190, 65536, 54061)
+    entries = {b"desc": description, b"wtpt": white, b"cprt": b"text\0\0\0\0none", b"kTRC": b"curv" + bytes(8)}
+    table, data = struct.pack(">I", len(entries)), b""
+    for name, entry in entries.items():
+        entry += bytes(-len(entry) % 4)
+        table += name + struct.pack(">II", 132 + 12 * len(entries) + len(data), len(entry))
+        data += entry
+    names = (0x2400000, b"mntr", b"GRAY", b"XYZ ", b"acsp")
+    header = struct.pack(">I4sI4s4s4s12x4s28x3i", 128 + len(table + data), b"none", *names, 63190, 65536, 54061)
+    return header.ljust(128, b"\0") + table + data
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "I;16"])
+def test_grey_of_another_profile_becomes_srgb_whatever_the_mode(mode, tmp_path):
+    grey = np.array([[0, 64], [128, 255]], np.uint8)
+    image = Image.fromarray(grey.astype(np.uint16) * 257) if mode == "I;16" else Image.fromarray(grey).convert(mode)
+    assert image.mode == mode
+    image.save(tmp_path / "linear.png", icc_profile=linear_grey())
+    light = grey / 255
+    expected = 255 * np.where(light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055)
+    assert abs(read_picture(tmp_path / "linear.png", 2) - expected[..., None]).max() < 2
+
+
 def test_a_transparent_colour_is_one_of_those_before_the_conversion(tmp_path):
     pixels = np.array([[[200, 200, 60], [20, 240, 20], [128, 128, 128], [250, 90, 80]]], np.uint8).repeat(4, 0)
     Image.fromarray(pixels).save(tmp_path / "opaque.png", icc_profile=display_p3())

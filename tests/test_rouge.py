@@ -144,10 +144,10 @@ def test_references_that_rouge_does_not_see_are_refused_and_a_few_are_told():
     check_references(["кошка", "猫"], "characters", "here", said.append)
     assert not said
     check_references(["a cat", "猫", "a dog and a cat", "2020 12"], "standard", "here", said.append)
-    assert said == ["here: 1 of 4 references have no letter or digit that ROUGE counts; they score 0"]
+    assert said == ["here: 1 of 4 texts have no letter or digit that ROUGE counts; they score 0"]
     check_references(["Đường phố Hà Nội"], "standard", "here", said.append)
-    assert said[1].startswith("here: the standard ROUGE tokens leave out 6 of 13 letters of the references")
-    for references in (["猫坐在垫子上", "DNA 与猫的关系"], ["кошка"], ["η γάτα", "a"]):
+    assert said[1].startswith("here: the standard ROUGE tokens leave out 6 of 13 letters, ")
+    for references in (["猫坐在垫子上", "DNA 与猫的关系"], ["кошка"], ["η γάτα", "a"], ["٢٠٢٠"]):
         with pytest.raises(UserError, match="add --rouge_tokens unicode"):
             check_references(references, "standard", "here", said.append)
 

@@ -30,7 +30,7 @@ class Hypotheses:
         """Offer one hypothesis to each group where `offered`, bool [documents, groups], is true.
 
         scores, log_probs: wide float [documents, groups] (float64, except on MPS). tokens: int64 [documents, groups,
-        max_length], of which the first `length` are used.
+        max_length], of which the first `length` are used, and the end token after them.
         """
         self.clock += 1
         size = self.scores.shape[2]

@@ -91,9 +91,8 @@ class TokenRules:
             raise ValueError("the model's generation config suppresses all tokens")
 
     def _read_tokens(self, config):
-        for name, neutral in self.unsupported.items():
-            if getattr(config, name, None) not in neutral:
-                raise ValueError(f"the model's generation config sets {name}, which this search does not support")
+        for name in unsupported_settings(config, self.unsupported):
+            raise ValueError(f"the model's generation config sets {name}, which this search does not support")
         self.start_token = _first(config.decoder_start_token_id, config.bos_token_id)
         if self.start_token is None:
             raise ValueError("the model's generation config has no decoder_start_token_id")
@@ -131,9 +130,10 @@ class TokenRules:
         return log_probs
 
 
-def unsupported_settings(config):
-    """The names of the settings of a GenerationConfig with which no search here works."""
-    return [name for name, neutral in UNSUPPORTED.items() if getattr(config, name, None) not in neutral]
+def unsupported_settings(config, unsupported=UNSUPPORTED):
+    """The names of the settings of a GenerationConfig with which no search here works. unsupported: {name: values that
+    change nothing}."""
+    return [name for name, neutral in unsupported.items() if getattr(config, name, None) not in neutral]
 
 
 def check_settings(config):

@@ -83,22 +83,17 @@ def mean_score(figures):
 def check_references(references, tokens, where, say=print):
     """UserError if ROUGE would ignore more than half of the letters of `references`, an iterable of str, or if there
     are none; a message if it would ignore some of them completely, or more than a few letters."""
-    nothing = f"{where}: no text has a letter or digit, so ROUGE would be 0 for all"
-    if tokens != "standard":
-        has_some = [any(map(str.isalnum, reference)) for reference in references]
-        if has_some and not any(has_some):
-            raise UserError(nothing)
-        if not all(has_some):
-            say(f"{where}: {has_some.count(False)} of {len(has_some)} texts have no letter or digit; they score 0")
-        return
-    count = letters = seen = empty = 0
+    count = letters = seen = blank = empty = 0
     for reference in references:
         own = [letter for letter in reference if letter.isalpha()]
         ascii_letters = sum(map(str.isascii, own))
         count, letters, seen = count + 1, letters + len(own), seen + ascii_letters
+        blank += not any(map(str.isalnum, reference))
         empty += not ascii_letters and not any(letter.isascii() and letter.isdigit() for letter in reference)
-    if count and empty == count and not letters:
-        raise UserError(nothing)
+    if tokens != "standard":  # Which count letters and digits of all scripts.
+        seen, empty = letters, blank
+    if count and blank == count:
+        raise UserError(f"{where}: no text has a letter or digit, so ROUGE would be 0 for all")
     if count and (empty == count or seen < LEAST_SEEN * letters):
         raise UserError(
             f"{where}: the standard ROUGE tokens are a-z and 0-9, but {letters - seen} of the {letters} letters are "
@@ -106,8 +101,8 @@ def check_references(references, tokens, where, say=print):
         )
     if seen < WELL_SEEN * letters and not empty:
         say(
-            f"{where}: the standard ROUGE tokens leave out {letters - seen} of {letters} letters of the references, "
-            "those beyond a-z; --rouge_tokens unicode counts them"
+            f"{where}: the standard ROUGE tokens leave out {letters - seen} of {letters} letters, those beyond a-z; "
+            "--rouge_tokens unicode counts them"
         )
     if empty:
-        say(f"{where}: {empty} of {count} references have no letter or digit that ROUGE counts; they score 0")
+        say(f"{where}: {empty} of {count} texts have no letter or digit that ROUGE counts; they score 0")
